@@ -1,0 +1,160 @@
+//! The one error type, and the checks every public door makes.
+
+use ndarray::{ArrayRef, Dimension};
+
+use crate::real::Real;
+
+/// What a caller can do wrong. Every variant names the argument, what was expected and what was given.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An array has the wrong length along one axis.
+    #[error("{argument}: axis {axis} must have length {expected}, got {got}")]
+    Shape {
+        /// The argument's name.
+        argument: &'static str,
+        /// The axis that does not fit, counted from 0.
+        axis: usize,
+        /// The length that would fit.
+        expected: usize,
+        /// The length that was given.
+        got: usize,
+    },
+    /// A slice or list has the wrong number of elements.
+    #[error("{argument} must have {expected} elements, got {got}")]
+    Length {
+        /// The argument's name.
+        argument: &'static str,
+        /// The number of elements that would fit.
+        expected: usize,
+        /// The number of elements that was given.
+        got: usize,
+    },
+    /// Something that must hold at least one element holds none.
+    #[error("{argument} must not be empty")]
+    Empty {
+        /// The argument's name.
+        argument: &'static str,
+    },
+    /// A single number is outside its domain.
+    #[error("{argument} must be {expected}, got {got}")]
+    Value {
+        /// The argument's name.
+        argument: &'static str,
+        /// The domain, in words.
+        expected: &'static str,
+        /// The number that was given.
+        got: f64,
+    },
+    /// An element of an array or list is NaN, infinite, or too large to be worked with.
+    #[error("{argument}[{index}] must be finite and at most {limit:e} in magnitude, got {got}")]
+    NonFinite {
+        /// The argument's name.
+        argument: &'static str,
+        /// Index of the first offending element, counted in row-major order.
+        index: usize,
+        /// Largest magnitude accepted.
+        limit: f64,
+        /// The element.
+        got: f64,
+    },
+    /// A count must be a multiple of another one.
+    #[error("{argument} must be a multiple of {divisor} ({divisor_value}), got {got}")]
+    NotDivisible {
+        /// The argument's name.
+        argument: &'static str,
+        /// Name of the number it must be a multiple of.
+        divisor: &'static str,
+        /// Value of the number it must be a multiple of.
+        divisor_value: usize,
+        /// The value that was given.
+        got: usize,
+    },
+    /// A size is beyond what can be represented or allocated.
+    #[error("{argument} must be at most {limit}, got {got}")]
+    TooLarge {
+        /// The argument's name.
+        argument: &'static str,
+        /// Largest value accepted.
+        limit: usize,
+        /// The value that was given (saturated where it overflows).
+        got: usize,
+    },
+    /// A state, cache or workspace was made by a layer of another shape.
+    #[error("the {argument} belongs to another layer: its {what} is {got}, this layer's is {expected}")]
+    Foreign {
+        /// `state`, `cache` or `workspace`.
+        argument: &'static str,
+        /// The property that differs.
+        what: &'static str,
+        /// This layer's value.
+        expected: usize,
+        /// The given object's value.
+        got: usize,
+    },
+    /// Two choices exclude each other.
+    #[error("{argument} cannot be combined with {other}")]
+    Conflict {
+        /// The argument's name.
+        argument: &'static str,
+        /// What it cannot be combined with.
+        other: &'static str,
+    },
+}
+
+/// `std::result::Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// `got` elements where `expected` are needed.
+pub(crate) fn check_len(argument: &'static str, expected: usize, got: usize) -> Result<()> {
+    if got == expected { Ok(()) } else { Err(Error::Length { argument, expected, got }) }
+}
+
+/// Every axis of `array` has the length `expected` names.
+pub(crate) fn check_shape<T, D: Dimension>(argument: &'static str, array: &ArrayRef<T, D>, expected: &[usize]) -> Result<()> {
+    debug_assert_eq!(array.ndim(), expected.len());
+    for (axis, (&got, &expected)) in array.shape().iter().zip(expected).enumerate() {
+        if got != expected {
+            return Err(Error::Shape { argument, axis, expected, got });
+        }
+    }
+    Ok(())
+}
+
+/// A count that must be at least one.
+pub(crate) fn check_positive(argument: &'static str, got: usize) -> Result<()> {
+    if got > 0 { Ok(()) } else { Err(Error::Value { argument, expected: "at least 1", got: 0.0 }) }
+}
+
+/// A single parameter that must be finite.
+pub(crate) fn check_finite(argument: &'static str, got: f64) -> Result<()> {
+    if got.is_finite() { Ok(()) } else { Err(Error::Value { argument, expected: "finite", got }) }
+}
+
+/// A list of parameters that must be finite.
+pub(crate) fn check_all_finite(argument: &'static str, values: &[f64]) -> Result<()> {
+    match values.iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(index) => Err(Error::NonFinite { argument, index, limit: f64::MAX, got: values[index] }),
+    }
+}
+
+/// Every element of `array` is finite and at most [`Real::LIMIT`] in magnitude.
+pub(crate) fn check_elements<T: Real, D: Dimension>(argument: &'static str, array: &ArrayRef<T, D>) -> Result<()> {
+    let limit = T::from_f64(T::LIMIT);
+    let fits = |slice: &[T]| (T::ops().all_within)(slice, limit);
+    let clean = match array.as_slice_memory_order() {
+        Some(slice) => fits(slice),
+        None => array.rows().into_iter().all(|row| match row.to_slice() {
+            Some(slice) => fits(slice),
+            None => row.iter().all(|v| v.abs() <= limit),
+        }),
+    };
+    if clean {
+        return Ok(());
+    }
+    match array.iter().enumerate().find(|(_, v)| !(v.abs() <= limit)) {
+        Some((index, v)) => Err(Error::NonFinite { argument, index, limit: T::LIMIT, got: v.to_f64() }),
+        None => Ok(()),
+    }
+}

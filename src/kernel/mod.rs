@@ -1,0 +1,87 @@
+//! Feature maps: K(x, y) = Σ_f exp(a_f(x) + b_f(y)), an approximation of the softmax kernel exp(x·y).
+//!
+//! Every map works in the *log domain*: it yields the log-features a_f and b_f, never their exponentials, so that
+//! attention can stabilise them with a running maximum. x = √σ·q and y = √σ·k are the scaled queries and keys.
+
+use std::fmt::Debug;
+
+use ndarray::{Array2, ArrayRef2};
+
+use crate::error::{Error, Result, check_elements};
+use crate::real::Real;
+use crate::simd::padded;
+
+/// A pair of log-feature maps, one for queries and one for keys.
+///
+/// The kernel it stands for is K(x, y) = Σ_f exp(a_f(x) + b_f(y)).
+///
+/// Implementors work on *panels*: column = token, row = coordinate or feature, row-major, so that tokens lie along SIMD
+/// lanes and the features are ready for the matrix products of attention. A column's result must depend on that column
+/// alone, bit for bit, whatever the width of the panel.
+pub trait FeatureMap<T: Real>: Debug + Send + Sync {
+    /// Head dimension d.
+    fn dim(&self) -> usize;
+
+    /// Number of features m.
+    fn features(&self) -> usize;
+
+    /// Scratch elements that the panel methods need for panels `width` columns wide.
+    fn scratch_len(&self, width: usize) -> usize;
+
+    /// Log-features a_f(x) of a panel of scaled queries.
+    ///
+    /// # Shapes
+    /// - `x`: `[d, width]`, `out`: `[m, width]`, row-major without gaps; `width` is a multiple of 16.
+    /// - `scratch`: at least [`scratch_len`](Self::scratch_len) elements, contents garbage before and after.
+    fn query_panel(&self, width: usize, x: &[T], out: &mut [T], scratch: &mut [T]);
+
+    /// Log-features b_f(y) of a panel of scaled keys; shapes as for [`query_panel`](Self::query_panel).
+    fn key_panel(&self, width: usize, y: &[T], out: &mut [T], scratch: &mut [T]);
+
+    /// Log-features a_f(x) of scaled queries, rows are tokens. Allocates.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, d]`, returns `[n, m]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] unless `x` has d columns; [`Error::NonFinite`] for elements beyond [`Real::LIMIT`].
+    fn query_log_features(&self, x: &ArrayRef2<T>) -> Result<Array2<T>> {
+        rows(self.dim(), self.features(), self.scratch_len(padded(x.nrows())), x, "x", |w, x, o, s| self.query_panel(w, x, o, s))
+    }
+
+    /// Log-features b_f(y) of scaled keys, rows are tokens. Allocates.
+    ///
+    /// # Shapes
+    /// - `y`: `[n, d]`, returns `[n, m]`.
+    ///
+    /// # Errors
+    /// As [`query_log_features`](Self::query_log_features).
+    fn key_log_features(&self, y: &ArrayRef2<T>) -> Result<Array2<T>> {
+        rows(self.dim(), self.features(), self.scratch_len(padded(y.nrows())), y, "y", |w, y, o, s| self.key_panel(w, y, o, s))
+    }
+}
+
+/// Runs a panel method on rows: transposes in, transposes out.
+fn rows<T: Real>(
+    dim: usize,
+    features: usize,
+    scratch_len: usize,
+    rows: &ArrayRef2<T>,
+    argument: &'static str,
+    panel: impl Fn(usize, &[T], &mut [T], &mut [T]),
+) -> Result<Array2<T>> {
+    if rows.ncols() != dim {
+        return Err(Error::Shape { argument, axis: 1, expected: dim, got: rows.ncols() });
+    }
+    check_elements(argument, rows)?;
+    let (n, width) = (rows.nrows(), padded(rows.nrows()));
+    let mut x = vec![T::zero(); dim * width];
+    for (j, row) in rows.outer_iter().enumerate() {
+        for (i, &value) in row.iter().enumerate() {
+            x[i * width + j] = value;
+        }
+    }
+    let mut out = vec![T::zero(); features * width];
+    panel(width, &x, &mut out, &mut vec![T::zero(); scratch_len]);
+    Ok(Array2::from_shape_fn((n, features), |(j, f)| out[f * width + j]))
+}

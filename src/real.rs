@@ -1,0 +1,141 @@
+//! [`Real`]: the two element types, `f32` and `f64`, as a sealed trait.
+
+use std::fmt::{Debug, Display};
+use std::ops::{AddAssign, DivAssign, MulAssign, Neg, SubAssign};
+
+use ndarray::{LinalgScalar, ScalarOperand};
+
+/// Element type of every array in this crate: `f32` or `f64`.
+///
+/// The trait is sealed. Tables are computed in `f64` and cast once, sums run in the type itself.
+pub trait Real:
+    sealed::Sealed
+    + LinalgScalar
+    + ScalarOperand
+    + Neg<Output = Self>
+    + AddAssign
+    + SubAssign
+    + MulAssign
+    + DivAssign
+    + PartialOrd
+    + Default
+    + Debug
+    + Display
+    + Send
+    + Sync
+{
+    /// Distance from one to the next larger number.
+    const EPSILON: Self;
+    /// Minus infinity, the log of a weight of zero.
+    const NEG_INFINITY: Self;
+    /// Largest magnitude accepted for an element of q, k, v or a hidden state: 1e15 for `f32`, 1e100 for `f64`.
+    ///
+    /// Below it no intermediate of this crate can overflow; a trained model stays far below.
+    const LIMIT: f64;
+    /// `"f32"` or `"f64"`.
+    const NAME: &'static str;
+
+    /// Rounds to the nearest representable number.
+    fn from_f64(value: f64) -> Self;
+    /// Exact for both types.
+    fn to_f64(self) -> f64;
+    /// |self|.
+    fn abs(self) -> Self;
+    /// The standard library's exponential.
+    fn exp(self) -> Self;
+    /// Natural logarithm.
+    fn ln(self) -> Self;
+    /// Square root.
+    fn sqrt(self) -> Self;
+    /// The larger of the two; the other one if one of them is NaN.
+    fn max(self, other: Self) -> Self;
+}
+
+pub(crate) mod sealed {
+    use std::sync::Arc;
+
+    use rustdct::TransformType2And3;
+
+    /// Runs an unnormalised transform of one row in place, with scratch.
+    pub type RowTransform<T> = Arc<dyn Fn(&mut [T], &mut [T]) + Send + Sync>;
+
+    /// DCT-II and DCT-III of rows of one length, planned by rustdct.
+    #[derive(Clone)]
+    pub struct RowDct<T> {
+        /// X_f = Σ_i x_i cos(π(2i+1)f / 2d), in place.
+        pub dct2: RowTransform<T>,
+        /// x_i = X_0/2 + Σ_{f≥1} X_f cos(π(2i+1)f / 2d), in place.
+        pub dct3: RowTransform<T>,
+        /// Scratch elements either needs.
+        pub scratch_len: usize,
+    }
+
+    pub(super) fn plan<T: rustdct::DctNum>(len: usize) -> RowDct<T> {
+        let plan: Arc<dyn TransformType2And3<T>> = rustdct::DctPlanner::new().plan_dct2(len);
+        let scratch_len = plan.get_scratch_len();
+        let second = Arc::clone(&plan);
+        RowDct {
+            dct2: Arc::new(move |row, scratch| plan.process_dct2_with_scratch(row, scratch)),
+            dct3: Arc::new(move |row, scratch| second.process_dct3_with_scratch(row, scratch)),
+            scratch_len,
+        }
+    }
+
+    /// The private half: what the crate needs of an element type and no caller should see.
+    pub trait Sealed: Sized {
+        /// Plans DCTs of rows of `len` ≥ 1 elements.
+        fn plan_dct(len: usize) -> RowDct<Self>;
+        /// The fastest loops this CPU can run, chosen once.
+        fn ops() -> &'static crate::simd::Ops<Self>;
+        /// The general matrix product of this type.
+        fn gemm() -> crate::simd::Gemm<Self>;
+    }
+}
+
+macro_rules! real {
+    ($t:ident, $limit:literal, $engine:path) => {
+        impl Real for $t {
+            const EPSILON: Self = $t::EPSILON;
+            const NEG_INFINITY: Self = $t::NEG_INFINITY;
+            const LIMIT: f64 = $limit;
+            const NAME: &'static str = stringify!($t);
+
+            fn from_f64(value: f64) -> Self {
+                value as $t
+            }
+            fn to_f64(self) -> f64 {
+                f64::from(self)
+            }
+            fn abs(self) -> Self {
+                self.abs()
+            }
+            fn exp(self) -> Self {
+                self.exp()
+            }
+            fn ln(self) -> Self {
+                self.ln()
+            }
+            fn sqrt(self) -> Self {
+                self.sqrt()
+            }
+            fn max(self, other: Self) -> Self {
+                self.max(other)
+            }
+        }
+
+        impl sealed::Sealed for $t {
+            fn plan_dct(len: usize) -> sealed::RowDct<Self> {
+                sealed::plan(len)
+            }
+            fn ops() -> &'static crate::simd::Ops<Self> {
+                crate::simd::select_ops()
+            }
+            fn gemm() -> crate::simd::Gemm<Self> {
+                $engine()
+            }
+        }
+    };
+}
+
+real!(f32, 1e15, gemm_f32::gemm::f32::get_gemm_fn);
+real!(f64, 1e100, gemm_f64::gemm::f64::get_gemm_fn);

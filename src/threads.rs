@@ -1,0 +1,35 @@
+//! Work shared among threads: the only place that knows rayon.
+
+use std::sync::{Mutex, PoisonError};
+
+/// Threads that [`for_each`] can use at most.
+pub(crate) fn max_threads() -> usize {
+    #[cfg(feature = "rayon")]
+    return rayon::current_num_threads();
+    #[cfg(not(feature = "rayon"))]
+    1
+}
+
+/// Calls `work` once for every item, on as many threads as there are scratches (and the pool has); each call has one
+/// scratch to itself. Which scratch and thread an item meets is left open, so results must not depend on it.
+pub(crate) fn for_each<S: Send, I: Send>(scratches: &mut [S], items: impl Iterator<Item = I> + Send, work: impl Fn(&mut S, I) + Sync) {
+    let items = Mutex::new(items);
+    let drain = |scratch: &mut S| {
+        loop {
+            let item = items.lock().unwrap_or_else(PoisonError::into_inner).next();
+            match item {
+                Some(item) => work(scratch, item),
+                None => return,
+            }
+        }
+    };
+    #[cfg(feature = "rayon")]
+    if scratches.len() > 1 && max_threads() > 1 {
+        use rayon::prelude::*;
+        scratches.par_iter_mut().for_each(drain);
+        return;
+    }
+    if let Some(scratch) = scratches.first_mut() {
+        drain(scratch);
+    }
+}
