@@ -17,6 +17,8 @@ mod llama;
 mod product;
 mod progress;
 mod report;
+#[cfg(test)]
+mod tests;
 mod text;
 
 use std::process::ExitCode;
