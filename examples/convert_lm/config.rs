@@ -137,7 +137,10 @@ impl LlamaConfig {
 
     /// What every attention layer of this model has in common.
     pub(crate) fn attention(&self) -> AttentionConfig {
-        AttentionConfig::new(self.hidden, self.heads).with_kv_heads(self.kv_heads).with_head_dim(self.head_dim).with_rotary(self.rotary)
+        AttentionConfig::new(self.hidden, self.heads)
+            .with_kv_heads(self.kv_heads)
+            .with_head_dim(self.head_dim)
+            .with_rotary(self.rotary.clone())
     }
 
     /// Bytes of an f32 key-value cache that softmax attention holds after `tokens` tokens, all layers together.

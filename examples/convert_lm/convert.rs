@@ -1,5 +1,6 @@
 //! The exchange itself: softmax layers out, linear layers in, and their calibration.
 
+use std::ops::ControlFlow;
 use std::time::Instant;
 
 use dijiang::attention::Near;
@@ -33,8 +34,8 @@ pub(crate) fn convert(
     samples: &[&[u8]],
     tick: impl Fn(),
 ) -> Result<Converted> {
-    let options = |near| DijiangOptions::default().with_near(near).with_blocks(args.blocks).with_seed(args.seed);
-    let near_only = softmax.exchange(|layer| Ok(layer.clone().with_near(Some(near))))?;
+    let options = |near| DijiangOptions::new().with_near(near).with_blocks(args.blocks).with_seed(args.seed);
+    let near_only = softmax.exchange(|layer| layer.clone().with_near(Some(near)))?;
     let exchanged = softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options(Some(near))))?;
     let pure = softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options(None)))?;
 
@@ -61,10 +62,13 @@ fn calibrate(
         let views: Vec<ArrayView2<'_, f32>> = inputs.iter().map(|input| input.view()).collect();
         for model in &mut *models {
             let layer = &mut model.attention_mut()[l];
-            layer.calibrate(&views, &CalibrateOptions::default(), |_| ()).map_err(Error::in_layer(l))?;
+            let told = layer.calibrate(&views, &CalibrateOptions::new(), |_| {
+                tick();
+                ControlFlow::Continue(())
+            });
+            told.map_err(Error::in_layer(l))?;
         }
         hidden.par_iter_mut().try_for_each(|x| softmax.block(l, x))?;
-        tick();
     }
     Ok(())
 }

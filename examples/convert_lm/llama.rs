@@ -192,7 +192,7 @@ fn attention_weights(files: &Checkpoint, config: &LlamaConfig, l: usize) -> Resu
     if !config.attention_bias {
         return Ok(weights);
     }
-    let vector = |which, len| files.vector(&name(which, "bias"), len).map(Some);
+    let vector = |which, len| files.vector(&name(which, "bias"), len);
     Ok(weights.with_biases(vector("q", wide)?, vector("k", narrow)?, vector("v", narrow)?, vector("o", hidden)?))
 }
 
