@@ -272,7 +272,7 @@ impl<T: Real> Sample<T> {
             let (q, k, v) = (projections.heads(&projected.q), projections.heads(&projected.k), projections.heads(&projected.v));
             let (mut out, mut workspace) = (projections.heads_mut(&mut teacher), exact.workspace());
             match projections.config().causality {
-                Causality::Causal => exact.prefill_into(&mut exact.new_cache(), &q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
+                Causality::Causal => exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
                 Causality::Bidirectional => exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
             }
         }
@@ -355,8 +355,7 @@ impl<'a, T: Real> Judge<'a, T> {
 
     /// The linear attention of one key-value head.
     fn head(&self, params: DctParams, log_decay: f64) -> Result<LinearAttention<T, DctMap<T>>> {
-        let log_decay = if log_decay == 0.0 { Vec::new() } else { vec![log_decay] };
-        self.config.clone().with_log_decay(log_decay).build(vec![DctMap::from_params(params)?])
+        self.config.clone().with_log_decay(vec![log_decay]).build(vec![DctMap::from_params(params)?])
     }
 
     /// Σ (ô − o)² of one key-value head over one sample.
