@@ -4,6 +4,7 @@
 //! Every column is computed from that column alone and in the same order whatever the width, so that a token's result
 //! never depends on its neighbours, not by one bit.
 
+pub(super) use super::dct::transform as dct;
 use super::lane::Simd;
 use crate::real::Real;
 use crate::simd::LANES;
