@@ -99,8 +99,8 @@ ops! {
     slice_max: fn(row: &[T]) -> T;
     /// `row[j] = exp(row[j] + shift)`, returns their sum.
     exp_sum: fn(row: &mut [T], shift: T) -> T;
-    /// `y += a·x`
-    axpy: fn(a: T, x: &[T], y: &mut [T]);
+    /// Adds a weighted value to the sums and reads them, in one pass.
+    add_and_read: fn(sums: &mut [T], weight: &[T], value: &[T], read: &[T], out: &mut [T]);
     /// `x *= a`
     scale: fn(a: T, x: &mut [T]);
     /// `out += A·x`, rows of A contiguous.

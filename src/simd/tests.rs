@@ -182,6 +182,15 @@ impl<T: Real> Suite<T> {
                 let dot = |i: usize| (0..len).map(|j| a[i * len + j].to_f64() * y[j].to_f64()).sum::<f64>();
                 self.close("matvec", &out, &(0..rows).map(|i| before[i].to_f64() + dot(i)).collect::<Vec<_>>(), 16 * len);
             }
+            for e in [16, 32, 64, 80] {
+                let (sums, value) = (self.random(len * e, 1.0), self.random(e, 1.0));
+                let (mut after, mut out) = (sums.clone(), vec![T::from_f64(f64::NAN); e]);
+                (self.ops.add_and_read)(&mut after, &x, &value, &y, &mut out);
+                let added: Vec<f64> = (0..len * e).map(|i| sums[i].to_f64() + x[i / e].to_f64() * value[i % e].to_f64()).collect();
+                self.close("add_and_read sums", &after, &added, 4);
+                let read: Vec<f64> = (0..e).map(|i| (0..len).map(|f| y[f].to_f64() * added[f * e + i]).sum()).collect();
+                self.close("add_and_read", &out, &read, 16 * len);
+            }
             let width = padded(len);
             let mut row = self.random(width, 3.0);
             let top = row.iter().map(|x| x.to_f64()).fold(f64::NEG_INFINITY, f64::max);
