@@ -24,6 +24,10 @@ pub trait Real:
     + Send
     + Sync
 {
+    /// 0
+    const ZERO: Self;
+    /// 1
+    const ONE: Self;
     /// Distance from one to the next larger number.
     const EPSILON: Self;
     /// Minus infinity, the log of a weight of zero.
@@ -93,8 +97,10 @@ pub(crate) mod sealed {
 }
 
 macro_rules! real {
-    ($t:ident, $limit:literal, $engine:path) => {
+    ($t:ident, $limit:literal, $tables:path, $engine:path) => {
         impl Real for $t {
+            const ZERO: Self = 0.0;
+            const ONE: Self = 1.0;
             const EPSILON: Self = $t::EPSILON;
             const NEG_INFINITY: Self = $t::NEG_INFINITY;
             const LIMIT: f64 = $limit;
@@ -128,7 +134,7 @@ macro_rules! real {
                 sealed::plan(len)
             }
             fn ops() -> &'static crate::simd::Ops<Self> {
-                crate::simd::select_ops()
+                &$tables()[0]
             }
             fn gemm() -> crate::simd::Gemm<Self> {
                 $engine()
@@ -137,5 +143,5 @@ macro_rules! real {
     };
 }
 
-real!(f32, 1e15, gemm_f32::gemm::f32::get_gemm_fn);
-real!(f64, 1e100, gemm_f64::gemm::f64::get_gemm_fn);
+real!(f32, 1e15, crate::simd::tables_f32, gemm_f32::gemm::f32::get_gemm_fn);
+real!(f64, 1e100, crate::simd::tables_f64, gemm_f64::gemm::f64::get_gemm_fn);

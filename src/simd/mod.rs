@@ -1,11 +1,23 @@
 //! The workshop: the only room with `unsafe`. Vector loops chosen at run time, and the general matrix product.
+//!
+//! [`body`] holds every loop once, written against the trait of [`lane`]; [`x86`] implements that trait for AVX2 and
+//! AVX-512; this file compiles the loops for each of them, puts them into tables and hands out the fastest table that
+//! the CPU can run.
 #![allow(unsafe_code)]
 
+mod body;
+mod lane;
 mod product;
+#[cfg(target_arch = "x86_64")]
+mod x86;
 
+use std::marker::PhantomData;
+
+pub(crate) use body::Product;
 pub(crate) use product::{Gemm, product};
 
 use crate::real::Real;
+use lane::{Portable, Simd};
 
 /// Panels (`[rows, tokens]`) have a width that is a multiple of this, on every CPU and for both types.
 pub(crate) const LANES: usize = 16;
@@ -15,15 +27,101 @@ pub(crate) fn padded(n: usize) -> usize {
     n.next_multiple_of(LANES)
 }
 
-/// One implementation of every vector loop.
-pub struct Ops<T> {
-    /// Which instruction set this table was compiled for.
-    pub name: &'static str,
-    /// Every element is a number of at most this magnitude.
-    pub all_within: fn(&[T], T) -> bool,
+macro_rules! ops {
+    ($($(#[doc = $doc:literal])* $name:ident: fn($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*) => {
+        /// One implementation of every vector loop; see the functions of the same names in [`body`].
+        pub struct Ops<T: 'static> {
+            /// Which instruction set this table was compiled for.
+            pub(crate) name: &'static str,
+            $($(#[doc = $doc])* pub(crate) $name: fn($($ty),*) $(-> $ret)?,)*
+        }
+
+        /// The portable table.
+        pub(crate) const fn portable<T>() -> Ops<T>
+        where
+            T: Real,
+            Portable<T>: Simd<T = T>,
+        {
+            Ops {
+                name: "portable",
+                $($name: |$($arg),*| body::$name(Portable::<T>(PhantomData), $($arg),*),)*
+            }
+        }
+
+        /// A table of the loops compiled under CPU features.
+        #[cfg(target_arch = "x86_64")]
+        macro_rules! table {
+            ($label:literal, $features:literal, $token:path, $t:ty) => {{
+                type T = $t;
+                Ops::<T> {
+                    name: $label,
+                    $($name: |$($arg),*| {
+                        #[target_feature(enable = $features)]
+                        fn run($($arg: $ty),*) $(-> $ret)? {
+                            body::$name($token(()), $($arg),*)
+                        }
+                        // SAFETY: `tables` hands this table out only where the CPU has these features.
+                        unsafe { run($($arg),*) }
+                    },)*
+                }
+            }};
+        }
+    };
 }
 
-/// The fastest table this CPU can run.
-pub(crate) fn select_ops<T: Real>() -> &'static Ops<T> {
-    const { &Ops { name: "portable", all_within: |x, limit| x.iter().all(|v| v.abs() <= limit) } }
+ops! {
+    /// C (+)= A·B on operands that stay in the cache.
+    matmul: fn(p: Product, a: &[T], b: &[T], c: &mut [T]);
+    /// Every element is a number of at most this magnitude.
+    all_within: fn(x: &[T], limit: T) -> bool;
+    /// LANES rows become LANES columns of a panel.
+    gather: fn(rows: &[&[T]; LANES], scale: T, panel: &mut [T], width: usize);
+    /// `out[j] = max_f (panel[f, j] + offset[f])`
+    column_max: fn(panel: &[T], offset: &[T], out: &mut [T]);
+    /// `out[f] = max_j (panel[f, j] + column[j])`
+    row_max: fn(panel: &[T], column: &[T], out: &mut [T]);
+    /// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])`, `dot[j] = Σ_f panel[f, j]·weight[f]`
+    exp_dot: fn(panel: &mut [T], offset: &[T], column: &[T], weight: &[T], dot: &mut [T]);
+    /// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])`
+    exp_panel: fn(panel: &mut [T], offset: &[T], column: &[T]);
+    /// `sums[f] += Σ_j panel[f, j]`
+    add_row_sums: fn(panel: &[T], sums: &mut [T]);
+    /// Zeroes above the diagonal, adds row sums.
+    mask_triangle: fn(p: &mut [T], width: usize, diagonal: usize, sums: &mut [T]);
+    /// Largest element.
+    slice_max: fn(row: &[T]) -> T;
+    /// `row[j] = exp(row[j] + shift)`, returns their sum.
+    exp_sum: fn(row: &mut [T], shift: T) -> T;
+    /// `y += a·x`
+    axpy: fn(a: T, x: &[T], y: &mut [T]);
+    /// `x *= a`
+    scale: fn(a: T, x: &mut [T]);
+    /// `out += A·x`, rows of A contiguous.
+    matvec: fn(a: &[T], x: &[T], out: &mut [T]);
 }
+
+/// Every table this CPU can run, the fastest first.
+macro_rules! tables {
+    ($name:ident, $t:ident, $avx512:path, $avx2:path) => {
+        pub(crate) fn $name() -> &'static [Ops<$t>] {
+            static TABLES: std::sync::LazyLock<Vec<Ops<$t>>> = std::sync::LazyLock::new(|| {
+                let mut tables = Vec::new();
+                #[cfg(target_arch = "x86_64")]
+                {
+                    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
+                        tables.push(table!("avx512", "avx512f,avx2,fma", $avx512, $t));
+                    }
+                    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                        tables.push(table!("avx2", "avx2,fma", $avx2, $t));
+                    }
+                }
+                tables.push(portable());
+                tables
+            });
+            &TABLES
+        }
+    };
+}
+
+tables!(tables_f32, f32, x86::Avx512F32, x86::Avx2F32);
+tables!(tables_f64, f64, x86::Avx512F64, x86::Avx2F64);

@@ -1,0 +1,139 @@
+//! Causal linear attention by blocks: everything before the block through the state, the block itself through the
+//! products of its features.
+
+use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3, Axis};
+
+use crate::attention::Head;
+use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
+use crate::attention::state::HeadState;
+use crate::attention::workspace::{BLOCK, Scratch};
+use crate::kernel::FeatureMap;
+use crate::real::Real;
+use crate::simd::{LANES, Product, padded};
+
+/// The next tokens of one key-value head and its group of query heads, without a near part.
+///
+/// A block ends before the first key whose exponent leaves the state's frame, and the frame is moved with that key as
+/// the first of the next block. So the frame of a block depends on nothing after the block's first token, and no output
+/// can depend on later tokens, not by a bit.
+///
+/// # Shapes
+/// - `q`: `[group, n, d]`, `k`: `[n, d]`, `v`: `[n, e]`, `out`: `[group, n, e]`.
+pub(super) fn causal<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    position: usize,
+    q: ArrayView3<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    valid: Valid<'_>,
+    mut out: ArrayViewMut3<'_, T>,
+    scratch: &mut Scratch<T>,
+) {
+    let n = k.nrows();
+    let mut start = 0;
+    while start < n {
+        let width = padded((n - start).min(BLOCK));
+        let end = keys(head, state, position, k, valid, start..(start + BLOCK).min(n), scratch);
+        let tokens = end - start;
+        if state.started {
+            copy_rows(v, start..end, valid, &mut scratch.v);
+            for (q, mut out) in q.outer_iter().zip(out.outer_iter_mut()) {
+                gather(head.ops, q, start..end, None, head.scale, &mut scratch.x, &scratch.zeros);
+                queries(head, state, tokens, padded(tokens), width, scratch);
+                for i in 0..tokens {
+                    let sums = &scratch.o[i * head.value_stride..];
+                    normalise(sums, scratch.total[i], out.row_mut(start + i));
+                }
+            }
+            state.accumulate(head.ops, &scratch.b[..head.features * width], width, tokens, &scratch.v);
+        } else {
+            // Only masked keys so far.
+            out.slice_axis_mut(Axis(1), (start..end).into()).fill(T::zero());
+        }
+        start = end;
+    }
+}
+
+/// Key weights of the block, in the state's frame, into `scratch.b`; returns where the block ends.
+fn keys<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    position: usize,
+    k: ArrayView2<'_, T>,
+    valid: Valid<'_>,
+    block: std::ops::Range<usize>,
+    scratch: &mut Scratch<T>,
+) -> usize {
+    let Scratch { y, b, column, top, feature, map, zeros, .. } = scratch;
+    let (start, tokens, width) = (block.start, block.len(), padded(block.len()));
+    let b = &mut b[..head.features * width];
+    let (column, top) = (&mut column[..width], &mut top[..width]);
+    gather(head.ops, k, block, valid, head.scale, y, zeros);
+    head.map.key_panel(width, &y[..head.dim * width], b, map);
+
+    let exponents = |state: &HeadState<T>, column: &mut [T]| {
+        state.exponents(head.log_decay, position + start, tokens, |j| is_valid(valid, start + j), column);
+    };
+    exponents(state, column);
+    let mut cut = state.first_above(head.ops, b, column, top, feature);
+    if cut == Some(0) {
+        feature.iter_mut().zip(b.chunks_exact(width)).for_each(|(candidate, b)| *candidate = b[0]);
+        state.rebase(head.ops, head.log_decay, position + start, feature);
+        exponents(state, column);
+        cut = state.first_above(head.ops, b, column, top, feature);
+    }
+    let tokens = cut.unwrap_or(tokens);
+    column[tokens..].fill(T::NEG_INFINITY);
+    feature.iter_mut().zip(&state.reference).for_each(|(negated, &c)| *negated = -c);
+    (head.ops.exp_panel)(b, feature, column);
+    start + tokens
+}
+
+/// Sums and normalisers of the queries `scratch.x` over the state and over the block's own keys, into `scratch.o` and
+/// `scratch.total`. Query panels are `width` wide, the key panel `key_width`.
+fn queries<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &HeadState<T>,
+    tokens: usize,
+    width: usize,
+    key_width: usize,
+    scratch: &mut Scratch<T>,
+) {
+    let Scratch { x, a, b, v, p, o, column, top, total, map, .. } = scratch;
+    let a = &mut a[..head.features * width];
+    head.map.query_panel(width, &x[..head.dim * width], a, map);
+    (head.ops.column_max)(a, &state.reference, &mut top[..width]);
+    column.iter_mut().zip(&top[..width]).for_each(|(shift, &top)| *shift = -top);
+    state.read(head.ops, a, tokens, &column[..width], &mut total[..width], o);
+
+    // Bands of LANES queries: band r needs the keys 0..(r + 1)·LANES only.
+    for band in (0..tokens).step_by(LANES) {
+        let (rows, columns) = (LANES.min(tokens - band), band + LANES);
+        let scores = &mut p[band * key_width..];
+        let product = Product {
+            m: rows,
+            n: columns,
+            k: head.features,
+            a_row: 1,
+            a_col: width,
+            b_row: key_width,
+            c_row: key_width,
+            accumulate: false,
+        };
+        (head.ops.matmul)(product, &a[band..], b, scores);
+        (head.ops.mask_triangle)(scores, key_width, band, &mut total[band..band + rows]);
+        let stride = head.value_stride;
+        let product = Product {
+            m: rows,
+            n: stride,
+            k: columns.min(tokens),
+            a_row: key_width,
+            a_col: 1,
+            b_row: stride,
+            c_row: stride,
+            accumulate: true,
+        };
+        (head.ops.matmul)(product, scores, v, &mut o[band * stride..]);
+    }
+}

@@ -1,0 +1,490 @@
+//! [`LinearAttention`]: the door to linear attention over all heads of a layer.
+
+use std::marker::PhantomData;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
+
+use crate::attention::near::{Ring, near};
+use crate::attention::state::Shape;
+use crate::attention::workspace::{BLOCK, Scratch, Sizes};
+use crate::attention::{CausalState, KeyMask, Near, Workspace, causal, full};
+use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_shape};
+use crate::kernel::FeatureMap;
+use crate::real::Real;
+use crate::simd::{Ops, padded};
+use crate::threads;
+
+/// Largest near part, in tokens: beyond it the ring of keys would be no constant-size state any more.
+const MAX_NEAR: usize = 1 << 20;
+
+/// How [`LinearAttention`] is to be built.
+#[derive(Debug, Clone, PartialEq, Default)]
+#[non_exhaustive]
+pub struct LinearConfig {
+    /// Query heads h. Default: one per map. A multiple of the number of maps (grouped queries: one map, one state and
+    /// one key-value head serve h / maps consecutive query heads).
+    pub heads: Option<usize>,
+    /// Value dimension e. Default: the maps' dimension d.
+    pub value_dim: Option<usize>,
+    /// Softmax scale σ. Default: 1/√d.
+    pub scale: Option<f64>,
+    /// The exact near part of causal attention. Default: none.
+    pub near: Option<Near>,
+    /// log γ ≤ 0 per token, one per map, causal attention only. Default: empty, which stands for zeros (γ = 1).
+    pub log_decay: Vec<f64>,
+}
+
+impl LinearConfig {
+    /// All defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Query heads h, a multiple of the number of maps.
+    #[must_use]
+    pub fn with_heads(self, heads: usize) -> Self {
+        Self { heads: Some(heads), ..self }
+    }
+
+    /// Value dimension e.
+    #[must_use]
+    pub fn with_value_dim(self, value_dim: usize) -> Self {
+        Self { value_dim: Some(value_dim), ..self }
+    }
+
+    /// Softmax scale σ.
+    #[must_use]
+    pub fn with_scale(self, scale: f64) -> Self {
+        Self { scale: Some(scale), ..self }
+    }
+
+    /// Exact near part.
+    #[must_use]
+    pub fn with_near(self, near: Near) -> Self {
+        Self { near: Some(near), ..self }
+    }
+
+    /// log γ per map.
+    #[must_use]
+    pub fn with_log_decay(self, log_decay: Vec<f64>) -> Self {
+        Self { log_decay, ..self }
+    }
+
+    /// Checks everything and precomputes: one map per key-value head.
+    ///
+    /// # Errors
+    /// [`Error::Empty`] without maps, [`Error::Shape`] for maps of different d or m, [`Error::NotDivisible`] for heads
+    /// that are no multiple of the maps, [`Error::Value`] and [`Error::Length`] for the numbers.
+    pub fn build<T: Real, M: FeatureMap<T>>(self, maps: Vec<M>) -> Result<LinearAttention<T, M>> {
+        let Some(first) = maps.first() else { return Err(Error::Empty { argument: "maps" }) };
+        let (dim, features, kv_heads) = (first.dim(), first.features(), maps.len());
+        check_positive("map dimension", dim)?;
+        check_positive("map features", features)?;
+        for map in &maps {
+            for (axis, expected, got) in [(0, features, map.features()), (1, dim, map.dim())] {
+                if got != expected {
+                    return Err(Error::Shape { argument: "maps", axis, expected, got });
+                }
+            }
+        }
+        let heads = self.heads.unwrap_or(kv_heads);
+        check_positive("heads", heads)?;
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(Error::NotDivisible { argument: "heads", divisor: "the number of maps", divisor_value: kv_heads, got: heads });
+        }
+        let value_dim = self.value_dim.unwrap_or(dim);
+        check_positive("value_dim", value_dim)?;
+        let scale = self.scale.unwrap_or(1.0 / (dim as f64).sqrt());
+        check_scale(scale)?;
+        if let Some(near) = self.near {
+            near.check()?;
+        }
+        let log_decay = if self.log_decay.is_empty() { vec![0.0; kv_heads] } else { self.log_decay };
+        check_len("log_decay", kv_heads, log_decay.len())?;
+        for &decay in &log_decay {
+            check_finite("log_decay", decay)?;
+            if decay > 0.0 {
+                return Err(Error::Value { argument: "log_decay", expected: "at most 0", got: decay });
+            }
+        }
+        let sizes = Sizes {
+            dim,
+            features,
+            value_dim,
+            scores: self.near.map_or(BLOCK, |near| Ring::<T>::scores(near).max(BLOCK)),
+            map: maps.iter().map(|map| map.scratch_len(BLOCK)).max().unwrap_or(0),
+        };
+        Ok(LinearAttention { maps, heads, scale, near: self.near, log_decay, sizes, element: PhantomData })
+    }
+}
+
+/// The softmax scale must be a positive number.
+pub(super) fn check_scale(scale: f64) -> Result<()> {
+    if scale.is_finite() && scale > 0.0 {
+        Ok(())
+    } else {
+        Err(Error::Value { argument: "scale", expected: "finite and positive", got: scale })
+    }
+}
+
+impl Near {
+    /// Chunks of at least one token, and not too many of them.
+    pub(super) fn check(self) -> Result<()> {
+        check_positive("near chunk", self.chunk)?;
+        let tokens = self.back.saturating_add(1).saturating_mul(self.chunk);
+        if tokens > MAX_NEAR { Err(Error::TooLarge { argument: "near tokens", limit: MAX_NEAR, got: tokens }) } else { Ok(()) }
+    }
+}
+
+/// DCT-kernelized linear attention over all heads of a layer.
+///
+/// O(n) time, a state of constant size, the same results whichever way the tokens arrive: at once, in pieces, or one by
+/// one. Immutable and shared freely between threads; what changes lives in [`CausalState`] and [`Workspace`].
+///
+/// # Examples
+/// ```
+/// use dijiang::attention::{KeyMask, LinearConfig};
+/// use dijiang::kernel::DctMapConfig;
+/// use ndarray::{Array, Array3};
+///
+/// let (heads, n, d) = (2, 100, 16);
+/// let maps = (0..heads).map(|h| DctMapConfig::new(d).with_seed(h as u64).build::<f32>()).collect::<Result<Vec<_>, _>>()?;
+/// let attention = LinearConfig::new().build(maps)?;
+/// let q: Array3<f32> = Array::from_shape_fn((heads, n, d), |(h, i, j)| ((h + 3 * i + 5 * j) % 7) as f32 / 7.0);
+/// let v = Array::ones((heads, n, d));
+/// let out = attention.causal(&q, &q, &v, KeyMask::All)?;
+/// assert!(out.iter().all(|&o: &f32| (o - 1.0).abs() < 1e-5), "a weighted mean of ones is one");
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct LinearAttention<T, M> {
+    maps: Vec<M>,
+    heads: usize,
+    scale: f64,
+    near: Option<Near>,
+    log_decay: Vec<f64>,
+    sizes: Sizes,
+    element: PhantomData<T>,
+}
+
+/// What the loops need to know of one key-value head.
+pub(super) struct Head<'a, T: 'static, M> {
+    pub(super) map: &'a M,
+    pub(super) ops: &'static Ops<T>,
+    /// d.
+    pub(super) dim: usize,
+    /// m.
+    pub(super) features: usize,
+    /// e, padded to whole lane groups.
+    pub(super) value_stride: usize,
+    /// √σ.
+    pub(super) scale: T,
+    /// λ = log γ.
+    pub(super) log_decay: f64,
+}
+
+impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
+    /// The maps, one per key-value head.
+    pub fn maps(&self) -> &[M] {
+        &self.maps
+    }
+
+    /// Query heads h.
+    pub fn heads(&self) -> usize {
+        self.heads
+    }
+
+    /// The exact near part.
+    pub fn near(&self) -> Option<Near> {
+        self.near
+    }
+
+    /// log γ, one per map.
+    pub fn log_decay(&self) -> &[f64] {
+        &self.log_decay
+    }
+
+    /// Softmax scale σ.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// Scratch for every method below, for as many threads as the current pool has.
+    pub fn workspace(&self) -> Workspace<T> {
+        Workspace::new(self.sizes)
+    }
+
+    /// The empty state of a new sequence.
+    pub fn new_state(&self) -> CausalState<T> {
+        CausalState::new(self.shape())
+    }
+
+    /// Every query sees every allowed key (bidirectional and cross attention). Allocates.
+    ///
+    ///     o_i = Σ_j K(x_i, y_j) v_j / Σ_j K(x_i, y_j)
+    ///
+    /// # Shapes
+    /// - `q`: `[h, n_q, d]`, `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]`, `mask`: n_k entries; returns `[h, n_q, e]`.
+    ///
+    /// # Cost
+    /// O(n_q + n_k) time, memory beyond the arguments independent of both.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] with a near part or decay, [`Error::Shape`] and [`Error::Length`] for arguments that do not
+    /// fit, [`Error::Empty`] without queries or keys, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`] (masked
+    /// keys and their values are not looked at).
+    pub fn full(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
+        let mut out = self.output(q);
+        self.full_into(q, k, v, mask, &mut out, &mut self.workspace())?;
+        Ok(out)
+    }
+
+    /// [`full`](Self::full) into the caller's memory, without allocating.
+    ///
+    /// # Errors
+    /// As [`full`](Self::full), and [`Error::Foreign`] for a workspace of another shape.
+    pub fn full_into(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        out: &mut ArrayRef3<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        if self.near.is_some() {
+            return Err(Error::Conflict { argument: "full attention", other: "a near part" });
+        }
+        if self.log_decay.iter().any(|&decay| decay != 0.0) {
+            return Err(Error::Conflict { argument: "full attention", other: "decay" });
+        }
+        self.check(q, k, v, mask, out, workspace)?;
+        self.for_each_head(q, k, v, out, workspace, (0..).map(|h| (h, ())), |head, (), q, k, v, out, scratch| {
+            full::full(head, q, k, v, mask.valid(), out, scratch);
+        });
+        Ok(())
+    }
+
+    /// A whole sequence, each query seeing the keys up to its own: [`prefill`](Self::prefill) from the empty state.
+    ///
+    /// # Errors
+    /// As [`prefill_into`](Self::prefill_into).
+    pub fn causal(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
+        self.prefill(&mut self.new_state(), q, k, v, mask)
+    }
+
+    /// The next n tokens of a sequence; returns `[h, n, e]`. Allocates.
+    ///
+    /// # Errors
+    /// As [`prefill_into`](Self::prefill_into).
+    pub fn prefill(
+        &self,
+        state: &mut CausalState<T>,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<Array3<T>> {
+        let mut out = self.output(q);
+        self.prefill_into(state, q, k, v, mask, &mut out, &mut self.workspace())?;
+        Ok(out)
+    }
+
+    /// The next n tokens of a sequence, into the caller's memory.
+    ///
+    ///     o_i = Σ_{j≤i} A_ij v_j / Σ_{j≤i} A_ij         A as in the [module's](crate::attention) equation
+    ///
+    /// # Shapes
+    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries, `out`: `[h, n, e]`.
+    ///
+    /// # Cost
+    /// O(n) time, memory beyond the arguments independent of n; no allocation.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Length`] and [`Error::Foreign`] for arguments that do not fit, [`Error::Empty`]
+    /// without tokens, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`] (masked keys and their values are not
+    /// looked at). After an error the state is unchanged.
+    pub fn prefill_into(
+        &self,
+        state: &mut CausalState<T>,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        out: &mut ArrayRef3<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        state.check(self.shape())?;
+        let n = q.shape()[1];
+        check_shape("k", k, &[self.maps.len(), n, self.sizes.dim])?;
+        self.check(q, k, v, mask, out, workspace)?;
+        let position = state.position;
+        let states = state.heads.iter_mut().enumerate();
+        self.for_each_head(q, k, v, out, workspace, states, |head, state, q, k, v, out, scratch| match self.near {
+            Some(_) => near(head, state, position, q, k, v, mask.valid(), out, scratch),
+            None => causal::causal(head, state, position, q, k, v, mask.valid(), out, scratch),
+        });
+        state.position += n;
+        Ok(())
+    }
+
+    /// The next token of a sequence.
+    ///
+    /// # Shapes
+    /// - `q`: `[h, d]`, `k`: `[h_kv, d]`, `v`: `[h_kv, e]`, `out`: `[h, e]`.
+    ///
+    /// # Cost
+    /// Constant: O(m·e) per head, and O(chunk · (d + e)) with a near part. Never allocates, runs on the calling thread.
+    ///
+    /// # Errors
+    /// As [`prefill_into`](Self::prefill_into); after an error the state is unchanged.
+    pub fn step(
+        &self,
+        state: &mut CausalState<T>,
+        q: &ArrayRef2<T>,
+        k: &ArrayRef2<T>,
+        v: &ArrayRef2<T>,
+        out: &mut ArrayRef2<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        state.check(self.shape())?;
+        workspace.check(self.sizes)?;
+        let (kv_heads, Sizes { dim, value_dim, .. }) = (self.maps.len(), self.sizes);
+        check_shape("q", q, &[self.heads, dim])?;
+        check_shape("k", k, &[kv_heads, dim])?;
+        check_shape("v", v, &[kv_heads, value_dim])?;
+        check_shape("out", out, &[self.heads, value_dim])?;
+        check_elements("q", q)?;
+        check_elements("k", k)?;
+        check_elements("v", v)?;
+        let group = self.heads / kv_heads;
+        let (q, k, v) = (q.view().insert_axis(Axis(1)), k.view().insert_axis(Axis(1)), v.view().insert_axis(Axis(1)));
+        let mut out = out.view_mut().insert_axis(Axis(1));
+        let position = state.position;
+        for (h, state) in state.heads.iter_mut().enumerate() {
+            let (head, heads) = (self.head(h), h * group..(h + 1) * group);
+            let q = q.slice_axis(Axis(0), heads.clone().into());
+            let (k, v) = (k.index_axis(Axis(0), h), v.index_axis(Axis(0), h));
+            let out = out.slice_axis_mut(Axis(0), heads.into());
+            match self.near {
+                Some(_) => near(&head, state, position, q, k, v, None, out, workspace.first()),
+                None => causal::causal(&head, state, position, q, k, v, None, out, workspace.first()),
+            }
+        }
+        state.position += 1;
+        Ok(())
+    }
+
+    fn shape(&self) -> Shape {
+        let Sizes { dim, features, value_dim, .. } = self.sizes;
+        Shape { heads: self.maps.len(), dim, features, value_dim, near: self.near }
+    }
+
+    fn output(&self, q: &ArrayRef3<T>) -> Array3<T> {
+        Array3::zeros((self.heads, q.shape()[1], self.sizes.value_dim))
+    }
+
+    fn head(&self, h: usize) -> Head<'_, T, M> {
+        Head {
+            map: &self.maps[h],
+            ops: T::ops(),
+            dim: self.sizes.dim,
+            features: self.sizes.features,
+            value_stride: padded(self.sizes.value_dim),
+            scale: T::from_f64(self.scale.sqrt()),
+            log_decay: self.log_decay[h],
+        }
+    }
+
+    fn check(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        out: &ArrayRef3<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        workspace.check(self.sizes)?;
+        check_tokens(self.heads, self.maps.len(), self.sizes, q, k, v, mask, out, workspace)
+    }
+
+    /// Runs `work` once per key-value head, with the head's own of `states` and its share of every argument.
+    fn for_each_head<S: Send>(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        out: &mut ArrayRef3<T>,
+        workspace: &mut Workspace<T>,
+        states: impl Iterator<Item = (usize, S)> + Send,
+        work: impl Fn(&Head<'_, T, M>, S, ArrayView3<'_, T>, ArrayView2<'_, T>, ArrayView2<'_, T>, ArrayViewMut3<'_, T>, &mut Scratch<T>) + Sync,
+    ) {
+        let group = self.heads / self.maps.len();
+        let parts = q.axis_chunks_iter(Axis(0), group).zip(out.axis_chunks_iter_mut(Axis(0), group));
+        let items = k.outer_iter().zip(v.outer_iter()).zip(parts).zip(states);
+        threads::for_each(&mut workspace.scratches, items, |scratch, (((k, v), (q, out)), (h, state))| {
+            work(&self.head(h), state, q, k, v, out, scratch);
+        });
+    }
+}
+
+/// The checks at the door of every pass over many tokens.
+pub(super) fn check_tokens<T: Real>(
+    heads: usize,
+    kv_heads: usize,
+    sizes: Sizes,
+    q: &ArrayRef3<T>,
+    k: &ArrayRef3<T>,
+    v: &ArrayRef3<T>,
+    mask: KeyMask<'_>,
+    out: &ArrayRef3<T>,
+    workspace: &mut Workspace<T>,
+) -> Result<()> {
+    let (n_q, n_k) = (q.shape()[1], k.shape()[1]);
+    check_shape("q", q, &[heads, n_q, sizes.dim])?;
+    check_shape("k", k, &[kv_heads, n_k, sizes.dim])?;
+    check_shape("v", v, &[kv_heads, n_k, sizes.value_dim])?;
+    check_shape("out", out, &[heads, n_q, sizes.value_dim])?;
+    for (argument, tokens) in [("q", n_q), ("k", n_k)] {
+        if tokens == 0 {
+            return Err(Error::Empty { argument });
+        }
+    }
+    if let Some(valid) = mask.valid() {
+        check_len("mask", n_k, valid.len())?;
+    }
+    check_all("q", q, None, workspace)?;
+    check_all("k", k, mask.valid(), workspace)?;
+    check_all("v", v, mask.valid(), workspace)
+}
+
+/// Every element of every valid token is in range: all heads at once, on all threads.
+fn check_all<T: Real>(argument: &'static str, x: &ArrayRef3<T>, valid: Option<&[bool]>, workspace: &mut Workspace<T>) -> Result<()> {
+    let limit = T::from_f64(T::LIMIT);
+    let token_fits = |row: ArrayView1<'_, T>| match row.to_slice() {
+        Some(row) => (T::ops().all_within)(row, limit),
+        None => row.iter().all(|x| x.abs() <= limit),
+    };
+    let clean = AtomicBool::new(true);
+    threads::for_each(&mut workspace.scratches, x.outer_iter(), |_, rows| {
+        let fits = match (rows.to_slice(), valid) {
+            (Some(rows), None) => (T::ops().all_within)(rows, limit),
+            _ => rows.outer_iter().enumerate().all(|(j, row)| valid.is_some_and(|valid| !valid[j]) || token_fits(row)),
+        };
+        if !fits {
+            clean.store(false, Ordering::Relaxed);
+        }
+    });
+    if clean.into_inner() {
+        return Ok(());
+    }
+    let tokens = x.shape()[1];
+    let bad = x.rows().into_iter().enumerate().filter(|(row, _)| valid.is_none_or(|valid| valid[row % tokens]));
+    let mut bad = bad.flat_map(|(row, x)| x.into_iter().enumerate().map(move |(i, &value)| (row, i, value)));
+    match bad.find(|(_, _, value)| !(value.abs() <= limit)) {
+        Some((row, i, value)) => Err(Error::NonFinite { argument, index: row * x.shape()[2] + i, limit: T::LIMIT, got: value.to_f64() }),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,226 @@
+//! Causal linear attention with an exact near part: the last chunks of keys as they are, everything older through the
+//! state.
+
+use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3};
+
+use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
+use crate::attention::state::HeadState;
+use crate::attention::workspace::{BLOCK, Scratch};
+use crate::attention::{Head, Near};
+use crate::kernel::FeatureMap;
+use crate::real::Real;
+use crate::simd::{LANES, Product, padded};
+
+/// The keys and values of the last `back + 1` chunks; chunk i lies in slot i mod (back + 1).
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Ring<T> {
+    /// c.
+    chunk: usize,
+    slots: Vec<Slot<T>>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Slot<T> {
+    /// Scaled keys `[d, c_padded]`, columns are tokens.
+    keys: Vec<T>,
+    /// Values `[c, e_padded]`.
+    values: Vec<T>,
+    /// Tokens that may be attended to, `[c]`.
+    valid: Vec<bool>,
+}
+
+impl<T: Real> Ring<T> {
+    pub(super) fn new(near: Near, dim: usize, value_dim: usize) -> Self {
+        let chunk = near.chunk;
+        let slot = Slot {
+            keys: vec![T::zero(); dim * padded(chunk)],
+            values: vec![T::zero(); chunk * padded(value_dim)],
+            valid: vec![false; chunk],
+        };
+        Self { chunk, slots: vec![slot; near.back + 1] }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.slots.iter().map(|slot| slot.keys.len() + slot.values.len()).sum()
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.slots.iter_mut().for_each(Slot::clear);
+    }
+
+    fn slot(&self, chunk: usize) -> &Slot<T> {
+        &self.slots[chunk % self.slots.len()]
+    }
+
+    fn slot_mut(&mut self, chunk: usize) -> &mut Slot<T> {
+        let slots = self.slots.len();
+        &mut self.slots[chunk % slots]
+    }
+
+    /// Columns of the widest row of scores.
+    pub(super) fn scores(near: Near) -> usize {
+        (near.back + 1) * padded(near.chunk)
+    }
+}
+
+impl<T: Real> Slot<T> {
+    fn clear(&mut self) {
+        self.keys.fill(T::zero());
+        self.values.fill(T::zero());
+        self.valid.fill(false);
+    }
+}
+
+/// The next tokens of one key-value head and its group of query heads.
+///
+/// # Shapes
+/// - `q`: `[group, n, d]`, `k`: `[n, d]`, `v`: `[n, e]`, `out`: `[group, n, e]`.
+pub(super) fn near<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    position: usize,
+    q: ArrayView3<'_, T>,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    valid: Valid<'_>,
+    mut out: ArrayViewMut3<'_, T>,
+    scratch: &mut Scratch<T>,
+) {
+    let Some(mut ring) = state.ring.take() else { return };
+    let n = k.nrows();
+    let mut start = 0;
+    while start < n {
+        let (chunk, within) = ((position + start) / ring.chunk, (position + start) % ring.chunk);
+        let end = n.min(start + BLOCK.min(ring.chunk - within));
+        let width = padded(end - start);
+        if within == 0 {
+            retire(head, state, &mut ring, chunk, scratch);
+        }
+        let slot = ring.slot_mut(chunk);
+        gather(head.ops, k, start..end, valid, head.scale, &mut scratch.y, &scratch.zeros);
+        let stride = padded(slot.valid.len());
+        for (keys, y) in slot.keys.chunks_exact_mut(stride).zip(scratch.y.chunks_exact(width)) {
+            keys[within..within + end - start].copy_from_slice(&y[..end - start]);
+        }
+        copy_rows(v, start..end, valid, &mut slot.values[within * head.value_stride..]);
+        for j in start..end {
+            slot.valid[within + j - start] = is_valid(valid, j);
+        }
+        for (q, mut out) in q.outer_iter().zip(out.outer_iter_mut()) {
+            gather(head.ops, q, start..end, None, head.scale, &mut scratch.x, &scratch.zeros);
+            queries(head, state, &ring, position + start, end - start, scratch);
+            for i in 0..end - start {
+                normalise(&scratch.o[i * head.value_stride..], scratch.total[i], out.row_mut(start + i));
+            }
+        }
+        start = end;
+    }
+    state.ring = Some(ring);
+}
+
+/// Before chunk `chunk` begins: the oldest chunk leaves its slot for the state.
+fn retire<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    ring: &mut Ring<T>,
+    chunk: usize,
+    scratch: &mut Scratch<T>,
+) {
+    let (length, slots) = (ring.chunk, ring.slots.len());
+    let slot = ring.slot_mut(chunk);
+    if chunk >= slots {
+        let first = (chunk - slots) * length;
+        let stride = padded(length);
+        for start in (0..length).step_by(BLOCK) {
+            let tokens = BLOCK.min(length - start);
+            let width = padded(tokens);
+            for (y, keys) in scratch.y.chunks_exact_mut(width).zip(slot.keys.chunks_exact(stride)) {
+                y[..tokens].copy_from_slice(&keys[start..start + tokens]);
+                y[tokens..].fill(T::zero());
+            }
+            let values = &slot.values[start * head.value_stride..(start + tokens) * head.value_stride];
+            state.absorb(head, first + start, tokens, Some(&slot.valid[start..start + tokens]), values, scratch);
+        }
+    }
+    slot.clear();
+}
+
+/// Sums and normalisers of the queries `scratch.x`, the first at `position`, over the near keys and the state, into
+/// `scratch.o` and `scratch.total`.
+fn queries<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &HeadState<T>,
+    ring: &Ring<T>,
+    position: usize,
+    tokens: usize,
+    scratch: &mut Scratch<T>,
+) {
+    let Scratch { x, a, p, o, column, top, total, map, .. } = scratch;
+    let width = padded(tokens);
+    let x = &x[..head.dim * width];
+    let (column, top, total) = (&mut column[..width], &mut top[..width], &mut total[..width]);
+    let (chunk, within) = (position / ring.chunk, position % ring.chunk);
+    let back = (ring.slots.len() - 1).min(chunk);
+    let slot_width = padded(ring.chunk);
+    let stride = (back + 1) * slot_width;
+    let stride_v = head.value_stride;
+
+    // Scores of the older chunks, then of the query's own up to the diagonal; −∞ where no key may be looked at.
+    for age in (0..=back).rev() {
+        let slot = ring.slot(chunk - age);
+        let at = (back - age) * slot_width;
+        for band in (0..tokens).step_by(LANES) {
+            let rows = LANES.min(tokens - band);
+            let columns = if age == 0 { padded(within + band + rows) } else { slot_width };
+            let product =
+                Product { m: rows, n: columns, k: head.dim, a_row: 1, a_col: width, b_row: slot_width, c_row: stride, accumulate: false };
+            (head.ops.matmul)(product, &x[band..], &slot.keys, &mut p[band * stride + at..]);
+            for i in band..band + rows {
+                let row = &mut p[i * stride + at..][..slot_width];
+                let end = if age == 0 { within + i + 1 } else { ring.chunk };
+                row[end..].fill(T::NEG_INFINITY);
+                for (score, _) in row.iter_mut().zip(&slot.valid).filter(|(_, valid)| !**valid) {
+                    *score = T::NEG_INFINITY;
+                }
+            }
+        }
+    }
+    for (i, top) in top.iter_mut().enumerate() {
+        *top = if i < tokens { (head.ops.slice_max)(&p[i * stride..(i + 1) * stride]) } else { T::zero() };
+    }
+
+    // The far part shares the row's largest exponent with the near one.
+    if state.started {
+        let a = &mut a[..head.features * width];
+        head.map.query_panel(width, x, a, map);
+        (head.ops.column_max)(a, &state.reference, column);
+        for (i, (shift, top)) in column.iter_mut().zip(top.iter_mut()).enumerate() {
+            let decay = state.decay(head.log_decay, position + i);
+            *top = top.max(*shift + decay);
+            *shift = decay - *top;
+        }
+        state.read(head.ops, a, tokens, column, total, o);
+    } else {
+        total.fill(T::zero());
+        o[..tokens * stride_v].fill(T::zero());
+    }
+    for i in 0..tokens {
+        let row = &mut p[i * stride..(i + 1) * stride];
+        if top[i] > T::NEG_INFINITY {
+            total[i] += (head.ops.exp_sum)(row, -top[i]);
+        } else {
+            row.fill(T::zero());
+        }
+    }
+    for age in (0..=back).rev() {
+        let slot = ring.slot(chunk - age);
+        let at = (back - age) * slot_width;
+        for band in (0..tokens).step_by(LANES) {
+            let rows = LANES.min(tokens - band);
+            let keys = if age == 0 { within + band + rows } else { ring.chunk };
+            let product =
+                Product { m: rows, n: stride_v, k: keys, a_row: stride, a_col: 1, b_row: stride_v, c_row: stride_v, accumulate: true };
+            (head.ops.matmul)(product, &p[band * stride + at..], &slot.values, &mut o[band * stride_v..]);
+        }
+    }
+}

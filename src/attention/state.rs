@@ -1,0 +1,227 @@
+//! [`CausalState`]: what a sequence leaves behind, at constant size.
+
+use crate::attention::near::Ring;
+use crate::attention::rows::{Valid, is_valid};
+use crate::attention::workspace::Scratch;
+use crate::attention::{Head, Near};
+use crate::error::{Error, Result};
+use crate::kernel::FeatureMap;
+use crate::real::Real;
+use crate::simd::{Ops, Product, padded};
+
+/// What one sequence leaves behind for its next tokens: constant size, whatever the number of tokens.
+///
+/// Per key-value head: the sums S `[m, e]` of φ(k)·v, the normaliser z `[m]`, the reference exponent c `[m]` they are
+/// scaled by, and with a near part the last `back + 1` chunks of keys and values. Made by
+/// [`LinearAttention::new_state`](crate::attention::LinearAttention::new_state), and fed by its `prefill` and `step`;
+/// `clone` is a snapshot to roll back to or to continue several times.
+#[derive(Debug, Clone, PartialEq)]
+pub struct CausalState<T> {
+    pub(super) heads: Vec<HeadState<T>>,
+    pub(super) position: usize,
+    shape: Shape,
+}
+
+/// What a state must share with the operator it is used by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Shape {
+    pub(super) heads: usize,
+    pub(super) dim: usize,
+    pub(super) features: usize,
+    pub(super) value_dim: usize,
+    pub(super) near: Option<Near>,
+}
+
+impl<T: Real> CausalState<T> {
+    pub(super) fn new(shape: Shape) -> Self {
+        Self { heads: vec![HeadState::new(shape); shape.heads], position: 0, shape }
+    }
+
+    /// Tokens seen so far, masked ones included.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Bytes held; does not grow.
+    pub fn bytes(&self) -> usize {
+        self.heads.iter().map(|head| head.len() * size_of::<T>()).sum()
+    }
+
+    /// Back to the empty state, without allocating.
+    pub fn reset(&mut self) {
+        self.position = 0;
+        for head in &mut self.heads {
+            head.reset();
+        }
+    }
+
+    /// Whether this state was made by an operator of this shape.
+    pub(super) fn check(&self, shape: Shape) -> Result<()> {
+        let near = |shape: Shape| shape.near.map_or((0, 0), |near| (near.chunk, near.back));
+        let pairs = [
+            ("number of heads", shape.heads, self.shape.heads),
+            ("head dimension", shape.dim, self.shape.dim),
+            ("number of features", shape.features, self.shape.features),
+            ("value dimension", shape.value_dim, self.shape.value_dim),
+            ("near chunk", near(shape).0, near(self.shape).0),
+            ("near back", near(shape).1, near(self.shape).1),
+        ];
+        match pairs.into_iter().find(|(_, expected, got)| expected != got) {
+            Some((what, expected, got)) => Err(Error::Foreign { argument: "state", what, expected, got }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// The state of one key-value head.
+///
+/// Key j at position p_j has weight exp(b_jf − λ(p_j − p₀) − c_f) in row f of the sums, where λ = log γ and the *frame*
+/// (c, p₀) is the reference exponent and the position it was taken at. A query at position p reads with
+/// exp(a_f + λ(p − p₀) + c_f). The frame only moves when a key exceeds it by more than [`ceiling`]: so decay costs
+/// nothing per token and accumulates no rounding, c_f is always attained by some past key up to that ceiling, and the
+/// normaliser cannot vanish.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct HeadState<T> {
+    /// S `[m, e_padded]`.
+    pub(super) sums: Vec<T>,
+    /// z `[m]`.
+    pub(super) norm: Vec<T>,
+    /// c `[m]`.
+    pub(super) reference: Vec<T>,
+    /// p₀.
+    pub(super) reference_position: usize,
+    /// Whether any key was absorbed; until then the frame means nothing.
+    pub(super) started: bool,
+    /// The near part's keys and values.
+    pub(super) ring: Option<Ring<T>>,
+}
+
+/// By how much a key's exponent may exceed the frame. e^20 in `f32` (e^200 in `f64`) leaves room for 10^12 keys and
+/// values of [`Real::LIMIT`] before anything overflows.
+pub(super) fn ceiling<T: Real>() -> T {
+    T::from_f64(if size_of::<T>() == 4 { 20.0 } else { 200.0 })
+}
+
+impl<T: Real> HeadState<T> {
+    pub(super) fn new(shape: Shape) -> Self {
+        let Shape { dim, features, value_dim, near, .. } = shape;
+        Self {
+            sums: vec![T::zero(); features * padded(value_dim)],
+            norm: vec![T::zero(); features],
+            reference: vec![T::zero(); features],
+            reference_position: 0,
+            started: false,
+            ring: near.map(|near| Ring::new(near, dim, value_dim)),
+        }
+    }
+
+    /// Elements held.
+    pub(super) fn len(&self) -> usize {
+        self.sums.len() + self.norm.len() + self.reference.len() + self.ring.as_ref().map_or(0, Ring::len)
+    }
+
+    pub(super) fn reset(&mut self) {
+        self.sums.fill(T::zero());
+        self.norm.fill(T::zero());
+        self.reference.fill(T::zero());
+        self.reference_position = 0;
+        self.started = false;
+        if let Some(ring) = &mut self.ring {
+            ring.clear();
+        }
+    }
+
+    /// λ(position − p₀).
+    pub(super) fn decay(&self, log_decay: f64, position: usize) -> T {
+        if log_decay == 0.0 { T::zero() } else { T::from_f64(log_decay * (position - self.reference_position) as f64) }
+    }
+
+    /// Moves the frame to `position` and to at least the exponents `candidate`.
+    pub(super) fn rebase(&mut self, ops: &Ops<T>, log_decay: f64, position: usize, candidate: &[T]) {
+        let decay = self.decay(log_decay, position);
+        let stride = self.sums.len() / self.norm.len();
+        for (f, &candidate) in candidate.iter().enumerate() {
+            if self.started {
+                let current = self.reference[f] + decay;
+                self.reference[f] = current.max(candidate);
+                let factor = (current - self.reference[f]).exp();
+                if factor != T::one() {
+                    (ops.scale)(factor, &mut self.sums[f * stride..(f + 1) * stride]);
+                    self.norm[f] *= factor;
+                }
+            } else {
+                self.reference[f] = candidate;
+            }
+        }
+        self.reference_position = position;
+        self.started = true;
+    }
+
+    /// First token of a panel of log-features whose exponent leaves the frame; `exponents` holds −λ(p_j − p₀), or −∞
+    /// for masked tokens. In an unstarted state every valid token does. `top` and `negated` are scratch.
+    pub(super) fn first_above(&self, ops: &Ops<T>, b: &[T], exponents: &[T], top: &mut [T], negated: &mut [T]) -> Option<usize> {
+        if !self.started {
+            return exponents.iter().position(|&exponent| exponent > T::NEG_INFINITY);
+        }
+        negated.iter_mut().zip(&self.reference).for_each(|(negated, &c)| *negated = -c);
+        (ops.column_max)(b, negated, top);
+        let ceiling = ceiling::<T>();
+        top.iter().zip(exponents).position(|(&top, &exponent)| top + exponent > ceiling)
+    }
+
+    /// −λ(p_j − p₀) for the tokens at `position`.. of a panel, −∞ for masked ones and for padding.
+    pub(super) fn exponents(&self, log_decay: f64, position: usize, tokens: usize, valid: impl Fn(usize) -> bool, out: &mut [T]) {
+        for (j, out) in out.iter_mut().enumerate() {
+            *out = if j < tokens && valid(j) { -self.decay(log_decay, position + j) } else { T::NEG_INFINITY };
+        }
+    }
+
+    /// Adds weights (a panel of `tokens` exponentials, `[m, width]`) times values `[tokens, e_padded]` to the sums.
+    pub(super) fn accumulate(&mut self, ops: &Ops<T>, weights: &[T], width: usize, tokens: usize, values: &[T]) {
+        let (m, stride) = (self.norm.len(), self.sums.len() / self.norm.len());
+        (ops.add_row_sums)(weights, &mut self.norm);
+        let product = Product { m, n: stride, k: tokens, a_row: width, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
+        (ops.matmul)(product, weights, values, &mut self.sums);
+    }
+
+    /// Absorbs a block of keys that every later reader may see whole: scaled keys as the panel `scratch.y`, values as
+    /// the rows `values`; the first one is at `position`.
+    pub(super) fn absorb<M: FeatureMap<T>>(
+        &mut self,
+        head: &Head<'_, T, M>,
+        position: usize,
+        tokens: usize,
+        valid: Valid<'_>,
+        values: &[T],
+        scratch: &mut Scratch<T>,
+    ) {
+        let Scratch { y, b, column, top, feature, map, .. } = scratch;
+        let width = padded(tokens);
+        let b = &mut b[..head.features * width];
+        let (column, top) = (&mut column[..width], &mut top[..width]);
+        head.map.key_panel(width, &y[..head.dim * width], b, map);
+        self.exponents(head.log_decay, position, tokens, |j| is_valid(valid, j), column);
+        if self.first_above(head.ops, b, column, top, feature).is_some() {
+            // The new frame is taken at `position`: exponents relative to it, then their maximum for every feature.
+            for (j, exponent) in column.iter_mut().enumerate().filter(|(_, exponent)| **exponent > T::NEG_INFINITY) {
+                *exponent = T::from_f64(-head.log_decay * j as f64);
+            }
+            (head.ops.row_max)(b, column, feature);
+            self.rebase(head.ops, head.log_decay, position, feature);
+        } else if !self.started {
+            return;
+        }
+        feature.iter_mut().zip(&self.reference).for_each(|(negated, &c)| *negated = -c);
+        (head.ops.exp_panel)(b, feature, column);
+        self.accumulate(head.ops, b, width, tokens, values);
+    }
+
+    /// Reads the sums for a panel of query log-features: on return `o` holds wᵀS and `total` wᵀz for every token, where
+    /// w_f = exp(a_f + c_f + shift).
+    pub(super) fn read(&self, ops: &Ops<T>, a: &mut [T], tokens: usize, shift: &[T], total: &mut [T], o: &mut [T]) {
+        let (m, stride, width) = (self.norm.len(), self.sums.len() / self.norm.len(), shift.len());
+        (ops.exp_dot)(a, &self.reference, shift, &self.norm, total);
+        let product = Product { m: tokens, n: stride, k: m, a_row: 1, a_col: width, b_row: stride, c_row: stride, accumulate: false };
+        (ops.matmul)(product, a, &self.sums, o);
+    }
+}

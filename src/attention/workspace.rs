@@ -1,0 +1,132 @@
+//! Scratch memory of the attention loops.
+
+use crate::attention::state::{HeadState, Shape};
+use crate::error::{Error, Result};
+use crate::real::Real;
+use crate::simd::{LANES, padded};
+use crate::threads::max_threads;
+
+/// Tokens worked on at a time: a block's panels stay in the L2 cache, and 64 rows fill the matrix products.
+pub(super) const BLOCK: usize = 64;
+
+/// Sizes that scratch memory depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Sizes {
+    /// Head dimension d.
+    pub(super) dim: usize,
+    /// Features m; 0 for exact attention.
+    pub(super) features: usize,
+    /// Value dimension e.
+    pub(super) value_dim: usize,
+    /// Columns of the widest row of scores.
+    pub(super) scores: usize,
+    /// Scratch of the largest map.
+    pub(super) map: usize,
+}
+
+/// Scratch memory for the methods of one attention operator.
+///
+/// Its size depends on the operator and the number of threads, never on the number of tokens. Its contents mean nothing
+/// before or after a call. Make it once by the operator's `workspace` and use it for every call; another operator of
+/// the same shape may share it.
+#[derive(Debug, Clone)]
+pub struct Workspace<T> {
+    sizes: Sizes,
+    pub(super) scratches: Vec<Scratch<T>>,
+}
+
+/// What one thread works in. Panels are `[rows, width]` with `width` ≤ BLOCK.
+#[derive(Debug, Clone)]
+pub(super) struct Scratch<T> {
+    /// Scaled queries `[d, width]`.
+    pub(super) x: Vec<T>,
+    /// Scaled keys `[d, width]`.
+    pub(super) y: Vec<T>,
+    /// Query features `[m, width]`.
+    pub(super) a: Vec<T>,
+    /// Key features `[m, width]`.
+    pub(super) b: Vec<T>,
+    /// Values `[width, e_padded]`.
+    pub(super) v: Vec<T>,
+    /// Scores `[width, scores]`.
+    pub(super) p: Vec<T>,
+    /// Weighted sums of values `[width, e_padded]`.
+    pub(super) o: Vec<T>,
+    /// The sums of full attention, which outlive no call.
+    pub(super) sums: HeadState<T>,
+    /// One number per feature.
+    pub(super) feature: Vec<T>,
+    /// One number per token: exponents of keys, or shifts of queries.
+    pub(super) column: Vec<T>,
+    /// One number per token: largest exponents.
+    pub(super) top: Vec<T>,
+    /// One number per token: normalisers.
+    pub(super) total: Vec<T>,
+    /// A row of d zeros, standing in for absent tokens.
+    pub(super) zeros: Vec<T>,
+    /// The feature map's own.
+    pub(super) map: Vec<T>,
+}
+
+impl<T: Real> Workspace<T> {
+    pub(super) fn new(sizes: Sizes) -> Self {
+        Self { sizes, scratches: vec![Scratch::new(sizes); max_threads()] }
+    }
+
+    /// The one scratch of work that stays on the calling thread.
+    pub(super) fn first(&mut self) -> &mut Scratch<T> {
+        &mut self.scratches[0]
+    }
+
+    /// Whether this workspace was made for these sizes.
+    pub(super) fn check(&self, sizes: Sizes) -> Result<()> {
+        let pairs = [
+            ("head dimension", sizes.dim, self.sizes.dim),
+            ("number of features", sizes.features, self.sizes.features),
+            ("value dimension", sizes.value_dim, self.sizes.value_dim),
+            ("near part", sizes.scores, self.sizes.scores),
+            ("map scratch", sizes.map, self.sizes.map),
+        ];
+        match pairs.into_iter().find(|(_, expected, got)| expected != got) {
+            Some((what, expected, got)) => Err(Error::Foreign { argument: "workspace", what, expected, got }),
+            None => Ok(()),
+        }
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        self.scratches.iter().map(Scratch::len).sum::<usize>() * size_of::<T>()
+    }
+}
+
+impl<T: Real> Scratch<T> {
+    fn new(sizes: Sizes) -> Self {
+        let Sizes { dim, features, value_dim, scores, map } = sizes;
+        let zeros = |len| vec![T::zero(); len];
+        Self {
+            x: zeros(dim * BLOCK),
+            y: zeros(dim * BLOCK),
+            a: zeros(features * BLOCK),
+            b: zeros(features * BLOCK),
+            v: zeros(BLOCK * padded(value_dim)),
+            p: zeros(BLOCK * scores),
+            o: zeros(BLOCK * padded(value_dim)),
+            sums: HeadState::new(Shape { heads: 1, dim, features, value_dim, near: None }),
+            feature: zeros(features),
+            column: zeros(BLOCK),
+            top: zeros(BLOCK),
+            total: zeros(BLOCK),
+            zeros: zeros(dim.max(LANES)),
+            map: zeros(map),
+        }
+    }
+
+    fn len(&self) -> usize {
+        [&self.x, &self.y, &self.a, &self.b, &self.v, &self.p, &self.o, &self.feature, &self.column, &self.top, &self.total]
+            .into_iter()
+            .chain([&self.zeros, &self.map])
+            .map(Vec::len)
+            .sum::<usize>()
+            + self.sums.len()
+    }
+}

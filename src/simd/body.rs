@@ -1,0 +1,396 @@
+//! The vector loops, once, for every instruction set. Safe functions on slices; lengths are checked at the top.
+//!
+//! A *panel* is `[rows, width]`, row-major without gaps, column = token, `width` a multiple of [`LANES`].
+//! Every column is computed from that column alone and in the same order whatever the width, so that a token's result
+//! never depends on its neighbours, not by one bit.
+
+use super::lane::Simd;
+use crate::real::Real;
+use crate::simd::LANES;
+
+/// Shape and strides of a matrix product C (+)= A·B.
+#[derive(Clone, Copy)]
+pub(crate) struct Product {
+    /// Rows of A and C.
+    pub(crate) m: usize,
+    /// Columns of B and C, a multiple of [`LANES`].
+    pub(crate) n: usize,
+    /// Columns of A, rows of B.
+    pub(crate) k: usize,
+    /// Distance between rows of A.
+    pub(crate) a_row: usize,
+    /// Distance between columns of A.
+    pub(crate) a_col: usize,
+    /// Distance between rows of B; its columns are contiguous.
+    pub(crate) b_row: usize,
+    /// Distance between rows of C; its columns are contiguous.
+    pub(crate) c_row: usize,
+    /// Add to C instead of overwriting it.
+    pub(crate) accumulate: bool,
+}
+
+/// C (+)= A·B for operands that stay in the cache: no packing, no allocation. Every element of C is one chain of
+/// multiply-adds in the order of k.
+#[inline(always)]
+pub(super) fn matmul<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T], c: &mut [S::T]) {
+    if p.m == 0 || p.n == 0 {
+        return;
+    }
+    assert!(p.n.is_multiple_of(LANES) && c.len() >= (p.m - 1) * p.c_row + p.n, "C holds [{}, {}]", p.m, p.n);
+    assert!(p.k == 0 || (a.len() > (p.m - 1) * p.a_row + (p.k - 1) * p.a_col && b.len() >= (p.k - 1) * p.b_row + p.n), "A and B");
+    let vectors = p.n / S::N;
+    let mut column = 0;
+    while column < vectors {
+        // Few rows leave registers free for more columns, and need them to hide the latency of the additions.
+        let width = match vectors - column {
+            1 => 1,
+            2 | 3 => 2,
+            _ => {
+                if p.m <= 4 {
+                    4
+                } else {
+                    2
+                }
+            }
+        };
+        let mut row = 0;
+        while row < p.m {
+            let height = (p.m - row).min(S::TILE_ROWS);
+            // SAFETY: the tile [row..row + height, column·N..(column + width)·N] lies inside C, and with it the rows of
+            // A and the columns of B, whose lengths were checked above.
+            unsafe {
+                let a = a.as_ptr().wrapping_add(row * p.a_row);
+                let b = b.as_ptr().wrapping_add(column * S::N);
+                let c = c.as_mut_ptr().add(row * p.c_row + column * S::N);
+                match width {
+                    4 => rows::<S, 4>(simd, height, p, a, b, c),
+                    2 => rows::<S, 2>(simd, height, p, a, b, c),
+                    _ => rows::<S, 1>(simd, height, p, a, b, c),
+                }
+            }
+            row += height;
+        }
+        column += width;
+    }
+}
+
+/// Chooses the tile for the number of rows.
+///
+/// # Safety
+/// As [`tile`], with `height` rows.
+#[inline(always)]
+unsafe fn rows<S: Simd, const C: usize>(simd: S, height: usize, p: Product, a: *const S::T, b: *const S::T, c: *mut S::T) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match height {
+            1 => tile::<S, 1, C>(simd, p, a, b, c),
+            2 => tile::<S, 2, C>(simd, p, a, b, c),
+            3 => tile::<S, 3, C>(simd, p, a, b, c),
+            4 => tile::<S, 4, C>(simd, p, a, b, c),
+            _ if C == 4 => unreachable!("four registers only for up to four rows"),
+            5 => tile::<S, 5, C>(simd, p, a, b, c),
+            6 => tile::<S, 6, C>(simd, p, a, b, c),
+            7 => tile::<S, 7, C>(simd, p, a, b, c),
+            _ => tile::<S, 8, C>(simd, p, a, b, c),
+        }
+    }
+}
+
+/// R rows by C registers of the product, held in registers.
+///
+/// # Safety
+/// `a` is valid at r·a_row + k·a_col, `b` for C·N elements at k·b_row, `c` for C·N elements at r·c_row.
+#[inline(always)]
+unsafe fn tile<S: Simd, const R: usize, const C: usize>(simd: S, p: Product, a: *const S::T, b: *const S::T, c: *mut S::T) {
+    let mut sums = [[simd.splat(S::T::ZERO); C]; R];
+    for k in 0..p.k {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let b: [S::V; C] = std::array::from_fn(|j| simd.load(b.add(k * p.b_row + j * S::N)));
+            for r in 0..R {
+                let a = simd.splat(*a.add(r * p.a_row + k * p.a_col));
+                for j in 0..C {
+                    sums[r][j] = simd.mul_add(a, b[j], sums[r][j]);
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        for j in 0..C {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let at = c.add(r * p.c_row + j * S::N);
+                let sum = if p.accumulate { simd.add(simd.load(at), sums[r][j]) } else { sums[r][j] };
+                simd.store(at, sum);
+            }
+        }
+    }
+}
+
+/// exp(x) for x ≤ 88; zero far below the range of the type.
+#[inline(always)]
+fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
+    let c = |value: f64| simd.splat(S::T::from_f64(value));
+    let single = size_of::<S::T>() == 4;
+    // Below this 2ⁿ is zero, and −∞ must not reach the subtraction.
+    let x = simd.max(x, c(if single { -150.0 } else { -1100.0 }));
+    let n = simd.round(simd.mul(x, c(std::f64::consts::LOG2_E)));
+    // ln 2 in two parts, the first with enough trailing zeros that n·HIGH is exact (Cody and Waite).
+    let (high, low) =
+        if single { (0.693_359_375, -2.121_944_400_546_905_8e-4) } else { (0.693_147_180_369_123_8, 1.908_214_929_270_587_7e-10) };
+    let f = simd.mul_add(n, c(-low), simd.mul_add(n, c(-high), x));
+    // Taylor polynomials on |f| ≤ ln 2 / 2: remainder 5e-9 at degree 7, 4e-18 at degree 13.
+    let degree = if single { 7 } else { 13 };
+    let mut p = c(INVERSE_FACTORIAL[degree]);
+    for i in (0..degree).rev() {
+        p = simd.mul_add(p, f, c(INVERSE_FACTORIAL[i]));
+    }
+    simd.scale2(p, n)
+}
+
+/// 1/i!
+const INVERSE_FACTORIAL: [f64; 14] = {
+    let mut table = [1.0; 14];
+    let mut i = 1;
+    while i < 14 {
+        table[i] = table[i - 1] / i as f64;
+        i += 1;
+    }
+    table
+};
+
+/// Every element is a number of at most this magnitude.
+#[inline(always)]
+pub(super) fn all_within<S: Simd>(simd: S, x: &[S::T], limit: S::T) -> bool {
+    let limits = simd.splat(limit);
+    let (body, tail) = x.split_at(x.len() / S::N * S::N);
+    let mut all = true;
+    for part in body.chunks_exact(S::N) {
+        // SAFETY: the part holds N elements.
+        all &= simd.within(unsafe { simd.load(part.as_ptr()) }, limits);
+    }
+    all && tail.iter().all(|x| x.abs() <= limit)
+}
+
+/// `panel[i, lane] = scale · rows[lane][i]` for one group of LANES tokens of a panel `width` wide, starting at the
+/// group's first column.
+#[inline(always)]
+pub(super) fn gather<S: Simd>(simd: S, rows: &[&[S::T]; LANES], scale: S::T, panel: &mut [S::T], width: usize) {
+    let d = rows[0].len();
+    assert!(rows.iter().all(|row| row.len() == d), "rows of one length");
+    assert!(d == 0 || panel.len() >= (d - 1) * width + LANES, "panel");
+    let pointers: [*const S::T; LANES] = std::array::from_fn(|lane| rows[lane].as_ptr());
+    let whole = d / S::N * S::N;
+    let mut i = 0;
+    while i < whole {
+        // SAFETY: i + N ≤ d, and the panel holds LANES elements in each of rows 0..d.
+        unsafe {
+            let rows: [*const S::T; LANES] = std::array::from_fn(|lane| pointers[lane].add(i));
+            simd.transpose(&rows, simd.splat(scale), panel.as_mut_ptr().add(i * width), width);
+        }
+        i += S::N;
+    }
+    for i in whole..d {
+        for lane in 0..LANES {
+            panel[i * width + lane] = rows[lane][i] * scale;
+        }
+    }
+}
+
+/// `out[j] = max_f (panel[f, j] + offset[f])`, −∞ for no rows.
+#[inline(always)]
+pub(super) fn column_max<S: Simd>(simd: S, panel: &[S::T], offset: &[S::T], out: &mut [S::T]) {
+    let (m, width) = (offset.len(), out.len());
+    assert!(width.is_multiple_of(LANES) && panel.len() == m * width, "panel");
+    for j in (0..width).step_by(S::N) {
+        // SAFETY: j + N ≤ width, in `out` and in every row of the panel.
+        unsafe {
+            let mut top = simd.splat(S::T::NEG_INFINITY);
+            for f in 0..m {
+                let sum = simd.add(simd.load(panel.as_ptr().add(f * width + j)), simd.splat(offset[f]));
+                top = simd.max(top, sum);
+            }
+            simd.store(out.as_mut_ptr().add(j), top);
+        }
+    }
+}
+
+/// `out[f] = max_j (panel[f, j] + column[j])`.
+#[inline(always)]
+pub(super) fn row_max<S: Simd>(simd: S, panel: &[S::T], column: &[S::T], out: &mut [S::T]) {
+    let (m, width) = (out.len(), column.len());
+    assert!(width.is_multiple_of(LANES) && panel.len() == m * width, "panel");
+    for f in 0..m {
+        let mut top = simd.splat(S::T::NEG_INFINITY);
+        for j in (0..width).step_by(S::N) {
+            // SAFETY: j + N ≤ width.
+            unsafe { top = simd.max(top, simd.add(simd.load(panel.as_ptr().add(f * width + j)), simd.load(column.as_ptr().add(j)))) }
+        }
+        out[f] = simd.top(top);
+    }
+}
+
+/// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])` and `dot[j] = Σ_f panel[f, j]·weight[f]`.
+#[inline(always)]
+pub(super) fn exp_dot<S: Simd>(simd: S, panel: &mut [S::T], offset: &[S::T], column: &[S::T], weight: &[S::T], dot: &mut [S::T]) {
+    let (m, width) = (offset.len(), column.len());
+    assert!(width.is_multiple_of(LANES) && panel.len() == m * width, "panel");
+    assert!(weight.len() == m && dot.len() == width, "weights and sums");
+    for j in (0..width).step_by(S::N) {
+        // SAFETY: j + N ≤ width, in `column`, `dot` and every row of the panel.
+        unsafe {
+            let shift = simd.load(column.as_ptr().add(j));
+            let mut sum = simd.splat(S::T::ZERO);
+            for f in 0..m {
+                let at = panel.as_mut_ptr().add(f * width + j);
+                let e = exp(simd, simd.add(simd.add(simd.load(at), simd.splat(offset[f])), shift));
+                simd.store(at, e);
+                sum = simd.mul_add(e, simd.splat(weight[f]), sum);
+            }
+            simd.store(dot.as_mut_ptr().add(j), sum);
+        }
+    }
+}
+
+/// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])`.
+#[inline(always)]
+pub(super) fn exp_panel<S: Simd>(simd: S, panel: &mut [S::T], offset: &[S::T], column: &[S::T]) {
+    let (m, width) = (offset.len(), column.len());
+    assert!(width.is_multiple_of(LANES) && panel.len() == m * width, "panel");
+    for f in 0..m {
+        let offset = simd.splat(offset[f]);
+        for j in (0..width).step_by(S::N) {
+            // SAFETY: j + N ≤ width.
+            unsafe {
+                let at = panel.as_mut_ptr().add(f * width + j);
+                simd.store(at, exp(simd, simd.add(simd.add(simd.load(at), offset), simd.load(column.as_ptr().add(j)))));
+            }
+        }
+    }
+}
+
+/// `sums[f] += Σ_j panel[f, j]`.
+#[inline(always)]
+pub(super) fn add_row_sums<S: Simd>(simd: S, panel: &[S::T], sums: &mut [S::T]) {
+    if sums.is_empty() {
+        return;
+    }
+    let width = panel.len() / sums.len();
+    assert!(width.is_multiple_of(LANES) && panel.len() == sums.len() * width, "panel");
+    for (f, sum) in sums.iter_mut().enumerate() {
+        let mut total = simd.splat(S::T::ZERO);
+        for j in (0..width).step_by(S::N) {
+            // SAFETY: j + N ≤ width.
+            unsafe { total = simd.add(total, simd.load(panel.as_ptr().add(f * width + j))) }
+        }
+        *sum += simd.sum(total);
+    }
+}
+
+/// Keeps the lower triangle of `p` `[rows, width]` (column j ≤ row i + `diagonal`), zeroes the rest, and adds the row
+/// sums to `sums`. Elements must be finite.
+#[inline(always)]
+pub(super) fn mask_triangle<S: Simd>(simd: S, p: &mut [S::T], width: usize, diagonal: usize, sums: &mut [S::T]) {
+    assert!(width.is_multiple_of(LANES) && p.len() >= sums.len() * width, "scores");
+    for (i, sum) in sums.iter_mut().enumerate() {
+        let row = &mut p[i * width..(i + 1) * width];
+        let end = (i + diagonal + 1).min(width);
+        row[end..].fill(S::T::ZERO);
+        let mut total = simd.splat(S::T::ZERO);
+        for j in (0..end).step_by(S::N) {
+            // SAFETY: j < width and both are multiples of N.
+            unsafe { total = simd.add(total, simd.load(row.as_ptr().add(j))) }
+        }
+        *sum += simd.sum(total);
+    }
+}
+
+/// Largest element of `row` (a multiple of LANES long).
+#[inline(always)]
+pub(super) fn slice_max<S: Simd>(simd: S, row: &[S::T]) -> S::T {
+    assert!(row.len().is_multiple_of(LANES), "whole lane groups");
+    let mut top = simd.splat(S::T::NEG_INFINITY);
+    for j in (0..row.len()).step_by(S::N) {
+        // SAFETY: j + N ≤ len.
+        unsafe { top = simd.max(top, simd.load(row.as_ptr().add(j))) }
+    }
+    simd.top(top)
+}
+
+/// `row[j] = exp(row[j] + shift)`, returns their sum (`row` a multiple of LANES long).
+#[inline(always)]
+pub(super) fn exp_sum<S: Simd>(simd: S, row: &mut [S::T], shift: S::T) -> S::T {
+    assert!(row.len().is_multiple_of(LANES), "whole lane groups");
+    let shift = simd.splat(shift);
+    let mut total = simd.splat(S::T::ZERO);
+    for j in (0..row.len()).step_by(S::N) {
+        // SAFETY: j + N ≤ len.
+        unsafe {
+            let at = row.as_mut_ptr().add(j);
+            let e = exp(simd, simd.add(simd.load(at), shift));
+            simd.store(at, e);
+            total = simd.add(total, e);
+        }
+    }
+    simd.sum(total)
+}
+
+/// `y[i] += a·x[i]` (a multiple of LANES long).
+#[inline(always)]
+pub(super) fn axpy<S: Simd>(simd: S, a: S::T, x: &[S::T], y: &mut [S::T]) {
+    assert!(x.len() == y.len() && x.len().is_multiple_of(LANES), "vectors of one length");
+    let a = simd.splat(a);
+    for i in (0..x.len()).step_by(S::N) {
+        // SAFETY: i + N ≤ len.
+        unsafe {
+            let at = y.as_mut_ptr().add(i);
+            simd.store(at, simd.mul_add(a, simd.load(x.as_ptr().add(i)), simd.load(at)));
+        }
+    }
+}
+
+/// `x[i] *= a`.
+#[inline(always)]
+pub(super) fn scale<S: Simd>(simd: S, a: S::T, x: &mut [S::T]) {
+    let (body, tail) = x.split_at_mut(x.len() / S::N * S::N);
+    let factor = simd.splat(a);
+    for part in body.chunks_exact_mut(S::N) {
+        // SAFETY: the part holds N elements.
+        unsafe { simd.store(part.as_mut_ptr(), simd.mul(factor, simd.load(part.as_ptr()))) }
+    }
+    for x in tail {
+        *x *= a;
+    }
+}
+
+/// `out[i] = Σ_j a[i, j]·x[j] (+ out[i])`, rows of `a` contiguous: the product of a token by a weight matrix.
+#[inline(always)]
+pub(super) fn matvec<S: Simd>(simd: S, a: &[S::T], x: &[S::T], out: &mut [S::T]) {
+    let k = x.len();
+    assert!(a.len() == k * out.len(), "matrix");
+    let whole = k / S::N * S::N;
+    for (i, out) in out.iter_mut().enumerate() {
+        let row = &a[i * k..(i + 1) * k];
+        let mut sums = [simd.splat(S::T::ZERO); 4];
+        let mut j = 0;
+        // SAFETY: every access stays below `whole` ≤ k.
+        unsafe {
+            while j + 4 * S::N <= whole {
+                for (u, sum) in sums.iter_mut().enumerate() {
+                    let at = j + u * S::N;
+                    *sum = simd.mul_add(simd.load(row.as_ptr().add(at)), simd.load(x.as_ptr().add(at)), *sum);
+                }
+                j += 4 * S::N;
+            }
+            while j < whole {
+                sums[0] = simd.mul_add(simd.load(row.as_ptr().add(j)), simd.load(x.as_ptr().add(j)), sums[0]);
+                j += S::N;
+            }
+        }
+        let mut total = simd.sum(simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3])));
+        for j in whole..k {
+            total += row[j] * x[j];
+        }
+        *out += total;
+    }
+}

@@ -1,0 +1,269 @@
+//! The loops of [`body`](super::body) compiled for AVX2 with FMA and for AVX-512.
+
+use std::arch::x86_64::*;
+
+use super::lane::Simd;
+
+/// AVX-512, 16 × f32.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512F32(pub(super) ());
+
+/// AVX-512, 8 × f64.
+#[derive(Clone, Copy)]
+pub(super) struct Avx512F64(pub(super) ());
+
+/// AVX2 and FMA, 8 × f32.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2F32(pub(super) ());
+
+/// AVX2 and FMA, 4 × f64.
+#[derive(Clone, Copy)]
+pub(super) struct Avx2F64(pub(super) ());
+
+macro_rules! arithmetic {
+    ($t:ty, $v:ty, $n:literal, $rows:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident) => {
+        type T = $t;
+        type V = $v;
+        const N: usize = $n;
+        const TILE_ROWS: usize = $rows;
+
+        #[inline(always)]
+        fn splat(self, x: $t) -> $v {
+            // SAFETY: the token proves the instruction set.
+            unsafe { $splat(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(self, p: *const $t) -> $v {
+            // SAFETY: the token proves the instruction set, the caller the pointer.
+            unsafe { $load(p) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut $t, v: $v) {
+            // SAFETY: the token proves the instruction set, the caller the pointer.
+            unsafe { $store(p, v) }
+        }
+        #[inline(always)]
+        fn add(self, a: $v, b: $v) -> $v {
+            // SAFETY: the token proves the instruction set.
+            unsafe { $add(a, b) }
+        }
+        #[inline(always)]
+        fn sub(self, a: $v, b: $v) -> $v {
+            // SAFETY: the token proves the instruction set.
+            unsafe { $sub(a, b) }
+        }
+        #[inline(always)]
+        fn mul(self, a: $v, b: $v) -> $v {
+            // SAFETY: the token proves the instruction set.
+            unsafe { $mul(a, b) }
+        }
+        #[inline(always)]
+        fn mul_add(self, a: $v, b: $v, c: $v) -> $v {
+            // SAFETY: the token proves the instruction set.
+            unsafe { $fma(a, b, c) }
+        }
+        #[inline(always)]
+        fn max(self, a: $v, b: $v) -> $v {
+            // SAFETY: the token proves the instruction set.
+            unsafe { $max(a, b) }
+        }
+    };
+}
+
+/// Nearest, ties to even, no exceptions.
+const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+impl Simd for Avx512F32 {
+    arithmetic!(
+        f32,
+        __m512,
+        16,
+        8,
+        _mm512_set1_ps,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_add_ps,
+        _mm512_sub_ps,
+        _mm512_mul_ps,
+        _mm512_fmadd_ps,
+        _mm512_max_ps
+    );
+
+    #[inline(always)]
+    fn round(self, a: __m512) -> __m512 {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm512_roundscale_ps::<NEAREST>(a) }
+    }
+    #[inline(always)]
+    fn scale2(self, a: __m512, n: __m512) -> __m512 {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm512_scalef_ps(a, n) }
+    }
+    #[inline(always)]
+    fn within(self, a: __m512, limit: __m512) -> bool {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm512_cmp_ps_mask::<_CMP_LE_OQ>(_mm512_abs_ps(a), limit) == 0xffff }
+    }
+    #[inline(always)]
+    fn sum(self, a: __m512) -> f32 {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm512_reduce_add_ps(a) }
+    }
+    #[inline(always)]
+    fn top(self, a: __m512) -> f32 {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm512_reduce_max_ps(a) }
+    }
+}
+
+impl Simd for Avx512F64 {
+    arithmetic!(
+        f64,
+        __m512d,
+        8,
+        8,
+        _mm512_set1_pd,
+        _mm512_loadu_pd,
+        _mm512_storeu_pd,
+        _mm512_add_pd,
+        _mm512_sub_pd,
+        _mm512_mul_pd,
+        _mm512_fmadd_pd,
+        _mm512_max_pd
+    );
+
+    #[inline(always)]
+    fn round(self, a: __m512d) -> __m512d {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm512_roundscale_pd::<NEAREST>(a) }
+    }
+    #[inline(always)]
+    fn scale2(self, a: __m512d, n: __m512d) -> __m512d {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm512_scalef_pd(a, n) }
+    }
+    #[inline(always)]
+    fn within(self, a: __m512d, limit: __m512d) -> bool {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm512_cmp_pd_mask::<_CMP_LE_OQ>(_mm512_abs_pd(a), limit) == 0xff }
+    }
+    #[inline(always)]
+    fn sum(self, a: __m512d) -> f64 {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm512_reduce_add_pd(a) }
+    }
+    #[inline(always)]
+    fn top(self, a: __m512d) -> f64 {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm512_reduce_max_pd(a) }
+    }
+}
+
+impl Simd for Avx2F32 {
+    arithmetic!(
+        f32,
+        __m256,
+        8,
+        6,
+        _mm256_set1_ps,
+        _mm256_loadu_ps,
+        _mm256_storeu_ps,
+        _mm256_add_ps,
+        _mm256_sub_ps,
+        _mm256_mul_ps,
+        _mm256_fmadd_ps,
+        _mm256_max_ps
+    );
+
+    #[inline(always)]
+    fn round(self, a: __m256) -> __m256 {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm256_round_ps::<NEAREST>(a) }
+    }
+    #[inline(always)]
+    fn scale2(self, a: __m256, n: __m256) -> __m256 {
+        // SAFETY: the token proves the instruction set.
+        unsafe {
+            // 2ⁿ by its exponent bits; n below the normal range becomes the exponent of zero.
+            let n = _mm256_max_ps(n, _mm256_set1_ps(-127.0));
+            let bits = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)));
+            _mm256_mul_ps(a, _mm256_castsi256_ps(bits))
+        }
+    }
+    #[inline(always)]
+    fn within(self, a: __m256, limit: __m256) -> bool {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LE_OQ>(_mm256_andnot_ps(_mm256_set1_ps(-0.0), a), limit)) == 0xff }
+    }
+    #[inline(always)]
+    fn sum(self, a: __m256) -> f32 {
+        // SAFETY: the token proves the instruction set.
+        unsafe {
+            let half = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+            _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)))
+        }
+    }
+    #[inline(always)]
+    fn top(self, a: __m256) -> f32 {
+        // SAFETY: the token proves the instruction set.
+        unsafe {
+            let half = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+            _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)))
+        }
+    }
+}
+
+impl Simd for Avx2F64 {
+    arithmetic!(
+        f64,
+        __m256d,
+        4,
+        6,
+        _mm256_set1_pd,
+        _mm256_loadu_pd,
+        _mm256_storeu_pd,
+        _mm256_add_pd,
+        _mm256_sub_pd,
+        _mm256_mul_pd,
+        _mm256_fmadd_pd,
+        _mm256_max_pd
+    );
+
+    #[inline(always)]
+    fn round(self, a: __m256d) -> __m256d {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm256_round_pd::<NEAREST>(a) }
+    }
+    #[inline(always)]
+    fn scale2(self, a: __m256d, n: __m256d) -> __m256d {
+        // SAFETY: the token proves the instruction set.
+        unsafe {
+            let n = _mm256_max_pd(n, _mm256_set1_pd(-1023.0));
+            let bits = _mm256_slli_epi64::<52>(_mm256_cvtepi32_epi64(_mm_add_epi32(_mm256_cvtpd_epi32(n), _mm_set1_epi32(1023))));
+            _mm256_mul_pd(a, _mm256_castsi256_pd(bits))
+        }
+    }
+    #[inline(always)]
+    fn within(self, a: __m256d, limit: __m256d) -> bool {
+        // SAFETY: the token proves the instruction set.
+        unsafe { _mm256_movemask_pd(_mm256_cmp_pd::<_CMP_LE_OQ>(_mm256_andnot_pd(_mm256_set1_pd(-0.0), a), limit)) == 0xf }
+    }
+    #[inline(always)]
+    fn sum(self, a: __m256d) -> f64 {
+        // SAFETY: the token proves the instruction set.
+        unsafe {
+            let half = _mm_add_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd::<1>(a));
+            _mm_cvtsd_f64(_mm_add_sd(half, _mm_unpackhi_pd(half, half)))
+        }
+    }
+    #[inline(always)]
+    fn top(self, a: __m256d) -> f64 {
+        // SAFETY: the token proves the instruction set.
+        unsafe {
+            let half = _mm_max_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd::<1>(a));
+            _mm_cvtsd_f64(_mm_max_sd(half, _mm_unpackhi_pd(half, half)))
+        }
+    }
+}
