@@ -9,7 +9,7 @@ use ndarray::{Array2, ArrayRef2};
 
 use crate::error::{Error, Result, check_elements};
 use crate::real::Real;
-use crate::simd::padded;
+use crate::simd::{LANES, padded};
 
 /// A pair of log-feature maps, one for queries and one for keys.
 ///
@@ -38,6 +38,26 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     /// Log-features b_f(y) of a panel of scaled keys; shapes as for [`query_panel`](Self::query_panel).
     fn key_panel(&self, width: usize, y: &[T], out: &mut [T], scratch: &mut [T]);
 
+    /// Scratch elements that the token methods need.
+    fn token_scratch_len(&self) -> usize {
+        LANES * (self.dim() + self.features()) + self.scratch_len(LANES)
+    }
+
+    /// Log-features of one scaled query, as a panel of one token would have them (to rounding): for decoding.
+    ///
+    /// The provided method fills a panel with the token and 15 zeros.
+    ///
+    /// # Shapes
+    /// - `x`: `[d]`, `out`: `[m]`, `scratch`: at least [`token_scratch_len`](Self::token_scratch_len) elements.
+    fn query_token(&self, x: &[T], out: &mut [T], scratch: &mut [T]) {
+        token(self.features(), x, out, scratch, |width, x, out, scratch| self.query_panel(width, x, out, scratch));
+    }
+
+    /// Log-features of one scaled key, as [`query_token`](Self::query_token).
+    fn key_token(&self, y: &[T], out: &mut [T], scratch: &mut [T]) {
+        token(self.features(), y, out, scratch, |width, y, out, scratch| self.key_panel(width, y, out, scratch));
+    }
+
     /// Log-features a_f(x) of scaled queries, rows are tokens. Allocates.
     ///
     /// # Shapes
@@ -59,6 +79,16 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     fn key_log_features(&self, y: &ArrayRef2<T>) -> Result<Array2<T>> {
         rows(self.dim(), self.features(), self.scratch_len(padded(y.nrows())), y, "y", |w, y, o, s| self.key_panel(w, y, o, s))
     }
+}
+
+/// Runs a panel method on one token.
+fn token<T: Real>(features: usize, x: &[T], out: &mut [T], scratch: &mut [T], panel: impl Fn(usize, &[T], &mut [T], &mut [T])) {
+    let (input, scratch) = scratch.split_at_mut(LANES * x.len());
+    let (output, scratch) = scratch.split_at_mut(LANES * features);
+    input.fill(T::ZERO);
+    input.chunks_exact_mut(LANES).zip(x).for_each(|(row, &x)| row[0] = x);
+    panel(LANES, input, output, scratch);
+    out.iter_mut().zip(output.chunks_exact(LANES)).for_each(|(out, row)| *out = row[0]);
 }
 
 /// Runs a panel method on rows: transposes in, transposes out.
