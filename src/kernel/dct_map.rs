@@ -16,9 +16,10 @@ use super::FeatureMap;
 use super::params::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides, paired};
 use super::quantile::Quantile;
 use super::sampler::{MAX_POINTS, Purpose, signs, unit_points};
-use super::transform::{DctPlan, dense_panel};
+use super::transform::DctPlan;
 use crate::error::{Error, Result, check_positive};
 use crate::real::Real;
+use crate::simd::{DctTables, Product, padded, supports_dct};
 
 /// How a [`DctMap`] is to be made.
 ///
@@ -212,10 +213,9 @@ pub struct DctMap<T> {
 struct Inner<T> {
     params: DctParams,
     dim: usize,
+    /// Rows P of the projection.
     rows: usize,
     envelope: bool,
-    antithetic: bool,
-    plan: DctPlan<T>,
     query: Side<T>,
     key: Side<T>,
 }
@@ -226,23 +226,36 @@ struct Side<T> {
     center: Option<Vec<T>>,
     /// μ of the other side, of which the dot product with the token is added.
     tilt: Option<Vec<T>>,
-    /// Added to every log-feature.
-    constant: T,
-    /// Added per feature, `[m]`.
-    log_weight: Option<Vec<T>>,
-    /// t, `[P]`; ones where the rows already hold them.
-    radii: Vec<T>,
-    rows: Rows<T>,
+    /// Added to every log-feature of a token: constants and log-weights, `[m]`.
+    row: Vec<T>,
+    projector: Projector<T>,
+    /// The projection of a single token as a matrix, `[d, P_padded]`, while that is small enough to be the fastest.
+    token: Option<Vec<T>>,
 }
 
-enum Rows<T> {
-    /// C(s ⊙ z): s, `[G, d]`.
-    Dct(Vec<T>),
-    /// C D₁ C D₂ C (D₃ s ⊙ z): the diagonals in the order they are applied, `[G, 3, d]`.
-    Mixed(Vec<T>),
-    /// W with t and s multiplied in, `[P, d]`.
-    Dense(Vec<T>),
+/// How the projection u = t ⊙ C(s ⊙ z) of a panel is computed; which one is faster was measured (benches/kernel.rs).
+enum Projector<T> {
+    /// Batched transforms with tokens along the lanes, a chain of them (three if mixed) per block: d = 2^k, 8 to 256.
+    Lanes(Vec<Vec<DctTables<T>>>),
+    /// A matrix `[P, d]`: other d up to 256, and rows that are no transform.
+    Matrix(Vec<T>),
+    /// One transform per column by rustdct, between diagonals: larger d.
+    Columns {
+        plan: DctPlan<T>,
+        /// Per block the diagonals that stand before each transform, `[G, chain, d]`.
+        diagonals: Vec<T>,
+        /// Transforms per block.
+        chain: usize,
+        /// t, `[P]`.
+        radii: Vec<T>,
+    },
 }
+
+/// Largest d for which a product with the matrix of the projection beats one transform per column.
+const MATRIX_DIM: usize = 256;
+
+/// Largest matrix, in elements, that a single token is projected with.
+const TOKEN_MATRIX: usize = 1 << 15;
 
 impl<T: Real> DctMap<T> {
     /// Builds the map that `params` describe.
@@ -258,22 +271,14 @@ impl<T: Real> DctMap<T> {
             Projection::Dense { query, key } => (&query[..], &key[..]),
             Projection::Dct | Projection::Mixed { .. } => (&[][..], &[][..]),
         };
-        let query = Side {
-            constant: T::from_f64(params.log_mix - dot),
-            log_weight: None,
-            ..Side::new(&params, &params.query, &params.key, dense_query)
-        };
-        let key = Side::new(&params, &params.key, &params.query, dense_key);
-        let key = Side { log_weight: Some(cast(&params.log_weight)), ..key };
+        let query_row = vec![params.log_mix - dot; params.features()];
         Ok(Self {
             inner: Arc::new(Inner {
                 dim: params.dim(),
                 rows: params.rows(),
                 envelope: params.envelope == Envelope::Gaussian,
-                antithetic: params.pairing == Pairing::Antithetic,
-                plan: DctPlan::new(params.dim()),
-                query,
-                key,
+                query: Side::new(&params, &params.query, &params.key, dense_query, &query_row),
+                key: Side::new(&params, &params.key, &params.query, dense_key, &params.log_weight),
                 params,
             }),
         })
@@ -308,11 +313,11 @@ impl<T: Real> FeatureMap<T> for DctMap<T> {
     }
 
     fn scratch_len(&self, width: usize) -> usize {
-        let rows = match &self.inner.query.rows {
-            Rows::Dct(_) | Rows::Mixed(_) => self.inner.plan.scratch_len(width),
-            Rows::Dense(_) => self.inner.dim * width,
+        let columns = match &self.inner.query.projector {
+            Projector::Lanes(_) | Projector::Matrix(_) => 0,
+            Projector::Columns { plan, .. } => plan.scratch_len(width),
         };
-        width + rows
+        width + width.max(self.inner.dim) + (self.inner.dim * width).max(columns)
     }
 
     fn query_panel(&self, width: usize, x: &[T], out: &mut [T], scratch: &mut [T]) {
@@ -321,6 +326,20 @@ impl<T: Real> FeatureMap<T> for DctMap<T> {
 
     fn key_panel(&self, width: usize, y: &[T], out: &mut [T], scratch: &mut [T]) {
         self.inner.panel(&self.inner.key, width, y, out, scratch);
+    }
+
+    fn query_token(&self, x: &[T], out: &mut [T], scratch: &mut [T]) {
+        match &self.inner.query.token {
+            Some(matrix) => self.inner.token(&self.inner.query, matrix, x, out, scratch),
+            None => super::token(self.features(), x, out, scratch, |width, x, out, scratch| self.query_panel(width, x, out, scratch)),
+        }
+    }
+
+    fn key_token(&self, y: &[T], out: &mut [T], scratch: &mut [T]) {
+        match &self.inner.key.token {
+            Some(matrix) => self.inner.token(&self.inner.key, matrix, y, out, scratch),
+            None => super::token(self.features(), y, out, scratch, |width, y, out, scratch| self.key_panel(width, y, out, scratch)),
+        }
     }
 }
 
@@ -331,138 +350,219 @@ impl<T: Real> Inner<T> {
             return;
         }
         let (x, out) = (&x[..self.dim * width], &mut out[..self.params.features() * width]);
-        let (offset, scratch) = scratch.split_at_mut(width);
+        let (column, scratch) = scratch.split_at_mut(width);
+        let (zeros, scratch) = scratch.split_at_mut(width.max(self.dim));
+        side.column(self.envelope, x, column);
+        zeros.fill(T::ZERO);
         let (plus, minus) = out.split_at_mut(self.rows * width);
-        side.project(&self.plan, self.dim, width, x, plus, scratch);
-        let offset = side.offset(self.envelope, width, x, offset);
-        let weight = |f: usize| side.log_weight.as_ref().map_or(T::zero(), |w| w[f]);
-        for (f, (row, &t)) in plus.chunks_exact_mut(width).zip(&side.radii).enumerate() {
-            if self.antithetic {
-                let minus = &mut minus[f * width..(f + 1) * width];
-                scale_and_add(row, minus, -t, weight(self.rows + f), offset, side.constant);
+        let (row, mirror_row) = side.row.split_at(self.rows);
+        match &side.projector {
+            Projector::Lanes(blocks) => {
+                let size = self.dim * width;
+                let mut mirrors = minus.chunks_exact_mut(size).zip(mirror_row.chunks_exact(self.dim));
+                for ((chain, out), row) in blocks.iter().zip(plus.chunks_exact_mut(size)).zip(row.chunks_exact(self.dim)) {
+                    let (mirror, mirror_row) = mirrors.next().unwrap_or_default();
+                    lanes(chain, x, column, row, out, mirror_row, mirror, zeros, &mut scratch[..size]);
+                }
             }
-            scale_and_add_in_place(row, t, weight(f), offset, side.constant);
+            Projector::Matrix(matrix) => {
+                let z = side.centred(x, width, scratch);
+                let (m, n, k) = (self.rows, width, self.dim);
+                (T::ops().matmul)(Product { m, n, k, a_row: k, a_col: 1, b_row: n, c_row: n, accumulate: false }, matrix, z, plus);
+                add_rows_and_column(plus, row, minus, mirror_row, column);
+            }
+            Projector::Columns { plan, diagonals, chain, radii } => {
+                let blocks = plus.chunks_exact_mut(self.dim * width).zip(diagonals.chunks_exact(chain * self.dim));
+                for ((block, diagonals), radii) in blocks.zip(radii.chunks_exact(self.dim)) {
+                    block.copy_from_slice(x);
+                    if let Some(center) = &side.center {
+                        block.chunks_exact_mut(width).zip(center).for_each(|(row, &mu)| row.iter_mut().for_each(|z| *z -= mu));
+                    }
+                    for diagonal in diagonals.chunks_exact(self.dim) {
+                        scale_rows(block, diagonal);
+                        plan.dct2_panel(width, block, scratch);
+                    }
+                    scale_rows(block, radii);
+                }
+                add_rows_and_column(plus, row, minus, mirror_row, column);
+            }
         }
+    }
+
+    /// Log-features of one token of one side by the matrix `[d, P_padded]`.
+    fn token(&self, side: &Side<T>, matrix: &[T], x: &[T], out: &mut [T], scratch: &mut [T]) {
+        let (z, u) = scratch.split_at_mut(self.dim);
+        let u = &mut u[..padded(self.rows)];
+        let mut offset = [T::ZERO];
+        side.column(self.envelope, x, &mut offset);
+        z.copy_from_slice(x);
+        if let Some(center) = &side.center {
+            z.iter_mut().zip(center).for_each(|(z, &mu)| *z -= mu);
+        }
+        let (k, n) = (self.dim, u.len());
+        (T::ops().matmul)(Product { m: 1, n, k, a_row: k, a_col: 1, b_row: n, c_row: n, accumulate: false }, z, matrix, u);
+        let (plus, minus) = out.split_at_mut(self.rows);
+        let (row, mirror_row) = side.row.split_at(self.rows);
+        plus.iter_mut().zip(&*u).zip(row).for_each(|((out, &u), &row)| *out = u + (row + offset[0]));
+        minus.iter_mut().zip(&*u).zip(mirror_row).for_each(|((out, &u), &row)| *out = (row + offset[0]) - u);
     }
 }
 
 impl<T: Real> Side<T> {
-    /// Tables of `own` side; `dense` is its matrix, if the projection is dense. The constant is left at zero.
-    fn new(params: &DctParams, own: &SideParams, other: &SideParams, dense: &[f64]) -> Self {
-        let dim = params.dim();
-        let mut radii = cast(&own.radii);
-        let rows = match &params.projection {
-            Projection::Dct => Rows::Dct(cast(&own.scale)),
-            Projection::Mixed { signs } => {
-                let mut diagonals = Vec::with_capacity(signs.len());
-                for (signs, scale) in signs.chunks_exact(3 * dim).zip(own.scale.chunks_exact(dim)) {
-                    diagonals.extend(signs[2 * dim..].iter().zip(scale).map(|(d3, s)| T::from_f64(d3 * s)));
-                    diagonals.extend(signs[dim..2 * dim].iter().map(|&d2| T::from_f64(d2)));
-                    diagonals.extend(signs[..dim].iter().map(|&d1| T::from_f64(d1)));
-                }
-                Rows::Mixed(diagonals)
-            }
-            Projection::Dense { .. } => {
-                radii.fill(T::one());
-                let row = |(w, &t): (&[f64], &f64)| -> Vec<T> { w.iter().zip(&own.scale).map(|(w, s)| T::from_f64(t * w * s)).collect() };
-                Rows::Dense(dense.chunks_exact(dim).zip(&own.radii).flat_map(row).collect())
-            }
-        };
+    /// Tables of `own` side; `dense` is its matrix, if the projection is dense, `row` what is added per feature.
+    fn new(params: &DctParams, own: &SideParams, other: &SideParams, dense: &[f64], row: &[f64]) -> Self {
         let unless_zero = |center: &[f64]| center.iter().any(|&c| c != 0.0).then(|| cast(center));
-        Self { center: unless_zero(&own.center), tilt: unless_zero(&other.center), constant: T::zero(), log_weight: None, radii, rows }
+        let (dim, rows) = (params.dim(), params.rows());
+        let token = (rows * dim <= TOKEN_MATRIX).then(|| {
+            let (matrix, stride) = (projection_matrix(params, own, dense), padded(rows));
+            let mut transposed = vec![T::ZERO; dim * stride];
+            for (f, row) in matrix.chunks_exact(dim).enumerate() {
+                row.iter().enumerate().for_each(|(i, &w)| transposed[i * stride + f] = T::from_f64(w));
+            }
+            transposed
+        });
+        let projector = if dense.is_empty() && supports_dct(dim) {
+            Projector::Lanes(lane_tables(params, own))
+        } else if dense.is_empty() && dim > MATRIX_DIM {
+            let (diagonals, chain) = chain_diagonals(params, own);
+            Projector::Columns { plan: DctPlan::new(dim), diagonals: cast(&diagonals), chain, radii: cast(&own.radii) }
+        } else {
+            Projector::Matrix(cast(&projection_matrix(params, own, dense)))
+        };
+        Self { center: unless_zero(&own.center), tilt: unless_zero(&other.center), row: cast(row), projector, token }
     }
 
-    /// The projection without radii of z = x − μ, `[d, width]` to `[P, width]`.
-    fn project(&self, plan: &DctPlan<T>, dim: usize, width: usize, x: &[T], out: &mut [T], scratch: &mut [T]) {
-        match &self.rows {
-            Rows::Dct(scale) => {
-                for (block, scale) in out.chunks_exact_mut(dim * width).zip(scale.chunks_exact(dim)) {
-                    self.center_and_scale(scale, width, x, block);
-                    plan.dct2_panel(width, block, scratch);
-                }
-            }
-            Rows::Mixed(diagonals) => {
-                for (block, diagonals) in out.chunks_exact_mut(dim * width).zip(diagonals.chunks_exact(3 * dim)) {
-                    let (first, further) = diagonals.split_at(dim);
-                    self.center_and_scale(first, width, x, block);
-                    plan.dct2_panel(width, block, scratch);
-                    for diagonal in further.chunks_exact(dim) {
-                        for (row, &sign) in block.chunks_exact_mut(width).zip(diagonal) {
-                            row.iter_mut().for_each(|value| *value *= sign);
-                        }
-                        plan.dct2_panel(width, block, scratch);
-                    }
-                }
-            }
-            Rows::Dense(matrix) => {
-                let z = match &self.center {
-                    None => x,
-                    Some(center) => {
-                        let z = &mut scratch[..dim * width];
-                        for ((z, x), &center) in z.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(center) {
-                            z.iter_mut().zip(x).for_each(|(z, &x)| *z = x - center);
-                        }
-                        z
-                    }
-                };
-                dense_panel(matrix, dim, width, z, out);
-            }
-        }
-    }
-
-    /// out = s ⊙ (x − μ), one block.
-    fn center_and_scale(&self, scale: &[T], width: usize, x: &[T], out: &mut [T]) {
-        let rows = out.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(scale);
+    /// z = x − μ, in `scratch` unless the centre is zero.
+    fn centred<'a>(&self, x: &'a [T], width: usize, scratch: &'a mut [T]) -> &'a [T] {
         match &self.center {
-            None => rows.for_each(|((out, x), &s)| out.iter_mut().zip(x).for_each(|(out, &x)| *out = s * x)),
-            Some(center) => rows.zip(center).for_each(|(((out, x), &s), &mu)| {
-                out.iter_mut().zip(x).for_each(|(out, &x)| *out = s * (x - mu));
-            }),
+            None => x,
+            Some(center) => {
+                let z = &mut scratch[..x.len()];
+                for ((z, x), &mu) in z.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(center) {
+                    z.iter_mut().zip(x).for_each(|(z, &x)| *z = x - mu);
+                }
+                z
+            }
         }
     }
 
-    /// What every feature of a token has in common besides the constant: p(x − μ) + (other μ)·x, `[width]`.
-    fn offset<'a>(&self, envelope: bool, width: usize, x: &[T], offset: &'a mut [T]) -> Option<&'a [T]> {
-        if !envelope && self.tilt.is_none() {
-            return None;
-        }
-        offset.fill(T::zero());
+    /// What all features of a token have in common: p(x − μ) + (other μ)·x, `[width]`.
+    fn column(&self, envelope: bool, x: &[T], column: &mut [T]) {
+        let width = column.len();
+        column.fill(T::ZERO);
         if envelope {
+            let half = T::from_f64(-0.5);
             for (i, x) in x.chunks_exact(width).enumerate() {
-                let center = self.center.as_ref().map_or(T::zero(), |center| center[i]);
-                for (sum, &x) in offset.iter_mut().zip(x) {
-                    *sum += (x - center) * (x - center);
-                }
+                let center = self.center.as_ref().map_or(T::ZERO, |center| center[i]);
+                column.iter_mut().zip(x).for_each(|(sum, &x)| *sum += half * ((x - center) * (x - center)));
             }
-            let factor = T::from_f64(-0.5);
-            offset.iter_mut().for_each(|sum| *sum *= factor);
         }
         if let Some(tilt) = &self.tilt {
             for (x, &tilt) in x.chunks_exact(width).zip(tilt) {
-                for (sum, &x) in offset.iter_mut().zip(x) {
-                    *sum += tilt * x;
-                }
+                column.iter_mut().zip(x).for_each(|(sum, &x)| *sum += tilt * x);
             }
         }
-        Some(offset)
     }
 }
 
-/// out = t·u + (offset + weight + constant).
-fn scale_and_add<T: Real>(u: &[T], out: &mut [T], t: T, weight: T, offset: Option<&[T]>, constant: T) {
-    let shift = weight + constant;
-    match offset {
-        None => out.iter_mut().zip(u).for_each(|(out, &u)| *out = t * u + shift),
-        Some(offset) => out.iter_mut().zip(u).zip(offset).for_each(|((out, &u), &offset)| *out = t * u + (offset + shift)),
+/// One block by its chain of batched transforms; all but the last one write plain panels.
+fn lanes<T: Real>(
+    chain: &[DctTables<T>],
+    x: &[T],
+    column: &[T],
+    row: &[T],
+    out: &mut [T],
+    mirror_row: &[T],
+    mirror: &mut [T],
+    zeros: &[T],
+    scratch: &mut [T],
+) {
+    let ops = T::ops();
+    match chain {
+        [only] => (ops.dct)(only, x, column, row, out, mirror_row, mirror),
+        [first, second, third] => {
+            let (zero_row, zero_column) = (&zeros[..row.len()], &zeros[..column.len()]);
+            (ops.dct)(first, x, zero_column, zero_row, out, &[], &mut []);
+            (ops.dct)(second, out, zero_column, zero_row, scratch, &[], &mut []);
+            (ops.dct)(third, scratch, column, row, out, mirror_row, mirror);
+        }
+        _ => unreachable!("one transform, or three"),
     }
 }
 
-/// [`scale_and_add`] with u and out in one place.
-fn scale_and_add_in_place<T: Real>(u: &mut [T], t: T, weight: T, offset: Option<&[T]>, constant: T) {
-    let shift = weight + constant;
-    match offset {
-        None => u.iter_mut().for_each(|u| *u = t * *u + shift),
-        Some(offset) => u.iter_mut().zip(offset).for_each(|(u, &offset)| *u = t * *u + (offset + shift)),
+/// Per block the diagonals before each transform, in the order they are applied, `[G, chain, d]`, and the chain's
+/// length: s, or D₃s, D₂, D₁.
+fn chain_diagonals(params: &DctParams, own: &SideParams) -> (Vec<f64>, usize) {
+    let dim = params.dim();
+    match &params.projection {
+        Projection::Mixed { signs } => {
+            let blocks = signs.chunks_exact(3 * dim).zip(own.scale.chunks_exact(dim));
+            let diagonals = blocks.flat_map(|(signs, scale)| {
+                let (first, rest) = signs.split_at(dim);
+                let (second, third) = rest.split_at(dim);
+                third.iter().zip(scale).map(|(sign, s)| sign * s).chain(second.iter().copied()).chain(first.iter().copied())
+            });
+            (diagonals.collect(), 3)
+        }
+        Projection::Dct | Projection::Dense { .. } => (own.scale.clone(), 1),
+    }
+}
+
+/// The batched transforms of every block: centre and first diagonal before the first, radii after the last.
+fn lane_tables<T: Real>(params: &DctParams, own: &SideParams) -> Vec<Vec<DctTables<T>>> {
+    let dim = params.dim();
+    let (diagonals, chain) = chain_diagonals(params, own);
+    let (ones, zeros) = (vec![1.0; dim], vec![0.0; dim]);
+    let block = |(diagonals, radii): (&[f64], &[f64])| {
+        let links = diagonals.chunks_exact(dim).enumerate().map(|(link, diagonal)| {
+            let shift: Vec<f64> = diagonal.iter().zip(&own.center).map(|(s, mu)| -s * mu).collect();
+            DctTables::new(diagonal, if link == 0 { &shift } else { &zeros }, if link + 1 == chain { radii } else { &ones })
+        });
+        links.collect()
+    };
+    diagonals.chunks_exact(chain * dim).zip(own.radii.chunks_exact(dim)).map(block).collect()
+}
+
+/// The projection as a matrix W `[P, d]`, u = W z: the transforms, run on the unit vectors in f64, or the dense rows.
+fn projection_matrix(params: &DctParams, own: &SideParams, dense: &[f64]) -> Vec<f64> {
+    let dim = params.dim();
+    if !dense.is_empty() {
+        let row = |(w, &t): (&[f64], &f64)| -> Vec<f64> { w.iter().zip(&own.scale).map(|(w, s)| t * w * s).collect() };
+        return dense.chunks_exact(dim).zip(&own.radii).flat_map(row).collect();
+    }
+    let (diagonals, chain) = chain_diagonals(params, own);
+    let (plan, width) = (DctPlan::<f64>::new(dim), padded(dim));
+    let mut scratch = vec![0.0; plan.scratch_len(width)];
+    let mut matrix = Vec::with_capacity(own.radii.len() * dim);
+    for (diagonals, radii) in diagonals.chunks_exact(chain * dim).zip(own.radii.chunks_exact(dim)) {
+        let mut panel = vec![0.0; dim * width];
+        (0..dim).for_each(|i| panel[i * width + i] = 1.0);
+        for diagonal in diagonals.chunks_exact(dim) {
+            scale_rows(&mut panel, diagonal);
+            plan.dct2_panel(width, &mut panel, &mut scratch);
+        }
+        scale_rows(&mut panel, radii);
+        matrix.extend(panel.chunks_exact(width).flat_map(|row| &row[..dim]));
+    }
+    matrix
+}
+
+/// Row f of `panel` times `factors[f]`.
+fn scale_rows<T: Real>(panel: &mut [T], factors: &[T]) {
+    let width = panel.len() / factors.len();
+    for (row, &factor) in panel.chunks_exact_mut(width).zip(factors) {
+        row.iter_mut().for_each(|value| *value *= factor);
+    }
+}
+
+/// `mirror = −u + mirror_row + column` unless it is empty, then `u += row + column`.
+fn add_rows_and_column<T: Real>(u: &mut [T], row: &[T], mirror: &mut [T], mirror_row: &[T], column: &[T]) {
+    let width = column.len();
+    for ((u, mirror), &weight) in u.chunks_exact(width).zip(mirror.chunks_exact_mut(width)).zip(mirror_row) {
+        mirror.iter_mut().zip(u).zip(column).for_each(|((out, &u), &column)| *out = (weight + column) - u);
+    }
+    for (u, &weight) in u.chunks_exact_mut(width).zip(row) {
+        u.iter_mut().zip(column).for_each(|(u, &column)| *u += weight + column);
     }
 }
 

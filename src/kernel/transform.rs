@@ -2,7 +2,6 @@
 
 use crate::real::Real;
 use crate::real::sealed::RowDct;
-use crate::simd::LANES;
 
 /// Orthonormal DCT-II of the columns of a panel, and DCT-III of a row.
 ///
@@ -68,31 +67,12 @@ impl<T: Real> DctPlan<T> {
     }
 }
 
-/// out = W z, `[P, d]` by `[d, width]` to `[P, width]`, for a width of whole lane groups.
-///
-/// The general matrix product is not used here: it allocates, and how it splits long sums depends on the width. Here
-/// every element is one sum in the order of i, so a column is the same in every panel.
-pub(super) fn dense_panel<T: Real>(matrix: &[T], dim: usize, width: usize, z: &[T], out: &mut [T]) {
-    debug_assert_eq!(width % LANES, 0);
-    for (row, out) in matrix.chunks_exact(dim).zip(out.chunks_exact_mut(width)) {
-        for (group, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
-            let mut sums = [T::zero(); LANES];
-            for (&w, z) in row.iter().zip(z.chunks_exact(width)) {
-                let z = &z.as_chunks::<LANES>().0[group];
-                for lane in 0..LANES {
-                    sums[lane] += w * z[lane];
-                }
-            }
-            *out = sums;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use std::f64::consts::PI;
 
     use super::*;
+    use crate::simd::LANES;
 
     const LENGTHS: [usize; 14] = [1, 2, 3, 5, 7, 8, 16, 31, 48, 64, 100, 127, 128, 256];
 

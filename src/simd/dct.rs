@@ -53,17 +53,28 @@ impl<T: Real> DctTables<T> {
     }
 }
 
-/// `out[f, j] = ±post[f]·C(pre ⊙ x + shift)[f, j] + row[f] + column[j]`; the minus sign, with the second half of `row`,
-/// in the second half of `out` if that has 2·d rows.
+/// `out[f, j] = u[f, j] + row[f] + column[j]` with `u = post ⊙ C(pre ⊙ x + shift)`; and, unless it is empty,
+/// `mirror[f, j] = −u[f, j] + mirror_row[f] + column[j]`.
 #[inline(always)]
-pub(super) fn transform<S: Simd>(simd: S, tables: &DctTables<S::T>, x: &[S::T], row: &[S::T], column: &[S::T], out: &mut [S::T]) {
+pub(super) fn transform<S: Simd>(
+    simd: S,
+    tables: &DctTables<S::T>,
+    x: &[S::T],
+    column: &[S::T],
+    row: &[S::T],
+    out: &mut [S::T],
+    mirror_row: &[S::T],
+    mirror: &mut [S::T],
+) {
     let (d, width) = (tables.pre.len(), column.len());
     assert!(width.is_multiple_of(LANES) && x.len() >= d * width, "input panel");
-    assert!(out.len() == row.len() * width && (row.len() == d || row.len() == 2 * d), "output panel");
+    assert!(out.len() == d * width && row.len() == d, "output panel");
+    assert!(mirror.is_empty() || (mirror.len() == d * width && mirror_row.len() == d), "mirror panel");
     assert!(tables.twiddles.len() == d - 1 && tables.shift.len() == d && tables.post.len() == d, "tables");
     assert!(supports(d), "a power of two from 8 to 256");
     let points = if d == 8 { 8 } else { 16 };
-    let (x, out, twiddles) = (x.as_ptr(), out.as_mut_ptr(), tables.twiddles.as_ptr());
+    let (x, twiddles) = (x.as_ptr(), tables.twiddles.as_ptr());
+    let (out, mirrored, mirror) = (out.as_mut_ptr(), !mirror.is_empty(), mirror.as_mut_ptr());
     for j in (0..width).step_by(S::N) {
         let mut here: Buffer<S::V> = [MaybeUninit::uninit(); 256];
         let mut there: Buffer<S::V> = [MaybeUninit::uninit(); 256];
@@ -111,13 +122,11 @@ pub(super) fn transform<S: Simd>(simd: S, tables: &DctTables<S::T>, x: &[S::T], 
             let column = simd.load(column.as_ptr().add(j));
             let output = |f: usize, value: S::V| {
                 let u = simd.mul(value, simd.splat(*tables.post.get_unchecked(f)));
-                let store = |f: usize, u: S::V| {
-                    let added = simd.add(simd.splat(*row.get_unchecked(f)), column);
-                    simd.store(out.add(f * width + j), simd.add(u, added));
-                };
-                store(f, u);
-                if row.len() > d {
-                    store(f + d, simd.sub(simd.splat(S::T::ZERO), u));
+                let added = simd.add(simd.splat(*row.get_unchecked(f)), column);
+                simd.store(out.add(f * width + j), simd.add(u, added));
+                if mirrored {
+                    let added = simd.add(simd.splat(*mirror_row.get_unchecked(f)), column);
+                    simd.store(mirror.add(f * width + j), simd.sub(added, u));
                 }
             };
             if d <= 16 {

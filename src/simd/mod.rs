@@ -77,8 +77,8 @@ macro_rules! ops {
 ops! {
     /// C (+)= A·B on operands that stay in the cache.
     matmul: fn(p: Product, a: &[T], b: &[T], c: &mut [T]);
-    /// out = post ⊙ C(pre ⊙ x + shift) + row + column, the batched DCT-II.
-    dct: fn(tables: &DctTables<T>, x: &[T], row: &[T], column: &[T], out: &mut [T]);
+    /// u = post ⊙ C(pre ⊙ x + shift), the batched DCT-II; out = u + row + column, mirror = −u + mirror_row + column.
+    dct: fn(tables: &DctTables<T>, x: &[T], column: &[T], row: &[T], out: &mut [T], mirror_row: &[T], mirror: &mut [T]);
     /// Every element is a number of at most this magnitude.
     all_within: fn(x: &[T], limit: T) -> bool;
     /// LANES rows become LANES columns of a panel.
