@@ -969,6 +969,8 @@ fn impossible_calibrations() {
     assert_eq!(argument(&refused(&[good.view()], plain().with_mix_range(0.0))), "mix_range");
     assert_eq!(argument(&refused(&[good.view()], plain().with_mix_range(f64::NAN))), "mix_range");
     assert_eq!(argument(&refused(&[good.view()], plain().with_mix_grid(1))), "mix_grid");
+    assert_eq!(argument(&refused(&[good.view()], plain().with_mix_grid(usize::MAX))), "mix_grid");
+    assert_eq!(argument(&refused(&[good.view()], plain().with_mix_halvings(usize::MAX))), "mix_halvings");
 }
 
 #[test]

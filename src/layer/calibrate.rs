@@ -29,9 +29,9 @@ use crate::threads::{for_each, max_threads};
 pub struct CalibrateOptions {
     /// The mix g is searched in [−range, range]. Default: 12.
     pub mix_range: f64,
-    /// Grid points of the coarse search, at least 2. Default: 13.
+    /// Grid points of the coarse search, at least 2 and at most 65536. Default: 13.
     pub mix_grid: usize,
-    /// How often the step is halved around the best grid point. Default: 5, that is to 1/16 with the other defaults.
+    /// How often the step is halved around the best grid point, at most 50. Default: 5, that is to 1/16 with the other defaults.
     pub mix_halvings: usize,
 }
 
@@ -71,6 +71,11 @@ impl CalibrateOptions {
         }
         if self.mix_grid < 2 {
             return Err(Error::Value { argument: "mix_grid", expected: "at least 2", got: self.mix_grid as f64 });
+        }
+        for (argument, limit, got) in [("mix_grid", 1 << 16, self.mix_grid), ("mix_halvings", 50, self.mix_halvings)] {
+            if got > limit {
+                return Err(Error::TooLarge { argument, limit, got });
+            }
         }
         Ok(())
     }
@@ -142,8 +147,8 @@ impl<T: Real> DijiangAttention<T> {
     ///
     /// # Errors
     /// [`Error::Empty`] without samples or for an empty one, [`Error::Shape`] for one of another width,
-    /// [`Error::NonFinite`] for elements beyond [`Real::LIMIT`], [`Error::Value`] for impossible options, [`Error::Cancelled`]
-    /// after `Break`. After an error the layer is unchanged.
+    /// [`Error::NonFinite`] for elements beyond [`Real::LIMIT`], [`Error::Value`] and [`Error::TooLarge`] for impossible options,
+    /// [`Error::Cancelled`] after `Break`. After an error the layer is unchanged.
     ///
     /// # Examples
     ///
