@@ -5,6 +5,7 @@ pub mod error;
 pub mod kernel;
 pub mod layer;
 pub mod real;
+pub mod reference;
 mod simd;
 mod threads;
 

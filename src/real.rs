@@ -55,6 +55,8 @@ pub trait Real:
     fn max(self, other: Self) -> Self;
 }
 
+// Types in a sealed trait must be `pub`, though no path leads to them.
+#[allow(unreachable_pub)]
 pub(crate) mod sealed {
     use std::sync::Arc;
 

@@ -8,7 +8,7 @@ use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, 
 use crate::attention::near::{Ring, near};
 use crate::attention::state::Shape;
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
-use crate::attention::{CausalState, KeyMask, Near, Workspace, causal, full};
+use crate::attention::{CausalState, KeyMask, Near, Workspace, causal, decode, full};
 use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_shape};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
@@ -113,7 +113,7 @@ impl LinearConfig {
             features,
             value_dim,
             scores: self.near.map_or(BLOCK, |near| Ring::<T>::scores(near).max(BLOCK)),
-            map: maps.iter().map(|map| map.scratch_len(BLOCK)).max().unwrap_or(0),
+            map: maps.iter().map(|map| map.scratch_len(BLOCK).max(map.token_scratch_len())).max().unwrap_or(0),
         };
         Ok(LinearAttention { maps, heads, scale, near: self.near, log_decay, sizes, element: PhantomData })
     }
@@ -359,18 +359,10 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         check_elements("k", k)?;
         check_elements("v", v)?;
         let group = self.heads / kv_heads;
-        let (q, k, v) = (q.view().insert_axis(Axis(1)), k.view().insert_axis(Axis(1)), v.view().insert_axis(Axis(1)));
-        let mut out = out.view_mut().insert_axis(Axis(1));
-        let position = state.position;
-        for (h, state) in state.heads.iter_mut().enumerate() {
-            let (head, heads) = (self.head(h), h * group..(h + 1) * group);
-            let q = q.slice_axis(Axis(0), heads.clone().into());
-            let (k, v) = (k.index_axis(Axis(0), h), v.index_axis(Axis(0), h));
-            let out = out.slice_axis_mut(Axis(0), heads.into());
-            match self.near {
-                Some(_) => near(&head, state, position, q, k, v, None, out, workspace.first()),
-                None => causal::causal(&head, state, position, q, k, v, None, out, workspace.first()),
-            }
+        let parts = q.axis_chunks_iter(Axis(0), group).zip(out.axis_chunks_iter_mut(Axis(0), group));
+        let rows = k.outer_iter().zip(v.outer_iter()).zip(parts);
+        for ((h, head_state), ((k, v), (q, out))) in state.heads.iter_mut().enumerate().zip(rows) {
+            decode::step(&self.head(h), head_state, state.position, q, k, v, out, workspace.first());
         }
         state.position += 1;
         Ok(())

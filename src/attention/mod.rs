@@ -14,6 +14,7 @@
 //! is refused at the door, before anything is changed. Within it no NaN and no infinity can arise.
 
 mod causal;
+mod decode;
 mod full;
 mod linear;
 mod near;

@@ -9,7 +9,7 @@ use crate::attention::workspace::{BLOCK, Scratch};
 use crate::attention::{Head, Near};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
-use crate::simd::{LANES, Product, padded};
+use crate::simd::{LANES, Ops, Product, padded};
 
 /// The keys and values of the last `back + 1` chunks; chunk i lies in slot i mod (back + 1).
 #[derive(Debug, Clone, PartialEq)]
@@ -55,6 +55,58 @@ impl<T: Real> Ring<T> {
     fn slot_mut(&mut self, chunk: usize) -> &mut Slot<T> {
         let slots = self.slots.len();
         &mut self.slots[chunk % slots]
+    }
+
+    /// c.
+    pub(super) fn chunk(&self) -> usize {
+        self.chunk
+    }
+
+    /// Stores one token: its scaled key `[d]` and its value `[e_padded]`.
+    pub(super) fn push(&mut self, position: usize, key: &[T], value: &[T]) {
+        let (chunk, within, stride) = (position / self.chunk, position % self.chunk, padded(self.chunk));
+        let slot = self.slot_mut(chunk);
+        for (row, &key) in slot.keys.chunks_exact_mut(stride).zip(key) {
+            row[within] = key;
+        }
+        slot.values[within * value.len()..(within + 1) * value.len()].copy_from_slice(value);
+        slot.valid[within] = true;
+    }
+
+    /// Chunks that a query at `position` sees, with the first column of their scores and the keys they hold.
+    fn seen(&self, position: usize) -> impl Iterator<Item = (&Slot<T>, usize, usize)> {
+        let (chunk, within) = (position / self.chunk, position % self.chunk);
+        let back = (self.slots.len() - 1).min(chunk);
+        (0..=back).map(move |i| {
+            let keys = if i == back { within + 1 } else { self.chunk };
+            (self.slot(chunk - back + i), i * padded(self.chunk), keys)
+        })
+    }
+
+    /// Scores of one scaled query `[d]` over the keys it sees, −∞ between and behind them; returns how many columns.
+    pub(super) fn scores_of(&self, ops: &Ops<T>, position: usize, x: &[T], p: &mut [T]) -> usize {
+        let stride = padded(self.chunk);
+        let mut width = 0;
+        for (slot, at, keys) in self.seen(position) {
+            let columns = padded(keys);
+            width = at + columns;
+            let product =
+                Product { m: 1, n: columns, k: x.len(), a_row: x.len(), a_col: 1, b_row: stride, c_row: stride, accumulate: false };
+            (ops.matmul)(product, x, &slot.keys, &mut p[at..]);
+            p[at + keys..width].fill(T::NEG_INFINITY);
+            for (score, _) in p[at..].iter_mut().zip(&slot.valid[..keys]).filter(|(_, valid)| !**valid) {
+                *score = T::NEG_INFINITY;
+            }
+        }
+        width
+    }
+
+    /// Adds the values, weighted by the scores `p` of [`scores_of`](Self::scores_of), to `o`.
+    pub(super) fn add_values(&self, ops: &Ops<T>, position: usize, stride: usize, p: &[T], o: &mut [T]) {
+        for (slot, at, keys) in self.seen(position) {
+            let product = Product { m: 1, n: stride, k: keys, a_row: keys, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
+            (ops.matmul)(product, &p[at..], &slot.values, o);
+        }
     }
 
     /// Columns of the widest row of scores.
@@ -119,7 +171,7 @@ pub(super) fn near<T: Real, M: FeatureMap<T>>(
 }
 
 /// Before chunk `chunk` begins: the oldest chunk leaves its slot for the state.
-fn retire<T: Real, M: FeatureMap<T>>(
+pub(super) fn retire<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &mut HeadState<T>,
     ring: &mut Ring<T>,

@@ -106,8 +106,9 @@ impl<T: Real> Scratch<T> {
         Self {
             x: zeros(dim * BLOCK),
             y: zeros(dim * BLOCK),
-            a: zeros(features * BLOCK),
-            b: zeros(features * BLOCK),
+            // A token's features are padded to whole lane groups.
+            a: zeros(features * BLOCK + LANES),
+            b: zeros(features * BLOCK + LANES),
             v: zeros(BLOCK * padded(value_dim)),
             p: zeros(BLOCK * scores),
             o: zeros(BLOCK * padded(value_dim)),

@@ -97,7 +97,7 @@ pub struct CalibrateReport {
 }
 
 /// What a calibration did to one key-value head. Errors are squared differences of the outputs of its query heads,
-/// relative to the variance of the softmax outputs (absolute where these are constant).
+/// relative to the variance of the softmax outputs (or to the rounding of their mean square, if that is larger).
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct HeadReport {
@@ -272,7 +272,7 @@ impl<T: Real> Sample<T> {
             let (q, k, v) = (projections.heads(&projected.q), projections.heads(&projected.k), projections.heads(&projected.v));
             let (mut out, mut workspace) = (projections.heads_mut(&mut teacher), exact.workspace());
             match projections.config().causality {
-                Causality::Causal => exact.prefill_into(&mut exact.new_cache(), &q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
+                Causality::Causal => exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
                 Causality::Bidirectional => exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
             }
         }
@@ -290,7 +290,7 @@ struct Judge<'a, T> {
     log_decay: Vec<f64>,
     /// Query heads per key-value head.
     group: usize,
-    /// Σ (o − ō)² per key-value head; 1 where it vanishes.
+    /// Σ (o − ō)² per key-value head, never 0.
     variance: Vec<f64>,
 }
 
@@ -317,15 +317,20 @@ impl<'a, T: Real> Judge<'a, T> {
         self.projections.heads(rows).slice_move(s![head..head + 1, .., ..])
     }
 
-    /// Σ (o − ō)² of the softmax outputs, each query head with its own mean.
+    /// Σ (o − ō)² of the softmax outputs, each query head with its own mean; at least what rounding makes of constant ones.
     fn variance(&self, head: usize) -> f64 {
-        let mut sum = 0.0;
+        let (mut variance, mut square) = (0.0, 0.0);
         for i in 0..self.group {
             let outputs = || self.samples.iter().map(|sample| self.queries(head, &sample.teacher).slice_move(s![i..i + 1, .., ..]));
             let mean = mean_row(outputs());
-            sum += outputs().map(|o| o.rows().into_iter().map(|row| squared_difference(&row, &mean)).sum::<f64>()).sum::<f64>();
+            let zero = vec![0.0; mean.len()];
+            for o in outputs() {
+                variance += o.rows().into_iter().map(|row| squared_difference(&row, &mean)).sum::<f64>();
+                square += o.rows().into_iter().map(|row| squared_difference(&row, &zero)).sum::<f64>();
+            }
         }
-        if sum > 0.0 { sum } else { 1.0 }
+        let variance = variance.max(T::EPSILON.to_f64() * square);
+        if variance > 0.0 { variance } else { 1.0 }
     }
 
     /// `params` with the centres of the samples.
@@ -355,8 +360,7 @@ impl<'a, T: Real> Judge<'a, T> {
 
     /// The linear attention of one key-value head.
     fn head(&self, params: DctParams, log_decay: f64) -> Result<LinearAttention<T, DctMap<T>>> {
-        let log_decay = if log_decay == 0.0 { Vec::new() } else { vec![log_decay] };
-        self.config.clone().with_log_decay(log_decay).build(vec![DctMap::from_params(params)?])
+        self.config.clone().with_log_decay(vec![log_decay]).build(vec![DctMap::from_params(params)?])
     }
 
     /// Σ (ô − o)² of one key-value head over one sample.

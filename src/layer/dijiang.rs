@@ -197,8 +197,6 @@ fn head_seed(seed: u64, head: usize) -> u64 {
 pub struct DijiangAttention<T> {
     projections: Projections<T>,
     linear: LinearAttention<T, DctMap<T>>,
-    near: Option<Near>,
-    log_decay: Vec<f64>,
 }
 
 /// What one sequence leaves behind for its next tokens, at constant size, with the scratch memory of a step.
@@ -246,8 +244,8 @@ impl<T: Real> DijiangAttention<T> {
         let near = options.near.filter(|_| projections.config().causality == Causality::Causal);
         let log_decay = vec![options.log_decay; heads];
         let maps = (0..heads).map(|head| options.map(projections.head_dim(), head).build()).collect::<Result<_>>()?;
-        let linear = linear(&projections, maps, near, &log_decay)?;
-        Ok(Self { projections, linear, near, log_decay })
+        let linear = linear(&projections, maps, near, log_decay)?;
+        Ok(Self { projections, linear })
     }
 
     /// The projection weights.
@@ -262,12 +260,12 @@ impl<T: Real> DijiangAttention<T> {
 
     /// The exact near part. None in a bidirectional layer.
     pub fn near(&self) -> Option<Near> {
-        self.near
+        self.linear.near()
     }
 
     /// log γ, one per key-value head.
     pub fn log_decay(&self) -> &[f64] {
-        &self.log_decay
+        self.linear.log_decay()
     }
 
     /// Replaces the maps, one per key-value head: calibrated elsewhere, or loaded from a file. States made before mean
@@ -282,7 +280,7 @@ impl<T: Real> DijiangAttention<T> {
         if let Some(map) = maps.iter().find(|map| map.dim() != expected) {
             return Err(Error::Foreign { argument: "map", what: "head dimension", expected, got: map.dim() });
         }
-        self.linear = linear(&self.projections, maps, self.near, &self.log_decay)?;
+        self.linear = linear(&self.projections, maps, self.near(), self.log_decay().to_vec())?;
         Ok(())
     }
 
@@ -303,8 +301,8 @@ impl<T: Real> DijiangAttention<T> {
         if near.is_some() && self.projections.config().causality == Causality::Bidirectional {
             return Err(Error::Conflict { argument: "near", other: "bidirectional attention" });
         }
-        let linear = linear(&self.projections, self.maps().to_vec(), near, &self.log_decay)?;
-        Ok(Self { linear, near, ..self })
+        let linear = linear(&self.projections, self.maps().to_vec(), near, self.log_decay().to_vec())?;
+        Ok(Self { linear, ..self })
     }
 
     /// log γ ≤ 0, one per key-value head.
@@ -314,8 +312,8 @@ impl<T: Real> DijiangAttention<T> {
     /// decay, [`Error::Conflict`] if the layer is bidirectional and a number is not zero.
     pub fn with_log_decay(self, log_decay: Vec<f64>) -> Result<Self> {
         check_len("log_decay", self.projections.config().kv_heads, log_decay.len())?;
-        let linear = linear(&self.projections, self.maps().to_vec(), self.near, &log_decay)?;
-        Ok(Self { linear, log_decay, ..self })
+        let linear = linear(&self.projections, self.maps().to_vec(), self.near(), log_decay)?;
+        Ok(Self { linear, ..self })
     }
 
     pub(crate) fn projections(&self) -> &Projections<T> {
@@ -328,13 +326,12 @@ fn linear<T: Real>(
     projections: &Projections<T>,
     maps: Vec<DctMap<T>>,
     near: Option<Near>,
-    log_decay: &[f64],
+    log_decay: Vec<f64>,
 ) -> Result<LinearAttention<T, DctMap<T>>> {
     let config = projections.config();
     if config.causality == Causality::Bidirectional && log_decay.iter().any(|&decay| decay != 0.0) {
         return Err(Error::Conflict { argument: "log_decay", other: "bidirectional attention" });
     }
-    let log_decay = if config.causality == Causality::Bidirectional { Vec::new() } else { log_decay.to_vec() };
     let linear = LinearConfig::new().with_heads(config.heads).with_scale(projections.scale()).with_log_decay(log_decay);
     LinearConfig { near, ..linear }.build(maps)
 }

@@ -251,25 +251,13 @@ fn apply<T: Real>(start: usize, x: ArrayView2<'_, T>, outputs: &mut [(Linear<'_,
     for_each(&mut threads, blocks.into_iter(), |(), (linear, start, x, y)| linear.block(start, x, y));
 }
 
-/// y = W x + b for W `[out, in]`, row after row. Eight accumulators; allocates nothing.
+/// y = W x + b for W `[out, in]`, row after row. Allocates nothing.
 fn matrix_vector<T: Real>(weight: &[T], x: &[T], bias: Option<&Array1<T>>, y: &mut [T]) {
-    debug_assert_eq!(weight.len(), x.len() * y.len());
-    for (y, row) in y.iter_mut().zip(weight.chunks_exact(x.len())) {
-        let (mut sums, mut rest) = ([T::zero(); 8], T::zero());
-        let (whole, x_whole) = (row.chunks_exact(8), x.chunks_exact(8));
-        for (&w, &x) in whole.remainder().iter().zip(x_whole.remainder()) {
-            rest += w * x;
-        }
-        for (w, x) in whole.zip(x_whole) {
-            for i in 0..8 {
-                sums[i] += w[i] * x[i];
-            }
-        }
-        *y = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7])) + rest;
+    match bias {
+        Some(bias) => y.iter_mut().zip(bias).for_each(|(y, &b)| *y = b),
+        None => y.fill(T::zero()),
     }
-    for (y, &b) in y.iter_mut().zip(bias.into_iter().flatten()) {
-        *y += b;
-    }
+    (T::ops().matvec)(weight, x, y);
 }
 
 fn slice<T, D: Dimension>(array: &Array<T, D>) -> &[T] {

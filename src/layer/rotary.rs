@@ -225,3 +225,86 @@ fn turn(position: usize, theta: f64) -> (f64, f64) {
     let (sin, cos) = (position as f64 * theta).sin_cos();
     (cos, sin)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One row of two heads, turned at `position`.
+    fn turned<T: Real>(rotary: &Rotary, head: &[f64], position: usize) -> Vec<f64> {
+        let table = RotaryTable::new(rotary, head.len());
+        let mut row: Vec<T> = head.iter().chain(head).map(|&x| T::from_f64(x)).collect();
+        table.rotate(&mut row, 2 * head.len(), position, &mut table.angles());
+        let (first, second) = row.split_at(head.len());
+        assert_eq!(first, second, "every head is turned alike");
+        first.iter().map(|x| x.to_f64()).collect()
+    }
+
+    fn direct(rotary: &Rotary, head: &[f64], position: usize) -> Vec<f64> {
+        let (r, mut out) = (rotary.dims.unwrap_or(head.len()), head.to_vec());
+        for i in 0..r / 2 {
+            let (a, b) = if rotary.pairing == RotaryPairing::Halves { (i, i + r / 2) } else { (2 * i, 2 * i + 1) };
+            let (sin, cos) = (position as f64 * rotary.base.powf(-2.0 * i as f64 / r as f64)).sin_cos();
+            (out[a], out[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
+        }
+        out
+    }
+
+    /// An angle of position · θ ≤ 10^7 is known to 10^7 · 2^-52; in `f32` that is lost in the rounding of the result.
+    #[test]
+    fn any_position_is_exact() {
+        let head: Vec<f64> = (0..64).map(|i| f64::from((i * 29 % 17) as i32 - 8) / 8.0).collect();
+        for pairing in [RotaryPairing::Halves, RotaryPairing::Interleaved] {
+            for rotary in [Rotary::new(1e4), Rotary::new(5e5).with_dims(20), Rotary::new(0.5)] {
+                let rotary = rotary.with_pairing(pairing);
+                for position in [0, 1, 63, 64, 65, 1000, 1_000_000, 1_000_063, 10_000_000] {
+                    let expected = direct(&rotary, &head, position);
+                    let worst = |got: Vec<f64>| got.iter().zip(&expected).map(|(g, e)| (g - e).abs()).fold(0.0, f64::max);
+                    let angle = 4e-16 * (10 + position) as f64 * (1.0 / rotary.base).max(1.0);
+                    assert!(worst(turned::<f64>(&rotary, &head, position)) <= angle, "{rotary:?} at {position}");
+                    assert!(worst(turned::<f32>(&rotary, &head, position)) <= angle + 4e-7, "{rotary:?} at {position}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_of_rows_is_each_row_alone() {
+        let rotary = Rotary::new(100.0).with_dims(6);
+        let table = RotaryTable::new(&rotary, 8);
+        let head: Vec<f64> = (0..8).map(|i| f64::from(i) - 3.0).collect();
+        let mut rows: Vec<f64> = head.repeat(200);
+        table.rotate(&mut rows, 8, 1021, &mut table.angles());
+        for (j, row) in rows.chunks(8).enumerate() {
+            assert_eq!(row, turned::<f64>(&rotary, &head, 1021 + j), "row {j}");
+            assert_eq!(row[6..], head[6..], "the rest is not turned");
+        }
+    }
+
+    /// The rule as Hugging Face writes it, by cases.
+    #[test]
+    fn llama_3_and_linear_scaling() {
+        let (factor, low, high, context) = (8.0, 1.0, 4.0, 8192.0);
+        let by_cases = |theta: f64| {
+            let wavelength = TAU / theta;
+            if wavelength < context / high {
+                theta
+            } else if wavelength > context / low {
+                theta / factor
+            } else {
+                let smooth = (context / wavelength - low) / (high - low);
+                (1.0 - smooth) * theta / factor + smooth * theta
+            }
+        };
+        let scaling = RotaryScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original_context: 8192 };
+        let (plain, scaled) = (Rotary::new(5e5), Rotary::new(5e5).with_scaling(scaling));
+        let (plain, scaled) = (plain.frequencies(128), scaled.frequencies(128));
+        assert!(plain.iter().zip(&scaled).all(|(&theta, &got)| (got / by_cases(theta) - 1.0).abs() < 1e-14));
+        let kept = plain.iter().zip(&scaled).filter(|(a, b)| a == b).count();
+        let stretched = plain.iter().zip(&scaled).filter(|(a, b)| *a / factor == **b).count();
+        assert!(kept > 20 && stretched > 20 && kept + stretched < 64, "{kept} kept, {stretched} stretched");
+
+        let linear = Rotary::new(5e5).with_scaling(RotaryScaling::Linear { factor: 4.0 }).frequencies(128);
+        assert!(plain.iter().zip(&linear).all(|(theta, got)| *theta == 4.0 * got));
+    }
+}

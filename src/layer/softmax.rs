@@ -36,7 +36,6 @@ use crate::real::Real;
 pub struct SoftmaxAttention<T> {
     projections: Projections<T>,
     exact: ExactAttention<T>,
-    near: Option<Near>,
 }
 
 /// Keys and values of every token of one sequence so far, with the scratch memory of a step.
@@ -79,7 +78,7 @@ impl<T: Real> SoftmaxAttention<T> {
     pub fn new(config: AttentionConfig, weights: impl Into<Arc<AttentionWeights<T>>>) -> Result<Self> {
         let projections = Projections::new(config, weights.into())?;
         let exact = exact(&projections, None)?;
-        Ok(Self { projections, exact, near: None })
+        Ok(Self { projections, exact })
     }
 
     /// The projection weights.
@@ -89,7 +88,7 @@ impl<T: Real> SoftmaxAttention<T> {
 
     /// The sliding window, if any.
     pub fn near(&self) -> Option<Near> {
-        self.near
+        self.exact.config().near
     }
 
     /// Restricts attention to the query's own chunk and the chunks right before it: what the near part of
@@ -102,7 +101,7 @@ impl<T: Real> SoftmaxAttention<T> {
             return Err(Error::Conflict { argument: "near", other: "bidirectional attention" });
         }
         let exact = exact(&self.projections, near)?;
-        Ok(Self { exact, near, ..self })
+        Ok(Self { exact, ..self })
     }
 
     pub(crate) fn projections(&self) -> &Projections<T> {
@@ -133,7 +132,7 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
     fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
         let mut workspace = self.exact.workspace();
         self.projections.run(x, mask, 0, |q, k, v, out| match self.config().causality {
-            Causality::Causal => self.exact.prefill_into(&mut self.exact.new_cache(), q, k, v, mask, out, &mut workspace),
+            Causality::Causal => self.exact.causal_into(q, k, v, mask, out, &mut workspace),
             Causality::Bidirectional => self.exact.full_into(q, k, v, mask, out, &mut workspace),
         })
     }

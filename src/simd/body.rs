@@ -4,6 +4,7 @@
 //! Every column is computed from that column alone and in the same order whatever the width, so that a token's result
 //! never depends on its neighbours, not by one bit.
 
+pub(super) use super::dct::transform as dct;
 use super::lane::Simd;
 use crate::real::Real;
 use crate::simd::LANES;
@@ -55,7 +56,8 @@ pub(super) fn matmul<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T], c: &m
         };
         let mut row = 0;
         while row < p.m {
-            let height = (p.m - row).min(S::TILE_ROWS);
+            // The largest power of two that fits: few tiles to compile, and a chain per element is the same in each.
+            let height = 1 << (p.m - row).min(S::TILE_ROWS).ilog2();
             // SAFETY: the tile [row..row + height, column·N..(column + width)·N] lies inside C, and with it the rows of
             // A and the columns of B, whose lengths were checked above.
             unsafe {
@@ -77,7 +79,7 @@ pub(super) fn matmul<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T], c: &m
 /// Chooses the tile for the number of rows.
 ///
 /// # Safety
-/// As [`tile`], with `height` rows.
+/// As [`tile`], with `height` rows; a power of two.
 #[inline(always)]
 unsafe fn rows<S: Simd, const C: usize>(simd: S, height: usize, p: Product, a: *const S::T, b: *const S::T, c: *mut S::T) {
     // SAFETY: the caller's promise.
@@ -85,13 +87,9 @@ unsafe fn rows<S: Simd, const C: usize>(simd: S, height: usize, p: Product, a: *
         match height {
             1 => tile::<S, 1, C>(simd, p, a, b, c),
             2 => tile::<S, 2, C>(simd, p, a, b, c),
-            3 => tile::<S, 3, C>(simd, p, a, b, c),
             4 => tile::<S, 4, C>(simd, p, a, b, c),
-            _ if C == 4 => unreachable!("four registers only for up to four rows"),
-            5 => tile::<S, 5, C>(simd, p, a, b, c),
-            6 => tile::<S, 6, C>(simd, p, a, b, c),
-            7 => tile::<S, 7, C>(simd, p, a, b, c),
-            _ => tile::<S, 8, C>(simd, p, a, b, c),
+            8 if C < 4 && S::TILE_ROWS == 8 => tile::<S, 8, C>(simd, p, a, b, c),
+            _ => unreachable!("heights are powers of two up to the tile's"),
         }
     }
 }
@@ -335,16 +333,58 @@ pub(super) fn exp_sum<S: Simd>(simd: S, row: &mut [S::T], shift: S::T) -> S::T {
     simd.sum(total)
 }
 
-/// `y[i] += a·x[i]` (a multiple of LANES long).
+/// `sums[f] += weight[f]·value` and `out = Σ_f read[f]·sums[f]`, in one pass over the sums `[m, e]`, e a multiple of
+/// LANES.
 #[inline(always)]
-pub(super) fn axpy<S: Simd>(simd: S, a: S::T, x: &[S::T], y: &mut [S::T]) {
-    assert!(x.len() == y.len() && x.len().is_multiple_of(LANES), "vectors of one length");
-    let a = simd.splat(a);
-    for i in (0..x.len()).step_by(S::N) {
-        // SAFETY: i + N ≤ len.
+pub(super) fn add_and_read<S: Simd>(simd: S, sums: &mut [S::T], weight: &[S::T], value: &[S::T], read: &[S::T], out: &mut [S::T]) {
+    let (m, e) = (weight.len(), value.len());
+    assert!(e.is_multiple_of(LANES) && sums.len() == m * e && read.len() == m && out.len() == e, "sums");
+    let mut i = 0;
+    while i < e {
+        // SAFETY: i + 4·N ≤ e, or i + N ≤ e, in `value`, `out` and every row of the sums.
         unsafe {
-            let at = y.as_mut_ptr().add(i);
-            simd.store(at, simd.mul_add(a, simd.load(x.as_ptr().add(i)), simd.load(at)));
+            if i + 4 * S::N <= e {
+                add_and_read_columns::<S, 4>(simd, sums, weight, value, read, out, i);
+                i += 4 * S::N;
+            } else {
+                add_and_read_columns::<S, 1>(simd, sums, weight, value, read, out, i);
+                i += S::N;
+            }
+        }
+    }
+}
+
+/// C registers of columns of [`add_and_read`], from column i.
+///
+/// # Safety
+/// i + C·N ≤ e; the lengths are those that [`add_and_read`] checks.
+#[inline(always)]
+unsafe fn add_and_read_columns<S: Simd, const C: usize>(
+    simd: S,
+    sums: &mut [S::T],
+    weight: &[S::T],
+    value: &[S::T],
+    read: &[S::T],
+    out: &mut [S::T],
+    i: usize,
+) {
+    let e = value.len();
+    // SAFETY: the caller's promise.
+    unsafe {
+        let value: [S::V; C] = std::array::from_fn(|c| simd.load(value.as_ptr().add(i + c * S::N)));
+        // Two chains, even and odd features, hide the latency of the additions.
+        let mut totals = [[simd.splat(S::T::ZERO); C]; 2];
+        for f in 0..weight.len() {
+            let (w, r) = (simd.splat(*weight.get_unchecked(f)), simd.splat(*read.get_unchecked(f)));
+            for c in 0..C {
+                let at = sums.as_mut_ptr().add(f * e + i + c * S::N);
+                let sum = simd.mul_add(w, value[c], simd.load(at));
+                simd.store(at, sum);
+                totals[f % 2][c] = simd.mul_add(r, sum, totals[f % 2][c]);
+            }
+        }
+        for c in 0..C {
+            simd.store(out.as_mut_ptr().add(i + c * S::N), simd.add(totals[0][c], totals[1][c]));
         }
     }
 }

@@ -6,14 +6,18 @@
 #![allow(unsafe_code)]
 
 mod body;
+mod dct;
 mod lane;
 mod product;
+#[cfg(test)]
+mod tests;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use std::marker::PhantomData;
 
 pub(crate) use body::Product;
+pub(crate) use dct::{DctTables, supports as supports_dct};
 pub(crate) use product::{Gemm, product};
 
 use crate::real::Real;
@@ -30,6 +34,7 @@ pub(crate) fn padded(n: usize) -> usize {
 macro_rules! ops {
     ($($(#[doc = $doc:literal])* $name:ident: fn($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*) => {
         /// One implementation of every vector loop; see the functions of the same names in [`body`].
+        #[allow(unreachable_pub)]
         pub struct Ops<T: 'static> {
             /// Which instruction set this table was compiled for.
             pub(crate) name: &'static str,
@@ -37,7 +42,7 @@ macro_rules! ops {
         }
 
         /// The portable table.
-        pub(crate) const fn portable<T>() -> Ops<T>
+        const fn portable<T>() -> Ops<T>
         where
             T: Real,
             Portable<T>: Simd<T = T>,
@@ -72,6 +77,8 @@ macro_rules! ops {
 ops! {
     /// C (+)= A·B on operands that stay in the cache.
     matmul: fn(p: Product, a: &[T], b: &[T], c: &mut [T]);
+    /// out = post ⊙ C(pre ⊙ x + shift) + row + column, the batched DCT-II.
+    dct: fn(tables: &DctTables<T>, x: &[T], row: &[T], column: &[T], out: &mut [T]);
     /// Every element is a number of at most this magnitude.
     all_within: fn(x: &[T], limit: T) -> bool;
     /// LANES rows become LANES columns of a panel.
@@ -92,8 +99,8 @@ ops! {
     slice_max: fn(row: &[T]) -> T;
     /// `row[j] = exp(row[j] + shift)`, returns their sum.
     exp_sum: fn(row: &mut [T], shift: T) -> T;
-    /// `y += a·x`
-    axpy: fn(a: T, x: &[T], y: &mut [T]);
+    /// Adds a weighted value to the sums and reads them, in one pass.
+    add_and_read: fn(sums: &mut [T], weight: &[T], value: &[T], read: &[T], out: &mut [T]);
     /// `x *= a`
     scale: fn(a: T, x: &mut [T]);
     /// `out += A·x`, rows of A contiguous.

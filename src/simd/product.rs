@@ -7,6 +7,7 @@ use crate::real::Real;
 
 /// The engine's entry point: m, n, k, then (pointer, column stride, row stride) of C, whether to read C, the same of A
 /// and B, the factors of C and of A·B, three conjugation flags, threads.
+#[allow(unreachable_pub)]
 pub type Gemm<T> = unsafe fn(
     usize,
     usize,

@@ -1,0 +1,214 @@
+//! Batched DCT-II with tokens along the lanes: lengths 2^k from 8 to 256.
+//!
+//! Lee's factorisation [B. G. Lee, "A new algorithm to compute the discrete cosine transform", IEEE Trans. ASSP 32, 1984]:
+//!
+//! ```text
+//! X_f = Σ_i x_i cos(π(2i+1)f / 2n)
+//! a_i = x_i + x_{n−1−i}      b_i = (x_i − x_{n−1−i}) / (2 cos(π(2i+1) / 2n))      i < n/2
+//! X_{2f} = DCT(a)_f          X_{2f+1} = DCT(b)_f + DCT(b)_{f+1}
+//! ```
+//!
+//! Each level is one pass over registers of tokens; the last sixteen (or eight) points stay in registers.
+
+use std::mem::MaybeUninit;
+
+use super::lane::Simd;
+use crate::real::Real;
+use crate::simd::LANES;
+
+/// Lengths the batched transform can do.
+pub(crate) fn supports(len: usize) -> bool {
+    len.is_power_of_two() && (8..=256).contains(&len)
+}
+
+/// Tables of one affine transform of a panel, see [`transform`].
+#[derive(Debug, Clone)]
+pub(crate) struct DctTables<T> {
+    /// 1 / (2 cos(π(2i+1) / 2n)) for n = d, d/2, …, 2: n/2 of each.
+    twiddles: Vec<T>,
+    /// Factor of every input row.
+    pre: Vec<T>,
+    /// Added to every input row after the factor.
+    shift: Vec<T>,
+    /// Factor of every output row, normalisation of the transform included.
+    post: Vec<T>,
+}
+
+impl<T: Real> DctTables<T> {
+    /// Tables of out = `post` ⊙ C(`pre` ⊙ x + `shift`), C orthonormal, d ≥ 1 elements each.
+    pub(crate) fn new(pre: &[f64], shift: &[f64], post: &[f64]) -> Self {
+        let d = pre.len();
+        debug_assert!(shift.len() == d && post.len() == d && supports(d));
+        let cast = |values: &[f64]| values.iter().map(|&x| T::from_f64(x)).collect();
+        let levels = std::iter::successors(Some(d), |n| Some(n / 2)).take_while(|&n| n > 1);
+        let angle = |n: usize, i: usize| std::f64::consts::PI * (2 * i + 1) as f64 / (2 * n) as f64;
+        let twiddles = levels.flat_map(|n| (0..n / 2).map(move |i| T::from_f64(0.5 / angle(n, i).cos()))).collect();
+        let norm = |f: usize| (if f == 0 { 1.0 } else { 2.0 } / d as f64).sqrt();
+        Self {
+            twiddles,
+            pre: cast(pre),
+            shift: cast(shift),
+            post: post.iter().enumerate().map(|(f, &post)| T::from_f64(post * norm(f))).collect(),
+        }
+    }
+}
+
+/// `out[f, j] = ±post[f]·C(pre ⊙ x + shift)[f, j] + row[f] + column[j]`; the minus sign, with the second half of `row`,
+/// in the second half of `out` if that has 2·d rows.
+#[inline(always)]
+pub(super) fn transform<S: Simd>(simd: S, tables: &DctTables<S::T>, x: &[S::T], row: &[S::T], column: &[S::T], out: &mut [S::T]) {
+    let (d, width) = (tables.pre.len(), column.len());
+    assert!(width.is_multiple_of(LANES) && x.len() >= d * width, "input panel");
+    assert!(out.len() == row.len() * width && (row.len() == d || row.len() == 2 * d), "output panel");
+    assert!(tables.twiddles.len() == d - 1 && tables.shift.len() == d && tables.post.len() == d, "tables");
+    assert!(supports(d), "a power of two from 8 to 256");
+    let points = if d == 8 { 8 } else { 16 };
+    let (x, out, twiddles) = (x.as_ptr(), out.as_mut_ptr(), tables.twiddles.as_ptr());
+    for j in (0..width).step_by(S::N) {
+        let mut here: Buffer<S::V> = [MaybeUninit::uninit(); 256];
+        let mut there: Buffer<S::V> = [MaybeUninit::uninit(); 256];
+        let (here, there) = (here.as_mut_ptr().cast::<S::V>(), there.as_mut_ptr().cast::<S::V>());
+        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, d − 1 twiddles) were checked above;
+        // the buffers hold d ≤ 256 registers, and every one is written before it is read: each pass writes all d.
+        unsafe {
+            let input = |i: usize| {
+                let value = simd.load(x.add(i * width + j));
+                simd.mul_add(value, simd.splat(*tables.pre.get_unchecked(i)), simd.splat(*tables.shift.get_unchecked(i)))
+            };
+            let (mut from, mut to) = (here, there);
+            // Down: n points become two blocks of n/2, until a block fits into registers.
+            let (mut n, mut level) = (d, twiddles);
+            if d <= 16 {
+                (0..d).for_each(|i| from.add(i).write(input(i)));
+            } else {
+                for i in 0..d / 2 {
+                    butterfly(simd, input(i), input(d - 1 - i), level.add(i), from.add(i), from.add(d / 2 + i));
+                }
+                (n, level) = (d / 2, level.add(d / 2));
+            }
+            while n > 16 {
+                for block in (0..d).step_by(n) {
+                    let (from, to) = (from.add(block), to.add(block));
+                    for i in 0..n / 2 {
+                        butterfly(simd, *from.add(i), *from.add(n - 1 - i), level.add(i), to.add(i), to.add(n / 2 + i));
+                    }
+                }
+                (from, to) = (to, from);
+                (n, level) = (n / 2, level.add(n / 2));
+            }
+            for block in (0..d).step_by(points) {
+                leaf(simd, points, from.add(block), level);
+            }
+            // Up: two blocks of n/2 points become the even and odd ones of n.
+            while n < d / 2 {
+                n *= 2;
+                for block in (0..d).step_by(n) {
+                    let (from, to) = (from.add(block), to.add(block));
+                    interleave(simd, n, from, |f, value| to.add(f).write(value));
+                }
+                (from, to) = (to, from);
+            }
+            let column = simd.load(column.as_ptr().add(j));
+            let output = |f: usize, value: S::V| {
+                let u = simd.mul(value, simd.splat(*tables.post.get_unchecked(f)));
+                let store = |f: usize, u: S::V| {
+                    let added = simd.add(simd.splat(*row.get_unchecked(f)), column);
+                    simd.store(out.add(f * width + j), simd.add(u, added));
+                };
+                store(f, u);
+                if row.len() > d {
+                    store(f + d, simd.sub(simd.splat(S::T::ZERO), u));
+                }
+            };
+            if d <= 16 {
+                (0..d).for_each(|f| output(f, *from.add(f)));
+            } else {
+                interleave(simd, d, from, output);
+            }
+        }
+    }
+}
+
+/// Registers of tokens that need no initial value.
+type Buffer<V> = [MaybeUninit<V>; 256];
+
+/// a = x + y and b = (x − y)·twiddle.
+///
+/// # Safety
+/// `twiddle` is readable, `a` and `b` are writable.
+#[inline(always)]
+unsafe fn butterfly<S: Simd>(simd: S, x: S::V, y: S::V, twiddle: *const S::T, a: *mut S::V, b: *mut S::V) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        a.write(simd.add(x, y));
+        b.write(simd.mul(simd.sub(x, y), simd.splat(*twiddle)));
+    }
+}
+
+/// X_{2f} = A_f, X_{2f+1} = B_f + B_{f+1} from A, B of n/2 points each, one after the other.
+///
+/// # Safety
+/// `from` holds n registers.
+#[inline(always)]
+unsafe fn interleave<S: Simd>(simd: S, n: usize, from: *const S::V, mut output: impl FnMut(usize, S::V)) {
+    let half = n / 2;
+    // SAFETY: the caller's promise; indices stay below n.
+    unsafe {
+        let mut odd = *from.add(half);
+        for f in 0..half - 1 {
+            let next = *from.add(half + f + 1);
+            output(2 * f, *from.add(f));
+            output(2 * f + 1, simd.add(odd, next));
+            odd = next;
+        }
+        output(n - 2, *from.add(half - 1));
+        output(n - 1, odd);
+    }
+}
+
+/// The transform of 8 or 16 registers, in place.
+///
+/// # Safety
+/// `x` holds `points` registers, `twiddles` the levels `points`, `points`/2, …, 2.
+#[inline(always)]
+unsafe fn leaf<S: Simd>(simd: S, points: usize, x: *mut S::V, twiddles: *const S::T) {
+    // SAFETY: the caller's promise; the arrays hold what they say.
+    unsafe {
+        let twiddle = |i: usize| simd.splat(*twiddles.add(i));
+        if points == 16 {
+            let input: [S::V; 16] = std::array::from_fn(|i| *x.add(i));
+            let output = points16(simd, input, twiddle);
+            (0..16).for_each(|i| x.add(i).write(output[i]));
+        } else {
+            let input: [S::V; 8] = std::array::from_fn(|i| *x.add(i));
+            let output = points8(simd, input, twiddle);
+            (0..8).for_each(|i| x.add(i).write(output[i]));
+        }
+    }
+}
+
+macro_rules! points {
+    ($name:ident, $half_name:ident, $n:literal, $half:literal) => {
+        #[inline(always)]
+        fn $name<S: Simd>(simd: S, x: [S::V; $n], twiddle: impl Fn(usize) -> S::V + Copy) -> [S::V; $n] {
+            let a = std::array::from_fn(|i| simd.add(x[i], x[$n - 1 - i]));
+            let b = std::array::from_fn(|i| simd.mul(simd.sub(x[i], x[$n - 1 - i]), twiddle(i)));
+            let a: [S::V; $half] = $half_name(simd, a, move |i| twiddle($half + i));
+            let b: [S::V; $half] = $half_name(simd, b, move |i| twiddle($half + i));
+            std::array::from_fn(|f| match f % 2 {
+                0 => a[f / 2],
+                _ if f == $n - 1 => b[$half - 1],
+                _ => simd.add(b[f / 2], b[f / 2 + 1]),
+            })
+        }
+    };
+}
+
+#[inline(always)]
+fn points1<S: Simd>(_: S, x: [S::V; 1], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 1] {
+    x
+}
+points!(points2, points1, 2, 1);
+points!(points4, points2, 4, 2);
+points!(points8, points4, 8, 4);
+points!(points16, points8, 16, 8);

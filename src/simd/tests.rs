@@ -1,0 +1,246 @@
+//! One suite, run on every table this CPU has, against formulas in `f64`.
+
+use rand::SeedableRng;
+use rand::rngs::ChaCha12Rng;
+use rand_distr::{Distribution, StandardNormal};
+
+use super::*;
+
+/// Lengths around every register width, and their padded panels.
+const LENGTHS: [usize; 12] = [1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 64, 67];
+
+struct Suite<T: 'static> {
+    ops: &'static Ops<T>,
+    rng: ChaCha12Rng,
+}
+
+impl<T: Real> Suite<T> {
+    fn random(&mut self, len: usize, spread: f64) -> Vec<T> {
+        (0..len)
+            .map(|_| {
+                let x: f64 = StandardNormal.sample(&mut self.rng);
+                T::from_f64(x * spread)
+            })
+            .collect()
+    }
+
+    fn close(&self, what: &str, got: &[T], expected: &[f64], work: usize) {
+        assert_eq!(got.len(), expected.len(), "{what}: length");
+        let top = expected.iter().fold(0.0_f64, |m, x| m.max(x.abs()));
+        let tolerance = 8.0 * T::EPSILON.to_f64() * (work as f64).sqrt() * top;
+        for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
+            let error = (got.to_f64() - expected).abs();
+            assert!(error <= tolerance, "{} {} {what}[{i}]: {got} is not {expected} ± {tolerance:e}", self.ops.name, T::NAME);
+        }
+    }
+
+    fn run(&mut self) {
+        self.products();
+        self.exponentials();
+        self.reductions();
+        self.vectors();
+        self.door();
+        self.rows_become_columns();
+        self.transforms();
+    }
+
+    fn transforms(&mut self) {
+        for d in [8_usize, 16, 32, 64, 128, 256] {
+            let random = |suite: &mut Self| suite.random(d, 1.0).iter().map(|x| x.to_f64()).collect::<Vec<f64>>();
+            let (pre, shift, post) = (random(self), random(self), random(self));
+            let tables = DctTables::<T>::new(&pre, &shift, &post);
+            for width in [16, 48] {
+                let (x, column) = (self.random(d * width, 1.0), self.random(width, 1.0));
+                for rows in [d, 2 * d] {
+                    let row = self.random(rows, 1.0);
+                    let mut out = vec![T::from_f64(f64::NAN); rows * width];
+                    (self.ops.dct)(&tables, &x, &row, &column, &mut out);
+                    let cosine = |f: usize, i: usize| {
+                        let angle = std::f64::consts::PI * (((2 * i + 1) * f) % (4 * d)) as f64 / (2 * d) as f64;
+                        angle.cos() * (if f == 0 { 1.0 } else { 2.0 } / d as f64).sqrt()
+                    };
+                    let expected: Vec<f64> = (0..rows * width)
+                        .map(|at| {
+                            let (f, j) = (at / width, at % width);
+                            let z = |i: usize| pre[i] * x[i * width + j].to_f64() + shift[i];
+                            let sum: f64 = (0..d).map(|i| cosine(f % d, i) * z(i)).sum();
+                            let sign = if f < d { 1.0 } else { -1.0 };
+                            sign * post[f % d] * sum + row[f].to_f64() + column[j].to_f64()
+                        })
+                        .collect();
+                    self.close(&format!("dct {d}"), &out, &expected, 16);
+                }
+            }
+        }
+    }
+
+    fn products(&mut self) {
+        for (m, k, n) in [(1, 1, 16), (2, 0, 16), (3, 5, 48), (7, 64, 64), (8, 3, 80), (9, 17, 16), (16, 64, 32), (61, 67, 112), (4, 9, 64)]
+        {
+            for (a_row, a_col) in [(k + 2, 1), (1, m + 3)] {
+                let (b_row, c_row) = (n + 5, n + 1);
+                let a = self.random(m * a_row + k * a_col + 1, 1.0);
+                let b = self.random(k * b_row + n, 1.0);
+                let before = self.random(m * c_row, 1.0);
+                for accumulate in [false, true] {
+                    let mut c = before.clone();
+                    if !accumulate {
+                        c.iter_mut().for_each(|c| *c = T::from_f64(f64::NAN));
+                    }
+                    (self.ops.matmul)(Product { m, n, k, a_row, a_col, b_row, c_row, accumulate }, &a, &b, &mut c);
+                    for i in 0..m {
+                        let start = |j: usize| if accumulate { before[i * c_row + j].to_f64() } else { 0.0 };
+                        let sum = |j: usize| (0..k).map(|l| a[i * a_row + l * a_col].to_f64() * b[l * b_row + j].to_f64()).sum::<f64>();
+                        let expected: Vec<f64> = (0..n).map(|j| start(j) + sum(j)).collect();
+                        self.close(&format!("product {m}x{k}x{n}"), &c[i * c_row..][..n], &expected, k + 1);
+                    }
+                }
+            }
+        }
+    }
+
+    /// exp over the whole range in use, relative error element by element, and exact zeros below it.
+    fn exponentials(&mut self) {
+        let (low, high) = if T::NAME == "f32" { (-87.0, 80.0) } else { (-700.0, 600.0) };
+        let width = 64;
+        let steps = 1000 * width;
+        let x: Vec<T> = (0..steps).map(|i| T::from_f64(low + (high - low) * i as f64 / steps as f64)).collect();
+        for part in x.chunks_exact(width) {
+            let mut row = part.to_vec();
+            (self.ops.exp_panel)(&mut row, &[T::ZERO], &vec![T::ZERO; width]);
+            for (got, x) in row.iter().zip(part) {
+                let expected = x.to_f64().exp();
+                let error = (got.to_f64() - expected).abs() / expected;
+                assert!(error < 2.0 * T::EPSILON.to_f64(), "{} exp({x}) = {got}, error {error:e}", self.ops.name);
+            }
+        }
+        let mut far = vec![T::NEG_INFINITY, T::from_f64(-1e30), T::from_f64(-1200.0), T::from_f64(-T::LIMIT)].repeat(4);
+        (self.ops.exp_panel)(&mut far, &[T::ZERO], &[T::ZERO; 16]);
+        assert!(far.iter().all(|&x| x == T::ZERO), "{} {far:?}", self.ops.name);
+        assert_eq!((self.ops.exp_sum)(&mut [T::ZERO; 16], T::ZERO).to_f64(), 16.0);
+    }
+
+    fn reductions(&mut self) {
+        for m in LENGTHS {
+            for width in [16, 32, 64] {
+                let panel = self.random(m * width, 3.0);
+                let (offset, weight) = (self.random(m, 2.0), self.random(m, 1.0));
+                let mut column = self.random(width, 2.0);
+                column[width - 1] = T::NEG_INFINITY;
+                let at = |f: usize, j: usize| panel[f * width + j].to_f64();
+                let sum = |f: usize, j: usize| at(f, j) + offset[f].to_f64() + column[j].to_f64();
+
+                let mut top = vec![T::ZERO; width];
+                (self.ops.column_max)(&panel, &offset, &mut top);
+                let expected: Vec<f64> =
+                    (0..width).map(|j| (0..m).map(|f| at(f, j) + offset[f].to_f64()).fold(f64::NEG_INFINITY, f64::max)).collect();
+                self.close("column_max", &top, &expected, 4);
+
+                let mut top = vec![T::ZERO; m];
+                (self.ops.row_max)(&panel, &column, &mut top);
+                let expected: Vec<f64> =
+                    (0..m).map(|f| (0..width).map(|j| at(f, j) + column[j].to_f64()).fold(f64::NEG_INFINITY, f64::max)).collect();
+                self.close("row_max", &top, &expected, 4);
+
+                let exps: Vec<f64> = (0..m * width).map(|i| sum(i / width, i % width).exp()).collect();
+                let (mut e, mut dot) = (panel.clone(), vec![T::ZERO; width]);
+                (self.ops.exp_dot)(&mut e, &offset, &column, &weight, &mut dot);
+                self.close("exp_dot", &e, &exps, 16);
+                let expected: Vec<f64> = (0..width).map(|j| (0..m).map(|f| exps[f * width + j] * weight[f].to_f64()).sum()).collect();
+                self.close("exp_dot sums", &dot, &expected, 16 * m);
+
+                let mut e = panel.clone();
+                (self.ops.exp_panel)(&mut e, &offset, &column);
+                self.close("exp_panel", &e, &exps, 16);
+
+                let mut sums = weight.clone();
+                (self.ops.add_row_sums)(&panel, &mut sums);
+                let expected: Vec<f64> = (0..m).map(|f| weight[f].to_f64() + (0..width).map(|j| at(f, j)).sum::<f64>()).collect();
+                self.close("add_row_sums", &sums, &expected, 16 * width);
+
+                let (mut p, mut sums) = (panel.clone(), weight.clone());
+                (self.ops.mask_triangle)(&mut p, width, 3, &mut sums);
+                let kept: Vec<f64> = (0..m * width).map(|i| if i % width <= i / width + 3 { panel[i].to_f64() } else { 0.0 }).collect();
+                self.close("mask_triangle", &p, &kept, 1);
+                let expected: Vec<f64> =
+                    (0..m).map(|i| weight[i].to_f64() + kept[i * width..(i + 1) * width].iter().sum::<f64>()).collect();
+                self.close("mask_triangle sums", &sums, &expected, 16 * width);
+            }
+        }
+    }
+
+    fn vectors(&mut self) {
+        for len in LENGTHS {
+            let (x, y) = (self.random(len, 1.0), self.random(len, 1.0));
+            let mut scaled = x.clone();
+            (self.ops.scale)(T::from_f64(0.7), &mut scaled);
+            self.close("scale", &scaled, &x.iter().map(|x| x.to_f64() * 0.7).collect::<Vec<_>>(), 4);
+            for rows in LENGTHS {
+                let (a, before) = (self.random(rows * len, 1.0), self.random(rows, 1.0));
+                let mut out = before.clone();
+                (self.ops.matvec)(&a, &y, &mut out);
+                let dot = |i: usize| (0..len).map(|j| a[i * len + j].to_f64() * y[j].to_f64()).sum::<f64>();
+                self.close("matvec", &out, &(0..rows).map(|i| before[i].to_f64() + dot(i)).collect::<Vec<_>>(), 16 * len);
+            }
+            for e in [16, 32, 64, 80] {
+                let (sums, value) = (self.random(len * e, 1.0), self.random(e, 1.0));
+                let (mut after, mut out) = (sums.clone(), vec![T::from_f64(f64::NAN); e]);
+                (self.ops.add_and_read)(&mut after, &x, &value, &y, &mut out);
+                let added: Vec<f64> = (0..len * e).map(|i| sums[i].to_f64() + x[i / e].to_f64() * value[i % e].to_f64()).collect();
+                self.close("add_and_read sums", &after, &added, 4);
+                let read: Vec<f64> = (0..e).map(|i| (0..len).map(|f| y[f].to_f64() * added[f * e + i]).sum()).collect();
+                self.close("add_and_read", &out, &read, 16 * len);
+            }
+            let width = padded(len);
+            let mut row = self.random(width, 3.0);
+            let top = row.iter().map(|x| x.to_f64()).fold(f64::NEG_INFINITY, f64::max);
+            assert_eq!((self.ops.slice_max)(&row).to_f64(), top);
+            let exps: Vec<f64> = row.iter().map(|x| (x.to_f64() - 0.5).exp()).collect();
+            let sum = (self.ops.exp_sum)(&mut row, T::from_f64(-0.5));
+            self.close("exp_sum", &row, &exps, 16);
+            self.close("exp_sum total", &[sum], &[exps.iter().sum()], 16 * width);
+        }
+    }
+
+    fn door(&mut self) {
+        let limit = T::from_f64(100.0);
+        for len in LENGTHS {
+            let clean = self.random(len, 1.0);
+            assert!((self.ops.all_within)(&clean, limit) && (self.ops.all_within)(&[], limit));
+            for i in 0..len {
+                for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 101.0, -101.0] {
+                    let mut x = clean.clone();
+                    x[i] = T::from_f64(bad);
+                    assert!(!(self.ops.all_within)(&x, limit), "{} {bad} at {i} of {len}", self.ops.name);
+                }
+            }
+        }
+    }
+
+    fn rows_become_columns(&mut self) {
+        for d in LENGTHS {
+            let width = 48;
+            let rows: Vec<Vec<T>> = (0..LANES).map(|_| self.random(d, 1.0)).collect();
+            let mut panel = vec![T::from_f64(f64::NAN); d * width];
+            (self.ops.gather)(&std::array::from_fn(|lane| &rows[lane][..]), T::from_f64(2.0), &mut panel[16..], width);
+            for (i, columns) in panel.chunks_exact(width).enumerate() {
+                assert!((0..LANES).all(|lane| columns[16 + lane] == rows[lane][i] + rows[lane][i]), "{} d = {d}", self.ops.name);
+                assert!(columns[..16].iter().chain(&columns[32..]).all(|x| x.to_f64().is_nan()), "outside its columns");
+            }
+        }
+    }
+}
+
+#[test]
+fn every_table_of_f32() {
+    for ops in tables_f32() {
+        Suite { ops, rng: ChaCha12Rng::seed_from_u64(5) }.run();
+    }
+}
+
+#[test]
+fn every_table_of_f64() {
+    for ops in tables_f64() {
+        Suite { ops, rng: ChaCha12Rng::seed_from_u64(6) }.run();
+    }
+}

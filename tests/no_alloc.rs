@@ -1,0 +1,202 @@
+//! What must not allocate does not: counted by the global allocator, for each thread by itself.
+#![allow(unsafe_code, reason = "a global allocator is unsafe by nature")]
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+use common::linear::Setup;
+use common::stream::Stream;
+use common::{Inputs, Random};
+use dijiang::Real;
+use dijiang::attention::KeyMask;
+use ndarray::{Array2, Array3};
+
+/// The system's allocator, with a count of what it was asked for.
+struct Counting;
+
+thread_local! {
+    static CALLS: Cell<usize> = const { Cell::new(0) };
+    static HELD: Cell<isize> = const { Cell::new(0) };
+    static PEAK: Cell<isize> = const { Cell::new(0) };
+}
+
+fn record(calls: usize, bytes: isize) {
+    CALLS.set(CALLS.get() + calls);
+    HELD.set(HELD.get() + bytes);
+    PEAK.set(PEAK.get().max(HELD.get()));
+}
+
+// SAFETY: every request goes to the system's allocator unchanged; the counters are thread-local, need no allocation and
+// no destructor.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        record(1, layout.size() as isize);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc(layout) }
+    }
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        record(1, layout.size() as isize);
+        // SAFETY: the caller's promise.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+    unsafe fn realloc(&self, block: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        record(1, size as isize - layout.size() as isize);
+        // SAFETY: the caller's promise.
+        unsafe { System.realloc(block, layout, size) }
+    }
+    unsafe fn dealloc(&self, block: *mut u8, layout: Layout) {
+        record(0, -(layout.size() as isize));
+        // SAFETY: the caller's promise.
+        unsafe { System.dealloc(block, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// Allocations during `work`, and by how many bytes it went above what was held before.
+fn measure(work: impl FnOnce()) -> (usize, usize) {
+    let (calls, held) = (CALLS.get(), HELD.get());
+    PEAK.set(held);
+    work();
+    (CALLS.get() - calls, (PEAK.get() - held) as usize)
+}
+
+/// On one thread, where all work is counted.
+fn on_one_thread(work: impl FnOnce() + Send) {
+    #[cfg(feature = "rayon")]
+    rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap().install(work);
+    #[cfg(not(feature = "rayon"))]
+    work();
+}
+
+fn setups() -> Vec<Setup> {
+    vec![
+        Setup::new(1),
+        Setup::new(2).decay(-0.5),
+        Setup::new(3).near(16, 1),
+        Setup::new(4).near(100, 0).decay(-0.1),
+        Setup::new(5).heads(4, 2).sizes(64, 64, 64).near(64, 1),
+        Setup::new(6).heads(4, 2).sizes(64, 64, 128),
+    ]
+}
+
+#[test]
+fn the_allocator_counts() {
+    let (calls, peak) = measure(|| drop(std::hint::black_box(vec![0u8; 1000])));
+    assert_eq!((calls, peak), (1, 1000));
+    assert_eq!(measure(|| ()), (0, 0));
+}
+
+#[test]
+fn a_step_does_not_allocate() {
+    fn check<T: Real>(setup: &Setup) {
+        let attention = setup.build::<T>();
+        let mut inputs = setup.inputs(300, 300);
+        // Growing keys, so that running maxima move.
+        inputs.k.axis_iter_mut(ndarray::Axis(1)).enumerate().for_each(|(j, mut k)| k *= 1.0 + 0.1 * (j % 50) as f64);
+        let inputs: Inputs<T> = inputs.cast();
+        let tokens: Vec<_> = (0..300).map(|i| inputs.token(i)).collect();
+        let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
+        let mut out = Array2::zeros((setup.heads, setup.e));
+        for (i, [q, k, v]) in tokens.iter().enumerate() {
+            let (calls, _) = measure(|| attention.step(&mut state, q, k, v, &mut out, &mut workspace).unwrap());
+            assert_eq!(calls, 0, "{setup:?}, {}: token {i}", T::NAME);
+        }
+        let (calls, _) = measure(|| state.reset());
+        assert_eq!(calls, 0);
+    }
+    on_one_thread(|| {
+        for setup in setups() {
+            check::<f32>(&setup);
+            check::<f64>(&setup);
+        }
+    });
+}
+
+#[test]
+fn a_step_does_not_allocate_on_the_main_pool_either() {
+    let setup = Setup::new(1).heads(4, 4);
+    let attention = setup.build::<f32>();
+    let [q, k, v] = setup.inputs(1, 1).cast::<f32>().token(0);
+    let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
+    let mut out = Array2::zeros((setup.heads, setup.e));
+    let (calls, _) = measure(|| (0..100).for_each(|_| attention.step(&mut state, &q, &k, &v, &mut out, &mut workspace).unwrap()));
+    assert_eq!(calls, 0);
+}
+
+#[test]
+fn prefill_into_and_full_into_do_not_allocate() {
+    fn check<T: Real>(setup: &Setup) {
+        let (linear, exact) = (setup.build::<T>(), setup.build_exact::<T>());
+        let n = 300;
+        let Inputs { q, k, v }: Inputs<T> = setup.inputs(n, n).cast();
+        let mut random = Random::new(1);
+        let valid: Vec<bool> = (0..n).map(|_| random.chance(0.7)).collect();
+        let mut out = Array3::zeros((setup.heads, n, setup.e));
+        let (mut state, mut workspace) = (linear.new_state(), linear.workspace());
+        for mask in [KeyMask::All, KeyMask::Valid(&valid), KeyMask::All] {
+            let (calls, _) = measure(|| linear.prefill_into(&mut state, &q, &k, &v, mask, &mut out, &mut workspace).unwrap());
+            assert_eq!(calls, 0, "{setup:?}, {}: prefill_into", T::NAME);
+            if setup.is_pure() {
+                let (calls, _) = measure(|| linear.full_into(&q, &k, &v, mask, &mut out, &mut workspace).unwrap());
+                assert_eq!(calls, 0, "{setup:?}, {}: full_into", T::NAME);
+            }
+        }
+        if setup.is_pure() {
+            let mut workspace = exact.workspace();
+            let (calls, _) = measure(|| exact.full_into(&q, &k, &v, KeyMask::Valid(&valid), &mut out, &mut workspace).unwrap());
+            assert_eq!(calls, 0, "{setup:?}, {}: exact full_into", T::NAME);
+        }
+    }
+    on_one_thread(|| {
+        for setup in setups() {
+            check::<f32>(&setup);
+            check::<f64>(&setup);
+        }
+    });
+}
+
+/// Rows that are not contiguous are no reason to allocate.
+#[test]
+fn strided_arguments_do_not_allocate() {
+    on_one_thread(|| {
+        let setup = Setup::new(1).heads(2, 2).near(16, 1);
+        let attention = setup.build::<f32>();
+        let Inputs { q, k, v }: Inputs<f32> = setup.inputs(100, 100).cast();
+        let transposed = |x: &Array3<f32>| x.view().permuted_axes([0, 2, 1]).as_standard_layout().into_owned().permuted_axes([0, 2, 1]);
+        let (q, k, v) = (transposed(&q), transposed(&k), transposed(&v));
+        let mut out = transposed(&Array3::zeros((setup.heads, 100, setup.e)));
+        let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
+        let (calls, _) = measure(|| attention.prefill_into(&mut state, &q, &k, &v, KeyMask::All, &mut out, &mut workspace).unwrap());
+        assert_eq!(calls, 0);
+    });
+}
+
+/// The allocating forms hold the output and scratch, and nothing that grows faster.
+#[test]
+fn peak_memory_does_not_depend_on_the_number_of_tokens() {
+    on_one_thread(|| {
+        for setup in setups() {
+            let (linear, exact) = (setup.build::<f32>(), setup.build_exact::<f32>());
+            let beyond_output = |n: usize, work: &dyn Fn(&Inputs<f32>) -> Array3<f32>| {
+                let inputs = setup.inputs(n, n).cast();
+                let (_, peak) = measure(|| drop(work(&inputs)));
+                peak - setup.heads * n * setup.e * size_of::<f32>()
+            };
+            let causal = |inputs: &Inputs<f32>| linear.causal_of(inputs, KeyMask::All).unwrap();
+            assert_eq!(beyond_output(256, &causal), beyond_output(4096, &causal), "{setup:?}: causal");
+            if setup.is_pure() {
+                let full = |inputs: &Inputs<f32>| linear.full_of(inputs, KeyMask::All).unwrap();
+                assert_eq!(beyond_output(256, &full), beyond_output(4096, &full), "{setup:?}: full");
+                let full = |inputs: &Inputs<f32>| exact.full_of(inputs, KeyMask::All).unwrap();
+                assert_eq!(beyond_output(256, &full), beyond_output(1024, &full), "{setup:?}: exact, full");
+                let causal = |inputs: &Inputs<f32>| exact.causal_of(inputs, KeyMask::All).unwrap();
+                assert_eq!(beyond_output(256, &causal), beyond_output(1024, &causal), "{setup:?}: exact, causal");
+            }
+        }
+    });
+}
