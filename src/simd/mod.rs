@@ -91,6 +91,10 @@ ops! {
     exp_dot: fn(panel: &mut [T], offset: &[T], column: &[T], weight: &[T], dot: &mut [T]);
     /// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])`
     exp_panel: fn(panel: &mut [T], offset: &[T], column: &[T]);
+    /// `sums[j] += Σ_f a[f, j]·b[f, j]`
+    column_dot: fn(a: &[T], b: &[T], sums: &mut [T]);
+    /// `panel[f, j] = weight[f, j]·scale[j]·(panel[f, j] − row[f]·column[j])`, `sums[j] = Σ_f panel[f, j]`
+    log_weight_vjp: fn(panel: &mut [T], weight: &[T], scale: &[T], row: &[T], column: &[T], sums: &mut [T]);
     /// `sums[f] += Σ_j panel[f, j]`
     add_row_sums: fn(panel: &[T], sums: &mut [T]);
     /// Zeroes above the diagonal, adds row sums.
