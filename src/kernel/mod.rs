@@ -2,6 +2,57 @@
 //!
 //! Every map works in the *log domain*: it yields the log-features a_f and b_f, never their exponentials, so that
 //! attention can stabilise them with a running maximum. x = √σ·q and y = √σ·k are the scaled queries and keys.
+//!
+//! # The weighted DCT feature map
+//!
+//! C is the orthonormal DCT-II, `C[f,i] = s_f cos(π(2i+1)f / 2d)`. Blocks g = 0..G, features f = g·d + i, m = G·d, or
+//! m = 2·G·d with antithetic pairs (+u, −u):
+//!
+//! ```text
+//! u_f(z)  = t_f · [C (s_g ⊙ z)]_i
+//! query:    a_f(x) = u_f(x − μq) + p(x − μq) + x·μk − μq·μk + g
+//! key:      b_f(y) = u_f(y − μk) + p(y − μk) + w_f + μq·y
+//! ```
+//!
+//! with radii t, input scales s, log-weights w, centres μ, envelope p and mix g. The centres cancel exactly: with
+//! p(z) = −|z|²/2 the map estimates exp(x·y) whatever they are, and they change its error only.
+//!
+//! # What the maps converge to
+//!
+//! * With one transform per block ([`Mixing::None`]), normal radii, s = 1, no envelope and w = −ln m the kernel tends to
+//!   the *additive* kernel (1/d) Σ_f exp((c_f·(x+y))²/2) as the blocks grow, c_f being the rows of C. It is not
+//!   exp(x·y), nor a multiple of it.
+//! * With [`Mixing::Mixed`], [`Radial::Chi`] and [`Envelope::Gaussian`] the projection's rows are nearly standard
+//!   normal vectors, and the kernel is nearly unbiased for exp(x·y).
+//! * [`FavorMap`], the dense Monte Carlo baseline, is exactly unbiased for exp(x·y).
+//!
+//! ```
+//! use dijiang::kernel::{DctMapConfig, FeatureMap, InputScales};
+//! use ndarray::array;
+//!
+//! let map = DctMapConfig::new(2).with_blocks(4096).with_scales(InputScales::Ones).build::<f64>()?;
+//! let (x, y) = (array![[0.6, -0.1]], array![[0.4, 0.3]]);
+//! let (a, b) = (map.query_log_features(&x)?, map.key_log_features(&y)?);
+//! let kernel: f64 = (&a + &b).mapv(f64::exp).sum();
+//! // x + y = (1, 0.2), and the rows of C are (1, 1)/√2 and (1, −1)/√2.
+//! let additive = 0.5 * ((0.72_f64 / 2.0).exp() + (0.32_f64 / 2.0).exp());
+//! assert!((kernel / additive - 1.0).abs() < 1e-3);
+//! # Ok::<(), dijiang::Error>(())
+//! ```
+
+mod dct_map;
+mod favor;
+mod oprf;
+mod params;
+mod published;
+mod quantile;
+mod sampler;
+mod transform;
+
+pub use dct_map::{DctMap, DctMapConfig};
+pub use favor::{FavorConfig, FavorMap, FavorRows};
+pub use params::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides};
+pub use published::published_features;
 
 use std::fmt::Debug;
 
@@ -33,6 +84,9 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     /// # Shapes
     /// - `x`: `[d, width]`, `out`: `[m, width]`, row-major without gaps; `width` is a multiple of 16.
     /// - `scratch`: at least [`scratch_len`](Self::scratch_len) elements, contents garbage before and after.
+    ///
+    /// # Panics
+    /// If a slice is shorter than that.
     fn query_panel(&self, width: usize, x: &[T], out: &mut [T], scratch: &mut [T]);
 
     /// Log-features b_f(y) of a panel of scaled keys; shapes as for [`query_panel`](Self::query_panel).
@@ -105,6 +159,9 @@ fn rows<T: Real>(
     }
     check_elements(argument, rows)?;
     let (n, width) = (rows.nrows(), padded(rows.nrows()));
+    if n == 0 {
+        return Ok(Array2::zeros((0, features)));
+    }
     let mut x = vec![T::zero(); dim * width];
     for (j, row) in rows.outer_iter().enumerate() {
         for (i, &value) in row.iter().enumerate() {

@@ -1,0 +1,154 @@
+//! The orthonormal discrete cosine transforms, planned once per length.
+
+use crate::real::Real;
+use crate::real::sealed::RowDct;
+use crate::simd::LANES;
+
+/// Orthonormal DCT-II of the columns of a panel, and DCT-III of a row.
+///
+/// ```text
+/// C[f,i] = s_f cos(π(2i+1)f / 2d),   s_0 = √(1/d),   otherwise s_f = √(2/d)
+/// DCT-II: X = C x        DCT-III: x = Cᵀ X
+/// ```
+///
+/// Any length ≥ 1; O(d log d) per column. Runs column by column through rustdct.
+#[derive(Clone)]
+pub(super) struct DctPlan<T> {
+    len: usize,
+    row: RowDct<T>,
+    first: T,
+    other: T,
+}
+
+impl<T: Real> DctPlan<T> {
+    /// Plans transforms of `len` ≥ 1 elements.
+    pub(super) fn new(len: usize) -> Self {
+        let len_f = len as f64;
+        Self { len, row: T::plan_dct(len), first: T::from_f64((1.0 / len_f).sqrt()), other: T::from_f64((2.0 / len_f).sqrt()) }
+    }
+
+    /// Scratch elements that [`dct2_panel`](Self::dct2_panel) needs for a panel of that width.
+    pub(super) fn scratch_len(&self, _width: usize) -> usize {
+        self.len + self.row.scratch_len
+    }
+
+    /// Replaces every column of `panel`, `[len, width]`, by its DCT-II. Does not allocate.
+    pub(super) fn dct2_panel(&self, width: usize, panel: &mut [T], scratch: &mut [T]) {
+        debug_assert_eq!(panel.len(), self.len * width);
+        let (row, scratch) = scratch.split_at_mut(self.len);
+        let scratch = &mut scratch[..self.row.scratch_len];
+        for j in 0..width {
+            for (value, element) in row.iter_mut().zip(panel[j..].iter().step_by(width)) {
+                *value = *element;
+            }
+            (self.row.dct2)(row, scratch);
+            row[0] *= self.first;
+            for value in &mut row[1..] {
+                *value *= self.other;
+            }
+            for (value, element) in row.iter().zip(panel[j..].iter_mut().step_by(width)) {
+                *element = *value;
+            }
+        }
+    }
+
+    /// Scratch elements that [`dct3_row`](Self::dct3_row) needs.
+    pub(super) fn row_scratch_len(&self) -> usize {
+        self.row.scratch_len
+    }
+
+    /// Replaces `row`, `[len]`, by its DCT-III. Does not allocate.
+    pub(super) fn dct3_row(&self, row: &mut [T], scratch: &mut [T]) {
+        debug_assert_eq!(row.len(), self.len);
+        row[0] *= self.first + self.first;
+        for value in &mut row[1..] {
+            *value *= self.other;
+        }
+        (self.row.dct3)(row, &mut scratch[..self.row.scratch_len]);
+    }
+}
+
+/// out = W z, `[P, d]` by `[d, width]` to `[P, width]`, for a width of whole lane groups.
+///
+/// The general matrix product is not used here: it allocates, and how it splits long sums depends on the width. Here
+/// every element is one sum in the order of i, so a column is the same in every panel.
+pub(super) fn dense_panel<T: Real>(matrix: &[T], dim: usize, width: usize, z: &[T], out: &mut [T]) {
+    debug_assert_eq!(width % LANES, 0);
+    for (row, out) in matrix.chunks_exact(dim).zip(out.chunks_exact_mut(width)) {
+        for (group, out) in out.as_chunks_mut::<LANES>().0.iter_mut().enumerate() {
+            let mut sums = [T::zero(); LANES];
+            for (&w, z) in row.iter().zip(z.chunks_exact(width)) {
+                let z = &z.as_chunks::<LANES>().0[group];
+                for lane in 0..LANES {
+                    sums[lane] += w * z[lane];
+                }
+            }
+            *out = sums;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::f64::consts::PI;
+
+    use super::*;
+
+    const LENGTHS: [usize; 14] = [1, 2, 3, 5, 7, 8, 16, 31, 48, 64, 100, 127, 128, 256];
+
+    fn cosine(d: usize, f: usize, i: usize) -> f64 {
+        // The angle is reduced first: (2i+1)f counts quarter periods of 4d.
+        let angle = PI * (((2 * i + 1) * f) % (4 * d)) as f64 / (2 * d) as f64;
+        angle.cos() * (if f == 0 { 1.0 } else { 2.0 } / d as f64).sqrt()
+    }
+
+    fn input(i: usize, j: usize) -> f64 {
+        (1.3 * i as f64 + 0.7 * j as f64 + 0.1 * (i * j) as f64).sin() + 0.25
+    }
+
+    fn columns_against_the_cosine_matrix<T: Real>() {
+        for d in LENGTHS {
+            for width in [LANES, 3 * LANES] {
+                let plan = DctPlan::<T>::new(d);
+                let mut panel: Vec<T> = (0..d * width).map(|k| T::from_f64(input(k / width, k % width))).collect();
+                let mut scratch = vec![T::from_f64(f64::NAN); plan.scratch_len(width)];
+                plan.dct2_panel(width, &mut panel, &mut scratch);
+                for j in 0..width {
+                    let norm = (0..d).map(|i| input(i, j).powi(2)).sum::<f64>().sqrt();
+                    for f in 0..d {
+                        let expected: f64 = (0..d).map(|i| cosine(d, f, i) * T::from_f64(input(i, j)).to_f64()).sum();
+                        let error = (panel[f * width + j].to_f64() - expected).abs();
+                        let tolerance = 10.0 * T::EPSILON.to_f64() * norm;
+                        assert!(error <= tolerance, "{} d {d} width {width} f {f} j {j}: off by {error:e}", T::NAME);
+                    }
+                }
+            }
+        }
+    }
+
+    fn rows_against_the_transposed_matrix<T: Real>() {
+        for d in LENGTHS {
+            let plan = DctPlan::<T>::new(d);
+            let mut row: Vec<T> = (0..d).map(|i| T::from_f64(input(i, 3))).collect();
+            plan.dct3_row(&mut row, &mut vec![T::from_f64(f64::NAN); plan.row_scratch_len()]);
+            let norm = (0..d).map(|i| input(i, 3).powi(2)).sum::<f64>().sqrt();
+            for f in 0..d {
+                let expected: f64 = (0..d).map(|i| cosine(d, i, f) * T::from_f64(input(i, 3)).to_f64()).sum();
+                let error = (row[f].to_f64() - expected).abs();
+                assert!(error <= 10.0 * T::EPSILON.to_f64() * norm, "{} d {d} f {f}: off by {error:e}", T::NAME);
+            }
+        }
+    }
+
+    #[test]
+    fn dct2_is_the_cosine_matrix() {
+        columns_against_the_cosine_matrix::<f64>();
+        columns_against_the_cosine_matrix::<f32>();
+    }
+
+    #[test]
+    fn dct3_is_its_transpose() {
+        rows_against_the_transposed_matrix::<f64>();
+        rows_against_the_transposed_matrix::<f32>();
+    }
+}
