@@ -18,7 +18,7 @@ use super::dct_map::DctMap;
 use super::favor::FavorMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, SideParams};
 use crate::real::Real;
-use crate::simd::{LANES, Ops, Product, padded};
+use crate::simd::{Ops, Product, padded, transpose};
 
 /// Panels whose moments are summed in the element type before they are added to the sums in f64.
 const PANELS: usize = 32;
@@ -216,10 +216,7 @@ pub(super) struct Tables<T> {
 impl<T: Real> Tables<T> {
     pub(super) fn new(params: &DctParams) -> Self {
         let (query, key) = unit_projections(params);
-        Self {
-            query: Table::new(params, &params.query, &params.key, &query),
-            key: Table::new(params, &params.key, &params.query, &key),
-        }
+        Self { query: Table::new(params, &params.query, &params.key, &query), key: Table::new(params, &params.key, &params.query, &key) }
     }
 }
 
@@ -230,7 +227,8 @@ impl<T: Real> Table<T> {
         let minus = plus.clone().map(|(t, s, row)| (-t, s, row));
         let antithetic = params.pairing == Pairing::Antithetic;
         let rows = plus.chain(minus.filter(|_| antithetic));
-        let jacobian = rows.flat_map(|(t, s, row)| row.iter().zip(s).zip(&other.center).map(move |((w, s), mu)| T::from_f64(t * w * s + mu)));
+        let jacobian =
+            rows.flat_map(|(t, s, row)| row.iter().zip(s).zip(&other.center).map(move |((w, s), mu)| T::from_f64(t * w * s + mu)));
         let cast = |values: &[f64]| values.iter().map(|&x| T::from_f64(x)).collect();
         Self {
             jacobian: jacobian.collect(),
@@ -271,15 +269,6 @@ impl<T: Real> Table<T> {
                 to.iter_mut().zip(z).zip(total.iter()).for_each(|((to, &z), &total)| *to -= z * total);
             }
         }
-    }
-}
-
-/// The transpose of a panel `[rows, width]`, times `scale`; `rows` and `width` are multiples of LANES.
-pub(crate) fn transpose<T: Real>(ops: &Ops<T>, width: usize, panel: &[T], scale: T, out: &mut [T]) {
-    let rows = panel.len() / width;
-    for group in (0..rows).step_by(LANES) {
-        let lanes: [&[T]; LANES] = std::array::from_fn(|lane| &panel[(group + lane) * width..][..width]);
-        (ops.gather)(&lanes, scale, &mut out[group..], rows);
     }
 }
 

@@ -31,6 +31,15 @@ pub(crate) fn padded(n: usize) -> usize {
     n.next_multiple_of(LANES)
 }
 
+/// The transpose of a panel `[rows, width]`, times `scale`; `rows` and `width` are multiples of LANES.
+pub(crate) fn transpose<T: Real>(ops: &Ops<T>, width: usize, panel: &[T], scale: T, out: &mut [T]) {
+    let rows = panel.len() / width;
+    for group in (0..rows).step_by(LANES) {
+        let lanes: [&[T]; LANES] = std::array::from_fn(|lane| &panel[(group + lane) * width..][..width]);
+        (ops.gather)(&lanes, scale, &mut out[group..], rows);
+    }
+}
+
 macro_rules! ops {
     ($($(#[doc = $doc:literal])* $name:ident: fn($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*) => {
         /// One implementation of every vector loop; see the functions of the same names in [`body`].
