@@ -100,6 +100,9 @@ pub enum Error {
         /// What it cannot be combined with.
         other: &'static str,
     },
+    /// A progress callback asked to stop.
+    #[error("cancelled by the caller; nothing was changed")]
+    Cancelled,
 }
 
 /// `std::result::Result` with this crate's [`Error`].

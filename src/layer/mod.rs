@@ -1,1 +1,148 @@
-//! Drop-in attention layers.
+//! Drop-in attention layers: projections, rotary embedding and grouped queries around either attention.
+//!
+//! [`SoftmaxAttention`] is the layer as trained; [`DijiangAttention::from_softmax`] makes the linear one from it, keeping
+//! every weight. Both are an [`Attention`], so that exchanging them in a model is one type and one line:
+//!
+//! ```
+//! use dijiang::attention::KeyMask;
+//! use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary, SoftmaxAttention};
+//! use ndarray::{Array1, Array2};
+//!
+//! // The weights of a trained layer: D = 16, four query heads of 4 sharing two key-value heads.
+//! let matrix = |rows: usize, cols: usize| Array2::from_shape_fn((rows, cols), |(i, j)| ((i * 7 + j * 5) % 11) as f32 / 20.0 - 0.25);
+//! let config = AttentionConfig::new(16, 4).with_kv_heads(2).with_rotary(Rotary::new(10_000.0));
+//! let weights = AttentionWeights::new(matrix(16, 16), matrix(8, 16), matrix(8, 16), matrix(16, 16));
+//!
+//! let softmax = SoftmaxAttention::new(config, weights)?;
+//! let linear = DijiangAttention::from_softmax(&softmax, DijiangOptions::new())?; // the exchange
+//!
+//! let x = Array2::from_shape_fn((20, 16), |(i, j)| ((i * 3 + j) % 7) as f32 - 3.0);
+//! let whole = linear.forward(&x, KeyMask::All)?;
+//!
+//! // The same by a stream: a prompt of 19 tokens, then one token.
+//! let mut state = linear.new_state();
+//! let prompt = linear.prefill(&mut state, &x.slice(ndarray::s![..19, ..]), KeyMask::All)?;
+//! let mut last = Array1::zeros(16);
+//! linear.step(&mut state, &x.row(19), &mut last)?;
+//! assert!(prompt.iter().chain(&last).zip(&whole).all(|(a, b)| (a - b).abs() < 1e-4));
+//! assert_eq!(state.position(), 20);
+//! # Ok::<(), dijiang::Error>(())
+//! ```
+//!
+//! 20 tokens lie within the exact near part of the linear layer (two chunks of 64), so here it equals softmax attention; older
+//! tokens go through its DCT maps, which [`DijiangAttention::calibrate`] fits to your own hidden states.
+
+mod calibrate;
+mod config;
+mod dijiang;
+mod projection;
+mod rotary;
+mod softmax;
+mod weights;
+
+pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, HeadReport};
+pub use config::{AttentionConfig, Causality};
+pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
+pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
+pub use softmax::{SoftmaxAttention, SoftmaxState};
+pub use weights::AttentionWeights;
+
+use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3};
+
+use crate::attention::KeyMask;
+use crate::error::{Error, Result, check_elements, check_shape};
+use crate::real::Real;
+use crate::threads::{for_each, max_threads};
+
+/// A self-attention layer: hidden states in, hidden states out. What both layers offer, so that a model can be generic over
+/// its attention.
+///
+/// # Conventions
+/// Rows are tokens. Positions count from 0 at the first token of a sequence and include masked tokens. A masked token is
+/// never attended to, but still has a query and an output of its own; its hidden state must be finite like any other.
+pub trait Attention<T: Real>: Send + Sync {
+    /// What one sequence leaves behind for its next tokens. A clone is a snapshot to return to.
+    type State: Clone + Send;
+
+    /// The checked config, head dimension and scale filled in.
+    fn config(&self) -> &AttentionConfig;
+
+    /// The empty state of a new sequence. Of a bidirectional layer it is of no use: see [`prefill`](Self::prefill).
+    fn new_state(&self) -> Self::State;
+
+    /// A whole sequence, causal or not as configured.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, D]`, `mask`: n keys; returns `[n, D]`.
+    ///
+    /// # Cost
+    /// O(n) memory for projections and output. Runs on all threads; the result does not depend on their number.
+    ///
+    /// # Errors
+    /// - [`Error::Empty`] for n = 0, [`Error::Shape`] unless `x` has D columns, [`Error::Length`] for a mask of another length;
+    /// - [`Error::NonFinite`] for elements of `x`, or of the queries, keys and values made from it, beyond [`Real::LIMIT`].
+    fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>>;
+
+    /// The next n tokens of a sequence. Calling it for pieces of a sequence gives what [`forward`](Self::forward) gives for the whole.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, D]`, `mask`: these n keys; returns `[n, D]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); [`Error::Conflict`] if the layer is bidirectional; [`Error::Foreign`] for the state of a
+    /// layer of another shape. After an error the state is unchanged.
+    fn prefill(&self, state: &mut Self::State, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>>;
+
+    /// The next token.
+    ///
+    /// # Shapes
+    /// - `x`: `[D]`, `out`: `[D]`
+    ///
+    /// # Cost
+    /// Runs on the calling thread. Needs no scratch but the state's own.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill), [`Error::Length`] for `x` and `out`. After an error neither state nor `out` is changed.
+    fn step(&self, state: &mut Self::State, x: &ArrayRef1<T>, out: &mut ArrayRef1<T>) -> Result<()>;
+
+    /// [`forward`](Self::forward) of several sequences of one length; sequence i is what `forward` gives for it alone, bit for bit.
+    ///
+    /// # Shapes
+    /// - `x`: `[b, n, D]`, `masks`: `[b, n]`, `true` for the keys that may be attended to; returns `[b, n, D]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); [`Error::Shape`] for `masks`.
+    fn forward_batch(&self, x: &ArrayRef3<T>, masks: Option<&ArrayRef2<bool>>) -> Result<Array3<T>> {
+        let (b, n, _) = x.dim();
+        check_shape("x", x, &[b, n, self.config().model_dim])?;
+        if b == 0 || n == 0 {
+            return Err(Error::Empty { argument: "x" });
+        }
+        check_elements("x", x)?;
+        let valid = match masks {
+            Some(masks) => {
+                check_shape("masks", masks, &[b, n])?;
+                masks.iter().copied().collect()
+            }
+            None => Vec::new(),
+        };
+        let mask = |i: usize| if masks.is_some() { KeyMask::Valid(&valid[i * n..(i + 1) * n]) } else { KeyMask::All };
+        let mut out = Array3::zeros(x.raw_dim());
+        let mut results = vec![Ok(()); b];
+        let sequences = x.outer_iter().zip(out.outer_iter_mut()).zip(&mut results).enumerate();
+        let sequences: Vec<_> = sequences.map(|(i, ((x, out), result))| (i, x, out, result)).collect();
+        for_each(&mut vec![(); max_threads().min(b)], sequences.into_iter(), |(), (i, x, mut out, result)| {
+            *result = self.forward(&x, mask(i)).map(|y| out.assign(&y));
+        });
+        results.into_iter().collect::<Result<()>>()?;
+        Ok(out)
+    }
+}
+
+/// Prefill and steps need a direction.
+fn check_causal(config: &AttentionConfig, argument: &'static str) -> Result<()> {
+    match config.causality {
+        Causality::Causal => Ok(()),
+        Causality::Bidirectional => Err(Error::Conflict { argument, other: "bidirectional attention" }),
+    }
+}

@@ -56,7 +56,8 @@ pub(super) fn matmul<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T], c: &m
         };
         let mut row = 0;
         while row < p.m {
-            let height = (p.m - row).min(S::TILE_ROWS);
+            // The largest power of two that fits: few tiles to compile, and a chain per element is the same in each.
+            let height = 1 << (p.m - row).min(S::TILE_ROWS).ilog2();
             // SAFETY: the tile [row..row + height, column·N..(column + width)·N] lies inside C, and with it the rows of
             // A and the columns of B, whose lengths were checked above.
             unsafe {
@@ -78,7 +79,7 @@ pub(super) fn matmul<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T], c: &m
 /// Chooses the tile for the number of rows.
 ///
 /// # Safety
-/// As [`tile`], with `height` rows.
+/// As [`tile`], with `height` rows; a power of two.
 #[inline(always)]
 unsafe fn rows<S: Simd, const C: usize>(simd: S, height: usize, p: Product, a: *const S::T, b: *const S::T, c: *mut S::T) {
     // SAFETY: the caller's promise.
@@ -86,13 +87,9 @@ unsafe fn rows<S: Simd, const C: usize>(simd: S, height: usize, p: Product, a: *
         match height {
             1 => tile::<S, 1, C>(simd, p, a, b, c),
             2 => tile::<S, 2, C>(simd, p, a, b, c),
-            3 => tile::<S, 3, C>(simd, p, a, b, c),
             4 => tile::<S, 4, C>(simd, p, a, b, c),
-            _ if C == 4 => unreachable!("four registers only for up to four rows"),
-            5 => tile::<S, 5, C>(simd, p, a, b, c),
-            6 => tile::<S, 6, C>(simd, p, a, b, c),
-            7 => tile::<S, 7, C>(simd, p, a, b, c),
-            _ => tile::<S, 8, C>(simd, p, a, b, c),
+            8 if C < 4 && S::TILE_ROWS == 8 => tile::<S, 8, C>(simd, p, a, b, c),
+            _ => unreachable!("heights are powers of two up to the tile's"),
         }
     }
 }

@@ -61,35 +61,53 @@ pub(super) fn transform<S: Simd>(simd: S, tables: &DctTables<S::T>, x: &[S::T], 
     assert!(width.is_multiple_of(LANES) && x.len() >= d * width, "input panel");
     assert!(out.len() == row.len() * width && (row.len() == d || row.len() == 2 * d), "output panel");
     assert!(tables.twiddles.len() == d - 1 && tables.shift.len() == d && tables.post.len() == d, "tables");
-    match d {
-        8 => columns::<S, 8>(simd, tables, x, row, column, out),
-        16 => columns::<S, 16>(simd, tables, x, row, column, out),
-        32 => columns::<S, 32>(simd, tables, x, row, column, out),
-        64 => columns::<S, 64>(simd, tables, x, row, column, out),
-        128 => columns::<S, 128>(simd, tables, x, row, column, out),
-        256 => columns::<S, 256>(simd, tables, x, row, column, out),
-        _ => unreachable!("tables are only made for supported lengths"),
-    }
-}
-
-/// D registers of tokens that need no initial value.
-type Buffer<V, const D: usize> = [MaybeUninit<V>; D];
-
-#[inline(always)]
-fn columns<S: Simd, const D: usize>(simd: S, tables: &DctTables<S::T>, x: &[S::T], row: &[S::T], column: &[S::T], out: &mut [S::T]) {
-    let width = column.len();
+    assert!(supports(d), "a power of two from 8 to 256");
+    let points = if d == 8 { 8 } else { 16 };
     let (x, out, twiddles) = (x.as_ptr(), out.as_mut_ptr(), tables.twiddles.as_ptr());
     for j in (0..width).step_by(S::N) {
-        let mut here: Buffer<S::V, D> = [MaybeUninit::uninit(); D];
-        let mut there: Buffer<S::V, D> = [MaybeUninit::uninit(); D];
+        let mut here: Buffer<S::V> = [MaybeUninit::uninit(); 256];
+        let mut there: Buffer<S::V> = [MaybeUninit::uninit(); 256];
         let (here, there) = (here.as_mut_ptr().cast::<S::V>(), there.as_mut_ptr().cast::<S::V>());
-        // SAFETY: `transform` checked the panels ([D, width], j + N ≤ width) and tables (D elements, D − 1 twiddles);
-        // the buffers hold D registers, and every one is written before it is read: each pass writes all D of them.
+        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, d − 1 twiddles) were checked above;
+        // the buffers hold d ≤ 256 registers, and every one is written before it is read: each pass writes all d.
         unsafe {
             let input = |i: usize| {
                 let value = simd.load(x.add(i * width + j));
                 simd.mul_add(value, simd.splat(*tables.pre.get_unchecked(i)), simd.splat(*tables.shift.get_unchecked(i)))
             };
+            let (mut from, mut to) = (here, there);
+            // Down: n points become two blocks of n/2, until a block fits into registers.
+            let (mut n, mut level) = (d, twiddles);
+            if d <= 16 {
+                (0..d).for_each(|i| from.add(i).write(input(i)));
+            } else {
+                for i in 0..d / 2 {
+                    butterfly(simd, input(i), input(d - 1 - i), level.add(i), from.add(i), from.add(d / 2 + i));
+                }
+                (n, level) = (d / 2, level.add(d / 2));
+            }
+            while n > 16 {
+                for block in (0..d).step_by(n) {
+                    let (from, to) = (from.add(block), to.add(block));
+                    for i in 0..n / 2 {
+                        butterfly(simd, *from.add(i), *from.add(n - 1 - i), level.add(i), to.add(i), to.add(n / 2 + i));
+                    }
+                }
+                (from, to) = (to, from);
+                (n, level) = (n / 2, level.add(n / 2));
+            }
+            for block in (0..d).step_by(points) {
+                leaf(simd, points, from.add(block), level);
+            }
+            // Up: two blocks of n/2 points become the even and odd ones of n.
+            while n < d / 2 {
+                n *= 2;
+                for block in (0..d).step_by(n) {
+                    let (from, to) = (from.add(block), to.add(block));
+                    interleave(simd, n, from, |f, value| to.add(f).write(value));
+                }
+                (from, to) = (to, from);
+            }
             let column = simd.load(column.as_ptr().add(j));
             let output = |f: usize, value: S::V| {
                 let u = simd.mul(value, simd.splat(*tables.post.get_unchecked(f)));
@@ -98,53 +116,21 @@ fn columns<S: Simd, const D: usize>(simd: S, tables: &DctTables<S::T>, x: &[S::T
                     simd.store(out.add(f * width + j), simd.add(u, added));
                 };
                 store(f, u);
-                if row.len() > D {
-                    store(f + D, simd.sub(simd.splat(S::T::ZERO), u));
+                if row.len() > d {
+                    store(f + d, simd.sub(simd.splat(S::T::ZERO), u));
                 }
             };
-            if D <= 16 {
-                for i in 0..D {
-                    here.add(i).write(input(i));
-                }
-                leaf::<S, D>(simd, here, twiddles);
-                for f in 0..D {
-                    output(f, *here.add(f));
-                }
-                continue;
+            if d <= 16 {
+                (0..d).for_each(|f| output(f, *from.add(f)));
+            } else {
+                interleave(simd, d, from, output);
             }
-            for i in 0..D / 2 {
-                butterfly(simd, input(i), input(D - 1 - i), twiddles.add(i), here.add(i), here.add(D / 2 + i));
-            }
-            // Down: blocks of n points become two blocks of n/2.
-            let (mut from, mut to) = (here, there);
-            let (mut n, mut level) = (D / 2, twiddles.add(D / 2));
-            while n > 16 {
-                for block in (0..D).step_by(n) {
-                    let (from, to) = (from.add(block), to.add(block));
-                    for i in 0..n / 2 {
-                        butterfly(simd, *from.add(i), *from.add(n - 1 - i), level.add(i), to.add(i), to.add(n / 2 + i));
-                    }
-                }
-                (from, to) = (to, from);
-                level = level.add(n / 2);
-                n /= 2;
-            }
-            for block in (0..D).step_by(16) {
-                leaf::<S, 16>(simd, from.add(block), level);
-            }
-            // Up: two blocks of n/2 points become the even and odd ones of n.
-            while n < D / 2 {
-                n *= 2;
-                for block in (0..D).step_by(n) {
-                    let (from, to) = (from.add(block), to.add(block));
-                    interleave(simd, n, from, |f, value| to.add(f).write(value));
-                }
-                (from, to) = (to, from);
-            }
-            interleave(simd, D, from, output);
         }
     }
 }
+
+/// Registers of tokens that need no initial value.
+type Buffer<V> = [MaybeUninit<V>; 256];
 
 /// a = x + y and b = (x − y)·twiddle.
 ///
@@ -180,16 +166,16 @@ unsafe fn interleave<S: Simd>(simd: S, n: usize, from: *const S::V, mut output: 
     }
 }
 
-/// The transform of N = 8 or 16 registers, in place.
+/// The transform of 8 or 16 registers, in place.
 ///
 /// # Safety
-/// `x` holds N registers, `twiddles` the levels N, N/2, …, 2.
+/// `x` holds `points` registers, `twiddles` the levels `points`, `points`/2, …, 2.
 #[inline(always)]
-unsafe fn leaf<S: Simd, const N: usize>(simd: S, x: *mut S::V, twiddles: *const S::T) {
+unsafe fn leaf<S: Simd>(simd: S, points: usize, x: *mut S::V, twiddles: *const S::T) {
     // SAFETY: the caller's promise; the arrays hold what they say.
     unsafe {
         let twiddle = |i: usize| simd.splat(*twiddles.add(i));
-        if N == 16 {
+        if points == 16 {
             let input: [S::V; 16] = std::array::from_fn(|i| *x.add(i));
             let output = points16(simd, input, twiddle);
             (0..16).for_each(|i| x.add(i).write(output[i]));

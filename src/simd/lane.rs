@@ -15,7 +15,7 @@ pub(super) trait Simd: Copy {
     type V: Copy;
     /// Elements per register; divides [`LANES`].
     const N: usize;
-    /// Rows of a register tile of the matrix product.
+    /// Rows of a register tile of the matrix product, a power of two.
     const TILE_ROWS: usize;
 
     fn splat(self, x: Self::T) -> Self::V;
@@ -145,5 +145,5 @@ macro_rules! portable {
     };
 }
 
-portable!(f32, 8, u32, 23, 127);
-portable!(f64, 4, u64, 52, 1023);
+portable!(f32, 4, u32, 23, 127);
+portable!(f64, 2, u64, 52, 1023);

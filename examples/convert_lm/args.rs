@@ -1,0 +1,68 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+/// Exchange the softmax attention of a byte-level LLaMA-format model for DCT-kernelized linear attention and measure what it costs.
+#[derive(Debug, Parser)]
+#[command(version)]
+pub(crate) struct Args {
+    /// Directory with config.json and model.safetensors (or its shards)
+    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
+    pub(crate) model: PathBuf,
+    /// Text to measure on, read as bytes [default: valid.txt in the model's directory]
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// Text to calibrate on, read as bytes [default: calibration.txt in the model's directory]
+    #[arg(long, value_name = "FILE")]
+    calibration_text: Option<PathBuf>,
+    /// Windows of the text to measure on; 0 means all
+    #[arg(long, value_name = "N", default_value_t = 40)]
+    pub(crate) windows: usize,
+    /// Windows of the calibration text to calibrate on
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    pub(crate) calibration_windows: usize,
+    /// Tokens per window [default: the model's max_position_embeddings]
+    #[arg(long, value_name = "N")]
+    pub(crate) context: Option<usize>,
+    /// Chunk length of the exact near part
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) chunk: usize,
+    /// Whole chunks of the near part before the query's own
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) back: usize,
+    /// Blocks of head_dim features each
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) blocks: usize,
+    /// Bytes of text to generate from the linear model
+    #[arg(long, value_name = "N", default_value_t = 400)]
+    pub(crate) generate: usize,
+    /// What the generated text continues
+    #[arg(long, value_name = "TEXT", default_value = "And it came to pass")]
+    pub(crate) prompt: String,
+    /// Temperature of sampling; 0 takes the likeliest byte
+    #[arg(long, value_name = "X", default_value_t = 0.7)]
+    pub(crate) temperature: f64,
+    /// Seed of the feature maps and of sampling
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Threads; 0 means one per core
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) threads: usize,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+impl Args {
+    /// The text to measure on.
+    pub(crate) fn text(&self) -> PathBuf {
+        self.text.clone().unwrap_or_else(|| self.model.join("valid.txt"))
+    }
+
+    /// The text to calibrate on.
+    pub(crate) fn calibration_text(&self) -> PathBuf {
+        self.calibration_text.clone().unwrap_or_else(|| self.model.join("calibration.txt"))
+    }
+}

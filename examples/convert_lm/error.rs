@@ -1,0 +1,48 @@
+//! What can go wrong with the files and options a user gives, each with the file, the thing and the numbers.
+
+use std::path::PathBuf;
+
+/// `std::result::Result` with this program's [`Error`].
+pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Everything `convert_lm` can fail with.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: std::io::Error },
+    #[error("{}: not the expected JSON: {source}", path.display())]
+    Json { path: PathBuf, source: serde_json::Error },
+    #[error("{}: not a whole safetensors file: {source}", path.display())]
+    Safetensors { path: PathBuf, source: safetensors::SafeTensorError },
+    #[error("{}: {key} must be {expected}, found {found}", path.display())]
+    Config { path: PathBuf, key: &'static str, expected: &'static str, found: String },
+    #[error("{}: no tensor named {name}", path.display())]
+    MissingTensor { path: PathBuf, name: String },
+    #[error("{}: tensor {name} must have shape {expected:?}, found {found:?}", path.display())]
+    TensorShape { path: PathBuf, name: String, expected: Vec<usize>, found: Vec<usize> },
+    #[error("{}: tensor {name} must be stored as F32, F16 or BF16, found {found}", path.display())]
+    TensorType { path: PathBuf, name: String, found: safetensors::Dtype },
+    #[error("{}: tensor {name} must be finite, found {found} at element {index}", path.display())]
+    TensorValue { path: PathBuf, name: String, index: usize, found: f32 },
+    #[error("text is read as bytes, so only models with a vocabulary of 256 (token = byte) can be used; this one has {found}")]
+    Vocabulary { found: usize },
+    #[error("{}: at least {expected} bytes are needed, found {found}", path.display())]
+    TextTooShort { path: PathBuf, expected: usize, found: usize },
+    #[error("{}: softmax logits must agree within {limit:e}, found a difference of {found:e}", path.display())]
+    Golden { path: PathBuf, limit: f32, found: f32 },
+    #[error("--{option} must be {expected}, found {found}")]
+    Option { option: &'static str, expected: &'static str, found: String },
+    #[error("layer {layer}: {source}")]
+    Layer { layer: usize, source: dijiang::Error },
+    #[error("cannot start threads: {0}")]
+    Threads(#[from] rayon::ThreadPoolBuildError),
+    #[error("cannot write the result: {0}")]
+    Output(#[source] std::io::Error),
+}
+
+impl Error {
+    /// For `map_err`: an error of the layer with this index.
+    pub(crate) fn in_layer(layer: usize) -> impl FnOnce(dijiang::Error) -> Self {
+        move |source| Self::Layer { layer, source }
+    }
+}

@@ -1,0 +1,125 @@
+//! Takes a trained byte-level language model of the LLaMA format, exchanges its softmax attention for DCT-kernelized
+//! linear attention, and shows on real text what that costs.
+//!
+//! ```sh
+//! cargo run --release --example convert_lm
+//! cargo run --release --example convert_lm -- --help
+//! ```
+
+mod args;
+mod checkpoint;
+mod config;
+mod convert;
+mod error;
+mod evaluate;
+mod generate;
+mod llama;
+mod product;
+mod progress;
+mod report;
+#[cfg(test)]
+mod tests;
+mod text;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use dijiang::attention::Near;
+use rayon::ThreadPoolBuilder;
+
+use crate::args::Args;
+use crate::error::{Error, Result};
+use crate::evaluate::{bits_per_byte, check_logits};
+use crate::generate::{Sampling, generate};
+use crate::llama::Llama;
+use crate::progress::Progress;
+use crate::report::Report;
+use crate::text::Text;
+
+fn main() -> ExitCode {
+    let args = Args::parse();
+    match run(&args).and_then(|report| report.print(args.json)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<Report> {
+    if args.prompt.is_empty() {
+        return Err(Error::Option { option: "prompt", expected: "at least one byte long", found: "none".to_owned() });
+    }
+    if !(args.temperature.is_finite() && args.temperature >= 0.0) {
+        return Err(Error::Option { option: "temperature", expected: "at least 0", found: args.temperature.to_string() });
+    }
+    ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| measure(args))
+}
+
+fn measure(args: &Args) -> Result<Report> {
+    let start = Instant::now();
+    let progress = Progress::new();
+    let tick = || progress.tick();
+
+    progress.stage("softmax against golden logits", 1);
+    let softmax = Llama::load(&args.model)?;
+    let logits_difference = check_logits(&softmax, &args.model)?;
+
+    let context = args.context.unwrap_or(softmax.config().context);
+    if context == 0 {
+        return Err(Error::Option { option: "context", expected: "at least 1", found: "0".to_owned() });
+    }
+    let (text_path, calibration_path) = (args.text(), args.calibration_text());
+    let text = Text::read(&text_path, context)?;
+    let windows = if args.windows == 0 { text.windows() } else { args.windows.min(text.windows()) };
+    let near = Near::new(args.chunk, args.back);
+
+    let calibration = Text::read(&calibration_path, context)?;
+    let samples: Vec<&[u8]> = calibration.spread(args.calibration_windows).collect();
+    progress.stage("calibrating", softmax.config().layers);
+    let converted = convert::convert(&softmax, near, args, &samples, tick)?;
+
+    let measured = |name, f: &dyn Fn() -> Result<f64>| {
+        progress.stage(name, windows);
+        f()
+    };
+    let softmax_bpb = measured("softmax", &|| bits_per_byte(&softmax, &text, windows, tick))?;
+    let exchanged_bpb = measured("linear + near, as exchanged", &|| bits_per_byte(&converted.exchanged, &text, windows, tick))?;
+    let calibrated_bpb = measured("linear + near, calibrated", &|| bits_per_byte(&converted.calibrated, &text, windows, tick))?;
+    let near_only_bpb = measured("near alone", &|| bits_per_byte(&converted.near_only, &text, windows, tick))?;
+    let pure_bpb = measured("linear alone, calibrated", &|| bits_per_byte(&converted.pure, &text, windows, tick))?;
+
+    progress.stage("generating", args.generate);
+    let mut stream = converted.calibrated.stream();
+    let sampling = Sampling { temperature: args.temperature, seed: args.seed };
+    let (generated, seconds_per_token) = generate(&mut stream, args.prompt.as_bytes(), args.generate, &sampling, tick)?;
+    let tokens = args.prompt.len() + args.generate;
+    progress.finish();
+
+    Ok(Report {
+        model: args.model.display().to_string(),
+        text: text_path.display().to_string(),
+        windows,
+        context,
+        chunk: args.chunk,
+        back: args.back,
+        features: args.blocks * softmax.config().head_dim,
+        softmax_bpb,
+        exchanged_bpb,
+        calibrated_bpb,
+        near_only_bpb,
+        pure_bpb,
+        logits_difference,
+        calibration_tokens: samples.iter().map(|sample| sample.len()).sum(),
+        calibration_seconds: converted.calibration_seconds,
+        prompt: args.prompt.clone(),
+        generated: String::from_utf8_lossy(&generated).into_owned(),
+        tokens,
+        tokens_per_second: if args.generate == 0 { 0.0 } else { 1.0 / seconds_per_token },
+        state_bytes: stream.states().iter().map(|state| state.bytes()).sum(),
+        kv_bytes: softmax.config().kv_cache_bytes(tokens),
+        seconds: start.elapsed().as_secs_f64(),
+    })
+}

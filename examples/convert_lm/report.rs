@@ -1,0 +1,95 @@
+//! What was found, as a table or as JSON.
+
+use std::io::Write;
+
+use comfy_table::presets::UTF8_FULL_CONDENSED;
+use comfy_table::{CellAlignment, Table};
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+
+/// One run's findings; the names are the keys of `--json`.
+#[derive(Debug, Serialize)]
+pub(crate) struct Report {
+    pub(crate) model: String,
+    pub(crate) text: String,
+    pub(crate) windows: usize,
+    /// Bytes per window.
+    pub(crate) context: usize,
+    pub(crate) chunk: usize,
+    pub(crate) back: usize,
+    /// m, per head.
+    pub(crate) features: usize,
+    pub(crate) softmax_bpb: f64,
+    pub(crate) exchanged_bpb: f64,
+    pub(crate) calibrated_bpb: f64,
+    pub(crate) near_only_bpb: f64,
+    pub(crate) pure_bpb: f64,
+    /// Largest difference from the golden logits, where the model comes with some.
+    pub(crate) logits_difference: Option<f32>,
+    pub(crate) calibration_tokens: usize,
+    pub(crate) calibration_seconds: f64,
+    pub(crate) prompt: String,
+    pub(crate) generated: String,
+    /// Tokens read and written when the sizes below were taken.
+    pub(crate) tokens: usize,
+    pub(crate) tokens_per_second: f64,
+    /// Bytes of the linear model's state, all layers together; the same at any length.
+    pub(crate) state_bytes: usize,
+    /// Bytes of the key-value cache softmax attention would hold after as many tokens.
+    pub(crate) kv_bytes: usize,
+    /// From start to end.
+    pub(crate) seconds: f64,
+}
+
+impl Report {
+    /// Writes the report to standard output.
+    pub(crate) fn print(&self, json: bool) -> Result<()> {
+        let mut text = match json {
+            true => serde_json::to_string(self).map_err(|error| Error::Output(error.into()))?,
+            false => self.text(),
+        };
+        text.push('\n');
+        std::io::stdout().lock().write_all(text.as_bytes()).map_err(Error::Output)
+    }
+
+    fn text(&self) -> String {
+        let near = format!("near part ({} tokens, {} chunk back)", self.chunk, self.back);
+        let mut table = Table::new();
+        table.load_style(UTF8_FULL_CONDENSED).set_header(["attention", "bits/byte", "over softmax"]);
+        for (name, bits) in [
+            ("softmax".to_owned(), self.softmax_bpb),
+            (format!("linear + {near}, as exchanged"), self.exchanged_bpb),
+            (format!("linear + {near}, calibrated"), self.calibrated_bpb),
+            (format!("{near} alone"), self.near_only_bpb),
+            ("linear alone, calibrated".to_owned(), self.pure_bpb),
+        ] {
+            table.add_row([name, format!("{bits:.4}"), format!("{:+.4}", bits - self.softmax_bpb)]);
+        }
+        for column in 1..=2 {
+            if let Some(column) = table.column_mut(column) {
+                column.set_cell_alignment(CellAlignment::Right);
+            }
+        }
+        let check = self.logits_difference.map(|found| format!("softmax logits agree with the golden ones within {found:.1e}\n"));
+        format!(
+            "{}{}\n\n{table}\n{}{} windows of {} bytes, m = {} features per head, calibrated on {} tokens in {:.1} s; {:.1} s in all\n\
+             decoding: {:.0} tokens/s, state {} kB at any length; softmax's key-value cache is {} kB after {} tokens, {} kB after {}",
+            self.prompt,
+            self.generated,
+            check.unwrap_or_default(),
+            self.windows,
+            self.context,
+            self.features,
+            self.calibration_tokens,
+            self.calibration_seconds,
+            self.seconds,
+            self.tokens_per_second,
+            self.state_bytes / 1000,
+            self.kv_bytes / 1000,
+            self.tokens,
+            self.kv_bytes / self.tokens.max(1) * self.context / 1000,
+            self.context,
+        )
+    }
+}

@@ -1,0 +1,371 @@
+//! [`DijiangAttention`]: the same layer with linear attention in place of softmax.
+//!
+//! ```text
+//! A_ij = exp(x_i·y_j) where near(i,j), otherwise γ^(i−j) · e^g · Σ_f exp(a_f(x_i) + b_f(y_j)),   x = √σ·q, y = √σ·k
+//! y    = W_o · concat_h (A v_h / A 1) + b_o        [Chen et al. 2024, arXiv 2403.19928; near part and centres: this crate]
+//! ```
+
+use std::sync::Arc;
+
+use ndarray::{Array2, ArrayRef1, ArrayRef2};
+
+use crate::attention::{CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace};
+use crate::error::{Error, Result, check_len};
+use crate::kernel::{DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides};
+use crate::layer::config::{AttentionConfig, Causality};
+use crate::layer::projection::{Projections, StepScratch};
+use crate::layer::softmax::SoftmaxAttention;
+use crate::layer::weights::AttentionWeights;
+use crate::layer::{Attention, check_causal};
+use crate::real::Real;
+
+/// How [`DijiangAttention::from_softmax`] sets up its maps. The defaults are those of [`DctMapConfig`].
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct DijiangOptions {
+    /// Blocks G ≥ 1: m = G·d features, twice as many with antithetic pairs. Default: 1.
+    pub blocks: usize,
+    /// Features per projected coordinate. Default: [`Pairing::Single`].
+    pub pairing: Pairing,
+    /// Law of the radii. Default: [`Radial::Normal`].
+    pub radial: Radial,
+    /// Point set of the radii. Default: [`Points::Sobol`].
+    pub points: Points,
+    /// Envelope p. Default: [`Envelope::None`].
+    pub envelope: Envelope,
+    /// Whether calibration must keep scales and radii of both sides equal. Default: [`Sides::Untied`].
+    pub sides: Sides,
+    /// Initial input scales. Default: [`InputScales::RandomSigns`].
+    pub scales: InputScales,
+    /// What stands in place of the transform. Default: [`Mixing::None`].
+    pub mixing: Mixing,
+    /// Seed of points and signs; every head gets one of its own, derived from it. Default: 0.
+    pub seed: u64,
+    /// The exact near part. Default: 64 tokens a chunk, one chunk back. A bidirectional layer has none and ignores it.
+    pub near: Option<Near>,
+    /// log γ ≤ 0 of every head. Default: 0. Causal layers only.
+    pub log_decay: f64,
+}
+
+impl Default for DijiangOptions {
+    fn default() -> Self {
+        let map = DctMapConfig::new(1);
+        Self {
+            blocks: map.blocks,
+            pairing: map.pairing,
+            radial: map.radial,
+            points: map.points,
+            envelope: map.envelope,
+            sides: map.sides,
+            scales: map.scales,
+            mixing: map.mixing,
+            seed: map.seed,
+            near: Some(Near::new(64, 1)),
+            log_decay: 0.0,
+        }
+    }
+}
+
+impl DijiangOptions {
+    /// All defaults.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Blocks G.
+    #[must_use]
+    pub fn with_blocks(self, blocks: usize) -> Self {
+        Self { blocks, ..self }
+    }
+
+    /// Features per projected coordinate.
+    #[must_use]
+    pub fn with_pairing(self, pairing: Pairing) -> Self {
+        Self { pairing, ..self }
+    }
+
+    /// Law of the radii.
+    #[must_use]
+    pub fn with_radial(self, radial: Radial) -> Self {
+        Self { radial, ..self }
+    }
+
+    /// Point set of the radii.
+    #[must_use]
+    pub fn with_points(self, points: Points) -> Self {
+        Self { points, ..self }
+    }
+
+    /// Envelope p.
+    #[must_use]
+    pub fn with_envelope(self, envelope: Envelope) -> Self {
+        Self { envelope, ..self }
+    }
+
+    /// Whether both sides share scales and radii.
+    #[must_use]
+    pub fn with_sides(self, sides: Sides) -> Self {
+        Self { sides, ..self }
+    }
+
+    /// Initial input scales.
+    #[must_use]
+    pub fn with_scales(self, scales: InputScales) -> Self {
+        Self { scales, ..self }
+    }
+
+    /// What stands in place of the transform.
+    #[must_use]
+    pub fn with_mixing(self, mixing: Mixing) -> Self {
+        Self { mixing, ..self }
+    }
+
+    /// Seed of points and signs.
+    #[must_use]
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
+    }
+
+    /// The exact near part, or none.
+    #[must_use]
+    pub fn with_near(self, near: Option<Near>) -> Self {
+        Self { near, ..self }
+    }
+
+    /// log γ of every head.
+    #[must_use]
+    pub fn with_log_decay(self, log_decay: f64) -> Self {
+        Self { log_decay, ..self }
+    }
+
+    /// The map of one key-value head.
+    fn map(&self, dim: usize, head: usize) -> DctMapConfig {
+        DctMapConfig {
+            dim,
+            blocks: self.blocks,
+            pairing: self.pairing,
+            radial: self.radial,
+            points: self.points,
+            envelope: self.envelope,
+            sides: self.sides,
+            scales: self.scales,
+            mixing: self.mixing,
+            seed: head_seed(self.seed, head),
+        }
+    }
+}
+
+/// SplitMix64 of seed and head: different streams for different heads [Steele, Lea, Flood 2014].
+fn head_seed(seed: u64, head: usize) -> u64 {
+    let mut z = seed.wrapping_add((head as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// A DCT-kernelized linear attention layer: O(n) time, and a state of constant size.
+///
+/// One map, one state per key-value head; the query heads that share a key-value head share both.
+///
+/// # Examples
+///
+/// ```
+/// use dijiang::attention::{KeyMask, Near};
+/// use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
+/// use ndarray::{Array2, array};
+///
+/// let eye = || Array2::<f64>::eye(2);
+/// let softmax = SoftmaxAttention::new(AttentionConfig::new(2, 1), AttentionWeights::new(eye(), eye(), eye(), eye()))?;
+/// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_blocks(4))?;
+///
+/// // Short sequences lie within the near part (64 tokens a chunk, one chunk back): the two layers agree.
+/// let x = array![[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5]];
+/// let difference = layer.forward(&x, KeyMask::All)? - softmax.forward(&x, KeyMask::All)?;
+/// assert!(difference.iter().all(|d| d.abs() < 1e-12));
+///
+/// // The state holds per head S [8, 2], z [8] and the near tokens, whatever the length.
+/// let (mut state, mut bytes) = (layer.new_state(), Vec::new());
+/// for _ in 0..3 {
+///     layer.prefill(&mut state, &Array2::ones((100, 2)), KeyMask::All)?;
+///     bytes.push(state.bytes());
+/// }
+/// assert_eq!(state.position(), 300);
+/// assert!(bytes.iter().all(|&b| b == bytes[0]));
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct DijiangAttention<T> {
+    projections: Projections<T>,
+    linear: LinearAttention<T, DctMap<T>>,
+}
+
+/// What one sequence leaves behind for its next tokens, at constant size, with the scratch memory of a step.
+#[derive(Debug, Clone)]
+pub struct DijiangState<T> {
+    causal: CausalState<T>,
+    workspace: Workspace<T>,
+    scratch: StepScratch<T>,
+}
+
+impl<T: Real> DijiangState<T> {
+    /// Tokens seen so far, masked ones included.
+    pub fn position(&self) -> usize {
+        self.causal.position()
+    }
+
+    /// Bytes of state, the same at any position. The scratch memory beside it is not counted.
+    pub fn bytes(&self) -> usize {
+        self.causal.bytes()
+    }
+
+    /// Back to the empty state, without allocating.
+    pub fn reset(&mut self) {
+        self.causal.reset();
+    }
+}
+
+/// Equal attention states; the scratch memory means nothing.
+impl<T: Real> PartialEq for DijiangState<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.causal == other.causal
+    }
+}
+
+impl<T: Real> DijiangAttention<T> {
+    /// Exchanges the attention of `layer` and keeps its weights (shared, not copied), rotary embedding, heads and scale. A
+    /// [`near`](SoftmaxAttention::with_near) restriction of `layer` is not taken over: `options` has its own.
+    ///
+    /// # Errors
+    /// - [`Error::Value`], [`Error::TooLarge`]: impossible `options`, see [`DctMapConfig::build`] and [`LinearConfig::build`];
+    /// - [`Error::Conflict`]: a decay in a bidirectional layer.
+    pub fn from_softmax(layer: &SoftmaxAttention<T>, options: DijiangOptions) -> Result<Self> {
+        let projections = layer.projections().clone();
+        let heads = projections.config().kv_heads;
+        let near = options.near.filter(|_| projections.config().causality == Causality::Causal);
+        let log_decay = vec![options.log_decay; heads];
+        let maps = (0..heads).map(|head| options.map(projections.head_dim(), head).build()).collect::<Result<_>>()?;
+        let linear = linear(&projections, maps, near, log_decay)?;
+        Ok(Self { projections, linear })
+    }
+
+    /// The projection weights.
+    pub fn weights(&self) -> &Arc<AttentionWeights<T>> {
+        self.projections.weights()
+    }
+
+    /// The maps, one per key-value head.
+    pub fn maps(&self) -> &[DctMap<T>] {
+        self.linear.maps()
+    }
+
+    /// The exact near part. None in a bidirectional layer.
+    pub fn near(&self) -> Option<Near> {
+        self.linear.near()
+    }
+
+    /// log γ, one per key-value head.
+    pub fn log_decay(&self) -> &[f64] {
+        self.linear.log_decay()
+    }
+
+    /// Replaces the maps, one per key-value head: calibrated elsewhere, or loaded from a file. States made before mean
+    /// something else to the new maps: start new ones.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for another number of maps, [`Error::Foreign`] for a map of another head dimension. After an error the
+    /// layer is unchanged.
+    pub fn set_maps(&mut self, maps: Vec<DctMap<T>>) -> Result<()> {
+        check_len("maps", self.projections.config().kv_heads, maps.len())?;
+        let expected = self.projections.head_dim();
+        if let Some(map) = maps.iter().find(|map| map.dim() != expected) {
+            return Err(Error::Foreign { argument: "map", what: "head dimension", expected, got: map.dim() });
+        }
+        self.linear = linear(&self.projections, maps, self.near(), self.log_decay().to_vec())?;
+        Ok(())
+    }
+
+    /// [`set_maps`](Self::set_maps) as a constructor.
+    ///
+    /// # Errors
+    /// As [`set_maps`](Self::set_maps).
+    pub fn with_maps(mut self, maps: Vec<DctMap<T>>) -> Result<Self> {
+        self.set_maps(maps)?;
+        Ok(self)
+    }
+
+    /// Another near part, or none. States made before belong to another layer then.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of zero.
+    pub fn with_near(self, near: Option<Near>) -> Result<Self> {
+        if near.is_some() && self.projections.config().causality == Causality::Bidirectional {
+            return Err(Error::Conflict { argument: "near", other: "bidirectional attention" });
+        }
+        let linear = linear(&self.projections, self.maps().to_vec(), near, self.log_decay().to_vec())?;
+        Ok(Self { linear, ..self })
+    }
+
+    /// log γ ≤ 0, one per key-value head.
+    ///
+    /// # Errors
+    /// [`Error::Length`] for another number of heads, [`Error::Value`] or [`Error::NonFinite`] for numbers that are no
+    /// decay, [`Error::Conflict`] if the layer is bidirectional and a number is not zero.
+    pub fn with_log_decay(self, log_decay: Vec<f64>) -> Result<Self> {
+        check_len("log_decay", self.projections.config().kv_heads, log_decay.len())?;
+        let linear = linear(&self.projections, self.maps().to_vec(), self.near(), log_decay)?;
+        Ok(Self { linear, ..self })
+    }
+
+    pub(crate) fn projections(&self) -> &Projections<T> {
+        &self.projections
+    }
+}
+
+/// The linear attention of a layer.
+fn linear<T: Real>(
+    projections: &Projections<T>,
+    maps: Vec<DctMap<T>>,
+    near: Option<Near>,
+    log_decay: Vec<f64>,
+) -> Result<LinearAttention<T, DctMap<T>>> {
+    let config = projections.config();
+    if config.causality == Causality::Bidirectional && log_decay.iter().any(|&decay| decay != 0.0) {
+        return Err(Error::Conflict { argument: "log_decay", other: "bidirectional attention" });
+    }
+    let linear = LinearConfig::new().with_heads(config.heads).with_scale(projections.scale()).with_log_decay(log_decay);
+    LinearConfig { near, ..linear }.build(maps)
+}
+
+impl<T: Real> Attention<T> for DijiangAttention<T> {
+    type State = DijiangState<T>;
+
+    fn config(&self) -> &AttentionConfig {
+        self.projections.config()
+    }
+
+    fn new_state(&self) -> DijiangState<T> {
+        DijiangState { causal: self.linear.new_state(), workspace: self.linear.workspace(), scratch: self.projections.step_scratch() }
+    }
+
+    fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
+        let mut workspace = self.linear.workspace();
+        self.projections.run(x, mask, 0, |q, k, v, out| match self.config().causality {
+            Causality::Causal => self.linear.prefill_into(&mut self.linear.new_state(), q, k, v, mask, out, &mut workspace),
+            Causality::Bidirectional => self.linear.full_into(q, k, v, mask, out, &mut workspace),
+        })
+    }
+
+    fn prefill(&self, state: &mut DijiangState<T>, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
+        check_causal(self.config(), "prefill")?;
+        self.projections.run(x, mask, state.position(), |q, k, v, out| {
+            self.linear.prefill_into(&mut state.causal, q, k, v, mask, out, &mut state.workspace)
+        })
+    }
+
+    /// As [`Attention::step`]. Never allocates.
+    fn step(&self, state: &mut DijiangState<T>, x: &ArrayRef1<T>, out: &mut ArrayRef1<T>) -> Result<()> {
+        check_causal(self.config(), "step")?;
+        let DijiangState { causal, workspace, scratch } = state;
+        self.projections.step(x, causal.position(), scratch, out, |q, k, v, out| self.linear.step(causal, q, k, v, out, workspace))
+    }
+}

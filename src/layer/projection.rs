@@ -1,0 +1,269 @@
+//! What both layers have in common: hidden states → rotated queries, keys and values → (attention) → hidden states.
+
+use std::sync::Arc;
+
+use ndarray::{
+    Array, Array1, Array2, ArrayRef1, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, Dimension, s,
+};
+
+use crate::attention::KeyMask;
+use crate::error::{Error, Result, check_elements, check_len, check_shape};
+use crate::layer::config::AttentionConfig;
+use crate::layer::rotary::{Angles, RotaryTable};
+use crate::layer::weights::AttentionWeights;
+use crate::real::Real;
+use crate::simd::product;
+use crate::threads::{for_each, max_threads};
+
+/// Rows of one matrix product. Every product has exactly this many (the last one is padded), so that a row's bits depend
+/// on that row alone: not on the number of tokens, and not on threads.
+const ROWS: usize = 64;
+
+/// A checked config with its weights and its rotary table.
+#[derive(Debug, Clone)]
+pub(crate) struct Projections<T> {
+    config: AttentionConfig,
+    head_dim: usize,
+    scale: f64,
+    weights: Arc<AttentionWeights<T>>,
+    rotary: Option<RotaryTable>,
+}
+
+/// Queries, keys and values of a sequence, rotated: `[n, h·d]`, `[n, h_kv·d]`, `[n, h_kv·d]`.
+#[derive(Debug)]
+pub(crate) struct Projected<T> {
+    pub(crate) q: Array2<T>,
+    pub(crate) k: Array2<T>,
+    pub(crate) v: Array2<T>,
+}
+
+/// Everything [`Projections::step`] writes to besides its output. Contents are garbage before and after.
+#[derive(Debug, Clone)]
+pub(crate) struct StepScratch<T> {
+    x: Array1<T>,
+    y: Array1<T>,
+    q: Array2<T>,
+    k: Array2<T>,
+    v: Array2<T>,
+    o: Array2<T>,
+    angles: Option<Angles<T>>,
+}
+
+impl<T: Real> Projections<T> {
+    pub(crate) fn new(config: AttentionConfig, weights: Arc<AttentionWeights<T>>) -> Result<Self> {
+        let (config, head_dim) = config.resolved()?;
+        weights.check(&config)?;
+        let weights = if weights.is_standard() { weights } else { Arc::new(weights.to_standard()) };
+        let rotary = config.rotary.as_ref().map(|rotary| RotaryTable::new(rotary, head_dim));
+        let scale = config.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
+        Ok(Self { config, head_dim, scale, weights, rotary })
+    }
+
+    pub(crate) fn config(&self) -> &AttentionConfig {
+        &self.config
+    }
+
+    pub(crate) fn weights(&self) -> &Arc<AttentionWeights<T>> {
+        &self.weights
+    }
+
+    pub(crate) fn head_dim(&self) -> usize {
+        self.head_dim
+    }
+
+    /// σ
+    pub(crate) fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// Attention over a run of tokens whose first one is at position `start`; `attend` gets q `[h, n, d]`, k and v
+    /// `[h_kv, n, d]` and the output `[h, n, d]`, all of them views with the tokens' rows interleaved.
+    pub(crate) fn run(
+        &self,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+        start: usize,
+        attend: impl FnOnce(&ArrayRef3<T>, &ArrayRef3<T>, &ArrayRef3<T>, &mut ArrayRef3<T>) -> Result<()>,
+    ) -> Result<Array2<T>> {
+        self.check_sequence("x", x)?;
+        if let KeyMask::Valid(valid) = mask {
+            check_len("mask", x.nrows(), valid.len())?;
+        }
+        let Projected { q, k, v } = self.project(x, start);
+        let mut o = Array2::zeros(q.raw_dim());
+        attend(&self.heads(&q), &self.heads(&k), &self.heads(&v), &mut self.heads_mut(&mut o))?;
+        drop((q, k, v));
+        let mut y = Array2::zeros(x.raw_dim());
+        let output = Linear { weight: &self.weights.o, bias: self.weights.o_bias.as_ref(), rotary: None };
+        apply(0, o.view(), &mut [(output, &mut y)]);
+        Ok(y)
+    }
+
+    /// Attention of one token at `position`; `attend` gets q `[h, d]`, k and v `[h_kv, d]` and the output `[h, d]`.
+    /// Allocates nothing. `out` is written only if `attend` succeeds.
+    pub(crate) fn step(
+        &self,
+        x: &ArrayRef1<T>,
+        position: usize,
+        scratch: &mut StepScratch<T>,
+        out: &mut ArrayRef1<T>,
+        attend: impl FnOnce(&ArrayRef2<T>, &ArrayRef2<T>, &ArrayRef2<T>, &mut ArrayRef2<T>) -> Result<()>,
+    ) -> Result<()> {
+        check_len("x", self.config.model_dim, x.len())?;
+        check_len("out", self.config.model_dim, out.len())?;
+        check_elements("x", x)?;
+        self.check_scratch(scratch)?;
+        let StepScratch { x: input, y, q, k, v, o, angles } = scratch;
+        input.assign(x);
+        let weights = &*self.weights;
+        for (weight, bias, rows, rotated) in [
+            (&weights.q, &weights.q_bias, &mut *q, true),
+            (&weights.k, &weights.k_bias, &mut *k, true),
+            (&weights.v, &weights.v_bias, &mut *v, false),
+        ] {
+            let row = slice_mut(rows);
+            matrix_vector(slice(weight), slice(input), bias.as_ref(), row);
+            if let (true, Some(rotary), Some(angles)) = (rotated, &self.rotary, angles.as_mut()) {
+                rotary.rotate(row, row.len(), position, angles);
+            }
+        }
+        attend(q, k, v, o)?;
+        matrix_vector(slice(&weights.o), slice(o), weights.o_bias.as_ref(), slice_mut(y));
+        out.assign(y);
+        Ok(())
+    }
+
+    pub(crate) fn step_scratch(&self) -> StepScratch<T> {
+        let (model, heads, kv_heads, d) = (self.config.model_dim, self.config.heads, self.config.kv_heads, self.head_dim);
+        StepScratch {
+            x: Array1::zeros(model),
+            y: Array1::zeros(model),
+            q: Array2::zeros((heads, d)),
+            k: Array2::zeros((kv_heads, d)),
+            v: Array2::zeros((kv_heads, d)),
+            o: Array2::zeros((heads, d)),
+            angles: self.rotary.as_ref().map(RotaryTable::angles),
+        }
+    }
+
+    /// The scratch was made by a layer of this shape.
+    fn check_scratch(&self, scratch: &StepScratch<T>) -> Result<()> {
+        let rotated = scratch.angles.as_ref().map_or(0, Angles::dims);
+        for (what, expected, got) in [
+            ("model dimension", self.config.model_dim, scratch.x.len()),
+            ("number of query heads", self.config.heads, scratch.q.nrows()),
+            ("number of key-value heads", self.config.kv_heads, scratch.k.nrows()),
+            ("head dimension", self.head_dim, scratch.q.ncols()),
+            ("number of rotated coordinates", self.rotary.as_ref().map_or(0, RotaryTable::dims), rotated),
+        ] {
+            if expected != got {
+                return Err(Error::Foreign { argument: "state", what, expected, got });
+            }
+        }
+        Ok(())
+    }
+
+    /// x is a sequence of hidden states of this model: `[n ≥ 1, D]`, finite.
+    pub(crate) fn check_sequence(&self, argument: &'static str, x: &ArrayRef2<T>) -> Result<()> {
+        check_shape(argument, x, &[x.nrows(), self.config.model_dim])?;
+        if x.nrows() == 0 {
+            return Err(Error::Empty { argument });
+        }
+        check_elements(argument, x)
+    }
+
+    /// The three projections of checked hidden states whose first row is at position `start`.
+    pub(crate) fn project(&self, x: &ArrayRef2<T>, start: usize) -> Projected<T> {
+        let weights = &*self.weights;
+        let zeros = |weight: &Array2<T>| Array2::zeros((x.nrows(), weight.nrows()));
+        let mut projected = Projected { q: zeros(&weights.q), k: zeros(&weights.k), v: zeros(&weights.v) };
+        let rotary = self.rotary.as_ref();
+        let x = x.as_standard_layout();
+        apply(
+            start,
+            x.view(),
+            &mut [
+                (Linear { weight: &weights.q, bias: weights.q_bias.as_ref(), rotary }, &mut projected.q),
+                (Linear { weight: &weights.k, bias: weights.k_bias.as_ref(), rotary }, &mut projected.k),
+                (Linear { weight: &weights.v, bias: weights.v_bias.as_ref(), rotary: None }, &mut projected.v),
+            ],
+        );
+        projected
+    }
+
+    /// `[n, h·d]` seen as `[h, n, d]`.
+    pub(crate) fn heads<'a>(&self, rows: &'a Array2<T>) -> ArrayView3<'a, T> {
+        let (n, width) = rows.dim();
+        match rows.view().into_shape_with_order((n, width / self.head_dim, self.head_dim)) {
+            Ok(heads) => heads.permuted_axes([1, 0, 2]),
+            Err(_) => unreachable!("projections lie row after row"),
+        }
+    }
+
+    /// As [`heads`](Self::heads).
+    pub(crate) fn heads_mut<'a>(&self, rows: &'a mut Array2<T>) -> ArrayViewMut3<'a, T> {
+        let (n, width) = rows.dim();
+        match rows.view_mut().into_shape_with_order((n, width / self.head_dim, self.head_dim)) {
+            Ok(heads) => heads.permuted_axes([1, 0, 2]),
+            Err(_) => unreachable!("projections lie row after row"),
+        }
+    }
+}
+
+/// y = x Wᵀ + b, then rotated.
+struct Linear<'a, T> {
+    weight: &'a Array2<T>,
+    bias: Option<&'a Array1<T>>,
+    rotary: Option<&'a RotaryTable>,
+}
+
+impl<T: Real> Linear<'_, T> {
+    /// At most [`ROWS`] rows, the first one at position `start`.
+    fn block(&self, start: usize, x: ArrayView2<'_, T>, mut y: ArrayViewMut2<'_, T>) {
+        let n = x.nrows();
+        if n == ROWS {
+            product(x, self.weight.t(), y.view_mut(), false);
+        } else {
+            let (mut padded_x, mut padded_y) = (Array2::zeros((ROWS, x.ncols())), Array2::zeros((ROWS, y.ncols())));
+            padded_x.slice_mut(s![..n, ..]).assign(&x);
+            product(padded_x.view(), self.weight.t(), padded_y.view_mut(), false);
+            y.assign(&padded_y.slice(s![..n, ..]));
+        }
+        if let Some(bias) = self.bias {
+            y += bias;
+        }
+        if let (Some(rotary), width, Some(rows)) = (self.rotary, y.ncols(), y.as_slice_mut()) {
+            rotary.rotate(rows, width, start, &mut rotary.angles());
+        }
+    }
+}
+
+/// Applies every linear map to `x` (rows one after another), on all threads. The first row is at position `start`.
+fn apply<T: Real>(start: usize, x: ArrayView2<'_, T>, outputs: &mut [(Linear<'_, T>, &mut Array2<T>)]) {
+    let blocks: Vec<_> = outputs
+        .iter_mut()
+        .flat_map(|(linear, y)| {
+            let pairs = x.axis_chunks_iter(Axis(0), ROWS).zip(y.axis_chunks_iter_mut(Axis(0), ROWS));
+            pairs.enumerate().map(|(i, (x, y))| (&*linear, start + i * ROWS, x, y))
+        })
+        .collect();
+    let mut threads = vec![(); max_threads().min(blocks.len())];
+    for_each(&mut threads, blocks.into_iter(), |(), (linear, start, x, y)| linear.block(start, x, y));
+}
+
+/// y = W x + b for W `[out, in]`, row after row. Allocates nothing.
+fn matrix_vector<T: Real>(weight: &[T], x: &[T], bias: Option<&Array1<T>>, y: &mut [T]) {
+    match bias {
+        Some(bias) => y.iter_mut().zip(bias).for_each(|(y, &b)| *y = b),
+        None => y.fill(T::zero()),
+    }
+    (T::ops().matvec)(weight, x, y);
+}
+
+fn slice<T, D: Dimension>(array: &Array<T, D>) -> &[T] {
+    array.as_slice().unwrap_or_else(|| unreachable!("laid out row after row by the constructors"))
+}
+
+fn slice_mut<T, D: Dimension>(array: &mut Array<T, D>) -> &mut [T] {
+    array.as_slice_mut().unwrap_or_else(|| unreachable!("laid out row after row by the constructors"))
+}

@@ -1,0 +1,310 @@
+//! [`Rotary`] position embedding: pairs of coordinates turned by an angle that grows with the position.
+//!
+//! ```text
+//! (a, b) → (a cos φ − b sin φ, b cos φ + a sin φ),   φ = position · θ_i,   θ_i = base^(−2i/r),   i = 0..r/2
+//! ```
+//!
+//! r is the number of rotated coordinates. Angles, sines and cosines are computed in `f64`, for any position.
+
+use std::f64::consts::TAU;
+
+use crate::error::{Error, Result, check_positive};
+use crate::real::Real;
+
+/// Which coordinates are turned together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RotaryPairing {
+    /// i and i + r/2: GPT-NeoX, and LLaMA in the Hugging Face layout.
+    #[default]
+    Halves,
+    /// 2i and 2i + 1: GPT-J, and LLaMA in its original layout.
+    Interleaved,
+}
+
+/// How the frequencies are stretched for contexts longer than the training one.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
+pub enum RotaryScaling {
+    /// Not at all.
+    #[default]
+    None,
+    /// Every frequency is divided by `factor`.
+    Linear {
+        /// How much longer the context becomes.
+        factor: f64,
+    },
+    /// The rule of Llama 3.1: wavelengths beyond `original_context / low_freq_factor` are stretched by `factor`, those
+    /// below `original_context / high_freq_factor` stay, those between move smoothly from one to the other.
+    Llama3 {
+        /// How much longer the context becomes.
+        factor: f64,
+        /// Below the high one. Llama 3.1: 1.
+        low_freq_factor: f64,
+        /// Above the low one. Llama 3.1: 4.
+        high_freq_factor: f64,
+        /// Context the model was trained with first. Llama 3.1: 8192.
+        original_context: usize,
+    },
+}
+
+/// Rotary position embedding of queries and keys. Checked with the [`AttentionConfig`](crate::layer::AttentionConfig) it belongs to:
+/// `dims` even, at least 2 and at most d; `base` and every factor finite and positive.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Rotary {
+    /// Base of the frequencies, `rope_theta` in Hugging Face configs. Usual: 10000.
+    pub base: f64,
+    /// Number r of leading coordinates of each head that are rotated. Default: all d.
+    pub dims: Option<usize>,
+    /// Which coordinates are turned together. Default: [`RotaryPairing::Halves`].
+    pub pairing: RotaryPairing,
+    /// Stretching for long contexts. Default: [`RotaryScaling::None`].
+    pub scaling: RotaryScaling,
+}
+
+impl Default for Rotary {
+    /// Base 10000, everything else by default.
+    fn default() -> Self {
+        Self::new(10_000.0)
+    }
+}
+
+impl Rotary {
+    /// Rotation of all coordinates, in halves, without stretching.
+    pub fn new(base: f64) -> Self {
+        Self { base, dims: None, pairing: RotaryPairing::Halves, scaling: RotaryScaling::None }
+    }
+
+    /// Rotates the first `dims` coordinates of each head only.
+    #[must_use]
+    pub fn with_dims(self, dims: usize) -> Self {
+        Self { dims: Some(dims), ..self }
+    }
+
+    /// Which coordinates are turned together.
+    #[must_use]
+    pub fn with_pairing(self, pairing: RotaryPairing) -> Self {
+        Self { pairing, ..self }
+    }
+
+    /// Stretching for long contexts.
+    #[must_use]
+    pub fn with_scaling(self, scaling: RotaryScaling) -> Self {
+        Self { scaling, ..self }
+    }
+
+    pub(crate) fn check(&self, head_dim: usize) -> Result<()> {
+        let dims = self.dims.unwrap_or(head_dim);
+        if dims == 0 || !dims.is_multiple_of(2) {
+            return Err(Error::Value { argument: "rotary.dims", expected: "even and at least 2", got: dims as f64 });
+        }
+        if dims > head_dim {
+            return Err(Error::TooLarge { argument: "rotary.dims", limit: head_dim, got: dims });
+        }
+        check_factor("rotary.base", self.base)?;
+        match self.scaling {
+            RotaryScaling::None => Ok(()),
+            RotaryScaling::Linear { factor } => check_factor("rotary.factor", factor),
+            RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                check_factor("rotary.factor", factor)?;
+                check_factor("rotary.low_freq_factor", low_freq_factor)?;
+                check_factor("rotary.high_freq_factor", high_freq_factor)?;
+                check_positive("rotary.original_context", original_context)?;
+                if high_freq_factor > low_freq_factor {
+                    return Ok(());
+                }
+                Err(Error::Value { argument: "rotary.high_freq_factor", expected: "above low_freq_factor", got: high_freq_factor })
+            }
+        }
+    }
+
+    /// θ_i, stretched.
+    fn frequencies(&self, dims: usize) -> Vec<f64> {
+        let stretched = |theta: f64| match self.scaling {
+            RotaryScaling::None => theta,
+            RotaryScaling::Linear { factor } => theta / factor,
+            RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                let turns = original_context as f64 * theta / TAU; // in the original context
+                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                theta * (kept + (1.0 - kept) / factor)
+            }
+        };
+        (0..dims / 2).map(|i| stretched(self.base.powf(-2.0 * i as f64 / dims as f64))).collect()
+    }
+}
+
+fn check_factor(argument: &'static str, got: f64) -> Result<()> {
+    if got.is_finite() && got > 0.0 { Ok(()) } else { Err(Error::Value { argument, expected: "finite and positive", got }) }
+}
+
+/// Positions that share their coarse angle.
+const SPAN: usize = 64;
+
+/// A planned [`Rotary`]. A position p = 64·⌊p/64⌋ + b is turned by the coarse angle and by one of 64 tabled fine ones, so
+/// that a run of tokens needs a sine only every 64 of them; the result depends on p alone.
+#[derive(Debug, Clone)]
+pub(crate) struct RotaryTable {
+    head_dim: usize,
+    pairing: RotaryPairing,
+    /// θ, `[r/2]`.
+    frequencies: Vec<f64>,
+    /// (cos bθ, sin bθ), `[64, r/2]`.
+    fine: Vec<(f64, f64)>,
+}
+
+/// Scratch: the angles of one position.
+#[derive(Debug, Clone)]
+pub(crate) struct Angles<T> {
+    /// (cos, sin) of the coarse angle, `[r/2]`.
+    coarse: Vec<(f64, f64)>,
+    /// (cos, sin) of the whole angle, `[r/2]`.
+    whole: Vec<(T, T)>,
+}
+
+impl<T> Angles<T> {
+    pub(crate) fn dims(&self) -> usize {
+        2 * self.whole.len()
+    }
+}
+
+impl RotaryTable {
+    pub(crate) fn dims(&self) -> usize {
+        2 * self.frequencies.len()
+    }
+
+    /// `rotary` has been checked.
+    pub(crate) fn new(rotary: &Rotary, head_dim: usize) -> Self {
+        let frequencies = rotary.frequencies(rotary.dims.unwrap_or(head_dim));
+        let fine = (0..SPAN).flat_map(|b| frequencies.iter().map(move |&theta| turn(b, theta))).collect();
+        Self { head_dim, pairing: rotary.pairing, frequencies, fine }
+    }
+
+    pub(crate) fn angles<T: Real>(&self) -> Angles<T> {
+        let half = self.frequencies.len();
+        Angles { coarse: vec![(1.0, 0.0); half], whole: vec![(T::one(), T::zero()); half] }
+    }
+
+    /// Turns every head of every row; row j (`row_len` elements) is the token at `start` + j.
+    pub(crate) fn rotate<T: Real>(&self, rows: &mut [T], row_len: usize, start: usize, angles: &mut Angles<T>) {
+        for (j, row) in rows.chunks_exact_mut(row_len).enumerate() {
+            let position = start + j;
+            if j == 0 || position.is_multiple_of(SPAN) {
+                for (coarse, &theta) in angles.coarse.iter_mut().zip(&self.frequencies) {
+                    *coarse = turn(position - position % SPAN, theta);
+                }
+            }
+            let fine = &self.fine[position % SPAN * self.frequencies.len()..];
+            for ((whole, &(c, s)), &(cb, sb)) in angles.whole.iter_mut().zip(&angles.coarse).zip(fine) {
+                *whole = (T::from_f64(c * cb - s * sb), T::from_f64(s * cb + c * sb));
+            }
+            for head in row.chunks_exact_mut(self.head_dim) {
+                self.rotate_head(head, &angles.whole);
+            }
+        }
+    }
+
+    fn rotate_head<T: Real>(&self, head: &mut [T], angles: &[(T, T)]) {
+        let half = self.frequencies.len();
+        match self.pairing {
+            RotaryPairing::Halves => {
+                let (first, second) = head.split_at_mut(half);
+                for ((a, b), &(c, s)) in first.iter_mut().zip(second).zip(angles) {
+                    (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
+                }
+            }
+            RotaryPairing::Interleaved => {
+                for (pair, &(c, s)) in head.chunks_exact_mut(2).zip(angles) {
+                    (pair[0], pair[1]) = (pair[0] * c - pair[1] * s, pair[1] * c + pair[0] * s);
+                }
+            }
+        }
+    }
+}
+
+fn turn(position: usize, theta: f64) -> (f64, f64) {
+    let (sin, cos) = (position as f64 * theta).sin_cos();
+    (cos, sin)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One row of two heads, turned at `position`.
+    fn turned<T: Real>(rotary: &Rotary, head: &[f64], position: usize) -> Vec<f64> {
+        let table = RotaryTable::new(rotary, head.len());
+        let mut row: Vec<T> = head.iter().chain(head).map(|&x| T::from_f64(x)).collect();
+        table.rotate(&mut row, 2 * head.len(), position, &mut table.angles());
+        let (first, second) = row.split_at(head.len());
+        assert_eq!(first, second, "every head is turned alike");
+        first.iter().map(|x| x.to_f64()).collect()
+    }
+
+    fn direct(rotary: &Rotary, head: &[f64], position: usize) -> Vec<f64> {
+        let (r, mut out) = (rotary.dims.unwrap_or(head.len()), head.to_vec());
+        for i in 0..r / 2 {
+            let (a, b) = if rotary.pairing == RotaryPairing::Halves { (i, i + r / 2) } else { (2 * i, 2 * i + 1) };
+            let (sin, cos) = (position as f64 * rotary.base.powf(-2.0 * i as f64 / r as f64)).sin_cos();
+            (out[a], out[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
+        }
+        out
+    }
+
+    /// An angle of position · θ ≤ 10^7 is known to 10^7 · 2^-52; in `f32` that is lost in the rounding of the result.
+    #[test]
+    fn any_position_is_exact() {
+        let head: Vec<f64> = (0..64).map(|i| f64::from((i * 29 % 17) as i32 - 8) / 8.0).collect();
+        for pairing in [RotaryPairing::Halves, RotaryPairing::Interleaved] {
+            for rotary in [Rotary::new(1e4), Rotary::new(5e5).with_dims(20), Rotary::new(0.5)] {
+                let rotary = rotary.with_pairing(pairing);
+                for position in [0, 1, 63, 64, 65, 1000, 1_000_000, 1_000_063, 10_000_000] {
+                    let expected = direct(&rotary, &head, position);
+                    let worst = |got: Vec<f64>| got.iter().zip(&expected).map(|(g, e)| (g - e).abs()).fold(0.0, f64::max);
+                    let angle = 4e-16 * (10 + position) as f64 * (1.0 / rotary.base).max(1.0);
+                    assert!(worst(turned::<f64>(&rotary, &head, position)) <= angle, "{rotary:?} at {position}");
+                    assert!(worst(turned::<f32>(&rotary, &head, position)) <= angle + 4e-7, "{rotary:?} at {position}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_of_rows_is_each_row_alone() {
+        let rotary = Rotary::new(100.0).with_dims(6);
+        let table = RotaryTable::new(&rotary, 8);
+        let head: Vec<f64> = (0..8).map(|i| f64::from(i) - 3.0).collect();
+        let mut rows: Vec<f64> = head.repeat(200);
+        table.rotate(&mut rows, 8, 1021, &mut table.angles());
+        for (j, row) in rows.chunks(8).enumerate() {
+            assert_eq!(row, turned::<f64>(&rotary, &head, 1021 + j), "row {j}");
+            assert_eq!(row[6..], head[6..], "the rest is not turned");
+        }
+    }
+
+    /// The rule as Hugging Face writes it, by cases.
+    #[test]
+    fn llama_3_and_linear_scaling() {
+        let (factor, low, high, context) = (8.0, 1.0, 4.0, 8192.0);
+        let by_cases = |theta: f64| {
+            let wavelength = TAU / theta;
+            if wavelength < context / high {
+                theta
+            } else if wavelength > context / low {
+                theta / factor
+            } else {
+                let smooth = (context / wavelength - low) / (high - low);
+                (1.0 - smooth) * theta / factor + smooth * theta
+            }
+        };
+        let scaling = RotaryScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original_context: 8192 };
+        let (plain, scaled) = (Rotary::new(5e5), Rotary::new(5e5).with_scaling(scaling));
+        let (plain, scaled) = (plain.frequencies(128), scaled.frequencies(128));
+        assert!(plain.iter().zip(&scaled).all(|(&theta, &got)| (got / by_cases(theta) - 1.0).abs() < 1e-14));
+        let kept = plain.iter().zip(&scaled).filter(|(a, b)| a == b).count();
+        let stretched = plain.iter().zip(&scaled).filter(|(a, b)| *a / factor == **b).count();
+        assert!(kept > 20 && stretched > 20 && kept + stretched < 64, "{kept} kept, {stretched} stretched");
+
+        let linear = Rotary::new(5e5).with_scaling(RotaryScaling::Linear { factor: 4.0 }).frequencies(128);
+        assert!(plain.iter().zip(&linear).all(|(theta, got)| *theta == 4.0 * got));
+    }
+}

@@ -1,0 +1,153 @@
+//! [`SoftmaxAttention`]: the layer as it was trained.
+//!
+//! ```text
+//! y = W_o · concat_h softmax(σ q_h k_hᵀ) v_h + b_o        [Vaswani et al. 2017, equations 1 and 4]
+//! ```
+
+use std::sync::Arc;
+
+use ndarray::{Array2, ArrayRef1, ArrayRef2};
+
+use crate::attention::{ExactAttention, ExactConfig, KeyMask, KvCache, Near, Workspace};
+use crate::error::{Error, Result};
+use crate::layer::config::{AttentionConfig, Causality};
+use crate::layer::projection::{Projections, StepScratch};
+use crate::layer::weights::AttentionWeights;
+use crate::layer::{Attention, check_causal};
+use crate::real::Real;
+
+/// A softmax attention layer: O(n²) time, and a cache that grows with every token.
+///
+/// # Examples
+///
+/// ```
+/// use dijiang::attention::KeyMask;
+/// use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, SoftmaxAttention};
+/// use ndarray::{Array2, array};
+///
+/// // Queries of zero attend to everything before them alike: running means.
+/// let (zero, one) = (Array2::<f64>::zeros((2, 2)), Array2::eye(2));
+/// let layer = SoftmaxAttention::new(AttentionConfig::new(2, 1), AttentionWeights::new(zero, one.clone(), one.clone(), one))?;
+/// let y = layer.forward(&array![[2.0, 4.0], [4.0, 0.0]], KeyMask::All)?;
+/// assert_eq!(y, array![[2.0, 4.0], [3.0, 2.0]]);
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct SoftmaxAttention<T> {
+    projections: Projections<T>,
+    exact: ExactAttention<T>,
+}
+
+/// Keys and values of every token of one sequence so far, with the scratch memory of a step.
+#[derive(Debug, Clone)]
+pub struct SoftmaxState<T> {
+    cache: KvCache<T>,
+    workspace: Workspace<T>,
+    scratch: StepScratch<T>,
+}
+
+impl<T: Real> SoftmaxState<T> {
+    /// Tokens seen so far, masked ones included.
+    pub fn position(&self) -> usize {
+        self.cache.position()
+    }
+
+    /// Bytes of keys and values held. The scratch memory beside it does not grow and is not counted.
+    pub fn bytes(&self) -> usize {
+        self.cache.bytes()
+    }
+
+    /// Back to the empty state; keeps its memory.
+    pub fn reset(&mut self) {
+        self.cache.reset();
+    }
+}
+
+/// Equal keys and values; the scratch memory means nothing.
+impl<T: Real> PartialEq for SoftmaxState<T> {
+    fn eq(&self, other: &Self) -> bool {
+        self.cache == other.cache
+    }
+}
+
+impl<T: Real> SoftmaxAttention<T> {
+    /// Checks config and weights. Weights may be given as they are or behind an `Arc`, which is then shared.
+    ///
+    /// # Errors
+    /// Whatever [`AttentionConfig::check`] and [`AttentionWeights::check`] find.
+    pub fn new(config: AttentionConfig, weights: impl Into<Arc<AttentionWeights<T>>>) -> Result<Self> {
+        let projections = Projections::new(config, weights.into())?;
+        let exact = exact(&projections, None)?;
+        Ok(Self { projections, exact })
+    }
+
+    /// The projection weights.
+    pub fn weights(&self) -> &Arc<AttentionWeights<T>> {
+        self.projections.weights()
+    }
+
+    /// The sliding window, if any.
+    pub fn near(&self) -> Option<Near> {
+        self.exact.config().near
+    }
+
+    /// Restricts attention to the query's own chunk and the chunks right before it: what the near part of
+    /// [`DijiangAttention`](crate::layer::DijiangAttention) sees, without the kernel. A baseline.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of zero.
+    pub fn with_near(self, near: Option<Near>) -> Result<Self> {
+        if near.is_some() && self.projections.config().causality == Causality::Bidirectional {
+            return Err(Error::Conflict { argument: "near", other: "bidirectional attention" });
+        }
+        let exact = exact(&self.projections, near)?;
+        Ok(Self { exact, ..self })
+    }
+
+    pub(crate) fn projections(&self) -> &Projections<T> {
+        &self.projections
+    }
+}
+
+/// The exact attention of a layer.
+pub(crate) fn exact<T: Real>(projections: &Projections<T>, near: Option<Near>) -> Result<ExactAttention<T>> {
+    let config = projections.config();
+    let mut exact = ExactConfig::new(config.heads, projections.head_dim()).with_kv_heads(config.kv_heads);
+    exact.scale = projections.scale();
+    exact.near = near;
+    exact.build()
+}
+
+impl<T: Real> Attention<T> for SoftmaxAttention<T> {
+    type State = SoftmaxState<T>;
+
+    fn config(&self) -> &AttentionConfig {
+        self.projections.config()
+    }
+
+    fn new_state(&self) -> SoftmaxState<T> {
+        SoftmaxState { cache: self.exact.new_cache(), workspace: self.exact.workspace(), scratch: self.projections.step_scratch() }
+    }
+
+    fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
+        let mut workspace = self.exact.workspace();
+        self.projections.run(x, mask, 0, |q, k, v, out| match self.config().causality {
+            Causality::Causal => self.exact.causal_into(q, k, v, mask, out, &mut workspace),
+            Causality::Bidirectional => self.exact.full_into(q, k, v, mask, out, &mut workspace),
+        })
+    }
+
+    fn prefill(&self, state: &mut SoftmaxState<T>, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
+        check_causal(self.config(), "prefill")?;
+        self.projections.run(x, mask, state.position(), |q, k, v, out| {
+            self.exact.prefill_into(&mut state.cache, q, k, v, mask, out, &mut state.workspace)
+        })
+    }
+
+    /// As [`Attention::step`]. Allocates nothing itself, but the cache grows now and then.
+    fn step(&self, state: &mut SoftmaxState<T>, x: &ArrayRef1<T>, out: &mut ArrayRef1<T>) -> Result<()> {
+        check_causal(self.config(), "step")?;
+        let SoftmaxState { cache, workspace, scratch } = state;
+        self.projections.step(x, cache.position(), scratch, out, |q, k, v, out| self.exact.step(cache, q, k, v, out, workspace))
+    }
+}

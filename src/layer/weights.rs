@@ -1,0 +1,103 @@
+//! [`AttentionWeights`]: the four matrices of an attention layer, as trained.
+
+use ndarray::{Array1, Array2};
+
+use crate::error::{Result, check_elements, check_len, check_shape};
+use crate::layer::config::AttentionConfig;
+use crate::real::Real;
+
+/// Projection weights of an attention layer, in the layout of `torch.nn.Linear` and of Hugging Face files: `[out, in]`,
+/// y = W x + b. Each layer keeps them behind an `Arc`: a softmax layer and the layer made from it share one copy.
+///
+/// The heads lie one after another along the `out` axis of `q`, `k` and `v`. A fused matrix has to be cut first.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct AttentionWeights<T> {
+    /// Query projection, `[h·d, D]`.
+    pub q: Array2<T>,
+    /// Key projection, `[h_kv·d, D]`.
+    pub k: Array2<T>,
+    /// Value projection, `[h_kv·d, D]`.
+    pub v: Array2<T>,
+    /// Output projection, `[D, h·d]`.
+    pub o: Array2<T>,
+    /// Query bias, `[h·d]`. Default: none.
+    pub q_bias: Option<Array1<T>>,
+    /// Key bias, `[h_kv·d]`. Default: none.
+    pub k_bias: Option<Array1<T>>,
+    /// Value bias, `[h_kv·d]`. Default: none.
+    pub v_bias: Option<Array1<T>>,
+    /// Output bias, `[D]`. Default: none.
+    pub o_bias: Option<Array1<T>>,
+}
+
+impl<T: Real> AttentionWeights<T> {
+    /// Weights without biases. Shapes and elements are checked by the constructor of the layer.
+    ///
+    /// # Shapes
+    /// - `q`: `[h·d, D]`, `k` and `v`: `[h_kv·d, D]`, `o`: `[D, h·d]`
+    pub fn new(q: Array2<T>, k: Array2<T>, v: Array2<T>, o: Array2<T>) -> Self {
+        Self { q, k, v, o, q_bias: None, k_bias: None, v_bias: None, o_bias: None }
+    }
+
+    /// Biases of queries, keys and values.
+    ///
+    /// # Shapes
+    /// - `q`: `[h·d]`, `k` and `v`: `[h_kv·d]`
+    #[must_use]
+    pub fn with_qkv_biases(self, q: Array1<T>, k: Array1<T>, v: Array1<T>) -> Self {
+        Self { q_bias: Some(q), k_bias: Some(k), v_bias: Some(v), ..self }
+    }
+
+    /// Biases of all four projections.
+    ///
+    /// # Shapes
+    /// - `q`: `[h·d]`, `k` and `v`: `[h_kv·d]`, `o`: `[D]`
+    #[must_use]
+    pub fn with_biases(self, q: Array1<T>, k: Array1<T>, v: Array1<T>, o: Array1<T>) -> Self {
+        Self { o_bias: Some(o), ..self.with_qkv_biases(q, k, v) }
+    }
+
+    /// Every shape fits `config`, and every element is a number a layer can work with.
+    ///
+    /// # Errors
+    /// - whatever [`AttentionConfig::check`] says;
+    /// - [`Error::Shape`](crate::Error::Shape) and [`Error::Length`](crate::Error::Length) for matrices and biases that do not fit;
+    /// - [`Error::NonFinite`](crate::Error::NonFinite) for NaN, infinity and elements beyond [`Real::LIMIT`].
+    pub fn check(&self, config: &AttentionConfig) -> Result<()> {
+        let (config, head_dim) = config.resolved()?;
+        let (model, width, kv_width) = (config.model_dim, config.heads * head_dim, config.kv_heads * head_dim);
+        for (argument, matrix, shape) in [
+            ("q", &self.q, [width, model]),
+            ("k", &self.k, [kv_width, model]),
+            ("v", &self.v, [kv_width, model]),
+            ("o", &self.o, [model, width]),
+        ] {
+            check_shape(argument, matrix, &shape)?;
+            check_elements(argument, matrix)?;
+        }
+        for (argument, bias, len) in [
+            ("q_bias", &self.q_bias, width),
+            ("k_bias", &self.k_bias, kv_width),
+            ("v_bias", &self.v_bias, kv_width),
+            ("o_bias", &self.o_bias, model),
+        ] {
+            if let Some(bias) = bias {
+                check_len(argument, len, bias.len())?;
+                check_elements(argument, bias)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Rows one after another, as the projections read them.
+    pub(crate) fn is_standard(&self) -> bool {
+        [&self.q, &self.k, &self.v, &self.o].iter().all(|matrix| matrix.is_standard_layout())
+    }
+
+    /// A copy with rows one after another.
+    pub(crate) fn to_standard(&self) -> Self {
+        let standard = |matrix: &Array2<T>| matrix.as_standard_layout().into_owned();
+        Self { q: standard(&self.q), k: standard(&self.k), v: standard(&self.v), o: standard(&self.o), ..self.clone() }
+    }
+}
