@@ -164,7 +164,7 @@ pub struct LinearAttention<T, M> {
     scale: f64,
     near: Option<Near>,
     log_decay: Vec<f64>,
-    sizes: Sizes,
+    pub(super) sizes: Sizes,
     element: PhantomData<T>,
 }
 
@@ -368,7 +368,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         Ok(())
     }
 
-    fn shape(&self) -> Shape {
+    pub(super) fn shape(&self) -> Shape {
         let Sizes { dim, features, value_dim, .. } = self.sizes;
         Shape { heads: self.maps.len(), dim, features, value_dim, near: self.near }
     }
@@ -377,7 +377,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         Array3::zeros((self.heads, q.shape()[1], self.sizes.value_dim))
     }
 
-    fn head(&self, h: usize) -> Head<'_, T, M> {
+    pub(super) fn head(&self, h: usize) -> Head<'_, T, M> {
         Head {
             map: &self.maps[h],
             ops: T::ops(),
@@ -389,7 +389,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         }
     }
 
-    fn check(
+    pub(super) fn check(
         &self,
         q: &ArrayRef3<T>,
         k: &ArrayRef3<T>,

@@ -13,17 +13,22 @@
 //! Elements of q, k and v must be numbers of at most [`Real::LIMIT`](crate::Real::LIMIT) in magnitude: everything else
 //! is refused at the door, before anything is changed. Within it no NaN and no infinity can arise.
 
+mod backward;
 mod causal;
 mod decode;
+mod far;
 mod full;
 mod linear;
 mod near;
 mod rows;
 mod softmax;
 mod state;
+mod tape;
 mod workspace;
 
 use linear::Head;
+
+pub use backward::{AttentionGradients, StateGradients};
 
 pub use linear::{LinearAttention, LinearConfig};
 pub use softmax::{ExactAttention, ExactConfig, KvCache};

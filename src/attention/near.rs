@@ -1,7 +1,7 @@
 //! Causal linear attention with an exact near part: the last chunks of keys as they are, everything older through the
 //! state.
 
-use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3};
 
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::state::HeadState;
@@ -60,6 +60,19 @@ impl<T: Real> Ring<T> {
     /// c.
     pub(super) fn chunk(&self) -> usize {
         self.chunk
+    }
+
+    /// What the tokens before `position` left here: the position of the first one, scaled keys `[tokens, d]`, values
+    /// `[tokens, e]`, and which tokens may be attended to.
+    pub(super) fn tokens(&self, position: usize, value_dim: usize) -> (usize, Array2<T>, Array2<T>, Vec<bool>) {
+        // Chunk i leaves when chunk i + slots begins, not when it is about to.
+        let first = position.div_ceil(self.chunk).saturating_sub(self.slots.len()) * self.chunk;
+        let (stride, value_stride) = (padded(self.chunk), padded(value_dim));
+        let at = |j: usize| (self.slot((first + j) / self.chunk), (first + j) % self.chunk);
+        let dim = self.slots[0].keys.len() / stride;
+        let keys = Array2::from_shape_fn((position - first, dim), |(j, i)| at(j).0.keys[i * stride + at(j).1]);
+        let values = Array2::from_shape_fn((position - first, value_dim), |(j, i)| at(j).0.values[at(j).1 * value_stride + i]);
+        (first, keys, values, (0..position - first).map(|j| at(j).0.valid[at(j).1]).collect())
     }
 
     /// Stores one token: its scaled key `[d]` and its value `[e_padded]`.

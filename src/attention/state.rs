@@ -131,6 +131,15 @@ impl<T: Real> HeadState<T> {
         }
     }
 
+    /// Takes over the sums and frame of another state of this shape, without its near part.
+    pub(super) fn copy_sums(&mut self, from: &Self) {
+        self.sums.copy_from_slice(&from.sums);
+        self.norm.copy_from_slice(&from.norm);
+        self.reference.copy_from_slice(&from.reference);
+        self.reference_position = from.reference_position;
+        self.started = from.started;
+    }
+
     /// λ(position − p₀).
     pub(super) fn decay(&self, log_decay: f64, position: usize) -> T {
         if log_decay == 0.0 { T::zero() } else { T::from_f64(log_decay * (position - self.reference_position) as f64) }

@@ -10,9 +10,10 @@
 //! The paper's φ_WDCF(x) = D·exp(T·C·x) is the case of one block, s = 1, p = 0, centres 0 and w = log D².
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use super::FeatureMap;
+use super::backward::Tables;
 use super::params::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides, paired};
 use super::quantile::Quantile;
 use super::sampler::{MAX_POINTS, Purpose, signs, unit_points};
@@ -218,6 +219,8 @@ struct Inner<T> {
     envelope: bool,
     query: Side<T>,
     key: Side<T>,
+    /// Made by the first backward pass.
+    backward: OnceLock<Tables<T>>,
 }
 
 /// One side's tables, cast to the element type. What is trivially absent is `None`.
@@ -279,6 +282,7 @@ impl<T: Real> DctMap<T> {
                 envelope: params.envelope == Envelope::Gaussian,
                 query: Side::new(&params, &params.query, &params.key, dense_query, &query_row),
                 key: Side::new(&params, &params.key, &params.query, dense_key, &params.log_weight),
+                backward: OnceLock::new(),
                 params,
             }),
         })
@@ -287,6 +291,11 @@ impl<T: Real> DctMap<T> {
     /// The parameters the map was built from, in f64 as they were given.
     pub fn params(&self) -> &DctParams {
         &self.inner.params
+    }
+
+    /// The tables of the backward pass.
+    pub(super) fn tables(&self) -> &Tables<T> {
+        self.inner.backward.get_or_init(|| Tables::new(&self.inner.params))
     }
 }
 

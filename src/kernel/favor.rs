@@ -141,6 +141,11 @@ impl<T: Real> FavorMap<T> {
     pub fn params(&self) -> &DctParams {
         self.map.params()
     }
+
+    /// The DCT map with these rows that it is.
+    pub(super) fn as_dct(&self) -> &DctMap<T> {
+        &self.map
+    }
 }
 
 impl<T> From<FavorMap<T>> for DctMap<T> {

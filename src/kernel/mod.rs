@@ -40,6 +40,7 @@
 //! # Ok::<(), dijiang::Error>(())
 //! ```
 
+mod backward;
 mod dct_map;
 mod favor;
 mod oprf;
@@ -49,6 +50,7 @@ mod quantile;
 mod sampler;
 mod transform;
 
+pub use backward::{DctGradients, DctSums, DifferentiableMap, SideGradients};
 pub use dct_map::{DctMap, DctMapConfig};
 pub use favor::{FavorConfig, FavorMap, FavorRows};
 pub use params::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides};

@@ -250,6 +250,57 @@ pub(super) fn exp_dot<S: Simd>(simd: S, panel: &mut [S::T], offset: &[S::T], col
     }
 }
 
+/// `sums[j] += Σ_f a[f, j]·b[f, j]`.
+#[inline(always)]
+pub(super) fn column_dot<S: Simd>(simd: S, a: &[S::T], b: &[S::T], sums: &mut [S::T]) {
+    let width = sums.len();
+    assert!(width.is_multiple_of(LANES) && a.len() == b.len() && (width == 0 || a.len().is_multiple_of(width)), "panels");
+    for j in (0..width).step_by(S::N) {
+        // SAFETY: j + N ≤ width, in `sums` and in every row of the panels.
+        unsafe {
+            let at = sums.as_mut_ptr().add(j);
+            let mut sum = simd.load(at);
+            for row in (j..a.len()).step_by(width) {
+                sum = simd.mul_add(simd.load(a.as_ptr().add(row)), simd.load(b.as_ptr().add(row)), sum);
+            }
+            simd.store(at, sum);
+        }
+    }
+}
+
+/// `panel[f, j] = weight[f, j]·scale[j]·(panel[f, j] − row[f]·column[j])` and `sums[j] = Σ_f panel[f, j]`: the
+/// derivative of a weighted mean by the logarithms of its weights.
+#[inline(always)]
+pub(super) fn log_weight_vjp<S: Simd>(
+    simd: S,
+    panel: &mut [S::T],
+    weight: &[S::T],
+    scale: &[S::T],
+    row: &[S::T],
+    column: &[S::T],
+    sums: &mut [S::T],
+) {
+    let (m, width) = (row.len(), column.len());
+    assert!(width.is_multiple_of(LANES) && panel.len() == m * width && weight.len() == m * width, "panels");
+    assert!(scale.len() == width && sums.len() == width, "columns");
+    for j in (0..width).step_by(S::N) {
+        // SAFETY: j + N ≤ width, in `scale`, `column`, `sums` and every row of the panels.
+        unsafe {
+            let scale = simd.load(scale.as_ptr().add(j));
+            let negated = simd.sub(simd.splat(S::T::ZERO), simd.load(column.as_ptr().add(j)));
+            let mut sum = simd.splat(S::T::ZERO);
+            for f in 0..m {
+                let at = panel.as_mut_ptr().add(f * width + j);
+                let weight = simd.mul(simd.load(weight.as_ptr().add(f * width + j)), scale);
+                let value = simd.mul(weight, simd.mul_add(simd.splat(row[f]), negated, simd.load(at)));
+                simd.store(at, value);
+                sum = simd.add(sum, value);
+            }
+            simd.store(sums.as_mut_ptr().add(j), sum);
+        }
+    }
+}
+
 /// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])`.
 #[inline(always)]
 pub(super) fn exp_panel<S: Simd>(simd: S, panel: &mut [S::T], offset: &[S::T], column: &[S::T]) {

@@ -31,6 +31,15 @@ pub(crate) fn padded(n: usize) -> usize {
     n.next_multiple_of(LANES)
 }
 
+/// The transpose of a panel `[rows, width]`, times `scale`; `rows` and `width` are multiples of LANES.
+pub(crate) fn transpose<T: Real>(ops: &Ops<T>, width: usize, panel: &[T], scale: T, out: &mut [T]) {
+    let rows = panel.len() / width;
+    for group in (0..rows).step_by(LANES) {
+        let lanes: [&[T]; LANES] = std::array::from_fn(|lane| &panel[(group + lane) * width..][..width]);
+        (ops.gather)(&lanes, scale, &mut out[group..], rows);
+    }
+}
+
 macro_rules! ops {
     ($($(#[doc = $doc:literal])* $name:ident: fn($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*) => {
         /// One implementation of every vector loop; see the functions of the same names in [`body`].
@@ -91,6 +100,10 @@ ops! {
     exp_dot: fn(panel: &mut [T], offset: &[T], column: &[T], weight: &[T], dot: &mut [T]);
     /// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])`
     exp_panel: fn(panel: &mut [T], offset: &[T], column: &[T]);
+    /// `sums[j] += Σ_f a[f, j]·b[f, j]`
+    column_dot: fn(a: &[T], b: &[T], sums: &mut [T]);
+    /// `panel[f, j] = weight[f, j]·scale[j]·(panel[f, j] − row[f]·column[j])`, `sums[j] = Σ_f panel[f, j]`
+    log_weight_vjp: fn(panel: &mut [T], weight: &[T], scale: &[T], row: &[T], column: &[T], sums: &mut [T]);
     /// `sums[f] += Σ_j panel[f, j]`
     add_row_sums: fn(panel: &[T], sums: &mut [T]);
     /// Zeroes above the diagonal, adds row sums.

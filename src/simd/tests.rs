@@ -159,6 +159,23 @@ impl<T: Real> Suite<T> {
                 let expected: Vec<f64> = (0..m).map(|f| weight[f].to_f64() + (0..width).map(|j| at(f, j)).sum::<f64>()).collect();
                 self.close("add_row_sums", &sums, &expected, 16 * width);
 
+                let (other, before, factor) = (self.random(m * width, 1.0), self.random(width, 1.0), self.random(width, 1.0));
+                let mut sums = before.clone();
+                (self.ops.column_dot)(&panel, &other, &mut sums);
+                let dot = |j: usize| (0..m).map(|f| at(f, j) * other[f * width + j].to_f64()).sum::<f64>();
+                let expected: Vec<f64> = (0..width).map(|j| before[j].to_f64() + dot(j)).collect();
+                self.close("column_dot", &sums, &expected, 16 * m);
+
+                let (mut p, mut sums) = (panel.clone(), vec![T::from_f64(f64::NAN); width]);
+                (self.ops.log_weight_vjp)(&mut p, &other, &factor, &weight, &before, &mut sums);
+                let value = |f: usize, j: usize| {
+                    other[f * width + j].to_f64() * factor[j].to_f64() * (at(f, j) - weight[f].to_f64() * before[j].to_f64())
+                };
+                let expected: Vec<f64> = (0..m * width).map(|i| value(i / width, i % width)).collect();
+                self.close("log_weight_vjp", &p, &expected, 16);
+                let expected: Vec<f64> = (0..width).map(|j| (0..m).map(|f| value(f, j)).sum()).collect();
+                self.close("log_weight_vjp sums", &sums, &expected, 64 * m);
+
                 let (mut p, mut sums) = (panel.clone(), weight.clone());
                 (self.ops.mask_triangle)(&mut p, width, 3, &mut sums);
                 let kept: Vec<f64> = (0..m * width).map(|i| if i % width <= i / width + 3 { panel[i].to_f64() } else { 0.0 }).collect();

@@ -1,0 +1,317 @@
+//! The backward pass of [`LinearAttention`]: gradients with respect to queries, keys, values, the maps' parameters, decay
+//! and the state a sequence starts from.
+//!
+//! The equations are in the engine, `tape.rs`.
+
+use ndarray::{Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, Axis, concatenate, s};
+
+use crate::attention::state::HeadState;
+use crate::attention::tape::{Order, Stretch, Tape, Targets, Upstream};
+use crate::attention::{CausalState, KeyMask, LinearAttention};
+use crate::error::{Error, Result, check_elements, check_shape};
+use crate::kernel::DifferentiableMap;
+use crate::real::Real;
+use crate::simd::padded;
+use crate::threads;
+
+/// The gradients of a scalar with respect to everything linear attention is computed from.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct AttentionGradients<T, G> {
+    /// Of the queries, `[h, n_q, d]`.
+    pub q: Array3<T>,
+    /// Of the keys, `[h_kv, n_k, d]`; zeros for masked ones.
+    pub k: Array3<T>,
+    /// Of the values, `[h_kv, n_k, e]`; zeros for masked ones.
+    pub v: Array3<T>,
+    /// Of every map's parameters.
+    pub maps: Vec<G>,
+    /// Of log γ of every map.
+    pub log_decay: Vec<f64>,
+}
+
+/// The gradients with respect to one key-value head of the [`CausalState`] that a sequence was continued from.
+///
+/// They are taken in the state's own frame, that is with respect to the numbers it holds, its reference exponents being
+/// constants. Of a state that has not seen a key S and z are zeros, which no reference exponent gives a scale to:
+/// there `sums` and `norm` are zeros.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct StateGradients<T> {
+    /// Of the sums S, `[m, e]`.
+    pub sums: Array2<T>,
+    /// Of the normaliser z, `[m]`.
+    pub norm: Array1<T>,
+    /// Of the keys of the near part, `[tokens, d]`: those that have not joined the sums yet, the last one being that of
+    /// the token before the first query. Without a near part no tokens.
+    pub keys: Array2<T>,
+    /// Of the values of the near part, `[tokens, e]`.
+    pub values: Array2<T>,
+}
+
+/// One key-value head's results.
+struct HeadGradients<T, G> {
+    q: Array3<T>,
+    k: Array2<T>,
+    v: Array2<T>,
+    map: G,
+    log_decay: f64,
+    state: StateGradients<T>,
+}
+
+impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
+    /// Gradients of a scalar through [`causal`](Self::causal), from its gradient with respect to the output.
+    ///
+    /// # Shapes
+    /// - `q`, `k`, `v`, `mask` as for [`causal`](Self::causal); `grad_out`: `[h, n, e]`.
+    ///
+    /// # Cost
+    /// O(n) time, at most 3.5 times that of the forward pass, which is computed again on the way. Besides the results
+    /// it allocates O(n·(d + e)) per thread. Heads in parallel; the same bits on any number of threads.
+    ///
+    /// # Errors
+    /// As [`prefill_into`](Self::prefill_into), `grad_out` being checked like the other arguments.
+    ///
+    /// # Examples
+    /// ```
+    /// use dijiang::attention::{KeyMask, LinearConfig};
+    /// use dijiang::kernel::DctMapConfig;
+    /// use ndarray::{Array, Array3};
+    ///
+    /// let attention = LinearConfig::new().build(vec![DctMapConfig::new(8).build::<f64>()?])?;
+    /// let q: Array3<f64> = Array::from_shape_fn((1, 50, 8), |(_, i, j)| ((3 * i + 5 * j) % 7) as f64 / 7.0);
+    /// let v = q.mapv(|x| x - 0.5);
+    /// // The loss is the sum of all outputs. Adding 1 to every value adds 1 to every output.
+    /// let grad_out = Array3::ones((1, 50, 8));
+    /// let gradients = attention.causal_backward(&q, &q, &v, KeyMask::All, &grad_out)?;
+    /// assert!((gradients.v.sum() - 50.0 * 8.0).abs() < 1e-9);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    pub fn causal_backward(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        grad_out: &ArrayRef3<T>,
+    ) -> Result<AttentionGradients<T, M::Gradients>> {
+        Ok(self.prefill_backward(&self.new_state(), q, k, v, mask, grad_out)?.0)
+    }
+
+    /// Gradients through [`prefill`](Self::prefill), and those with respect to the state it starts from, one per
+    /// key-value head. `state` is the state *before* the prefill.
+    ///
+    /// The output's gradient is all there is: the state *after* the prefill is taken to have no further readers.
+    ///
+    /// # Shapes
+    /// - as for [`causal_backward`](Self::causal_backward).
+    ///
+    /// # Errors
+    /// As [`causal_backward`](Self::causal_backward), and [`Error::Foreign`] for a state of another shape.
+    pub fn prefill_backward(
+        &self,
+        state: &CausalState<T>,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        grad_out: &ArrayRef3<T>,
+    ) -> Result<(AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>)> {
+        state.check(self.shape())?;
+        check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?;
+        self.check_gradient(q, k, v, mask, grad_out)?;
+        let order = self.near().map_or(Order::Causal, Order::Near);
+        Ok(self.backward(order, Some(state), q, k, v, mask, grad_out))
+    }
+
+    /// Gradients through [`full`](Self::full).
+    ///
+    /// # Shapes
+    /// - `q`, `k`, `v`, `mask` as for [`full`](Self::full); `grad_out`: `[h, n_q, e]`.
+    ///
+    /// # Cost
+    /// As [`causal_backward`](Self::causal_backward).
+    ///
+    /// # Errors
+    /// As [`full`](Self::full), `grad_out` being checked like the other arguments.
+    pub fn full_backward(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        grad_out: &ArrayRef3<T>,
+    ) -> Result<AttentionGradients<T, M::Gradients>> {
+        if self.near().is_some() {
+            return Err(Error::Conflict { argument: "full attention", other: "a near part" });
+        }
+        if self.log_decay().iter().any(|&decay| decay != 0.0) {
+            return Err(Error::Conflict { argument: "full attention", other: "decay" });
+        }
+        self.check_gradient(q, k, v, mask, grad_out)?;
+        Ok(self.backward(Order::Full, None, q, k, v, mask, grad_out).0)
+    }
+
+    fn check_gradient(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        grad_out: &ArrayRef3<T>,
+    ) -> Result<()> {
+        check_shape("grad_out", grad_out, &[self.heads(), q.shape()[1], self.sizes.value_dim])?;
+        self.check(q, k, v, mask, grad_out, &mut self.workspace())?;
+        check_elements("grad_out", grad_out)
+    }
+
+    fn backward(
+        &self,
+        order: Order,
+        state: Option<&CausalState<T>>,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        grad_out: &ArrayRef3<T>,
+    ) -> (AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>) {
+        let (kv_heads, group) = (self.maps().len(), self.heads() / self.maps().len());
+        let mut results: Vec<Option<HeadGradients<T, M::Gradients>>> = (0..kv_heads).map(|_| None).collect();
+        let mut tapes: Vec<Option<Tape<T>>> = vec![None; threads::max_threads().min(kv_heads)];
+        let parts = q.axis_chunks_iter(Axis(0), group).zip(grad_out.axis_chunks_iter(Axis(0), group));
+        let items = parts.zip(k.outer_iter().zip(v.outer_iter())).zip(&mut results).enumerate();
+        threads::for_each(&mut tapes, items, |tape, (h, (((q, grad), (k, v)), result))| {
+            let tape = tape.get_or_insert_with(|| Tape::new(&self.maps()[h], self.sizes.value_dim));
+            let state = state.map(|state| (&state.heads[h], state.position));
+            *result = Some(self.head_backward(h, order, state, q, k, v, mask, grad, tape));
+        });
+        let mut gradients = AttentionGradients {
+            q: Array3::zeros(q.raw_dim()),
+            k: Array3::zeros(k.raw_dim()),
+            v: Array3::zeros(v.raw_dim()),
+            maps: Vec::with_capacity(kv_heads),
+            log_decay: Vec::with_capacity(kv_heads),
+        };
+        let mut states = Vec::with_capacity(kv_heads);
+        for (h, result) in results.into_iter().flatten().enumerate() {
+            gradients.q.slice_mut(s![h * group..(h + 1) * group, .., ..]).assign(&result.q);
+            gradients.k.index_axis_mut(Axis(0), h).assign(&result.k);
+            gradients.v.index_axis_mut(Axis(0), h).assign(&result.v);
+            gradients.maps.push(result.map);
+            gradients.log_decay.push(result.log_decay);
+            states.push(result.state);
+        }
+        (gradients, states)
+    }
+
+    fn head_backward(
+        &self,
+        h: usize,
+        order: Order,
+        state: Option<(&HeadState<T>, usize)>,
+        q: ArrayView3<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        mask: KeyMask<'_>,
+        grad_out: ArrayView3<'_, T>,
+        tape: &mut Tape<T>,
+    ) -> HeadGradients<T, M::Gradients> {
+        let head = self.head(h);
+        let (position, value_dim) = (state.map_or(0, |(_, position)| position), self.sizes.value_dim);
+        // The near part that the state holds comes first, as tokens like the others.
+        let ring = state.and_then(|(state, position)| state.ring.as_ref().map(|ring| ring.tokens(position, value_dim)));
+        let ring = ring.filter(|(_, keys, ..)| keys.nrows() > 0);
+        let joined = ring.as_ref().map(|(_, keys, values, valid)| {
+            let scaled = k.mapv(|x| x * head.scale);
+            let valid = valid.iter().copied().chain((0..k.nrows()).map(|j| mask.valid().is_none_or(|valid| valid[j])));
+            let join = |a: &Array2<T>, b: ArrayView2<'_, T>| concatenate![Axis(0), a.view(), b];
+            (join(keys, scaled.view()), join(values, v), valid.collect::<Vec<bool>>())
+        });
+        let lead = ring.as_ref().map_or(0, |(_, keys, ..)| keys.nrows());
+        let mut q_gradient = Array3::zeros(q.raw_dim());
+        let (mut sums, mut log_decay) = (head.map.new_sums(), 0.0);
+        let stretch = Stretch {
+            map: head.map,
+            log_decay: head.log_decay,
+            order,
+            q,
+            k: joined.as_ref().map_or(k, |(k, ..)| k.view()),
+            v: joined.as_ref().map_or(v, |(_, v, _)| v.view()),
+            valid: joined.as_ref().map_or(mask.valid(), |(.., valid)| Some(valid)),
+            query_scale: head.scale,
+            key_scale: if joined.is_some() { T::ONE } else { head.scale },
+            position: position - lead,
+            lead,
+            given: None,
+        };
+        let targets = Targets { sums: &mut sums, log_decay: &mut log_decay, q: Some(q_gradient.view_mut()) };
+        tape.run(&stretch, state.map(|(state, _)| state), Upstream::Rows(grad_out), Some(targets));
+
+        let rows = |rows: &[T], dim: usize, scale: T| {
+            let stride = padded(dim);
+            Array2::from_shape_fn((rows.len() / stride, dim), |(j, i)| rows[j * stride + i] * scale)
+        };
+        let (keys, values) = (rows(&tape.keys, head.dim, head.scale), rows(&tape.values, value_dim, T::ONE));
+        // The sums of a state that has seen no key are in no frame.
+        let seen = if state.is_some_and(|(state, _)| state.started) { T::ONE } else { T::ZERO };
+        HeadGradients {
+            q: q_gradient,
+            k: keys.slice(s![lead.., ..]).to_owned(),
+            v: values.slice(s![lead.., ..]).to_owned(),
+            map: head.map.gradients(&sums),
+            log_decay,
+            state: StateGradients {
+                sums: rows(&tape.sums, value_dim, seen),
+                norm: tape.norm.iter().map(|&r| -r * seen).collect(),
+                keys: keys.slice(s![..lead, ..]).to_owned(),
+                values: values.slice(s![..lead, ..]).to_owned(),
+            },
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use ndarray::Array3;
+    use rand::SeedableRng;
+    use rand::rngs::ChaCha12Rng;
+    use rand_distr::{Distribution, StandardNormal};
+
+    use super::*;
+    use crate::attention::{LinearConfig, Near};
+    use crate::kernel::DctMapConfig;
+
+    /// The gradient with respect to S and z, by moving every one of them.
+    #[test]
+    fn sums_of_the_first_state() {
+        let mut rng = ChaCha12Rng::seed_from_u64(3);
+        let mut random =
+            |shape: (usize, usize, usize)| -> Array3<f64> { Array3::from_shape_simple_fn(shape, || StandardNormal.sample(&mut rng)) };
+        for near in [None, Some(Near::new(8, 1))] {
+            let (h, n, d, e) = (2, 150, 8, 3);
+            let mut config = LinearConfig::new().with_heads(h).with_value_dim(e).with_log_decay(vec![-0.01]);
+            config.near = near;
+            let attention = config.build(vec![DctMapConfig::new(d).build::<f64>().unwrap()]).unwrap();
+            let mut state = attention.new_state();
+            attention.prefill(&mut state, &random((h, 50, d)), &random((1, 50, d)), &random((1, 50, e)), KeyMask::All).unwrap();
+            // Keys that leave the frame.
+            let (q, k, v, grad) = (random((h, n, d)), random((1, n, d)) * 300.0, random((1, n, e)), random((h, n, e)));
+            let (_, gradients) = attention.prefill_backward(&state, &q, &k, &v, KeyMask::All, &grad).unwrap();
+            let loss = |state: &CausalState<f64>| (attention.prefill(&mut state.clone(), &q, &k, &v, KeyMask::All).unwrap() * &grad).sum();
+            let check = |got: f64, change: &dyn Fn(&mut CausalState<f64>, f64)| {
+                let at = |step: f64| {
+                    let mut moved = state.clone();
+                    change(&mut moved, step);
+                    loss(&moved)
+                };
+                let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
+                assert!((got - slope).abs() < 1e-6 * (1.0 + slope.abs()), "{near:?}: {got} is not {slope}");
+            };
+            for f in 0..d {
+                check(gradients[0].norm[f], &|state, step| state.heads[0].norm[f] += step);
+                (0..e).for_each(|i| check(gradients[0].sums[[f, i]], &|state, step| state.heads[0].sums[f * padded(e) + i] += step));
+            }
+        }
+    }
+}

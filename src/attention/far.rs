@@ -1,0 +1,199 @@
+//! [`FarPart`]: the part of attention that a map's parameters change, for calibration.
+
+use std::ops::Range;
+
+use ndarray::{ArrayView2, ArrayView3};
+
+use crate::attention::tape::{NearSums, Order, Stretch, Tape, Targets, Upstream};
+use crate::kernel::DifferentiableMap;
+use crate::real::Real;
+use crate::simd::padded;
+
+/// One key-value head and its group of query heads on one sequence, with everything computed once that does not depend
+/// on the map: the exact sums over the near keys.
+///
+/// Works on scaled queries and keys, on the calling thread, in a [`Tape`] that serves any number of sequences of the same
+/// d, m and e.
+#[derive(Debug)]
+pub(crate) struct FarPart<'a, T> {
+    order: Order,
+    x: ArrayView3<'a, T>,
+    y: ArrayView2<'a, T>,
+    v: ArrayView2<'a, T>,
+    valid: Option<&'a [bool]>,
+    near: Option<Vec<NearSums<T>>>,
+}
+
+impl<'a, T: Real> FarPart<'a, T> {
+    /// Sums over the near keys, if the order has any: O(n·c·(d + e)) once.
+    ///
+    /// # Shapes
+    /// - `x`: `[group, n, d]`, `y`: `[n, d]`, `v`: `[n, e]`, `valid`: n entries. [`Order::Full`] allows another number
+    ///   of queries than of keys.
+    pub(crate) fn new(order: Order, x: ArrayView3<'a, T>, y: ArrayView2<'a, T>, v: ArrayView2<'a, T>, valid: Option<&'a [bool]>) -> Self {
+        let mut part = Self { order, x, y, v, valid, near: None };
+        if let Order::Near(near) = order {
+            let stretch = part.stretch(&(), 0.0);
+            let sums = (0..x.shape()[0]).map(|h| NearSums::new(&stretch, near, h)).collect();
+            part.near = Some(sums);
+        }
+        part
+    }
+
+    /// Query heads.
+    pub(crate) fn group(&self) -> usize {
+        self.x.shape()[0]
+    }
+
+    /// Queries of each head.
+    pub(crate) fn queries(&self) -> usize {
+        self.x.shape()[1]
+    }
+
+    /// Distance between the rows that [`forward`](Self::forward) and [`backward`](Self::backward) hand over: e padded.
+    pub(crate) fn value_stride(&self) -> usize {
+        padded(self.v.ncols())
+    }
+
+    /// Memory for passes through maps of this shape.
+    pub(crate) fn tape<M: DifferentiableMap<T>>(&self, map: &M) -> Tape<T> {
+        Tape::new(map, self.v.ncols())
+    }
+
+    /// The outputs, handed over block by block: query head, its queries, and their outputs `[queries, value_stride]`.
+    pub(crate) fn forward<M: DifferentiableMap<T>>(
+        &self,
+        map: &M,
+        log_decay: f64,
+        tape: &mut Tape<T>,
+        mut visit: impl FnMut(usize, Range<usize>, &[T]),
+    ) {
+        let mut loss = |h: usize, queries: Range<usize>, out: &[T], _: &mut [T]| visit(h, queries, out);
+        tape.run(&self.stretch(map, log_decay), None, Upstream::Loss(&mut loss), None);
+    }
+
+    /// Adds the gradients of a loss with respect to the map's parameters to `sums`, and returns that with respect to
+    /// log γ.
+    ///
+    /// `loss` sees every block's outputs once, as `visit` of [`forward`](Self::forward), and fills the last argument,
+    /// of the same shape, with the gradient of the loss with respect to them (padding included: zeros).
+    ///
+    /// # Cost
+    /// O(n): eight matrix products of 64·m·e or 64·m·d per 64 queries with a near part.
+    pub(crate) fn backward<M: DifferentiableMap<T>>(
+        &self,
+        map: &M,
+        log_decay: f64,
+        tape: &mut Tape<T>,
+        mut loss: impl FnMut(usize, Range<usize>, &[T], &mut [T]),
+        sums: &mut M::Sums,
+    ) -> f64 {
+        let mut gradient = 0.0;
+        let targets = Targets { sums, log_decay: &mut gradient, q: None };
+        tape.run(&self.stretch(map, log_decay), None, Upstream::Loss(&mut loss), Some(targets));
+        gradient
+    }
+
+    fn stretch<'s, M>(&'s self, map: &'s M, log_decay: f64) -> Stretch<'s, T, M> {
+        Stretch {
+            map,
+            log_decay,
+            order: self.order,
+            q: self.x,
+            k: self.y,
+            v: self.v,
+            valid: self.valid,
+            query_scale: T::ONE,
+            key_scale: T::ONE,
+            position: 0,
+            lead: 0,
+            given: self.near.as_deref(),
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use ndarray::{Array3, Axis};
+    use rand::SeedableRng;
+    use rand::rngs::ChaCha12Rng;
+    use rand_distr::{Distribution, StandardNormal};
+
+    use super::*;
+    use crate::attention::{KeyMask, LinearConfig, Near};
+    use crate::kernel::{DctMap, DctMapConfig, DctParams};
+
+    pub(super) fn random(rng: &mut ChaCha12Rng, shape: (usize, usize, usize)) -> Array3<f64> {
+        Array3::from_shape_simple_fn(shape, || StandardNormal.sample(rng))
+    }
+
+    fn map(rng: &mut ChaCha12Rng, d: usize) -> DctParams {
+        let mut params = DctMapConfig::new(d).with_blocks(2).params().unwrap();
+        for side in [&mut params.query, &mut params.key] {
+            side.center.iter_mut().for_each(|x| *x = 0.3 * Distribution::<f64>::sample(&StandardNormal, rng));
+        }
+        params
+    }
+
+    /// The same gradients and outputs as the general pass, whose loss is known beforehand.
+    #[test]
+    fn equals_the_general_pass() {
+        let mut rng = ChaCha12Rng::seed_from_u64(1);
+        let orders =
+            [Order::Full, Order::Causal, Order::Near(Near::new(16, 1)), Order::Near(Near::new(100, 0)), Order::Near(Near::new(8, 2))];
+        for (order, masked) in orders.into_iter().flat_map(|order| [(order, false), (order, true)]) {
+            let (group, n, d, e) = (2, 210, 8, 5);
+            let params = map(&mut rng, d);
+            let map = DctMap::<f64>::from_params(params).unwrap();
+            let (x, y, v) = (random(&mut rng, (group, n, d)), random(&mut rng, (1, n, d)), random(&mut rng, (1, n, e)));
+            let target = random(&mut rng, (group, n, e));
+            let valid: Vec<bool> = (0..n).map(|j| j % 3 != 1).collect();
+            let mask = if masked { KeyMask::Valid(&valid) } else { KeyMask::All };
+            let log_decay = if order == Order::Full { 0.0 } else { -0.02 };
+
+            let mut config = LinearConfig::new().with_heads(group).with_value_dim(e).with_scale(1.0).with_log_decay(vec![log_decay]);
+            config.near = if let Order::Near(near) = order { Some(near) } else { None };
+            let attention = config.build(vec![map.clone()]).unwrap();
+            let full = order == Order::Full;
+            let out = if full { attention.full(&x, &y, &v, mask) } else { attention.causal(&x, &y, &v, mask) }.unwrap();
+            let grad = &out - &target;
+            let general =
+                if full { attention.full_backward(&x, &y, &v, mask, &grad) } else { attention.causal_backward(&x, &y, &v, mask, &grad) }
+                    .unwrap();
+
+            let (y, v) = (y.index_axis(Axis(0), 0), v.index_axis(Axis(0), 0));
+            let part = FarPart::new(order, x.view(), y, v, masked.then_some(&valid[..]));
+            assert_eq!((part.group(), part.queries()), (group, n));
+            let stride = part.value_stride();
+            let mut tape = part.tape(&map);
+            let mut seen = Array3::from_elem((group, n, e), f64::NAN);
+            part.forward(&map, log_decay, &mut tape, |h, queries, rows| {
+                for (i, row) in queries.zip(rows.chunks_exact(stride)) {
+                    (0..e).for_each(|j| seen[[h, i, j]] = row[j]);
+                }
+            });
+            assert!((&seen - &out).iter().all(|error| error.abs() < 1e-12), "{order:?}");
+            for _ in 0..2 {
+                let mut sums = map.new_sums();
+                let loss = |h: usize, queries: Range<usize>, rows: &[f64], grad: &mut [f64]| {
+                    grad.fill(0.0);
+                    for (i, (row, grad)) in queries.zip(rows.chunks_exact(stride).zip(grad.chunks_exact_mut(stride))) {
+                        (0..e).for_each(|j| grad[j] = row[j] - target[[h, i, j]]);
+                    }
+                };
+                let log_decay = part.backward(&map, log_decay, &mut tape, loss, &mut sums);
+                let (got, expected) = (map.gradients(&sums), &general.maps[0]);
+                let close = |name: &str, got: &[f64], expected: &[f64]| {
+                    let top = expected.iter().fold(0.0_f64, |top, x| top.max(x.abs()));
+                    assert!(got.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-10 * top), "{order:?} {name}");
+                };
+                close("radii", &got.query.radii, &expected.query.radii);
+                close("scale", &got.key.scale, &expected.key.scale);
+                close("center", &got.key.center, &expected.key.center);
+                close("log_weight", &got.log_weight, &expected.log_weight);
+                close("log_decay", &[log_decay], &general.log_decay);
+            }
+        }
+    }
+}

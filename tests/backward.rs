@@ -1,0 +1,399 @@
+//! Gradients against golden values, finite differences and each other.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use common::{Golden, Inputs, Random, argument, assert_close, assert_same_bits, cast};
+use dijiang::Real;
+use dijiang::attention::{AttentionGradients, KeyMask, LinearAttention, LinearConfig, Near};
+use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing, Projection};
+use ndarray::{Array1, Array3, ArrayD, Axis, s};
+
+/// Everything a gradient is taken with respect to, and what it is not.
+#[derive(Debug, Clone)]
+struct Problem {
+    maps: Vec<DctParams>,
+    heads: usize,
+    near: Option<Near>,
+    log_decay: Vec<f64>,
+    causal: bool,
+    valid: Option<Vec<bool>>,
+    inputs: Inputs<f64>,
+    cotangent: Array3<f64>,
+}
+
+type Gradients<T> = AttentionGradients<T, DctGradients>;
+
+impl Problem {
+    fn attention<T: Real>(&self) -> LinearAttention<T, DctMap<T>> {
+        let mut config = LinearConfig::new().with_heads(self.heads).with_value_dim(self.inputs.v.shape()[2]);
+        config = config.with_log_decay(self.log_decay.clone());
+        config.near = self.near;
+        config.build(self.maps.iter().map(|map| DctMap::from_params(map.clone()).unwrap()).collect()).unwrap()
+    }
+
+    fn mask(&self) -> KeyMask<'_> {
+        self.valid.as_deref().map_or(KeyMask::All, KeyMask::Valid)
+    }
+
+    /// Σ output · cotangent.
+    fn loss(&self) -> f64 {
+        let (attention, Inputs { q, k, v }) = (self.attention::<f64>(), &self.inputs);
+        let out = if self.causal { attention.causal(q, k, v, self.mask()) } else { attention.full(q, k, v, self.mask()) };
+        (out.unwrap() * &self.cotangent).sum()
+    }
+
+    fn gradients<T: Real>(&self) -> Gradients<T> {
+        let (attention, Inputs { q, k, v }, grad) = (self.attention::<T>(), self.inputs.cast(), cast(&self.cotangent));
+        let gradients = if self.causal {
+            attention.causal_backward(&q, &k, &v, self.mask(), &grad)
+        } else {
+            attention.full_backward(&q, &k, &v, self.mask(), &grad)
+        };
+        gradients.unwrap()
+    }
+
+    /// The tensors of head `h` that a gradient is taken with respect to, by name.
+    fn tensors(&mut self, h: usize) -> Vec<(&'static str, &mut [f64])> {
+        let map = &mut self.maps[h];
+        let (query_rows, key_rows): (&mut [f64], &mut [f64]) = match &mut map.projection {
+            Projection::Dense { query, key } => (query, key),
+            Projection::Dct | Projection::Mixed { .. } => (&mut [], &mut []),
+        };
+        vec![
+            ("q", self.inputs.q.as_slice_mut().unwrap()),
+            ("k", self.inputs.k.as_slice_mut().unwrap()),
+            ("v", self.inputs.v.as_slice_mut().unwrap()),
+            ("query_center", &mut map.query.center),
+            ("key_center", &mut map.key.center),
+            ("query_scale", &mut map.query.scale),
+            ("key_scale", &mut map.key.scale),
+            ("query_radii", &mut map.query.radii),
+            ("key_radii", &mut map.key.radii),
+            ("query_rows", query_rows),
+            ("key_rows", key_rows),
+            ("log_weight", &mut map.log_weight),
+            ("log_mix", std::slice::from_mut(&mut map.log_mix)),
+            ("log_decay", std::slice::from_mut(&mut self.log_decay[h])),
+        ]
+    }
+}
+
+/// A gradient by the names of [`Problem::tensors`].
+fn by_name<T: Real>(gradients: &Gradients<T>, h: usize, name: &str) -> Vec<f64> {
+    let map = &gradients.maps[h];
+    let array = |array: &Array3<T>| array.iter().map(|x| x.to_f64()).collect();
+    match name {
+        "q" => array(&gradients.q),
+        "k" => array(&gradients.k),
+        "v" => array(&gradients.v),
+        "query_center" => map.query.center.clone(),
+        "key_center" => map.key.center.clone(),
+        "query_scale" => map.query.scale.clone(),
+        "key_scale" => map.key.scale.clone(),
+        "query_radii" => map.query.radii.clone(),
+        "key_radii" => map.key.radii.clone(),
+        "query_rows" => map.query.rows.clone(),
+        "key_rows" => map.key.rows.clone(),
+        "log_weight" => map.log_weight.clone(),
+        "log_mix" => vec![map.log_mix],
+        "log_decay" => vec![gradients.log_decay[h]],
+        other => panic!("no gradient {other}"),
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ golden values
+
+fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
+    let name = |what: &str| format!("{tag}.{what}");
+    let one_head = |name: &str| golden.array2(name).insert_axis(Axis(0));
+    let inputs = Inputs { q: one_head("q"), k: one_head("k"), v: one_head("v") };
+    let flat = |name: &str| golden.array::<ndarray::IxDyn>(name).into_iter().collect::<Vec<f64>>();
+    let mut map = DctParams::new(inputs.q.shape()[2]);
+    for (side, prefix) in [(&mut map.query, "query"), (&mut map.key, "key")] {
+        side.center = flat(&name(&format!("{prefix}_center")));
+        side.scale = flat(&name(&format!("{prefix}_scale")));
+        side.radii = flat(&name(&format!("{prefix}_radii")));
+    }
+    map.log_weight = flat(&name("log_weight"));
+    map.log_mix = golden.scalar(&name("log_mix"));
+    map.pairing = if tag == "b2a" { Pairing::Antithetic } else { Pairing::Single };
+    map.envelope = if case == "causal_gaussian" { Envelope::Gaussian } else { Envelope::None };
+    let n = inputs.tokens();
+    Problem {
+        maps: vec![map],
+        heads: 1,
+        near: match case {
+            "local" | "local_decay" => Some(Near::new(16, 1)),
+            "local0" => Some(Near::new(8, 0)),
+            _ => None,
+        },
+        log_decay: vec![if case.ends_with("decay") { -0.05 } else { 0.0 }],
+        causal: !case.starts_with("full"),
+        valid: match case {
+            "full_masked" => Some((0..n).map(|j| j % 5 != 2).collect()),
+            "causal_masked" => Some((0..n).map(|j| j % 5 != 2 || j == 0).collect()),
+            _ => None,
+        },
+        inputs,
+        cotangent: one_head("cotangent"),
+    }
+}
+
+const CASES: [&str; 9] = ["full", "causal", "causal_gaussian", "decay", "local", "local0", "local_decay", "full_masked", "causal_masked"];
+
+/// Largest error of every golden gradient, relative to the largest element of that gradient.
+fn golden_gradients<T: Real>(tolerance: f64) {
+    let golden = Golden::open("attention_f64.safetensors");
+    let mut worst = (0.0, String::new());
+    for tag in ["b1", "b2a"] {
+        for case in CASES {
+            let mut problem = golden_problem(&golden, tag, case);
+            let gradients = problem.gradients::<T>();
+            let names: Vec<&str> = problem.tensors(0).iter().map(|(name, _)| *name).filter(|name| !name.ends_with("rows")).collect();
+            for name in names.into_iter().filter(|&name| name != "log_decay" || case.ends_with("decay")) {
+                let expected: Vec<f64> = golden.array::<ndarray::IxDyn>(&format!("{tag}.{case}.grad.{name}")).into_iter().collect();
+                let got = by_name(&gradients, 0, name);
+                let largest = |x: &[f64]| x.iter().fold(0.0_f64, |top, x| top.max(x.abs()));
+                // Without a near part the mix cancels: what is left of its gradient is rounding of sums of this size.
+                let scale = if name == "log_mix" { largest(&gradients.maps[0].log_weight) } else { 0.0 };
+                let scale = scale.max(largest(&expected));
+                let error = got.iter().zip(&expected).map(|(got, expected)| (got - expected).abs()).fold(0.0, f64::max) / scale;
+                assert_eq!(got.len(), expected.len());
+                assert!(error <= tolerance, "{tag}.{case}.grad.{name}: error {error:e} of {scale:e}");
+                if error > worst.0 {
+                    worst = (error, format!("{tag}.{case}.grad.{name}"));
+                }
+            }
+        }
+    }
+    println!("{}: largest relative error {:e} in {}", T::NAME, worst.0, worst.1);
+}
+
+#[test]
+fn golden_gradients_in_f64() {
+    golden_gradients::<f64>(1e-9);
+}
+
+#[test]
+fn golden_gradients_in_f32() {
+    golden_gradients::<f32>(2e-3);
+}
+
+// ------------------------------------------------------------------------------------------------ finite differences
+
+/// Random parameters and inputs; every choice follows from the seed.
+fn random_problem(seed: u64) -> Problem {
+    let mut random = Random::new(seed);
+    let (d, e) = (random.choose(&[1, 3, 8, 16, 17]), random.choose(&[1, 2, 16, 19]));
+    let kv_heads = random.choose(&[1, 1, 2]);
+    let heads = kv_heads * random.choose(&[1, 1, 3]);
+    let causal = random.chance(0.75);
+    let n = random.choose(&[1, 5, 16, 64, 65, 150]);
+    let n_k = if causal { n } else { random.choose(&[1, 7, 130]) };
+    let near = (causal && random.chance(0.6)).then(|| {
+        let chunk = random.choose(&[1, 4, 16, 48, 64, 100]);
+        Near::new(chunk, random.choose(&[0, 1, 2]))
+    });
+    let maps = (0..kv_heads).map(|h| random_map(&mut random, d, seed + h as u64)).collect();
+    let log_decay = (0..kv_heads).map(|_| if causal && random.chance(0.5) { -0.2 * random.normal().abs() } else { 0.0 }).collect();
+    let valid = random.chance(0.4).then(|| (0..n_k).map(|_| random.chance(0.7)).collect());
+    let inputs = Inputs {
+        q: random.normals((heads, n, d), 1.5),
+        k: random.normals((kv_heads, n_k, d), 1.5),
+        v: random.normals((kv_heads, n_k, e), 1.0),
+    };
+    let cotangent = random.normals((heads, n, e), 1.0);
+    Problem { maps, heads, near, log_decay, causal, valid, inputs, cotangent }
+}
+
+fn random_map(random: &mut Random, d: usize, seed: u64) -> DctParams {
+    // All heads have the same number of features, 2·d.
+    let envelope = random.choose(&[Envelope::None, Envelope::Gaussian]);
+    let mut map = match random.below(4) {
+        0 => DctMapConfig::new(d).with_blocks(2).params().unwrap(),
+        1 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap(),
+        2 => DctMapConfig::new(d).with_blocks(2).with_mixing(Mixing::Mixed).with_seed(seed).params().unwrap(),
+        _ => FavorConfig::new(d, 2 * d).with_seed(seed).params().unwrap(),
+    };
+    map.envelope = envelope;
+    for side in [&mut map.query, &mut map.key] {
+        side.center.iter_mut().for_each(|x| *x += 0.3 * random.normal());
+        side.scale.iter_mut().for_each(|x| *x += 0.3 * random.normal());
+        side.radii.iter_mut().for_each(|x| *x += 0.3 * random.normal());
+    }
+    map.log_weight.iter_mut().for_each(|x| *x += 0.2 * random.normal());
+    map.log_mix = -0.4;
+    map
+}
+
+/// Along a random direction of every tensor, the slope of the loss is the gradient times the direction.
+#[test]
+fn finite_differences() {
+    for seed in 0..60 {
+        let mut problem = random_problem(seed);
+        let gradients = problem.gradients::<f64>();
+        let mut random = Random::new(seed + 1000);
+        for h in 0..problem.maps.len() {
+            let names: Vec<(&str, usize)> = problem.tensors(h).iter().map(|(name, x)| (*name, x.len())).collect();
+            for (index, (name, len)) in names.into_iter().enumerate().filter(|(_, (_, len))| *len > 0) {
+                // γ must not exceed one, and full attention takes no decay.
+                let fixed = name == "log_decay" && (problem.log_decay[h] > -1e-3);
+                if fixed || (h > 0 && ["q", "k", "v"].contains(&name)) {
+                    continue;
+                }
+                let direction: Array1<f64> = random.normals(len, 1.0);
+                let gradient = Array1::from(by_name(&gradients, h, name));
+                assert_eq!(gradient.len(), len, "{name}");
+                let step = 1e-5;
+                let at = |step: f64| {
+                    let mut moved = problem.clone();
+                    moved.tensors(h)[index].1.iter_mut().zip(&direction).for_each(|(x, u)| *x += step * u);
+                    moved.loss()
+                };
+                let slope = (8.0 * (at(step) - at(-step)) - (at(2.0 * step) - at(-2.0 * step))) / (12.0 * step);
+                let size = (gradient.dot(&gradient) * direction.dot(&direction)).sqrt();
+                let error = (gradient.dot(&direction) - slope).abs();
+                let shape = (problem.inputs.q.shape(), problem.inputs.v.shape());
+                assert!(
+                    error <= 1e-7 * size + 1e-8,
+                    "seed {seed} head {h} {name}: {} is not {slope}, error {error:e}, {shape:?} {:?} decay {:?} causal {} masked {}",
+                    gradient.dot(&direction),
+                    problem.near,
+                    problem.log_decay,
+                    problem.causal,
+                    problem.valid.is_some()
+                );
+            }
+        }
+    }
+}
+
+// ------------------------------------------------------------------------------------------------ properties
+
+/// Gradients of the second part of a sequence, continued from the state of the first, are those of the whole sequence
+/// with nothing asked of the first part.
+#[test]
+fn continuing_a_state() {
+    for seed in 0..40 {
+        let mut problem = random_problem(seed);
+        problem.causal = true;
+        let n = 150;
+        let mut random = Random::new(seed + 77);
+        let shape = |x: &Array3<f64>| (x.shape()[0], n, x.shape()[2]);
+        problem.inputs = Inputs {
+            q: random.normals(shape(&problem.inputs.q), 1.5),
+            k: random.normals(shape(&problem.inputs.k), 1.5),
+            v: random.normals(shape(&problem.inputs.v), 1.0),
+        };
+        problem.valid = None;
+        let cut = random.choose(&[0, 1, 16, 48, 50, 64, 128, 149]);
+        problem.cotangent = random.normals((problem.heads, n, problem.inputs.v.shape()[2]), 1.0);
+        problem.cotangent.slice_mut(s![.., ..cut, ..]).fill(0.0);
+        let whole = problem.gradients::<f64>();
+
+        let attention = problem.attention::<f64>();
+        let (first, second) = (problem.inputs.part(0..cut), problem.inputs.part(cut..n));
+        let mut state = attention.new_state();
+        if cut > 0 {
+            attention.prefill(&mut state, &first.q, &first.k, &first.v, KeyMask::All).unwrap();
+        }
+        let grad = problem.cotangent.slice(s![.., cut.., ..]).to_owned();
+        let (part, states) = attention.prefill_backward(&state, &second.q, &second.k, &second.v, KeyMask::All, &grad).unwrap();
+        let context = format!("seed {seed} cut {cut} near {:?}", problem.near);
+        assert_close(&context, &part.q, &whole.q.slice(s![.., cut.., ..]), 1e-10);
+        assert_close(&context, &part.k, &whole.k.slice(s![.., cut.., ..]), 1e-10);
+        assert_close(&context, &part.v, &whole.v.slice(s![.., cut.., ..]), 1e-10);
+        for (h, state) in states.iter().enumerate() {
+            let kept = state.keys.nrows();
+            assert_eq!(problem.near.is_some() && cut > 0, kept > 0, "{context}");
+            let whole_rows = |x: &Array3<f64>| x.slice(s![h, cut - kept..cut, ..]).to_owned();
+            assert_close(&context, &state.keys, &whole_rows(&whole.k), 1e-10);
+            assert_close(&context, &state.values, &whole_rows(&whole.v), 1e-10);
+        }
+    }
+}
+
+/// Log-features of ±600 in f32: finite, and what f64 says.
+#[test]
+fn extreme_log_features() {
+    for seed in 0..12 {
+        let mut random = Random::new(seed);
+        let (d, n) = (16, 200);
+        let mut map = DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap();
+        for side in [&mut map.query, &mut map.key] {
+            side.radii.fill(250.0);
+        }
+        let inputs = Inputs { q: random.normals((1, n, d), 2.0), k: random.normals((1, n, d), 2.0), v: random.normals((1, n, d), 1.0) };
+        let problem = Problem {
+            maps: vec![map],
+            heads: 1,
+            near: (seed % 3 == 1).then(|| Near::new(16, 1)),
+            log_decay: vec![if seed % 2 == 0 { -0.1 } else { 0.0 }],
+            causal: true,
+            valid: None,
+            inputs,
+            cotangent: random.normals((1, n, d), 1.0),
+        };
+        let map = DctMap::<f64>::from_params(problem.maps[0].clone()).unwrap();
+        let x = problem.inputs.k.index_axis(Axis(0), 0).mapv(|x| x * 0.5);
+        let features = dijiang::kernel::FeatureMap::key_log_features(&map, &x).unwrap();
+        assert!(features.iter().any(|&b| b > 600.0) && features.iter().any(|&b| b < -600.0), "as extreme as promised");
+        let (single, double) = (problem.gradients::<f32>(), problem.gradients::<f64>());
+        for (name, single, double) in [("q", &single.q, &double.q), ("k", &single.k, &double.k), ("v", &single.v, &double.v)] {
+            assert_close((seed, name), single, double, 2e-2);
+        }
+        for name in ["query_scale", "key_radii", "log_weight", "log_decay"] {
+            let array = |x: Vec<f64>| ArrayD::from_shape_vec(vec![x.len()], x).unwrap();
+            assert_close((seed, name), &array(by_name(&single, 0, name)), &array(by_name(&double, 0, name)), 2e-2);
+        }
+    }
+}
+
+#[test]
+#[cfg(feature = "rayon")]
+fn threads_change_no_bit() {
+    for seed in 0..12 {
+        let mut problem = random_problem(seed);
+        let (kv_heads, group) = (5, problem.heads / problem.maps.len());
+        problem.maps = vec![problem.maps[0].clone(); kv_heads];
+        problem.log_decay = vec![problem.log_decay[0]; kv_heads];
+        problem.heads = kv_heads * group;
+        let mut random = Random::new(seed + 5);
+        let mut heads = |x: &Array3<f64>, h: usize| random.normals((h, x.shape()[1], x.shape()[2]), 1.0);
+        problem.inputs = Inputs {
+            q: heads(&problem.inputs.q, problem.heads),
+            k: heads(&problem.inputs.k, kv_heads),
+            v: heads(&problem.inputs.v, kv_heads),
+        };
+        problem.cotangent = heads(&problem.cotangent, problem.heads);
+        let on =
+            |threads: usize| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| problem.gradients::<f32>());
+        let (one, three) = (on(1), on(3));
+        assert_same_bits(seed, &one.q, &three.q);
+        assert_same_bits(seed, &one.k, &three.k);
+        assert_same_bits(seed, &one.v, &three.v);
+        assert_eq!((&one.maps, &one.log_decay), (&three.maps, &three.log_decay));
+    }
+}
+
+#[test]
+fn errors_name_the_argument() {
+    let problem = random_problem(1);
+    let attention = problem.attention::<f64>();
+    let Inputs { q, k, v } = &problem.inputs;
+    let n = q.shape()[1];
+    let run = |grad: &Array3<f64>| attention.causal_backward(q, k, v, KeyMask::All, grad).unwrap_err();
+    let shape = problem.cotangent.raw_dim();
+    assert_eq!(argument(&run(&Array3::zeros((shape[0], n + 1, shape[2])))), "grad_out");
+    assert_eq!(argument(&run(&Array3::zeros((shape[0], n, shape[2] + 1)))), "grad_out");
+    let mut bad = problem.cotangent.clone();
+    bad[[0, n - 1, 0]] = f64::NAN;
+    assert_eq!(argument(&run(&bad)), "grad_out");
+    let mut decaying = problem.clone();
+    (decaying.near, decaying.log_decay) = (Some(Near::new(4, 0)), vec![0.0; problem.maps.len()]);
+    let full = |problem: &Problem| problem.attention::<f64>().full_backward(q, q, q, KeyMask::All, &problem.cotangent).unwrap_err();
+    assert_eq!(argument(&full(&decaying)), "full attention");
+    (decaying.near, decaying.log_decay) = (None, vec![-0.1; problem.maps.len()]);
+    assert_eq!(argument(&full(&decaying)), "full attention");
+}
