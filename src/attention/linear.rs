@@ -434,20 +434,34 @@ pub(super) fn check_tokens<T: Real>(
     out: &ArrayRef3<T>,
     workspace: &mut Workspace<T>,
 ) -> Result<()> {
-    let (n_q, n_k) = (q.shape()[1], k.shape()[1]);
-    check_shape("q", q, &[heads, n_q, sizes.dim])?;
-    check_shape("k", k, &[kv_heads, n_k, sizes.dim])?;
-    check_shape("v", v, &[kv_heads, n_k, sizes.value_dim])?;
-    check_shape("out", out, &[heads, n_q, sizes.value_dim])?;
-    for (argument, tokens) in [("q", n_q), ("k", n_k)] {
-        if tokens == 0 {
-            return Err(Error::Empty { argument });
-        }
-    }
-    if let Some(valid) = mask.valid() {
-        check_len("mask", n_k, valid.len())?;
+    let n = q.shape()[1];
+    check_shape("q", q, &[heads, n, sizes.dim])?;
+    check_shape("out", out, &[heads, n, sizes.value_dim])?;
+    if n == 0 {
+        return Err(Error::Empty { argument: "q" });
     }
     check_all("q", q, None, workspace)?;
+    check_keys(kv_heads, sizes, k, v, mask, workspace)
+}
+
+/// The checks of keys, values and their mask.
+pub(super) fn check_keys<T: Real>(
+    kv_heads: usize,
+    sizes: Sizes,
+    k: &ArrayRef3<T>,
+    v: &ArrayRef3<T>,
+    mask: KeyMask<'_>,
+    workspace: &mut Workspace<T>,
+) -> Result<()> {
+    let n = k.shape()[1];
+    check_shape("k", k, &[kv_heads, n, sizes.dim])?;
+    check_shape("v", v, &[kv_heads, n, sizes.value_dim])?;
+    if n == 0 {
+        return Err(Error::Empty { argument: "k" });
+    }
+    if let Some(valid) = mask.valid() {
+        check_len("mask", n, valid.len())?;
+    }
     check_all("k", k, mask.valid(), workspace)?;
     check_all("v", v, mask.valid(), workspace)
 }

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
 
-use crate::attention::linear::{check_scale, check_tokens};
+use crate::attention::linear::{check_keys, check_scale, check_tokens};
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{KeyMask, Near, Workspace};
@@ -270,6 +270,33 @@ impl<T: Real> ExactAttention<T> {
             self.continue_head(cache, position, q, k, v, mask.valid(), out, scratch);
         });
         cache.position += n;
+        Ok(())
+    }
+
+    /// Appends tokens to the cache that nobody queries: the keys and values of a context to be attended to later.
+    ///
+    /// # Shapes
+    /// - `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries.
+    ///
+    /// # Errors
+    /// As [`prefill_into`](Self::prefill_into); after an error the cache is unchanged.
+    pub fn extend(
+        &self,
+        cache: &mut KvCache<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        self.check_cache(cache)?;
+        workspace.check(self.sizes())?;
+        check_keys(self.config.kv_heads, self.sizes(), k, v, mask, workspace)?;
+        let (position, scale) = (cache.position, self.root_scale());
+        let items = cache.heads.iter_mut().zip(k.outer_iter().zip(v.outer_iter()));
+        threads::for_each(&mut workspace.scratches, items, |scratch, (cache, (k, v))| {
+            cache.append(T::ops(), position, scale, k, v, mask.valid(), scratch);
+        });
+        cache.position += k.shape()[1];
         Ok(())
     }
 

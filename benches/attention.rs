@@ -1,0 +1,96 @@
+//! Whole sequences, one thread, 8 heads: linear (pure, with a near part, full) against softmax (tiled, and the literal
+//! formula while it is bearable).
+#![allow(missing_docs)]
+
+mod common;
+
+use std::hint::black_box;
+
+use common::{gaussian, id, linear};
+use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use dijiang::attention::{ExactConfig, KeyMask};
+use dijiang::{Real, reference};
+use ndarray::{Array3, Axis};
+
+const HEADS: usize = 8;
+
+fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
+    let shape = (HEADS, n, d);
+    let (q, k, v) = (gaussian::<T>(1, shape), gaussian::<T>(2, shape), gaussian::<T>(3, shape));
+    let mut out = Array3::<T>::zeros(shape);
+    let name = id::<T>(n, d, d);
+    let (pure, near, exact) = (linear::<T>(HEADS, d, false), linear::<T>(HEADS, d, true), ExactConfig::new(HEADS, d).build::<T>());
+    let exact = exact.expect("a valid operator");
+
+    // Within the near part the linear operator is softmax attention: both must agree there before anything is timed.
+    let (short, softmax) = (near.causal(&q, &k, &v, KeyMask::All), exact.causal(&q, &k, &v, KeyMask::All));
+    let (short, softmax) = (short.expect("valid input"), softmax.expect("valid input"));
+    let rows = n.min(2 * common::CHUNK);
+    for (a, b) in short.slice_axis(Axis(1), (..rows).into()).iter().zip(softmax.slice_axis(Axis(1), (..rows).into())) {
+        assert!((a.to_f64() - b.to_f64()).abs() < 1e-4, "{a} is not {b}");
+    }
+
+    let mut group = c.benchmark_group("causal");
+    group.throughput(Throughput::Elements((HEADS * n) as u64)).sample_size(10);
+    let (mut ws, mut state) = (pure.workspace(), pure.new_state());
+    group.bench_function(format!("pure/{name}"), |b| {
+        b.iter(|| {
+            state.reset();
+            pure.prefill_into(&mut state, black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws)
+        });
+    });
+    let (mut ws, mut state) = (near.workspace(), near.new_state());
+    group.bench_function(format!("near/{name}"), |b| {
+        b.iter(|| {
+            state.reset();
+            near.prefill_into(&mut state, black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws)
+        });
+    });
+    let mut ws = exact.workspace();
+    group.bench_function(format!("softmax_tiled/{name}"), |b| {
+        b.iter(|| exact.causal_into(black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws));
+    });
+    if n <= 512 && T::NAME == "f64" {
+        let root_scale = (d as f64).powf(-0.25);
+        let [x, y, v] = [(&q, root_scale), (&k, root_scale), (&v, 1.0)].map(|(x, scale)| x.mapv(|x| x.to_f64() * scale));
+        group.bench_function(format!("softmax_naive/{name}"), |b| {
+            b.iter(|| {
+                for ((x, y), v) in x.outer_iter().zip(y.outer_iter()).zip(v.outer_iter()) {
+                    let scores = reference::scores(&x, &y).expect("valid input");
+                    black_box(reference::softmax_attention(&scores, &v, &reference::Pairs::causal()).expect("valid input"));
+                }
+            });
+        });
+    }
+    group.finish();
+
+    let mut group = c.benchmark_group("full");
+    group.throughput(Throughput::Elements((HEADS * n) as u64)).sample_size(10);
+    let mut ws = pure.workspace();
+    group.bench_function(format!("linear/{name}"), |b| {
+        b.iter(|| pure.full_into(black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws));
+    });
+    let mut ws = exact.workspace();
+    group.bench_function(format!("softmax_tiled/{name}"), |b| {
+        b.iter(|| exact.full_into(black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws));
+    });
+    group.finish();
+}
+
+fn attention(c: &mut Criterion) {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool of one thread");
+    pool.install(|| {
+        // In test mode (`-- --test`) the long sequences would only cost time.
+        let longest = if std::env::args().any(|arg| arg == "--test") || cfg!(debug_assertions) { 256 } else { 8192 };
+        for n in [64, 128, 256, 512, 1024, 2048, 4096, 8192].into_iter().filter(|&n| n <= longest) {
+            sequences::<f32>(c, n, 64);
+        }
+        for d in [32, 80, 96, 128] {
+            sequences::<f32>(c, longest.min(1024), d);
+        }
+        sequences::<f64>(c, longest.min(512), 64);
+    });
+}
+
+criterion_group!(benches, attention);
+criterion_main!(benches);

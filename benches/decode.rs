@@ -1,0 +1,51 @@
+//! One more token after n: a state of constant size against a cache of keys and values. Time is for all 8 heads.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::hint::black_box;
+
+use common::{gaussian, id, linear};
+use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
+use dijiang::Real;
+use dijiang::attention::{ExactConfig, KeyMask};
+use ndarray::{Array2, Axis};
+
+const HEADS: usize = 8;
+
+fn token<T: Real>(c: &mut Criterion, n: usize, d: usize) {
+    let shape = (HEADS, n, d);
+    let (q, k, v) = (gaussian::<T>(1, shape), gaussian::<T>(2, shape), gaussian::<T>(3, shape));
+    let one = |x: &ndarray::Array3<T>| x.index_axis(Axis(1), n / 2).to_owned();
+    let (q1, k1, v1) = (one(&q), one(&k), one(&v));
+    let mut out = Array2::<T>::zeros((HEADS, d));
+    let mut group = c.benchmark_group("decode");
+    for (name, near) in [("pure", false), ("near", true)] {
+        let operator = linear::<T>(HEADS, d, near);
+        let (mut state, mut ws) = (operator.new_state(), operator.workspace());
+        operator.prefill(&mut state, &q, &k, &v, KeyMask::All).expect("valid input");
+        operator.step(&mut state, &q1, &k1, &v1, &mut out, &mut ws).expect("valid input");
+        assert!(out.iter().all(|x| x.to_f64().is_finite()));
+        group.bench_function(format!("{name}/{}", id::<T>(n, d, d)), |b| {
+            b.iter(|| operator.step(&mut state, black_box(&q1), &k1, &v1, &mut out, &mut ws));
+        });
+    }
+    let exact = ExactConfig::new(HEADS, d).build::<T>().expect("a valid operator");
+    let (mut cache, mut ws) = (exact.new_cache(), exact.workspace());
+    exact.extend(&mut cache, &k, &v, KeyMask::All, &mut ws).expect("valid input");
+    group.bench_function(format!("softmax/{}", id::<T>(n, d, d)), |b| {
+        b.iter_batched_ref(|| cache.clone(), |cache| exact.step(cache, black_box(&q1), &k1, &v1, &mut out, &mut ws), BatchSize::LargeInput);
+    });
+    group.finish();
+}
+
+fn decode(c: &mut Criterion) {
+    let longest = if std::env::args().any(|arg| arg == "--test") || cfg!(debug_assertions) { 256 } else { 8192 };
+    for n in [64, 256, 1024, 8192].into_iter().filter(|&n| n <= longest) {
+        token::<f32>(c, n, 64);
+    }
+    token::<f64>(c, 256, 64);
+}
+
+criterion_group!(benches, decode);
+criterion_main!(benches);

@@ -1,0 +1,234 @@
+//! The measurements.
+
+use std::error::Error;
+use std::time::{Duration, Instant};
+
+use dijiang::Real;
+use dijiang::attention::{ExactAttention, ExactConfig, KeyMask, LinearAttention, LinearConfig, Near};
+use dijiang::kernel::{DctMap, DctMapConfig};
+use indicatif::{ProgressBar, ProgressStyle};
+use ndarray::{Array, Array2, Array3, Axis};
+use rand::SeedableRng;
+use rand::rngs::ChaCha12Rng;
+use rand_distr::{Distribution, StandardNormal};
+use serde::Serialize;
+
+use crate::Args;
+use crate::gemm::Gemm;
+
+/// Everything one run measured.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    pub cpu: String,
+    pub threads: usize,
+    pub dtype: &'static str,
+    pub heads: usize,
+    pub dim: usize,
+    /// Rate of the general matrix product at 1024³ on one thread, GFLOP/s, in the element type.
+    pub sgemm_gflops: f64,
+    pub rows: Vec<Row>,
+}
+
+/// One figure.
+#[derive(Debug, Serialize)]
+pub struct Row {
+    /// `pure`, `near`, `full` or `decode`.
+    pub mode: &'static str,
+    /// Tokens; for `decode`, tokens seen before.
+    pub n: usize,
+    /// Microseconds per token and head.
+    pub us: f64,
+    /// The same for softmax attention.
+    pub softmax_us: Option<f64>,
+    /// Matrix-product FLOPs of the algorithm (see [`flops`]) divided by time.
+    pub gflops: f64,
+    /// The same for softmax attention.
+    pub softmax_gflops: Option<f64>,
+}
+
+/// Chunk length of the near part and of the causal blocks.
+const CHUNK: usize = 64;
+
+/// Matrix-product FLOPs per token and head, m = d = e.
+fn flops(mode: &str, d: usize) -> f64 {
+    let square = 2.0 * (d * d) as f64;
+    let chunk = 2.0 * (CHUNK * d) as f64;
+    match mode {
+        // Scores and their values within a block, reading and updating the state.
+        "pure" => 2.0 * chunk + 2.0 * square,
+        // Two whole chunks of scores and values, reading and updating the state.
+        "near" => 4.0 * chunk + 2.0 * square,
+        _ => 2.0 * square,
+    }
+}
+
+/// FLOPs of softmax attention per token and head.
+fn softmax_flops(mode: &str, n: usize, d: usize) -> f64 {
+    let keys = if mode == "pure" || mode == "near" { n as f64 / 2.0 } else { n as f64 };
+    4.0 * keys * d as f64
+}
+
+/// Shortest of as many runs as fit the budget (at least one after the first, which warms up), in seconds.
+fn shortest(budget: f64, mut run: impl FnMut()) -> f64 {
+    let begin = Instant::now();
+    run();
+    let mut best = begin.elapsed();
+    while begin.elapsed() < Duration::from_secs_f64(budget) {
+        let start = Instant::now();
+        run();
+        best = best.min(start.elapsed());
+    }
+    best.as_secs_f64()
+}
+
+fn gaussian<T: Real>(rng: &mut ChaCha12Rng, shape: (usize, usize, usize)) -> Array3<T> {
+    Array::from_shape_simple_fn(shape, || {
+        let x: f64 = StandardNormal.sample(rng);
+        T::from_f64(x)
+    })
+}
+
+struct Bench<T> {
+    heads: usize,
+    dim: usize,
+    seconds: f64,
+    exact: ExactAttention<T>,
+    pure: LinearAttention<T, DctMap<T>>,
+    near: LinearAttention<T, DctMap<T>>,
+    rng: ChaCha12Rng,
+}
+
+pub fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send + Sync>> {
+    let maps = (0..args.heads).map(|h| DctMapConfig::new(args.dim).with_seed(h as u64).build()).collect::<Result<Vec<_>, _>>()?;
+    let mut bench = Bench::<T> {
+        heads: args.heads,
+        dim: args.dim,
+        seconds: args.seconds,
+        exact: ExactConfig::new(args.heads, args.dim).build()?,
+        pure: LinearConfig::new().build(maps.clone())?,
+        near: LinearConfig::new().with_near(Near::new(CHUNK, 1)).build(maps)?,
+        rng: ChaCha12Rng::seed_from_u64(1),
+    };
+    let sizes: Vec<usize> = std::iter::successors(Some(args.from), |n| n.checked_mul(2)).take_while(|&n| n <= args.to).collect();
+    let bar = ProgressBar::new(sizes.len() as u64 + 1).with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}")?);
+    bar.set_message("matrix product 1024³");
+    let sgemm_gflops = bench.sgemm();
+    let mut rows = Vec::new();
+    for n in sizes {
+        bar.inc(1);
+        bar.set_message(format!("{n} tokens"));
+        rows.extend(bench.tokens(n, n <= args.softmax_to)?);
+    }
+    bar.finish_and_clear();
+    rows.sort_by_key(|row: &Row| ["pure", "near", "full", "decode"].iter().position(|mode| *mode == row.mode));
+    Ok(Report { cpu: cpu(), threads: args.threads, dtype: T::NAME, heads: args.heads, dim: args.dim, sgemm_gflops, rows })
+}
+
+impl<T: Gemm> Bench<T> {
+    /// GFLOP/s of `gemm` at 1024³, one thread.
+    fn sgemm(&mut self) -> f64 {
+        let n = 1024;
+        let a = gaussian::<T>(&mut self.rng, (1, n, n));
+        let b = gaussian::<T>(&mut self.rng, (1, n, n));
+        let mut c = Array2::<T>::zeros((n, n));
+        let (a, b) = (a.index_axis(Axis(0), 0), b.index_axis(Axis(0), 0));
+        let seconds = shortest(self.seconds.max(0.5), || T::product(a, b, &mut c));
+        2.0 * (n as f64).powi(3) / seconds / 1e9
+    }
+
+    /// All modes at n tokens.
+    fn tokens(&mut self, n: usize, softmax: bool) -> Result<Vec<Row>, dijiang::Error> {
+        let shape = (self.heads, n, self.dim);
+        let [q, k, v] = std::array::from_fn(|_| gaussian::<T>(&mut self.rng, shape));
+        let mut out = Array3::<T>::zeros(shape);
+        let per_token = 1e6 / (self.heads * n) as f64;
+
+        let (mut ws, mut exact_ws) = (self.pure.workspace(), self.exact.workspace());
+        let mut near_ws = self.near.workspace();
+        let mut check = Ok(());
+        let mut state = self.pure.new_state();
+        let pure = shortest(self.seconds, || {
+            state.reset();
+            check = self.pure.prefill_into(&mut state, &q, &k, &v, KeyMask::All, &mut out, &mut ws);
+        });
+        check?;
+        let mut near_state = self.near.new_state();
+        let mut check = Ok(());
+        let near = shortest(self.seconds, || {
+            near_state.reset();
+            check = self.near.prefill_into(&mut near_state, &q, &k, &v, KeyMask::All, &mut out, &mut near_ws);
+        });
+        check?;
+        let mut check = Ok(());
+        let full = shortest(self.seconds, || check = self.pure.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut ws));
+        check?;
+        let mut check = Ok(());
+        let causal_exact = softmax.then(|| {
+            shortest(self.seconds, || check = self.exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)) * per_token
+        });
+        let mut check_full = Ok(());
+        let full_exact = softmax.then(|| {
+            shortest(self.seconds, || check_full = self.exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)) * per_token
+        });
+        check.and(check_full)?;
+
+        let (decode, decode_exact) = self.decode(&q, &k, &v)?;
+        let row = |mode: &'static str, seconds: f64, softmax_us: Option<f64>| {
+            let us = seconds * per_token;
+            let gflops = flops(mode, self.dim) / us / 1e3;
+            let softmax_gflops = softmax_us.map(|us| softmax_flops(mode, n, self.dim) / us / 1e3);
+            Row { mode, n, us, softmax_us, gflops, softmax_gflops }
+        };
+        let mut rows = vec![row("pure", pure, causal_exact), row("near", near, causal_exact), row("full", full, full_exact)];
+        rows.push(row("decode", decode / per_token, Some(decode_exact)));
+        Ok(rows)
+    }
+
+    /// Microseconds per head of one more token after those of q, k, v: linear and softmax.
+    fn decode(&mut self, q: &Array3<T>, k: &Array3<T>, v: &Array3<T>) -> Result<(f64, f64), dijiang::Error> {
+        let n = k.shape()[1];
+        let mut state = self.pure.new_state();
+        self.pure.prefill(&mut state, q, k, v, KeyMask::All)?;
+        let mut cache = self.exact.new_cache();
+        self.exact.extend(&mut cache, k, v, KeyMask::All, &mut self.exact.workspace())?;
+        let token = |x: &Array3<T>, i: usize| x.index_axis(Axis(1), i % n).to_owned();
+        let tokens: Vec<_> = (0..CHUNK).map(|i| (token(q, i), token(k, i), token(v, i))).collect();
+        let mut out = Array2::<T>::zeros((self.heads, self.dim));
+        let per_head = 1e6 / (self.heads * CHUNK) as f64;
+        let (mut ws, mut exact_ws) = (self.pure.workspace(), self.exact.workspace());
+        let mut check = Ok(());
+        let linear = shortest(self.seconds, || {
+            for (q, k, v) in &tokens {
+                check = self.pure.step(&mut state, q, k, v, &mut out, &mut ws);
+            }
+        });
+        check?;
+        let mut check = Ok(());
+        let snapshot = cache.clone();
+        let mut exact = f64::INFINITY;
+        let begin = Instant::now();
+        while exact.is_infinite() || begin.elapsed() < Duration::from_secs_f64(self.seconds) {
+            cache.clone_from(&snapshot);
+            let start = Instant::now();
+            for (q, k, v) in &tokens {
+                check = self.exact.step(&mut cache, q, k, v, &mut out, &mut exact_ws);
+            }
+            exact = exact.min(start.elapsed().as_secs_f64());
+        }
+        check?;
+        Ok((linear * per_head, exact * per_head))
+    }
+}
+
+/// The CPU's name, as the system tells it.
+fn cpu() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |name: &str| info.lines().find(|line| line.starts_with(name)).and_then(|line| line.split(':').nth(1)).map(str::trim);
+    match (field("model name"), field("flags")) {
+        (Some(name), Some(flags)) => {
+            let simd = ["avx512f", "avx2"].into_iter().find(|simd| flags.split(' ').any(|flag| flag == *simd)).unwrap_or("sse2");
+            format!("{name} ({simd})")
+        }
+        _ => std::env::consts::ARCH.to_string(),
+    }
+}

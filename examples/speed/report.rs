@@ -1,0 +1,90 @@
+//! Table and plot.
+
+use std::error::Error;
+use std::path::Path;
+
+use comfy_table::{CellAlignment, Table, presets};
+use plotters::prelude::*;
+
+use crate::measure::{Report, Row};
+
+/// The table, on stdout.
+pub fn print(report: &Report, svg: &Path) {
+    let Report { cpu, threads, dtype, heads, dim, sgemm_gflops, rows } = report;
+    println!("{cpu}, {threads} thread(s), {dtype}, {heads} heads, d = m = e = {dim}");
+    println!("general matrix product 1024³: {sgemm_gflops:.0} GFLOP/s on one thread\n");
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["mode", "tokens", "µs / token·head", "softmax µs", "ratio", "GFLOP/s", "softmax GFLOP/s"]);
+    for Row { mode, n, us, softmax_us, gflops, softmax_gflops } in rows {
+        let optional = |value: Option<f64>, digits: usize| value.map_or(String::from("–"), |value| format!("{value:.digits$}"));
+        table.add_row([
+            mode.to_string(),
+            n.to_string(),
+            format!("{us:.3}"),
+            optional(*softmax_us, 3),
+            optional(softmax_us.map(|softmax| softmax / us), 2),
+            format!("{gflops:.0}"),
+            optional(*softmax_gflops, 0),
+        ]);
+    }
+    for column in table.column_iter_mut().skip(1) {
+        column.set_cell_alignment(CellAlignment::Right);
+    }
+    println!("{table}");
+    println!("plot: {}", svg.display());
+}
+
+/// Microseconds per token and head over n, both axes logarithmic.
+pub fn plot(report: &Report, path: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    let series = |mode: &'static str| report.rows.iter().filter(move |row| row.mode == mode);
+    let lines: [(&str, Vec<(f64, f64)>, RGBColor); 6] = [
+        ("softmax, causal", series("pure").filter_map(|r| Some((r.n as f64, r.softmax_us?))).collect(), RGBColor(200, 40, 40)),
+        ("linear + near part, causal", series("near").map(|r| (r.n as f64, r.us)).collect(), RGBColor(30, 90, 200)),
+        ("linear, causal", series("pure").map(|r| (r.n as f64, r.us)).collect(), RGBColor(20, 150, 70)),
+        ("linear, full", series("full").map(|r| (r.n as f64, r.us)).collect(), RGBColor(130, 130, 130)),
+        ("softmax, decode", series("decode").filter_map(|r| Some((r.n as f64, r.softmax_us?))).collect(), RGBColor(240, 150, 60)),
+        ("linear, decode", series("decode").map(|r| (r.n as f64, r.us)).collect(), RGBColor(120, 60, 180)),
+    ];
+    let points = || lines.iter().flat_map(|(_, points, _)| points);
+    let (left, right) = points().fold((f64::MAX, 0.0_f64), |(low, high), (n, _)| (low.min(*n), high.max(*n)));
+    let (bottom, top) = points().fold((f64::MAX, 0.0_f64), |(low, high), (_, us)| (low.min(*us), high.max(*us)));
+
+    let root = SVGBackend::new(path, (860, 520)).into_drawing_area();
+    root.fill(&WHITE)?;
+    let caption = format!("{}, {} thread(s), {}, d = {}", report.cpu, report.threads, report.dtype, report.dim);
+    let mut chart = ChartBuilder::on(&root)
+        .caption(caption, ("sans-serif", 17))
+        .margin(14)
+        .x_label_area_size(46)
+        .y_label_area_size(64)
+        .build_cartesian_2d((left..right * 1.05).log_scale().base(2.0), (bottom * 0.7..top * 1.4).log_scale())?;
+    chart
+        .configure_mesh()
+        .x_desc("tokens")
+        .y_desc("µs per token and head")
+        .x_label_formatter(&|n| format!("{n:.0}"))
+        .y_label_formatter(&|us| format!("{us}"))
+        .label_style(("sans-serif", 14))
+        .light_line_style(WHITE)
+        .draw()?;
+    for (name, points, color) in &lines {
+        let color = *color;
+        chart
+            .draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(2)).point_size(3))?
+            .label(*name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(3)));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
+        .background_style(WHITE.mix(0.85))
+        .border_style(RGBColor(200, 200, 200))
+        .label_font(("sans-serif", 14))
+        .draw()?;
+    root.present()?;
+    Ok(())
+}
