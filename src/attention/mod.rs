@@ -16,6 +16,7 @@
 mod backward;
 mod causal;
 mod decode;
+#[allow(dead_code, reason = "gradient calibration is built on it")]
 mod far;
 mod full;
 mod linear;

@@ -53,6 +53,26 @@ impl<T: Real> DctTables<T> {
     }
 }
 
+/// X_{2f} = A_f, X_{2f+1} = B_f + B_{f+1} from A, B of n/2 points each, one after the other, in n registers.
+macro_rules! interleave {
+    ($simd:expr, $n:expr, $from:expr, |$f:ident, $value:ident| $put:expr) => {{
+        let (simd, half, from): (S, usize, *const S::V) = ($simd, $n / 2, $from);
+        let mut odd = *from.add(half);
+        for i in 0..half - 1 {
+            let next = *from.add(half + i + 1);
+            let ($f, $value) = (2 * i, *from.add(i));
+            $put;
+            let ($f, $value) = (2 * i + 1, simd.add(odd, next));
+            $put;
+            odd = next;
+        }
+        let ($f, $value) = (2 * half - 2, *from.add(half - 1));
+        $put;
+        let ($f, $value) = (2 * half - 1, odd);
+        $put;
+    }};
+}
+
 /// `out[f, j] = u[f, j] + row[f] + column[j]` with `u = post ⊙ C(pre ⊙ x + shift)`; and, unless it is empty,
 /// `mirror[f, j] = −u[f, j] + mirror_row[f] + column[j]`.
 #[inline(always)]
@@ -73,8 +93,10 @@ pub(super) fn transform<S: Simd>(
     assert!(tables.twiddles.len() == d - 1 && tables.shift.len() == d && tables.post.len() == d, "tables");
     assert!(supports(d), "a power of two from 8 to 256");
     let points = if d == 8 { 8 } else { 16 };
-    let (x, twiddles) = (x.as_ptr(), tables.twiddles.as_ptr());
-    let (out, mirrored, mirror) = (out.as_mut_ptr(), !mirror.is_empty(), mirror.as_mut_ptr());
+    let twiddles = tables.twiddles.as_ptr();
+    let input = Input { simd, x: x.as_ptr(), width, tables };
+    let mut output = Output { simd, tables, width, row, out: out.as_mut_ptr(), mirror_row, mirror: mirror.as_mut_ptr() };
+    let mirrored = !mirror.is_empty();
     for j in (0..width).step_by(S::N) {
         let mut here: Buffer<S::V> = [MaybeUninit::uninit(); 256];
         let mut there: Buffer<S::V> = [MaybeUninit::uninit(); 256];
@@ -82,18 +104,16 @@ pub(super) fn transform<S: Simd>(
         // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, d − 1 twiddles) were checked above;
         // the buffers hold d ≤ 256 registers, and every one is written before it is read: each pass writes all d.
         unsafe {
-            let input = |i: usize| {
-                let value = simd.load(x.add(i * width + j));
-                simd.mul_add(value, simd.splat(*tables.pre.get_unchecked(i)), simd.splat(*tables.shift.get_unchecked(i)))
-            };
             let (mut from, mut to) = (here, there);
             // Down: n points become two blocks of n/2, until a block fits into registers.
             let (mut n, mut level) = (d, twiddles);
             if d <= 16 {
-                (0..d).for_each(|i| from.add(i).write(input(i)));
+                for i in 0..d {
+                    from.add(i).write(input.at(i, j));
+                }
             } else {
                 for i in 0..d / 2 {
-                    butterfly(simd, input(i), input(d - 1 - i), level.add(i), from.add(i), from.add(d / 2 + i));
+                    butterfly(simd, input.at(i, j), input.at(d - 1 - i, j), level.add(i), from.add(i), from.add(d / 2 + i));
                 }
                 (n, level) = (d / 2, level.add(d / 2));
             }
@@ -115,24 +135,72 @@ pub(super) fn transform<S: Simd>(
                 n *= 2;
                 for block in (0..d).step_by(n) {
                     let (from, to) = (from.add(block), to.add(block));
-                    interleave(simd, n, from, |f, value| to.add(f).write(value));
+                    interleave!(simd, n, from, |f, value| to.add(f).write(value));
                 }
                 (from, to) = (to, from);
             }
             let column = simd.load(column.as_ptr().add(j));
-            let output = |f: usize, value: S::V| {
-                let u = simd.mul(value, simd.splat(*tables.post.get_unchecked(f)));
-                let added = simd.add(simd.splat(*row.get_unchecked(f)), column);
-                simd.store(out.add(f * width + j), simd.add(u, added));
-                if mirrored {
-                    let added = simd.add(simd.splat(*mirror_row.get_unchecked(f)), column);
-                    simd.store(mirror.add(f * width + j), simd.sub(added, u));
-                }
-            };
             if d <= 16 {
-                (0..d).for_each(|f| output(f, *from.add(f)));
+                for f in 0..d {
+                    output.put(f, j, *from.add(f), column, mirrored);
+                }
             } else {
-                interleave(simd, d, from, output);
+                interleave!(simd, d, from, |f, value| output.put(f, j, value, column, mirrored));
+            }
+        }
+    }
+}
+
+// Structs and a macro in place of closures: a closure that the compiler does not inline is compiled without the CPU
+// features, and all its arithmetic becomes calls.
+
+/// pre ⊙ x + shift
+struct Input<'a, S: Simd> {
+    simd: S,
+    x: *const S::T,
+    width: usize,
+    tables: &'a DctTables<S::T>,
+}
+
+impl<S: Simd> Input<'_, S> {
+    /// # Safety
+    /// `i` is below d, and `x` valid for a register at `i·width + j`.
+    #[inline(always)]
+    unsafe fn at(&self, i: usize, j: usize) -> S::V {
+        let Self { simd, x, width, tables } = *self;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let value = simd.load(x.add(i * width + j));
+            simd.mul_add(value, simd.splat(*tables.pre.get_unchecked(i)), simd.splat(*tables.shift.get_unchecked(i)))
+        }
+    }
+}
+
+/// Where the transform goes.
+struct Output<'a, S: Simd> {
+    simd: S,
+    tables: &'a DctTables<S::T>,
+    width: usize,
+    row: &'a [S::T],
+    out: *mut S::T,
+    mirror_row: &'a [S::T],
+    mirror: *mut S::T,
+}
+
+impl<S: Simd> Output<'_, S> {
+    /// # Safety
+    /// `f` is below d, `out` and, if `mirrored`, `mirror` are valid for a register at `f·width + j`.
+    #[inline(always)]
+    unsafe fn put(&mut self, f: usize, j: usize, value: S::V, column: S::V, mirrored: bool) {
+        let simd = self.simd;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let u = simd.mul(value, simd.splat(*self.tables.post.get_unchecked(f)));
+            let added = simd.add(simd.splat(*self.row.get_unchecked(f)), column);
+            simd.store(self.out.add(f * self.width + j), simd.add(u, added));
+            if mirrored {
+                let added = simd.add(simd.splat(*self.mirror_row.get_unchecked(f)), column);
+                simd.store(self.mirror.add(f * self.width + j), simd.sub(added, u));
             }
         }
     }
@@ -151,27 +219,6 @@ unsafe fn butterfly<S: Simd>(simd: S, x: S::V, y: S::V, twiddle: *const S::T, a:
     unsafe {
         a.write(simd.add(x, y));
         b.write(simd.mul(simd.sub(x, y), simd.splat(*twiddle)));
-    }
-}
-
-/// X_{2f} = A_f, X_{2f+1} = B_f + B_{f+1} from A, B of n/2 points each, one after the other.
-///
-/// # Safety
-/// `from` holds n registers.
-#[inline(always)]
-unsafe fn interleave<S: Simd>(simd: S, n: usize, from: *const S::V, mut output: impl FnMut(usize, S::V)) {
-    let half = n / 2;
-    // SAFETY: the caller's promise; indices stay below n.
-    unsafe {
-        let mut odd = *from.add(half);
-        for f in 0..half - 1 {
-            let next = *from.add(half + f + 1);
-            output(2 * f, *from.add(f));
-            output(2 * f + 1, simd.add(odd, next));
-            odd = next;
-        }
-        output(n - 2, *from.add(half - 1));
-        output(n - 1, odd);
     }
 }
 
