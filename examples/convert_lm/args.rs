@@ -20,9 +20,21 @@ pub(crate) struct Args {
     /// Windows of the text to measure on; 0 means all
     #[arg(long, value_name = "N", default_value_t = 40)]
     pub(crate) windows: usize,
-    /// Windows of the calibration text to calibrate on
-    #[arg(long, value_name = "N", default_value_t = 16)]
-    pub(crate) calibration_windows: usize,
+    /// Windows of the calibration text to calibrate on [default: 32, 96 with --thorough]
+    #[arg(long, value_name = "N")]
+    calibration_windows: Option<usize>,
+    /// Steps of calibration by gradient, 0 for the closed form alone [default: 100, 300 with --thorough]
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Windows in every step [default: 8, 16 with --thorough]
+    #[arg(long, value_name = "N")]
+    batch: Option<usize>,
+    /// Length of the first steps
+    #[arg(long, value_name = "X", default_value_t = 0.02)]
+    pub(crate) learning_rate: f64,
+    /// Calibrate for minutes instead of seconds
+    #[arg(long)]
+    thorough: bool,
     /// Tokens per window [default: the model's max_position_embeddings]
     #[arg(long, value_name = "N")]
     pub(crate) context: Option<usize>,
@@ -59,6 +71,21 @@ impl Args {
     /// The text to measure on.
     pub(crate) fn text(&self) -> PathBuf {
         self.text.clone().unwrap_or_else(|| self.model.join("valid.txt"))
+    }
+
+    /// Windows to calibrate on.
+    pub(crate) fn calibration_windows(&self) -> usize {
+        self.calibration_windows.unwrap_or(if self.thorough { 96 } else { 32 })
+    }
+
+    /// Steps of calibration by gradient.
+    pub(crate) fn steps(&self) -> usize {
+        self.steps.unwrap_or(if self.thorough { 300 } else { 100 })
+    }
+
+    /// Windows in every step.
+    pub(crate) fn batch(&self) -> usize {
+        self.batch.unwrap_or(if self.thorough { 16 } else { 8 })
     }
 
     /// The text to calibrate on.

@@ -34,7 +34,7 @@ use crate::evaluate::{bits_per_byte, check_logits};
 use crate::generate::{Sampling, generate};
 use crate::llama::Llama;
 use crate::progress::Progress;
-use crate::report::Report;
+use crate::report::{LayerReport, Report};
 use crate::text::Text;
 
 fn main() -> ExitCode {
@@ -77,8 +77,8 @@ fn measure(args: &Args) -> Result<Report> {
     let near = Near::new(args.chunk, args.back);
 
     let calibration = Text::read(&calibration_path, context)?;
-    let samples: Vec<&[u8]> = calibration.spread(args.calibration_windows).collect();
-    progress.stage("calibrating", softmax.config().layers);
+    let samples: Vec<&[u8]> = calibration.spread(args.calibration_windows()).collect();
+    progress.stage("calibrating", 3 * softmax.config().layers);
     let converted = convert::convert(&softmax, near, args, &samples, tick)?;
 
     let measured = |name, f: &dyn Fn() -> Result<f64>| {
@@ -87,6 +87,7 @@ fn measure(args: &Args) -> Result<Report> {
     };
     let softmax_bpb = measured("softmax", &|| bits_per_byte(&softmax, &text, windows, tick))?;
     let exchanged_bpb = measured("linear + near, as exchanged", &|| bits_per_byte(&converted.exchanged, &text, windows, tick))?;
+    let closed_form_bpb = measured("linear + near, closed form", &|| bits_per_byte(&converted.closed_form, &text, windows, tick))?;
     let calibrated_bpb = measured("linear + near, calibrated", &|| bits_per_byte(&converted.calibrated, &text, windows, tick))?;
     let near_only_bpb = measured("near alone", &|| bits_per_byte(&converted.near_only, &text, windows, tick))?;
     let pure_bpb = measured("linear alone, calibrated", &|| bits_per_byte(&converted.pure, &text, windows, tick))?;
@@ -108,11 +109,15 @@ fn measure(args: &Args) -> Result<Report> {
         features: args.blocks * softmax.config().head_dim,
         softmax_bpb,
         exchanged_bpb,
+        closed_form_bpb,
         calibrated_bpb,
         near_only_bpb,
         pure_bpb,
         logits_difference,
         calibration_tokens: samples.iter().map(|sample| sample.len()).sum(),
+        steps: args.steps(),
+        layers: converted.reports[0].iter().map(LayerReport::from).collect(),
+        pure_layers: converted.reports[1].iter().map(LayerReport::from).collect(),
         calibration_seconds: converted.calibration_seconds,
         prompt: args.prompt.clone(),
         generated: String::from_utf8_lossy(&generated).into_owned(),

@@ -4,6 +4,7 @@ use std::io::Write;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
+use dijiang::layer::{CalibrateReport, HeadReport};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -22,6 +23,8 @@ pub(crate) struct Report {
     pub(crate) features: usize,
     pub(crate) softmax_bpb: f64,
     pub(crate) exchanged_bpb: f64,
+    /// Calibrated in closed form.
+    pub(crate) closed_form_bpb: f64,
     pub(crate) calibrated_bpb: f64,
     pub(crate) near_only_bpb: f64,
     pub(crate) pure_bpb: f64,
@@ -29,6 +32,12 @@ pub(crate) struct Report {
     pub(crate) logits_difference: Option<f32>,
     pub(crate) calibration_tokens: usize,
     pub(crate) calibration_seconds: f64,
+    /// Steps by gradient.
+    pub(crate) steps: usize,
+    /// With the near part, first layer first.
+    pub(crate) layers: Vec<LayerReport>,
+    /// Without.
+    pub(crate) pure_layers: Vec<LayerReport>,
     pub(crate) prompt: String,
     pub(crate) generated: String,
     /// Tokens read and written when the sizes below were taken.
@@ -40,6 +49,32 @@ pub(crate) struct Report {
     pub(crate) kv_bytes: usize,
     /// From start to end.
     pub(crate) seconds: f64,
+}
+
+/// What calibration did to the heads of a layer: relative errors of their outputs on held-out text.
+#[derive(Debug, Serialize)]
+pub(crate) struct LayerReport {
+    before: Vec<f64>,
+    closed_form: Vec<f64>,
+    after: Vec<f64>,
+    log_mix: Vec<f64>,
+    log_decay: Vec<f64>,
+    /// Share of softmax attention's mass on far keys.
+    far_mass: Vec<f64>,
+}
+
+impl From<&CalibrateReport> for LayerReport {
+    fn from(report: &CalibrateReport) -> Self {
+        let all = |value: fn(&HeadReport) -> f64| report.heads.iter().map(value).collect();
+        Self {
+            before: all(|head| head.before),
+            closed_form: all(|head| head.closed_form),
+            after: all(|head| head.after),
+            log_mix: all(|head| head.log_mix),
+            log_decay: all(|head| head.log_decay),
+            far_mass: all(|head| head.far_mass),
+        }
+    }
 }
 
 impl Report {
@@ -60,9 +95,10 @@ impl Report {
         for (name, bits) in [
             ("softmax".to_owned(), self.softmax_bpb),
             (format!("linear + {near}, as exchanged"), self.exchanged_bpb),
+            (format!("linear + {near}, closed form"), self.closed_form_bpb),
             (format!("linear + {near}, calibrated"), self.calibrated_bpb),
             (format!("{near} alone"), self.near_only_bpb),
-            ("linear alone, calibrated".to_owned(), self.pure_bpb),
+            ("linear alone with decay, calibrated".to_owned(), self.pure_bpb),
         ] {
             table.add_row([name, format!("{bits:.4}"), format!("{:+.4}", bits - self.softmax_bpb)]);
         }
@@ -73,7 +109,7 @@ impl Report {
         }
         let check = self.logits_difference.map(|found| format!("softmax logits agree with the golden ones within {found:.1e}\n"));
         format!(
-            "{}{}\n\n{table}\n{}{} windows of {} bytes, m = {} features per head, calibrated on {} tokens in {:.1} s; {:.1} s in all\n\
+            "{}{}\n\n{table}\n{}{} windows of {} bytes, m = {} features per head, calibrated on {} tokens in {} steps and {:.1} s; {:.1} s in all\n\
              decoding: {:.0} tokens/s, state {} kB at any length; softmax's key-value cache is {} kB after {} tokens, {} kB after {}",
             self.prompt,
             self.generated,
@@ -82,6 +118,7 @@ impl Report {
             self.context,
             self.features,
             self.calibration_tokens,
+            self.steps,
             self.calibration_seconds,
             self.seconds,
             self.tokens_per_second,

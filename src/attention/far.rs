@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use ndarray::{ArrayView2, ArrayView3};
 
+use crate::attention::Near;
 use crate::attention::tape::{NearSums, Order, Stretch, Tape, Targets, Upstream};
 use crate::kernel::DifferentiableMap;
 use crate::real::Real;
@@ -53,6 +54,24 @@ impl<'a, T: Real> FarPart<'a, T> {
     /// Distance between the rows that [`forward`](Self::forward) and [`backward`](Self::backward) hand over: e padded.
     pub(crate) fn value_stride(&self) -> usize {
         padded(self.v.ncols())
+    }
+
+    /// Softmax attention's mass on keys beyond the near part, from 0 to 1 for every query, summed over all of them.
+    /// Everything, if there is no near part.
+    ///
+    /// # Cost
+    /// O(n²·(d + e)) with a near part.
+    pub(crate) fn far_mass(&self) -> f64 {
+        let Some(near) = &self.near else { return (self.group() * self.queries()) as f64 };
+        let everything = Order::Near(Near::new(self.queries().max(1), 0));
+        let all = FarPart::new(everything, self.x.view(), self.y.view(), self.v.view(), self.valid);
+        let heads = near.iter().zip(all.near.iter().flatten());
+        let queries = heads.flat_map(|(near, all)| near.total.iter().zip(&near.top).zip(all.total.iter().zip(&all.top)));
+        let share = |((&near, &near_top), (&all, &all_top)): ((&T, &T), (&T, &T))| {
+            let near = near.to_f64() * (near_top.to_f64() - all_top.to_f64()).exp();
+            if all > T::ZERO { (1.0 - near / all.to_f64()).clamp(0.0, 1.0) } else { 0.0 }
+        };
+        queries.map(share).sum()
     }
 
     /// Memory for passes through maps of this shape.
@@ -121,7 +140,7 @@ mod tests {
     use rand_distr::{Distribution, StandardNormal};
 
     use super::*;
-    use crate::attention::{KeyMask, LinearConfig, Near};
+    use crate::attention::{KeyMask, LinearConfig};
     use crate::kernel::{DctMap, DctMapConfig, DctParams};
 
     pub(super) fn random(rng: &mut ChaCha12Rng, shape: (usize, usize, usize)) -> Array3<f64> {

@@ -30,10 +30,12 @@ mod workspace;
 use linear::Head;
 
 pub use backward::{AttentionGradients, StateGradients};
+pub(crate) use far::FarPart;
 
 pub use linear::{LinearAttention, LinearConfig};
 pub use softmax::{ExactAttention, ExactConfig, KvCache};
 pub use state::CausalState;
+pub(crate) use tape::{Order, Tape};
 pub use workspace::Workspace;
 
 /// Which keys may be attended to.

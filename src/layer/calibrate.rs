@@ -4,29 +4,67 @@
 //! error = Σ (ô − o)² / Σ (o − ō)²      o: a head's softmax outputs on the samples, ō: their mean, ô: its linear outputs
 //! ```
 //!
-//! In closed form, for every key-value head: the centres μq, μk become the means of x = √σ·q (over all query heads that
-//! share the map) and of y = √σ·k. They leave the kernel that is approximated as it is and shrink the error of the
-//! approximation. Then the mix g, which weighs the kernel against the exact near part, by a one-dimensional search for
-//! the smallest error: a coarse grid, then ever shorter steps around its best point. Scales, radii and log-weights stay.
+//! Every key-value head by itself, first in closed form: the centres μq, μk become the means of x = √σ·q (over all query
+//! heads that share the map) and of y = √σ·k. They leave the kernel that is approximated as it is and shrink the error of
+//! the approximation. Then the decay, where it is to be fitted, from a grid of half-lives, and the mix g, which weighs the
+//! kernel against the exact near part, by a one-dimensional search for the smallest error: a coarse grid, then ever
+//! shorter steps around its best point.
+//!
+//! Then by gradient: Adam with cosine decay of the step length on scales, radii, log-weights, mix and, where they are to
+//! be fitted, decay and centres. Only the far part is computed in every step; the sums over near keys are constants.
+//!
+//! Some of the samples are held out of all this, and a head keeps the numbers that were best on them, or its old ones.
 
-use std::ops::ControlFlow;
+use std::ops::{ControlFlow, Range};
+use std::time::Instant;
 
-use ndarray::{Array2, Array3, ArrayRef1, ArrayView2, ArrayView3, Axis, s};
+use ndarray::ArrayView2;
 
-use crate::attention::{KeyMask, LinearAttention, LinearConfig, Workspace};
-use crate::error::{Error, Result};
-use crate::kernel::{DctMap, DctParams};
+use crate::attention::Order;
+use crate::error::{Error, Result, check_positive};
+use crate::kernel::DctMap;
 use crate::layer::config::Causality;
-use crate::layer::dijiang::DijiangAttention;
-use crate::layer::projection::{Projected, Projections};
-use crate::layer::softmax::exact;
+use crate::layer::descent::{Descent, Moved};
+use crate::layer::dijiang::{DijiangAttention, mixed};
+use crate::layer::judge::{Head, Judge, Sample};
 use crate::real::Real;
-use crate::threads::{for_each, max_threads};
+
+/// Steps between two looks at the held-out samples.
+const LOOK: usize = 10;
+/// Half-lives tried in closed form: 2, 4, … tokens.
+const HALF_LIVES: usize = 11;
+/// One of so many samples is held out.
+const HELD_OUT: usize = 8;
+
+/// Whether calibration fits something that it could also leave.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Fit {
+    /// It stays.
+    #[default]
+    Keep,
+    /// It is fitted.
+    Train,
+}
 
 /// How [`DijiangAttention::calibrate`] searches.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct CalibrateOptions {
+    /// Steps by gradient after the closed form; 0 for the closed form alone. Default: 60.
+    pub steps: usize,
+    /// Length of the first steps, in every number; it falls to 0 as half a cosine. Default: 0.02.
+    pub learning_rate: f64,
+    /// Samples in every step, all of them if there are fewer. Default: 8.
+    pub batch: usize,
+    /// log γ of every head. Worth most without a near part, next to nothing with one. Default: [`Fit::Keep`].
+    pub decay: Fit,
+    /// The centres by gradient; from the means they start in any case. Default: [`Fit::Keep`].
+    pub centers: Fit,
+    /// Seconds after which the steps end, their lengths having fallen to 0 by then; the closed form always finishes.
+    /// With it the result depends on the machine and its load. Default: none.
+    pub seconds: Option<f64>,
+    /// Seed of the order in which samples are taken. Default: 0.
+    pub seed: u64,
     /// The mix g is searched in [−range, range]. Default: 12.
     pub mix_range: f64,
     /// Grid points of the coarse search, at least 2 and at most 65536. Default: 13.
@@ -37,7 +75,18 @@ pub struct CalibrateOptions {
 
 impl Default for CalibrateOptions {
     fn default() -> Self {
-        Self { mix_range: 12.0, mix_grid: 13, mix_halvings: 5 }
+        Self {
+            steps: 60,
+            learning_rate: 0.02,
+            batch: 8,
+            decay: Fit::Keep,
+            centers: Fit::Keep,
+            seconds: None,
+            seed: 0,
+            mix_range: 12.0,
+            mix_grid: 13,
+            mix_halvings: 5,
+        }
     }
 }
 
@@ -45,6 +94,48 @@ impl CalibrateOptions {
     /// All defaults.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Steps by gradient.
+    #[must_use]
+    pub fn with_steps(self, steps: usize) -> Self {
+        Self { steps, ..self }
+    }
+
+    /// Length of the first steps.
+    #[must_use]
+    pub fn with_learning_rate(self, learning_rate: f64) -> Self {
+        Self { learning_rate, ..self }
+    }
+
+    /// Samples in every step.
+    #[must_use]
+    pub fn with_batch(self, batch: usize) -> Self {
+        Self { batch, ..self }
+    }
+
+    /// Whether to fit log γ.
+    #[must_use]
+    pub fn with_decay(self, decay: Fit) -> Self {
+        Self { decay, ..self }
+    }
+
+    /// Whether to fit the centres by gradient.
+    #[must_use]
+    pub fn with_centers(self, centers: Fit) -> Self {
+        Self { centers, ..self }
+    }
+
+    /// Seconds after which the steps end.
+    #[must_use]
+    pub fn with_seconds(self, seconds: Option<f64>) -> Self {
+        Self { seconds, ..self }
+    }
+
+    /// Seed of the order in which samples are taken.
+    #[must_use]
+    pub fn with_seed(self, seed: u64) -> Self {
+        Self { seed, ..self }
     }
 
     /// Range of the mix.
@@ -66,13 +157,16 @@ impl CalibrateOptions {
     }
 
     fn check(&self) -> Result<()> {
-        if !(self.mix_range.is_finite() && self.mix_range > 0.0) {
-            return Err(Error::Value { argument: "mix_range", expected: "finite and positive", got: self.mix_range });
+        for (argument, got) in [("learning_rate", self.learning_rate), ("mix_range", self.mix_range)] {
+            positive(argument, got)?;
         }
+        check_positive("batch", self.batch)?;
+        self.seconds.map_or(Ok(()), |seconds| positive("seconds", seconds))?;
         if self.mix_grid < 2 {
             return Err(Error::Value { argument: "mix_grid", expected: "at least 2", got: self.mix_grid as f64 });
         }
-        for (argument, limit, got) in [("mix_grid", 1 << 16, self.mix_grid), ("mix_halvings", 50, self.mix_halvings)] {
+        let limits = [("steps", 1 << 24, self.steps), ("mix_grid", 1 << 16, self.mix_grid), ("mix_halvings", 50, self.mix_halvings)];
+        for (argument, limit, got) in limits {
             if got > limit {
                 return Err(Error::TooLarge { argument, limit, got });
             }
@@ -81,15 +175,21 @@ impl CalibrateOptions {
     }
 }
 
-/// Where a calibration stands, told after every pass over the samples.
+/// A number that must be finite and more than 0.
+fn positive(argument: &'static str, got: f64) -> Result<()> {
+    let fits = got.is_finite() && got > 0.0;
+    if fits { Ok(()) } else { Err(Error::Value { argument, expected: "finite and positive", got }) }
+}
+
+/// Where a calibration stands, told after every pass over the samples and after every step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct CalibrateProgress {
-    /// Passes made.
+    /// Passes and steps made.
     pub done: usize,
-    /// Passes there will be.
+    /// Passes and steps there will be; a limit of time may skip some.
     pub total: usize,
-    /// Mean over heads of the smallest error found so far.
+    /// Mean over heads of the smallest error on the held-out samples found so far.
     pub error: f64,
 }
 
@@ -99,19 +199,30 @@ pub struct CalibrateProgress {
 pub struct CalibrateReport {
     /// One entry per key-value head.
     pub heads: Vec<HeadReport>,
+    /// Tokens that were calibrated on.
+    pub tokens: usize,
+    /// Tokens held out, which the errors were measured on.
+    pub held_out: usize,
 }
 
-/// What a calibration did to one key-value head. Errors are squared differences of the outputs of its query heads,
-/// relative to the variance of the softmax outputs (or to the rounding of their mean square, if that is larger).
+/// What a calibration did to one key-value head. Errors are squared differences of the outputs of its query heads on the
+/// held-out samples, relative to the variance of the softmax outputs (or to the rounding of their mean square, if that is
+/// larger).
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct HeadReport {
     /// Error before.
     pub before: f64,
+    /// Error of the closed form.
+    pub closed_form: f64,
     /// Error after: never above the one before.
     pub after: f64,
     /// Mix g after.
     pub log_mix: f64,
+    /// log γ after.
+    pub log_decay: f64,
+    /// The share of softmax attention's mass that is on far keys: what the map stands for. 1 without a near part.
+    pub far_mass: f64,
 }
 
 impl CalibrateReport {
@@ -132,23 +243,33 @@ fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
 }
 
 impl<T: Real> DijiangAttention<T> {
-    /// Fits every head's map to the layer's own inputs, in closed form: centres, then the mix of kernel and near part. Any text
-    /// of the kind the model will read will do; some thousand tokens are enough. No weight of the model is touched.
+    /// Fits every head's map to the layer's own inputs: in closed form, then by gradient. Any text of the kind the model will
+    /// read will do; some thousand tokens are enough for the closed form, some ten thousand for the rest. No weight of the
+    /// model is touched.
     ///
-    /// `progress` is called on this thread after every pass over the samples; [`ControlFlow::Break`] ends the calibration.
-    /// A head keeps its old map where the new one is not better.
+    /// The last eighth of the samples, at least one, is held out; errors are measured on it, and a head keeps its old map
+    /// where no new one is better there. A single sample, or the closed form alone ([`steps`](CalibrateOptions::steps)
+    /// = 0), has nothing held out: what was calibrated on is what is measured.
+    ///
+    /// Samples that lie within the near part, at most c·(r + 1) tokens long, teach nothing and are left out.
+    ///
+    /// `progress` is called on this thread after every pass over the samples and every step; [`ControlFlow::Break`] ends the
+    /// calibration.
     ///
     /// # Shapes
     /// - `samples`: hidden states as the layer receives them, one array `[n, D]` per sequence, positions from 0.
     ///
     /// # Cost
-    /// Softmax attention once, linear attention about 25 times over the samples (twice without a near part, where the mix
-    /// cancels). Heads and samples in parallel; the result does not depend on the number of threads.
+    /// Softmax attention once (twice on the held-out samples), then linear attention's far part about 25 times over the
+    /// samples (with no near part, where the mix cancels, once, and 11 times with decay), and forward and backward once
+    /// per step over [`batch`](CalibrateOptions::batch) of them. Heads and samples in parallel; without a limit of time the
+    /// result does not depend on the number of threads. Memory: about 5·n·h·d numbers for n tokens in all samples.
     ///
     /// # Errors
     /// [`Error::Empty`] without samples or for an empty one, [`Error::Shape`] for one of another width,
-    /// [`Error::NonFinite`] for elements beyond [`Real::LIMIT`], [`Error::Value`] and [`Error::TooLarge`] for impossible options,
-    /// [`Error::Cancelled`] after `Break`. After an error the layer is unchanged.
+    /// [`Error::NonFinite`] for elements beyond [`Real::LIMIT`], [`Error::Value`] if no sample is longer than the near part,
+    /// [`Error::Value`] and [`Error::TooLarge`] for impossible options, [`Error::Conflict`] for fitting the decay of a
+    /// bidirectional layer, [`Error::Cancelled`] after `Break`. After an error the layer is unchanged.
     ///
     /// # Examples
     ///
@@ -177,66 +298,269 @@ impl<T: Real> DijiangAttention<T> {
         &mut self,
         samples: &[ArrayView2<'_, T>],
         options: &CalibrateOptions,
-        mut progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
+        progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
     ) -> Result<CalibrateReport> {
+        let start = Instant::now();
         options.check()?;
-        if samples.is_empty() {
-            return Err(Error::Empty { argument: "samples" });
+        let causal = self.projections().config().causality == Causality::Causal;
+        if options.decay == Fit::Train && !causal {
+            return Err(Error::Conflict { argument: "decay", other: "bidirectional attention" });
         }
-        let samples = samples.iter().map(|x| Sample::new(self.projections(), x)).collect::<Result<Vec<_>>>()?;
-        let judge = Judge::new(self, &samples)?;
-        let old: Vec<DctParams> = self.maps().iter().map(|map| map.params().clone()).collect();
-        let centred: Vec<DctParams> = old.iter().enumerate().map(|(head, params)| judge.centred(head, params)).collect();
+        let order = if causal { self.near().map_or(Order::Causal, Order::Near) } else { Order::Full };
+        let samples = capture(self, samples, order)?;
+        let decays = self.log_decay().iter();
+        let old = self.maps().iter().zip(decays).map(|(map, &log_decay)| Head { params: map.params().clone(), log_decay });
+        let old: Vec<Head> = old.collect();
 
-        // Without a near part the mix cancels: there is nothing to search.
-        let searched = self.near().is_some();
-        let total = 1 + if searched { options.mix_grid + 2 * options.mix_halvings } else { 1 };
-        let before = judge.errors(old.clone())?;
-        let mut best: Vec<_> = old.into_iter().zip(before.iter().copied()).collect();
-        let mut found = Search::new(options, centred.len());
-        for done in 1..=total {
-            let error = mean(best.iter().map(|(_, error)| *error));
-            if progress(CalibrateProgress { done, total, error }).is_break() {
-                return Err(Error::Cancelled);
-            }
-            if done == total {
-                break;
-            }
-            let mut candidates = centred.clone();
-            if searched {
-                candidates.iter_mut().zip(found.candidates(done - 1)).for_each(|(params, mix)| params.log_mix = mix);
-            }
-            let errors = judge.errors(candidates.clone())?;
-            found.learn(&candidates, &errors);
-            for (best, candidate) in best.iter_mut().zip(candidates.into_iter().zip(errors)) {
-                if candidate.1 < best.1 {
-                    *best = candidate;
-                }
-            }
-        }
-        let heads = before.into_iter().zip(&best);
-        let heads = heads.map(|(before, (params, after))| HeadReport { before, after: *after, log_mix: params.log_mix }).collect();
-        self.set_maps(best.into_iter().map(|(params, _)| DctMap::from_params(params)).collect::<Result<_>>()?)?;
-        Ok(CalibrateReport { heads })
+        let split = samples.len() - (samples.len() / HELD_OUT).max(1);
+        let apart = options.steps > 0 && split > 0;
+        let (train, held) = if apart { (0..split, split..samples.len()) } else { (0..samples.len(), 0..samples.len()) };
+        let tokens = |set: &Range<usize>| samples[set.clone()].iter().map(Sample::len).sum();
+        let (trained_on, held_out) = (tokens(&train), if apart { tokens(&held) } else { 0 });
+
+        let mut judge = Judge::new(self.projections(), order, &samples);
+        let far_mass = judge.far_mass(held.clone());
+        let run = Run { options, start, near: matches!(order, Order::Near(_)), apart, train, held, progress };
+        let found = run.run(&mut judge, old)?;
+        let heads = found.iter().zip(far_mass).map(|(found, far_mass)| HeadReport {
+            before: found.before,
+            closed_form: found.closed_form,
+            after: found.after,
+            log_mix: found.head.params.log_mix,
+            log_decay: found.head.log_decay,
+            far_mass,
+        });
+        let report = CalibrateReport { heads: heads.collect(), tokens: trained_on, held_out };
+        let log_decay = found.iter().map(|found| found.head.log_decay).collect();
+        let maps = found.into_iter().map(|found| DctMap::from_params(found.head.params)).collect::<Result<_>>()?;
+        self.set_heads(maps, log_decay)?;
+        Ok(report)
     }
 }
 
-/// The one-dimensional search, for all heads at once: which mix to try next.
+/// Projects the samples that reach beyond the near part.
+fn capture<T: Real>(layer: &DijiangAttention<T>, samples: &[ArrayView2<'_, T>], order: Order) -> Result<Vec<Sample<T>>> {
+    if samples.is_empty() {
+        return Err(Error::Empty { argument: "samples" });
+    }
+    let near = match order {
+        Order::Near(near) => near.chunk.saturating_mul(near.back.saturating_add(1)),
+        Order::Full | Order::Causal => 0,
+    };
+    let longest = samples.iter().map(|x| x.nrows()).max().unwrap_or(0);
+    let samples = samples.iter().map(|x| Sample::new(layer.projections(), x)).collect::<Result<Vec<_>>>()?;
+    let samples: Vec<_> = samples.into_iter().filter(|sample| sample.len() > near).collect();
+    if samples.is_empty() {
+        return Err(Error::Value { argument: "samples", expected: "longer than the near part", got: longest as f64 });
+    }
+    Ok(samples)
+}
+
+/// What was found for one head.
+struct Found {
+    /// The numbers with the smallest error on the held-out samples so far.
+    head: Head,
+    before: f64,
+    closed_form: f64,
+    after: f64,
+}
+
+impl Found {
+    fn learn(&mut self, head: &Head, error: f64) {
+        if error < self.after {
+            (self.head, self.after) = (head.clone(), error);
+        }
+    }
+}
+
+/// One calibration.
+struct Run<'a, F> {
+    options: &'a CalibrateOptions,
+    start: Instant,
+    /// Whether there is a near part.
+    near: bool,
+    /// Whether the samples that are calibrated on and those held out are different ones.
+    apart: bool,
+    train: Range<usize>,
+    held: Range<usize>,
+    progress: F,
+}
+
+impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
+    fn run<T: Real>(mut self, judge: &mut Judge<'_, T>, old: Vec<Head>) -> Result<Vec<Found>> {
+        let variance = |judge: &Judge<'_, T>, set: &Range<usize>| -> Vec<f64> {
+            (0..old.len()).map(|head| judge.variance(head, set.clone())).collect()
+        };
+        let (train_variance, held_variance) = (variance(judge, &self.train), variance(judge, &self.held));
+        let centred = old.iter().enumerate().map(|(h, old)| {
+            let params = judge.centred(h, &old.params, self.train.clone());
+            Head { params, ..*old }
+        });
+        let mut search = Search::new(self.options, self.near, centred.collect());
+        let total = 1 + search.passes() + usize::from(self.apart) + self.options.steps;
+
+        let before = judge.errors(&old, self.held.clone(), &held_variance);
+        let found = old.iter().zip(before);
+        let found = found.map(|(head, before)| Found { head: head.clone(), before, closed_form: f64::INFINITY, after: before });
+        let mut found: Vec<Found> = found.collect();
+        let mut done = 1;
+        self.tell(&found, done, total)?;
+
+        for pass in 0..search.passes() {
+            let candidates = search.candidates(pass);
+            let errors = judge.errors(&candidates, self.train.clone(), &train_variance);
+            if !self.apart {
+                learn(&mut found, &candidates, &errors);
+            }
+            search.learn(candidates, errors);
+            done += 1;
+            self.tell(&found, done, total)?;
+        }
+        let closed: Vec<Head> = search.best.iter().map(|(_, head)| head.clone()).collect();
+        let errors: Vec<f64> = match self.apart {
+            true => judge.errors(&closed, self.held.clone(), &held_variance),
+            false => search.best.iter().map(|(error, _)| *error).collect(),
+        };
+        found.iter_mut().zip(&errors).for_each(|(found, &error)| found.closed_form = error);
+        if self.apart {
+            learn(&mut found, &closed, &errors);
+            done += 1;
+            self.tell(&found, done, total)?;
+        }
+        if self.options.steps > 0 {
+            self.descend(judge, &mut found, &held_variance, done, total)?;
+        }
+        Ok(found)
+    }
+
+    /// Adam, from the best numbers so far.
+    fn descend<T: Real>(
+        &mut self,
+        judge: &mut Judge<'_, T>,
+        found: &mut [Found],
+        variance: &[f64],
+        done: usize,
+        total: usize,
+    ) -> Result<()> {
+        let CalibrateOptions { steps, batch, learning_rate, .. } = *self.options;
+        let moved = Moved {
+            // Without a near part the mix cancels.
+            mix: self.near,
+            centers: self.options.centers == Fit::Train,
+            decay: self.options.decay == Fit::Train,
+        };
+        let row_variance: Vec<f64> = (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
+        let mut descents: Vec<Descent> = found.iter().map(|found| Descent::new(found.head.clone(), moved)).collect();
+        let mut deck = Deck::new(self.options.seed, self.train.clone());
+        for step in 0..steps {
+            let passed = self.options.seconds.map_or(0.0, |seconds| self.start.elapsed().as_secs_f64() / seconds);
+            let passed = passed.max(step as f64 / steps as f64);
+            let last = passed >= 1.0 || step + 1 == steps;
+            if passed < 1.0 {
+                let batch = deck.deal(batch.min(self.train.len()));
+                let heads: Vec<Head> = descents.iter().map(|descent| descent.head.clone()).collect();
+                let slopes = judge.slopes(&heads, &batch, &row_variance);
+                let rate = learning_rate * 0.5 * (1.0 + (std::f64::consts::PI * passed).cos());
+                descents.iter_mut().zip(&slopes).for_each(|(descent, slope)| descent.step(slope.as_ref(), rate));
+            }
+            if last || (step + 1) % LOOK == 0 {
+                let heads: Vec<Head> = descents.iter().map(|descent| descent.head.clone()).collect();
+                let errors = judge.errors(&heads, self.held.clone(), variance);
+                learn(found, &heads, &errors);
+            }
+            self.tell(found, if last { total } else { done + step + 1 }, total)?;
+            if last {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn tell(&mut self, found: &[Found], done: usize, total: usize) -> Result<()> {
+        let error = mean(found.iter().map(|found| found.after));
+        match (self.progress)(CalibrateProgress { done, total, error }) {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(()) => Err(Error::Cancelled),
+        }
+    }
+}
+
+fn learn(found: &mut [Found], heads: &[Head], errors: &[f64]) {
+    found.iter_mut().zip(heads.iter().zip(errors)).for_each(|(found, (head, &error))| found.learn(head, error));
+}
+
+/// Samples in an order of their own, all of them before any comes again.
+struct Deck {
+    random: u64,
+    samples: Vec<usize>,
+    dealt: usize,
+}
+
+impl Deck {
+    fn new(seed: u64, samples: Range<usize>) -> Self {
+        let samples: Vec<usize> = samples.collect();
+        Self { random: seed, dealt: samples.len(), samples }
+    }
+
+    /// `count` different samples.
+    fn deal(&mut self, count: usize) -> Vec<usize> {
+        if self.dealt + count > self.samples.len() {
+            // Fisher and Yates.
+            for i in (1..self.samples.len()).rev() {
+                self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+                self.samples.swap(i, (mixed(self.random) % (i as u64 + 1)) as usize);
+            }
+            self.dealt = 0;
+        }
+        self.dealt += count;
+        self.samples[self.dealt - count..self.dealt].to_vec()
+    }
+}
+
+/// The search of the closed form, for all heads at once: what to try next.
 struct Search<'a> {
     options: &'a CalibrateOptions,
-    /// Smallest error of each head so far, and its mix.
-    best: Vec<(f64, f64)>,
+    near: bool,
+    /// Smallest error of each head so far, and its numbers.
+    best: Vec<(f64, Head)>,
     /// The mix around which the present halving looks, one per head.
     around: Vec<f64>,
 }
 
 impl<'a> Search<'a> {
-    fn new(options: &'a CalibrateOptions, heads: usize) -> Self {
-        Self { options, best: vec![(f64::INFINITY, 0.0); heads], around: vec![0.0; heads] }
+    fn new(options: &'a CalibrateOptions, near: bool, heads: Vec<Head>) -> Self {
+        Self { options, near, around: vec![0.0; heads.len()], best: heads.into_iter().map(|head| (f64::INFINITY, head)).collect() }
     }
 
-    /// What each head should try in pass `pass`, counted from 0: the grid, then pairs of steps to the left and to the right.
-    fn candidates(&mut self, pass: usize) -> Vec<f64> {
+    /// Passes that look at the heads as they are, or at decays.
+    fn decays(&self) -> usize {
+        match (self.options.decay, self.near) {
+            (Fit::Train, _) => 1 + HALF_LIVES,
+            (Fit::Keep, true) => 0,
+            (Fit::Keep, false) => 1,
+        }
+    }
+
+    fn passes(&self) -> usize {
+        // Without a near part the mix cancels: there is nothing to search.
+        self.decays() + if self.near { self.options.mix_grid + 2 * self.options.mix_halvings } else { 0 }
+    }
+
+    /// What each head should try in pass `pass`, counted from 0: decays, then mixes.
+    fn candidates(&mut self, pass: usize) -> Vec<Head> {
+        let mut heads: Vec<Head> = self.best.iter().map(|(_, head)| head.clone()).collect();
+        let decays = self.decays();
+        if pass >= decays {
+            heads.iter_mut().zip(self.mixes(pass - decays)).for_each(|(head, mix)| head.params.log_mix = mix);
+        } else if pass > 0 {
+            let log_decay = -std::f64::consts::LN_2 / 2.0_f64.powi(pass as i32);
+            heads.iter_mut().for_each(|head| head.log_decay = log_decay);
+        }
+        heads
+    }
+
+    /// The grid, then pairs of steps to the left and to the right.
+    fn mixes(&mut self, pass: usize) -> Vec<f64> {
         let CalibrateOptions { mix_range: range, mix_grid: grid, .. } = *self.options;
         let step = 2.0 * range / (grid - 1) as f64;
         if pass < grid {
@@ -245,162 +569,18 @@ impl<'a> Search<'a> {
         let halving = (pass - grid) / 2;
         let step = step * 0.5_f64.powi(halving as i32 + 1);
         if (pass - grid).is_multiple_of(2) {
-            self.around = self.best.iter().map(|&(_, mix)| mix).collect();
+            self.around = self.best.iter().map(|(_, head)| head.params.log_mix).collect();
             self.around.iter().map(|mix| (mix - step).max(-range)).collect()
         } else {
             self.around.iter().map(|mix| (mix + step).min(range)).collect()
         }
     }
 
-    fn learn(&mut self, tried: &[DctParams], errors: &[f64]) {
-        for ((best, params), &error) in self.best.iter_mut().zip(tried).zip(errors) {
-            if error < best.0 {
-                *best = (error, params.log_mix);
+    fn learn(&mut self, tried: Vec<Head>, errors: Vec<f64>) {
+        for (best, tried) in self.best.iter_mut().zip(errors.into_iter().zip(tried)) {
+            if tried.0 < best.0 {
+                *best = tried;
             }
         }
     }
-}
-
-/// One sample, projected, with what softmax attention makes of it: `[n, h·d]`.
-struct Sample<T> {
-    projected: Projected<T>,
-    teacher: Array2<T>,
-}
-
-impl<T: Real> Sample<T> {
-    fn new(projections: &Projections<T>, x: &ArrayView2<'_, T>) -> Result<Self> {
-        projections.check_sequence("samples", x)?;
-        let projected = projections.project(x, 0);
-        let exact = exact(projections, None)?;
-        let mut teacher = Array2::zeros(projected.q.raw_dim());
-        {
-            let (q, k, v) = (projections.heads(&projected.q), projections.heads(&projected.k), projections.heads(&projected.v));
-            let (mut out, mut workspace) = (projections.heads_mut(&mut teacher), exact.workspace());
-            match projections.config().causality {
-                Causality::Causal => exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
-                Causality::Bidirectional => exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
-            }
-        }
-        Ok(Self { projected, teacher })
-    }
-}
-
-/// Measures how far a head's linear attention is from softmax attention on the samples.
-struct Judge<'a, T> {
-    projections: &'a Projections<T>,
-    samples: &'a [Sample<T>],
-    /// The linear attention of one key-value head, but for its decay.
-    config: LinearConfig,
-    /// log γ per key-value head.
-    log_decay: Vec<f64>,
-    /// Query heads per key-value head.
-    group: usize,
-    /// Σ (o − ō)² per key-value head, never 0.
-    variance: Vec<f64>,
-}
-
-impl<'a, T: Real> Judge<'a, T> {
-    fn new(layer: &'a DijiangAttention<T>, samples: &'a [Sample<T>]) -> Result<Self> {
-        let projections = layer.projections();
-        let shape = projections.config();
-        let group = shape.heads / shape.kv_heads;
-        let config = LinearConfig::new().with_heads(group).with_scale(projections.scale());
-        let config = LinearConfig { near: layer.near(), ..config };
-        let log_decay = layer.log_decay().to_vec();
-        let judge = Self { projections, samples, config, log_decay, group, variance: Vec::new() };
-        let variance = (0..shape.kv_heads).map(|head| judge.variance(head)).collect();
-        Ok(Self { variance, ..judge })
-    }
-
-    /// The query heads that share key-value head `head`: `[group, n, d]`.
-    fn queries<'s>(&self, head: usize, rows: &'s Array2<T>) -> ArrayView3<'s, T> {
-        self.projections.heads(rows).slice_move(s![head * self.group..(head + 1) * self.group, .., ..])
-    }
-
-    /// One key-value head: `[1, n, d]`.
-    fn keys<'s>(&self, head: usize, rows: &'s Array2<T>) -> ArrayView3<'s, T> {
-        self.projections.heads(rows).slice_move(s![head..head + 1, .., ..])
-    }
-
-    /// Σ (o − ō)² of the softmax outputs, each query head with its own mean; at least what rounding makes of constant ones.
-    fn variance(&self, head: usize) -> f64 {
-        let (mut variance, mut square) = (0.0, 0.0);
-        for i in 0..self.group {
-            let outputs = || self.samples.iter().map(|sample| self.queries(head, &sample.teacher).slice_move(s![i..i + 1, .., ..]));
-            let mean = mean_row(outputs());
-            let zero = vec![0.0; mean.len()];
-            for o in outputs() {
-                variance += o.rows().into_iter().map(|row| squared_difference(&row, &mean)).sum::<f64>();
-                square += o.rows().into_iter().map(|row| squared_difference(&row, &zero)).sum::<f64>();
-            }
-        }
-        let variance = variance.max(T::EPSILON.to_f64() * square);
-        if variance > 0.0 { variance } else { 1.0 }
-    }
-
-    /// `params` with the centres of the samples.
-    fn centred(&self, head: usize, params: &DctParams) -> DctParams {
-        let root = self.projections.scale().sqrt();
-        let scaled = |mean: Vec<f64>| mean.into_iter().map(|mean| root * mean).collect();
-        let mut params = params.clone();
-        params.query.center = scaled(mean_row(self.samples.iter().map(|sample| self.queries(head, &sample.projected.q))));
-        params.key.center = scaled(mean_row(self.samples.iter().map(|sample| self.keys(head, &sample.projected.k))));
-        params
-    }
-
-    /// The error of every head with these maps, relative to the variance.
-    fn errors(&self, params: Vec<DctParams>) -> Result<Vec<f64>> {
-        let heads = params.into_iter().zip(&self.log_decay).map(|(params, &decay)| self.head(params, decay));
-        let heads: Vec<LinearAttention<T, DctMap<T>>> = heads.collect::<Result<_>>()?;
-        let mut sums = vec![Ok(0.0); heads.len() * self.samples.len()];
-        let workspace = || heads.first().map(LinearAttention::workspace);
-        let mut workspaces: Vec<_> = (0..max_threads().min(sums.len())).filter_map(|_| workspace()).collect();
-        for_each(&mut workspaces, sums.iter_mut().enumerate(), |workspace, (i, sum)| {
-            let (head, sample) = (i / self.samples.len(), &self.samples[i % self.samples.len()]);
-            *sum = self.squared_error(head, &heads[head], sample, workspace);
-        });
-        let sums = sums.into_iter().collect::<Result<Vec<f64>>>()?;
-        Ok(sums.chunks(self.samples.len()).zip(&self.variance).map(|(sums, variance)| sums.iter().sum::<f64>() / variance).collect())
-    }
-
-    /// The linear attention of one key-value head.
-    fn head(&self, params: DctParams, log_decay: f64) -> Result<LinearAttention<T, DctMap<T>>> {
-        self.config.clone().with_log_decay(vec![log_decay]).build(vec![DctMap::from_params(params)?])
-    }
-
-    /// Σ (ô − o)² of one key-value head over one sample.
-    fn squared_error(
-        &self,
-        head: usize,
-        linear: &LinearAttention<T, DctMap<T>>,
-        sample: &Sample<T>,
-        workspace: &mut Workspace<T>,
-    ) -> Result<f64> {
-        let Projected { q, k, v } = &sample.projected;
-        let (q, k, v) = (self.queries(head, q), self.keys(head, k), self.keys(head, v));
-        let mut out = Array3::zeros(q.raw_dim());
-        match self.projections.config().causality {
-            Causality::Causal => linear.prefill_into(&mut linear.new_state(), &q, &k, &v, KeyMask::All, &mut out, workspace)?,
-            Causality::Bidirectional => linear.full_into(&q, &k, &v, KeyMask::All, &mut out, workspace)?,
-        }
-        let teacher = self.queries(head, &sample.teacher);
-        Ok(out.iter().zip(&teacher).map(|(a, b)| (a.to_f64() - b.to_f64()).powi(2)).sum())
-    }
-}
-
-/// Mean over all rows of all arrays, which end in the same axis.
-fn mean_row<'s, T: Real>(arrays: impl Iterator<Item = ArrayView3<'s, T>>) -> Vec<f64> {
-    let (mut sums, mut rows) = (Vec::new(), 0);
-    for array in arrays {
-        sums.resize(array.len_of(Axis(2)), 0.0);
-        for row in array.rows() {
-            sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value.to_f64());
-            rows += 1;
-        }
-    }
-    sums.into_iter().map(|sum| sum / rows as f64).collect()
-}
-
-fn squared_difference<T: Real>(row: &ArrayRef1<T>, mean: &[f64]) -> f64 {
-    row.iter().zip(mean).map(|(value, mean)| (value.to_f64() - mean).powi(2)).sum()
 }

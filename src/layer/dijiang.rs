@@ -157,7 +157,11 @@ impl DijiangOptions {
 
 /// SplitMix64 of seed and head: different streams for different heads [Steele, Lea, Flood 2014].
 fn head_seed(seed: u64, head: usize) -> u64 {
-    let mut z = seed.wrapping_add((head as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    mixed(seed.wrapping_add((head as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
+}
+
+/// SplitMix64's output for the state `z`.
+pub(super) fn mixed(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
@@ -314,6 +318,12 @@ impl<T: Real> DijiangAttention<T> {
         check_len("log_decay", self.projections.config().kv_heads, log_decay.len())?;
         let linear = linear(&self.projections, self.maps().to_vec(), self.near(), log_decay)?;
         Ok(Self { linear, ..self })
+    }
+
+    /// Maps and decays at once, of the lengths and dimensions there were.
+    pub(super) fn set_heads(&mut self, maps: Vec<DctMap<T>>, log_decay: Vec<f64>) -> Result<()> {
+        self.linear = linear(&self.projections, maps, self.near(), log_decay)?;
+        Ok(())
     }
 
     pub(crate) fn projections(&self) -> &Projections<T> {

@@ -34,13 +34,15 @@
 
 mod calibrate;
 mod config;
+mod descent;
 mod dijiang;
+mod judge;
 mod projection;
 mod rotary;
 mod softmax;
 mod weights;
 
-pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, HeadReport};
+pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport};
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};

@@ -1,0 +1,246 @@
+//! The judge of calibration: what softmax attention makes of the samples, how far the maps are from it, and which way is
+//! nearer.
+
+use std::ops::Range;
+
+use ndarray::{Array2, ArrayRef1, ArrayView2, ArrayView3, Axis, s};
+
+use crate::attention::{FarPart, KeyMask, Order, Tape};
+use crate::error::Result;
+use crate::kernel::{DctGradients, DctMap, DctParams, DifferentiableMap};
+use crate::layer::config::Causality;
+use crate::layer::projection::{Projected, Projections};
+use crate::layer::softmax::exact;
+use crate::real::Real;
+use crate::threads::{for_each, max_threads};
+
+/// The numbers of one key-value head that calibration may change.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Head {
+    pub(super) params: DctParams,
+    pub(super) log_decay: f64,
+}
+
+/// The gradient of a head's error.
+#[derive(Debug, Clone)]
+pub(super) struct Slope {
+    pub(super) params: DctGradients,
+    pub(super) log_decay: f64,
+}
+
+/// One sample, projected and scaled, with what softmax attention makes of it: x, teacher `[n, h·d]`; y, v `[n, h_kv·d]`.
+pub(super) struct Sample<T> {
+    x: Array2<T>,
+    y: Array2<T>,
+    v: Array2<T>,
+    teacher: Array2<T>,
+}
+
+impl<T: Real> Sample<T> {
+    pub(super) fn new(projections: &Projections<T>, hidden: &ArrayView2<'_, T>) -> Result<Self> {
+        projections.check_sequence("samples", hidden)?;
+        let Projected { mut q, mut k, v } = projections.project(hidden, 0);
+        let exact = exact(projections, None)?;
+        let mut teacher = Array2::zeros(q.raw_dim());
+        {
+            let (q, k, v) = (projections.heads(&q), projections.heads(&k), projections.heads(&v));
+            let (mut out, mut workspace) = (projections.heads_mut(&mut teacher), exact.workspace());
+            match projections.config().causality {
+                Causality::Causal => exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
+                Causality::Bidirectional => exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
+            }
+        }
+        let root = T::from_f64(projections.scale().sqrt());
+        q.mapv_inplace(|q| q * root);
+        k.mapv_inplace(|k| k * root);
+        Ok(Self { x: q, y: k, v, teacher })
+    }
+
+    /// Tokens.
+    pub(super) fn len(&self) -> usize {
+        self.x.nrows()
+    }
+}
+
+/// One key-value head on one sample; the views are `[group, n, d]`.
+struct Part<'a, T> {
+    far: FarPart<'a, T>,
+    x: ArrayView3<'a, T>,
+    y: ArrayView2<'a, T>,
+    teacher: ArrayView3<'a, T>,
+}
+
+impl<T: Real> Part<'_, T> {
+    /// Rows of the outputs.
+    fn rows(&self) -> usize {
+        self.far.group() * self.far.queries()
+    }
+
+    /// Σ (ô − o)², o being the softmax outputs and ô those through `map`.
+    fn squared_error(&self, map: &DctMap<T>, log_decay: f64, tape: &mut Tape<T>) -> f64 {
+        let (mut sum, stride) = (0.0, self.far.value_stride());
+        self.far.forward(map, log_decay, tape, |h, queries, rows| {
+            for (i, row) in queries.zip(rows.chunks_exact(stride)) {
+                let teacher = self.teacher.slice(s![h, i, ..]);
+                sum += row.iter().zip(&teacher).map(|(a, b)| (a.to_f64() - b.to_f64()).powi(2)).sum::<f64>();
+            }
+        });
+        sum
+    }
+
+    /// The gradient of Σ (ô − o)²·`weight`/2.
+    fn slope(&self, map: &DctMap<T>, log_decay: f64, weight: T, tape: &mut Tape<T>) -> Slope {
+        let (mut sums, stride) = (map.new_sums(), self.far.value_stride());
+        let loss = |h: usize, queries: Range<usize>, rows: &[T], grad: &mut [T]| {
+            grad.fill(T::ZERO);
+            for (i, (row, grad)) in queries.zip(rows.chunks_exact(stride).zip(grad.chunks_exact_mut(stride))) {
+                let teacher = self.teacher.slice(s![h, i, ..]);
+                for ((grad, &row), &teacher) in grad.iter_mut().zip(row).zip(&teacher) {
+                    *grad = (row - teacher) * weight;
+                }
+            }
+        };
+        let log_decay = self.far.backward(map, log_decay, tape, loss, &mut sums);
+        Slope { params: map.gradients(&sums), log_decay }
+    }
+}
+
+/// Measures how far heads' linear attention is from softmax attention, on some of the samples.
+pub(super) struct Judge<'a, T> {
+    /// `[heads][samples]`.
+    parts: Vec<Vec<Part<'a, T>>>,
+    tapes: Vec<Option<Tape<T>>>,
+}
+
+impl<'a, T: Real> Judge<'a, T> {
+    pub(super) fn new(projections: &Projections<T>, order: Order, samples: &'a [Sample<T>]) -> Self {
+        let config = projections.config();
+        let (heads, group, d) = (config.kv_heads, config.heads / config.kv_heads, projections.head_dim());
+        let mut slots: Vec<Option<Part<'a, T>>> = (0..heads * samples.len()).map(|_| None).collect();
+        for_each(&mut vec![(); max_threads().min(slots.len())], slots.iter_mut().enumerate(), |(), (i, slot)| {
+            let (head, sample) = (i / samples.len(), &samples[i % samples.len()]);
+            let own = s![.., head * d..(head + 1) * d];
+            let queries = |rows: &'a Array2<T>| heads_of(rows, d, head * group..(head + 1) * group);
+            let (x, y, v) = (queries(&sample.x), sample.y.slice(own), sample.v.slice(own));
+            let far = FarPart::new(order, x, y, v, None);
+            *slot = Some(Part { far, x, y, teacher: queries(&sample.teacher) });
+        });
+        let mut slots = slots.into_iter().flatten();
+        let parts = (0..heads).map(|_| slots.by_ref().take(samples.len()).collect()).collect();
+        let tapes = (0..max_threads()).map(|_| None).collect();
+        Self { parts, tapes }
+    }
+
+    /// `params` of head `head` with the centres of these samples.
+    pub(super) fn centred(&self, head: usize, params: &DctParams, set: Range<usize>) -> DctParams {
+        let parts = &self.parts[head][set];
+        let mut params = params.clone();
+        params.query.center = mean_row(parts.iter().map(|part| part.x));
+        params.key.center = mean_row(parts.iter().map(|part| part.y.insert_axis(Axis(0))));
+        params
+    }
+
+    /// Σ (o − ō)² of the softmax outputs of a head, each query head with its own mean; at least what rounding makes of
+    /// constant ones, and never 0.
+    pub(super) fn variance(&self, head: usize, set: Range<usize>) -> f64 {
+        let parts = &self.parts[head][set];
+        let (mut variance, mut square) = (0.0, 0.0);
+        for i in 0..parts.first().map_or(0, |part| part.far.group()) {
+            let outputs = || parts.iter().map(|part| part.teacher.slice_move(s![i..i + 1, .., ..]));
+            let mean = mean_row(outputs());
+            let zero = vec![0.0; mean.len()];
+            for o in outputs() {
+                variance += o.rows().into_iter().map(|row| squared_difference(&row, &mean)).sum::<f64>();
+                square += o.rows().into_iter().map(|row| squared_difference(&row, &zero)).sum::<f64>();
+            }
+        }
+        let variance = variance.max(T::EPSILON.to_f64() * square);
+        if variance > 0.0 { variance } else { 1.0 }
+    }
+
+    /// Σ (o − ō)² per row of the outputs.
+    pub(super) fn row_variance(&self, head: usize, set: Range<usize>) -> f64 {
+        let rows: usize = self.parts[head][set.clone()].iter().map(Part::rows).sum();
+        self.variance(head, set) / rows.max(1) as f64
+    }
+
+    /// Softmax attention's mass on far keys, as a share of all of it, of every head.
+    pub(super) fn far_mass(&mut self, set: Range<usize>) -> Vec<f64> {
+        let mut sums = vec![0.0; self.parts.len() * set.len()];
+        let parts = self.parts.iter().flat_map(|parts| &parts[set.clone()]);
+        for_each(&mut self.tapes, parts.zip(&mut sums), |_, (part, sum)| *sum = part.far.far_mass());
+        let rows = |parts: &[Part<'_, T>]| parts.iter().map(Part::rows).sum::<usize>().max(1) as f64;
+        sums.chunks(set.len()).zip(&self.parts).map(|(sums, parts)| sums.iter().sum::<f64>() / rows(&parts[set.clone()])).collect()
+    }
+
+    /// The error of every head, relative to `variance`; infinite where it is not a number, or numbers that make no map.
+    pub(super) fn errors(&mut self, heads: &[Head], set: Range<usize>, variance: &[f64]) -> Vec<f64> {
+        let maps = maps(heads);
+        let mut sums = vec![f64::INFINITY; heads.len() * set.len()];
+        let parts = self.parts.iter().zip(heads.iter().zip(&maps));
+        let items = parts.flat_map(|(parts, head)| parts[set.clone()].iter().map(move |part| (part, head)));
+        for_each(&mut self.tapes, items.zip(&mut sums), |tape, ((part, (head, map)), sum)| {
+            if let Some(map) = map {
+                *sum = part.squared_error(map, head.log_decay, tape.get_or_insert_with(|| part.far.tape(map)));
+            }
+        });
+        let errors = sums.chunks(set.len()).zip(variance).map(|(sums, variance)| sums.iter().sum::<f64>() / variance);
+        errors.map(|error| if error.is_nan() { f64::INFINITY } else { error }).collect()
+    }
+
+    /// The gradient of half the mean error per row over the samples `batch`, for every head; `None` where numbers make no map.
+    pub(super) fn slopes(&mut self, heads: &[Head], batch: &[usize], row_variance: &[f64]) -> Vec<Option<Slope>> {
+        let maps = maps(heads);
+        let mut slopes: Vec<Option<Slope>> = (0..heads.len() * batch.len()).map(|_| None).collect();
+        let parts = &self.parts;
+        for_each(&mut self.tapes, slopes.iter_mut().enumerate(), |tape, (i, slope)| {
+            let h = i / batch.len();
+            let (part, log_decay) = (&parts[h][batch[i % batch.len()]], heads[h].log_decay);
+            if let Some(map) = &maps[h] {
+                let tape = tape.get_or_insert_with(|| part.far.tape(map));
+                *slope = Some(part.slope(map, log_decay, T::from_f64(1.0 / row_variance[h]), tape));
+            }
+        });
+        let mut slopes = slopes.into_iter();
+        let sum = |_| {
+            // Always in the order of the batch: the sum does not depend on threads.
+            slopes.by_ref().take(batch.len()).reduce(|sum, slope| {
+                let (mut sum, slope) = (sum?, slope?);
+                sum.params.add(&slope.params);
+                sum.log_decay += slope.log_decay;
+                Some(sum)
+            })?
+        };
+        (0..heads.len()).map(sum).collect()
+    }
+}
+
+fn maps<T: Real>(heads: &[Head]) -> Vec<Option<DctMap<T>>> {
+    heads.iter().map(|head| DctMap::from_params(head.params.clone()).ok()).collect()
+}
+
+/// The query heads `heads` of rows `[n, h·d]`, as `[heads, n, d]`.
+fn heads_of<T: Real>(rows: &Array2<T>, d: usize, heads: Range<usize>) -> ArrayView3<'_, T> {
+    let n = rows.nrows();
+    match rows.slice(s![.., ..]).into_shape_with_order((n, rows.ncols() / d, d)) {
+        Ok(all) => all.permuted_axes([1, 0, 2]).slice_move(s![heads, .., ..]),
+        Err(_) => unreachable!("projections lie row after row"),
+    }
+}
+
+/// Mean over all rows of all arrays, which end in the same axis.
+fn mean_row<'s, T: Real>(arrays: impl Iterator<Item = ArrayView3<'s, T>>) -> Vec<f64> {
+    let (mut sums, mut rows) = (Vec::new(), 0);
+    for array in arrays {
+        sums.resize(array.len_of(Axis(2)), 0.0);
+        for row in array.rows() {
+            sums.iter_mut().zip(row).for_each(|(sum, value)| *sum += value.to_f64());
+            rows += 1;
+        }
+    }
+    sums.into_iter().map(|sum| sum / rows as f64).collect()
+}
+
+fn squared_difference<T: Real>(row: &ArrayRef1<T>, mean: &[f64]) -> f64 {
+    row.iter().zip(mean).map(|(value, mean)| (value.to_f64() - mean).powi(2)).sum()
+}
