@@ -78,18 +78,16 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
 }
 
 fn attention(c: &mut Criterion) {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a pool of one thread");
-    pool.install(|| {
-        // In test mode (`-- --test`) the long sequences would only cost time.
-        let longest = if std::env::args().any(|arg| arg == "--test") || cfg!(debug_assertions) { 256 } else { 8192 };
-        for n in [64, 128, 256, 512, 1024, 2048, 4096, 8192].into_iter().filter(|&n| n <= longest) {
-            sequences::<f32>(c, n, 64);
-        }
-        for d in [32, 80, 96, 128] {
-            sequences::<f32>(c, longest.min(1024), d);
-        }
-        sequences::<f64>(c, longest.min(512), 64);
-    });
+    rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("the first to ask for a pool");
+    // In test mode (`-- --test`) the long sequences would only cost time.
+    let longest = if std::env::args().any(|arg| arg == "--test") || cfg!(debug_assertions) { 256 } else { 8192 };
+    for n in [64, 128, 256, 512, 1024, 2048, 4096, 8192].into_iter().filter(|&n| n <= longest) {
+        sequences::<f32>(c, n, 64);
+    }
+    for d in [32, 80, 96, 128] {
+        sequences::<f32>(c, longest.min(1024), d);
+    }
+    sequences::<f64>(c, longest.min(512), 64);
 }
 
 criterion_group!(benches, attention);

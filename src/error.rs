@@ -134,14 +134,6 @@ pub(crate) fn check_finite(argument: &'static str, got: f64) -> Result<()> {
     if got.is_finite() { Ok(()) } else { Err(Error::Value { argument, expected: "finite", got }) }
 }
 
-/// A list of parameters that must be finite.
-pub(crate) fn check_all_finite(argument: &'static str, values: &[f64]) -> Result<()> {
-    match values.iter().position(|v| !v.is_finite()) {
-        None => Ok(()),
-        Some(index) => Err(Error::NonFinite { argument, index, limit: f64::MAX, got: values[index] }),
-    }
-}
-
 /// Every element of `array` is finite and at most [`Real::LIMIT`] in magnitude.
 pub(crate) fn check_elements<T: Real, D: Dimension>(argument: &'static str, array: &ArrayRef<T, D>) -> Result<()> {
     let limit = T::from_f64(T::LIMIT);

@@ -39,6 +39,11 @@ pub trait Real:
     /// `"f32"` or `"f64"`.
     const NAME: &'static str;
 
+    /// The instructions that the inner loops of this type run on here: `"avx512"`, `"avx2"` or `"portable"`.
+    fn instruction_set() -> &'static str {
+        Self::ops().name
+    }
+
     /// Rounds to the nearest representable number.
     fn from_f64(value: f64) -> Self;
     /// Exact for both types.

@@ -6,14 +6,12 @@ mod common;
 
 use common::linear::{Affine, ReferenceMap, Setup, TestMap};
 use common::stream::Stream;
-use common::{Golden, Inputs, Random, assert_close, assert_same_bits, tolerance};
+use common::{Golden, Inputs, Random, assert_close, assert_same_bits, cast, tolerance};
 use dijiang::Real;
 use dijiang::attention::{CausalState, ExactAttention, ExactConfig, KeyMask, KvCache, LinearAttention, LinearConfig, Near, Workspace};
-use dijiang::kernel::FeatureMap;
+use dijiang::kernel::{self, DctMap, DctMapConfig, DctParams, FeatureMap, SideParams};
 use dijiang::reference::{Envelope, Pairing, Pairs, PlainMap, PlainSide};
 use ndarray::{Array1, Array2, Array3, ArrayView3, Axis, s};
-
-// ------------------------------------------------------------------------------------------------ golden values
 
 /// A case of the golden file: what tools/golden.py calls `kw`.
 struct Case {
@@ -107,7 +105,96 @@ fn golden_outputs_with_the_references_map() {
     });
 }
 
-// --------------------------------------------------------------------------------- fast path against the reference
+/// The same parameters, as the crate's own map takes them.
+fn dct_params(map: &PlainMap) -> DctParams {
+    let side = |params: &mut SideParams, side: &PlainSide| {
+        params.center.clone_from(&side.center);
+        params.scale = side.scale.iter().copied().collect();
+        params.radii.clone_from(&side.radii);
+    };
+    let mut params = DctParams::new(map.query.center.len());
+    side(&mut params.query, &map.query);
+    side(&mut params.key, &map.key);
+    params.log_weight.clone_from(&map.log_weight);
+    params.log_mix = map.log_mix;
+    params.pairing = match map.pairing {
+        Pairing::Single => kernel::Pairing::Single,
+        Pairing::Antithetic => kernel::Pairing::Antithetic,
+    };
+    params.envelope = match map.envelope {
+        Envelope::None => kernel::Envelope::None,
+        Envelope::Gaussian => kernel::Envelope::Gaussian,
+    };
+    params
+}
+
+#[test]
+fn golden_outputs_by_the_fast_path() {
+    for_each_golden(|name, setup, map, case, inputs, expected| {
+        let params = dct_params(&map);
+        let double = DctMap::<f64>::from_params(params.clone()).unwrap();
+        assert_close(name, &case.run::<f64, _>(setup, double, inputs), expected, 1e-10);
+        let single = DctMap::<f32>::from_params(params).unwrap();
+        assert_close(name, &case.run::<f32, _>(setup, single, inputs), expected, 1e-4);
+    });
+}
+
+/// The golden outputs token by token, and in pieces.
+#[test]
+fn golden_outputs_by_steps() {
+    for_each_golden(|name, setup, map, case, inputs, expected| {
+        if !case.causal || case.valid.is_some() {
+            return;
+        }
+        let attention = setup.config().build(vec![DctMap::<f64>::from_params(dct_params(&map)).unwrap()]).unwrap();
+        assert_close(name, &attention.steps(&mut attention.empty(), inputs), expected, 1e-10);
+        let attention = setup.config().build(vec![DctMap::<f32>::from_params(dct_params(&map)).unwrap()]).unwrap();
+        assert_close(name, &attention.steps(&mut attention.empty(), &inputs.cast()), expected, 1e-4);
+    });
+}
+
+/// Log-features of the crate's own map, for dimensions of every kind, against the reference.
+#[test]
+fn dct_map_equals_the_reference() {
+    for d in [1, 2, 3, 5, 8, 12, 16, 17, 30, 31, 64, 100, 128] {
+        for (blocks, pairing, envelope) in
+            [(1, Pairing::Single, Envelope::None), (2, Pairing::Antithetic, Envelope::None), (3, Pairing::Single, Envelope::Gaussian)]
+        {
+            let mut random = Random::new(d as u64);
+            let mut side = || PlainSide {
+                center: random.normals(d, 0.3).to_vec(),
+                scale: random.normals((blocks, d), 1.0),
+                radii: random.normals(blocks * d, 1.0).to_vec(),
+            };
+            let (query, key) = (side(), side());
+            let mut map = PlainMap { query, key, log_weight: Vec::new(), log_mix: -0.7, pairing, envelope };
+            map.log_weight = random.normals(map.features(), 1.0).to_vec();
+            let x = random.normals((19, d), 1.0);
+            let context = format!("d = {d}, {blocks} blocks, {pairing:?}, {envelope:?}");
+            let (a, b) = (map.query_log_features(&x).unwrap(), map.key_log_features(&x).unwrap());
+            let fast = DctMap::<f64>::from_params(dct_params(&map)).unwrap();
+            assert_close(&context, &fast.query_log_features(&x).unwrap(), &a, tolerance::<f64>(16.0, d));
+            assert_close(&context, &fast.key_log_features(&x).unwrap(), &b, tolerance::<f64>(16.0, d));
+            let fast = DctMap::<f32>::from_params(dct_params(&map)).unwrap();
+            assert_close(&context, &fast.query_log_features(&cast(&x)).unwrap(), &a, tolerance::<f32>(16.0, d));
+            assert_close(&context, &fast.key_log_features(&cast(&x)).unwrap(), &b, tolerance::<f32>(16.0, d));
+        }
+    }
+}
+
+/// The crate's own map under the properties that matter most.
+#[test]
+fn dct_map_is_causal_bit_for_bit() {
+    for (d, near) in [(16, None), (64, Some((16, 1))), (5, None)] {
+        let setup = Setup { near, ..Setup::new(d as u64).heads(4, 2).sizes(d, 3, d) };
+        let maps = || (0..2).map(|seed| DctMapConfig::new(d).with_seed(seed)).collect::<Vec<_>>();
+        let inputs = setup.inputs(131, 131);
+        let single = maps().into_iter().map(|map| map.build::<f32>().unwrap()).collect();
+        check_causality(&setup, &setup.config().build::<f32, _>(single).unwrap(), &inputs);
+        let double = maps().into_iter().map(|map| map.build::<f64>().unwrap()).collect();
+        check_causality(&setup, &setup.config().build::<f64, _>(double).unwrap(), &inputs);
+    }
+}
 
 /// Rounding errors of log-features of a few units, and of the sums over features and tokens.
 fn tolerances(setup: &Setup, n: usize) -> (f64, f64) {
@@ -322,8 +409,6 @@ fn masked_keys_are_never_looked_at() {
     assert_same_bits("after", &attention.steps(&mut one, &next), &attention.steps(&mut two, &next));
 }
 
-// ---------------------------------------------------------------------------------------------------- causality
-
 /// Log-features of ±600, values of 1e14: as far from the prefix as finite input gets in this suite.
 fn huge(inputs: &mut Inputs<f64>, from: usize, kind: usize) {
     let sign = |i: usize, l: usize| if kind == 0 || (kind == 1 && (i + l).is_multiple_of(2)) { 1.0 } else { -1.0 };
@@ -410,8 +495,6 @@ fn nothing_later_changes_a_bit_with_log_features_of_600() {
         check_causality(&setup, &setup.config().build(vec![TestMap::identity(4)]).unwrap(), &inputs);
     }
 }
-
-// ------------------------------------------------------------------------------------- threads, scratch, layouts
 
 #[cfg(feature = "rayon")]
 #[test]
@@ -619,8 +702,6 @@ fn rows_beyond_the_tokens_of_an_output_are_left_alone() {
     out.slice_mut(s![.., 5..25, ..;2]).fill(7.0);
     assert!(out.iter().all(|&o| o == 7.0));
 }
-
-// ------------------------------------------------------------------------------------------------------- the rest
 
 /// Outputs are weighted means: inside the range of the values, and exactly them if they are all the same.
 #[test]

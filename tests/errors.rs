@@ -19,8 +19,6 @@ fn build(config: LinearConfig, maps: Vec<TestMap<f64>>) -> Error {
     config.build::<f64, _>(maps).map(|_| ()).unwrap_err()
 }
 
-// ------------------------------------------------------------------------------------------------ configurations
-
 #[test]
 fn no_maps() {
     assert_eq!(build(LinearConfig::new(), Vec::new()), Error::Empty { argument: "maps" });
@@ -127,8 +125,6 @@ fn exact_configurations() {
     let error = build(ExactConfig::new(1 << 60, 4));
     assert!(matches!(error, Error::TooLarge { .. }) && argument(&error).contains("heads"), "{error:?}");
 }
-
-// ----------------------------------------------------------------------------------------------------- arguments
 
 /// h = 4, h_kv = 2, d = 5, e = 3, m = 8.
 fn setups() -> [Setup; 3] {
@@ -408,8 +404,6 @@ fn elements_at_the_limit_are_accepted() {
     for_all!(check);
 }
 
-// ------------------------------------------------------------------------------------- states and workspaces
-
 #[test]
 fn states_of_another_layer() {
     let home = Setup::new(1).heads(4, 2).near(8, 1);
@@ -523,8 +517,6 @@ fn messages() {
     inputs.k = Array3::zeros((1, 5, 5));
     assert_eq!(message(&inputs, KeyMask::All), "k: axis 1 must have length 4, got 5");
 }
-
-// ------------------------------------------------------------------------------------------------- the reference
 
 #[test]
 fn the_reference_checks_its_arguments_too() {

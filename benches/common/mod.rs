@@ -10,10 +10,10 @@ use rand::rngs::ChaCha12Rng;
 use rand_distr::{Distribution, StandardNormal};
 
 /// Chunk length of the near part.
-pub const CHUNK: usize = 64;
+pub(crate) const CHUNK: usize = 64;
 
 /// Standard normal `[a, b, c]`.
-pub fn gaussian<T: Real>(seed: u64, shape: (usize, usize, usize)) -> Array3<T> {
+pub(crate) fn gaussian<T: Real>(seed: u64, shape: (usize, usize, usize)) -> Array3<T> {
     let mut rng = ChaCha12Rng::seed_from_u64(seed);
     Array::from_shape_simple_fn(shape, || {
         let x: f64 = StandardNormal.sample(&mut rng);
@@ -22,7 +22,7 @@ pub fn gaussian<T: Real>(seed: u64, shape: (usize, usize, usize)) -> Array3<T> {
 }
 
 /// Linear attention with `heads` plain maps of m = d features.
-pub fn linear<T: Real>(heads: usize, d: usize, near: bool) -> LinearAttention<T, DctMap<T>> {
+pub(crate) fn linear<T: Real>(heads: usize, d: usize, near: bool) -> LinearAttention<T, DctMap<T>> {
     let maps = (0..heads).map(|h| DctMapConfig::new(d).with_seed(h as u64).build().expect("a valid map")).collect();
     let config = LinearConfig::new();
     let config = if near { config.with_near(Near::new(CHUNK, 1)) } else { config };
@@ -30,6 +30,6 @@ pub fn linear<T: Real>(heads: usize, d: usize, near: bool) -> LinearAttention<T,
 }
 
 /// What was measured, on what: `f32/n1024/d64/m64`.
-pub fn id<T: Real>(n: usize, d: usize, m: usize) -> String {
+pub(crate) fn id<T: Real>(n: usize, d: usize, m: usize) -> String {
     format!("{}/n{n}/d{d}/m{m}", T::NAME)
 }

@@ -121,7 +121,7 @@ pub fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send + Sync>>
     }
     bar.finish_and_clear();
     rows.sort_by_key(|row: &Row| ["pure", "near", "full", "decode"].iter().position(|mode| *mode == row.mode));
-    Ok(Report { cpu: cpu(), threads: args.threads, dtype: T::NAME, heads: args.heads, dim: args.dim, sgemm_gflops, rows })
+    Ok(Report { cpu: cpu::<T>(), threads: args.threads, dtype: T::NAME, heads: args.heads, dim: args.dim, sgemm_gflops, rows })
 }
 
 impl<T: Gemm> Bench<T> {
@@ -220,15 +220,9 @@ impl<T: Gemm> Bench<T> {
     }
 }
 
-/// The CPU's name, as the system tells it.
-fn cpu() -> String {
+/// The CPU's name, as the system tells it, and the instructions the crate chose on it.
+fn cpu<T: Real>() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let field = |name: &str| info.lines().find(|line| line.starts_with(name)).and_then(|line| line.split(':').nth(1)).map(str::trim);
-    match (field("model name"), field("flags")) {
-        (Some(name), Some(flags)) => {
-            let simd = ["avx512f", "avx2"].into_iter().find(|simd| flags.split(' ').any(|flag| flag == *simd)).unwrap_or("sse2");
-            format!("{name} ({simd})")
-        }
-        _ => std::env::consts::ARCH.to_string(),
-    }
+    let name = info.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split(':').nth(1));
+    format!("{} ({})", name.map_or(std::env::consts::ARCH, str::trim), T::instruction_set())
 }
