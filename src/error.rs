@@ -134,6 +134,11 @@ pub(crate) fn check_finite(argument: &'static str, got: f64) -> Result<()> {
     if got.is_finite() { Ok(()) } else { Err(Error::Value { argument, expected: "finite", got }) }
 }
 
+/// A number of at most this magnitude; NaN is not one.
+pub(crate) fn within<T: Real>(value: T, limit: T) -> bool {
+    value.abs() <= limit
+}
+
 /// Every element of `array` is finite and at most [`Real::LIMIT`] in magnitude.
 pub(crate) fn check_elements<T: Real, D: Dimension>(argument: &'static str, array: &ArrayRef<T, D>) -> Result<()> {
     let limit = T::from_f64(T::LIMIT);
@@ -142,13 +147,13 @@ pub(crate) fn check_elements<T: Real, D: Dimension>(argument: &'static str, arra
         Some(slice) => fits(slice),
         None => array.rows().into_iter().all(|row| match row.to_slice() {
             Some(slice) => fits(slice),
-            None => row.iter().all(|v| v.abs() <= limit),
+            None => row.iter().all(|&v| within(v, limit)),
         }),
     };
     if clean {
         return Ok(());
     }
-    match array.iter().enumerate().find(|(_, v)| !(v.abs() <= limit)) {
+    match array.iter().enumerate().find(|(_, v)| !within(**v, limit)) {
         Some((index, v)) => Err(Error::NonFinite { argument, index, limit: T::LIMIT, got: v.to_f64() }),
         None => Ok(()),
     }

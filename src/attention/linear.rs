@@ -9,7 +9,7 @@ use crate::attention::near::{Ring, near};
 use crate::attention::state::Shape;
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{CausalState, KeyMask, Near, Workspace, causal, decode, full};
-use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_shape};
+use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_shape, within};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
 use crate::simd::{Ops, padded};
@@ -471,7 +471,7 @@ fn check_all<T: Real>(argument: &'static str, x: &ArrayRef3<T>, valid: Option<&[
     let limit = T::from_f64(T::LIMIT);
     let token_fits = |row: ArrayView1<'_, T>| match row.to_slice() {
         Some(row) => (T::ops().all_within)(row, limit),
-        None => row.iter().all(|x| x.abs() <= limit),
+        None => row.iter().all(|&x| within(x, limit)),
     };
     let clean = AtomicBool::new(true);
     threads::for_each(&mut workspace.scratches, x.outer_iter(), |_, rows| {
@@ -489,7 +489,7 @@ fn check_all<T: Real>(argument: &'static str, x: &ArrayRef3<T>, valid: Option<&[
     let tokens = x.shape()[1];
     let bad = x.rows().into_iter().enumerate().filter(|(row, _)| valid.is_none_or(|valid| valid[row % tokens]));
     let mut bad = bad.flat_map(|(row, x)| x.into_iter().enumerate().map(move |(i, &value)| (row, i, value)));
-    match bad.find(|(_, _, value)| !(value.abs() <= limit)) {
+    match bad.find(|(_, _, value)| !within(*value, limit)) {
         Some((row, i, value)) => Err(Error::NonFinite { argument, index: row * x.shape()[2] + i, limit: T::LIMIT, got: value.to_f64() }),
         None => Ok(()),
     }

@@ -398,7 +398,7 @@ impl<T: Real> ExactAttention<T> {
             for start in (0..q.nrows()).step_by(BLOCK) {
                 let rows = start..(start + BLOCK).min(q.nrows());
                 let visible = |i: usize| if causal { self.window(i) } else { 0..n_k };
-                self.tiles(Keys::Rows { k, v, valid }, q, rows.clone(), |i| visible(i), scratch);
+                self.tiles(Keys::Rows { k, v, valid }, q, rows.clone(), visible, scratch);
                 for i in rows.clone() {
                     let sums = &scratch.o[(i - start) * padded(self.config.value_dim)..];
                     normalise(sums, scratch.total[i - start], out.row_mut(i));

@@ -253,7 +253,7 @@ mod tests {
     /// An angle of position · θ ≤ 10^7 is known to 10^7 · 2^-52; in `f32` that is lost in the rounding of the result.
     #[test]
     fn any_position_is_exact() {
-        let head: Vec<f64> = (0..64).map(|i| f64::from((i * 29 % 17) as i32 - 8) / 8.0).collect();
+        let head: Vec<f64> = (0..64).map(|i| f64::from(i * 29 % 17 - 8) / 8.0).collect();
         for pairing in [RotaryPairing::Halves, RotaryPairing::Interleaved] {
             for rotary in [Rotary::new(1e4), Rotary::new(5e5).with_dims(20), Rotary::new(0.5)] {
                 let rotary = rotary.with_pairing(pairing);

@@ -115,7 +115,7 @@ impl<T: Real> Suite<T> {
                 assert!(error < 2.0 * T::EPSILON.to_f64(), "{} exp({x}) = {got}, error {error:e}", self.ops.name);
             }
         }
-        let mut far = vec![T::NEG_INFINITY, T::from_f64(-1e30), T::from_f64(-1200.0), T::from_f64(-T::LIMIT)].repeat(4);
+        let mut far = [T::NEG_INFINITY, T::from_f64(-1e30), T::from_f64(-1200.0), T::from_f64(-T::LIMIT)].repeat(4);
         (self.ops.exp_panel)(&mut far, &[T::ZERO], &[T::ZERO; 16]);
         assert!(far.iter().all(|&x| x == T::ZERO), "{} {far:?}", self.ops.name);
         assert_eq!((self.ops.exp_sum)(&mut [T::ZERO; 16], T::ZERO).to_f64(), 16.0);
