@@ -590,7 +590,7 @@ fn calibration_brings_the_layers_together() {
         let before = distance(&exact, &layer, &unseen);
         let mut told: Vec<CalibrateProgress> = Vec::new();
         let views = samples.each_ref().map(|sample| sample.view());
-        let report = layer.calibrate(&views, &CalibrateOptions::new(), |progress| {
+        let report = layer.calibrate(&views, &CalibrateOptions::new().with_steps(0), |progress| {
             told.push(progress);
             ControlFlow::Continue(())
         });
@@ -608,7 +608,7 @@ fn calibration_brings_the_layers_together() {
 
         // A second time there is nothing left to gain.
         let maps: Vec<_> = layer.maps().iter().map(|map| map.params().clone()).collect();
-        let again = layer.calibrate(&views, &CalibrateOptions::new(), |_| ControlFlow::Continue(())).unwrap();
+        let again = layer.calibrate(&views, &CalibrateOptions::new().with_steps(0), |_| ControlFlow::Continue(())).unwrap();
         assert_eq!((again.before(), again.after()), (report.after(), report.after()));
         assert!(layer.maps().iter().map(DctMap::params).eq(&maps));
     }
@@ -647,7 +647,7 @@ fn calibration_reports_what_it_says() {
         [0, 1].map(|head| sum(&(&got - &teacher), head) / sum(&spread, head))
     };
     let before = errors(layer.maps());
-    let report = layer.calibrate(&views, &CalibrateOptions::new(), |_| ControlFlow::Continue(())).unwrap();
+    let report = layer.calibrate(&views, &CalibrateOptions::new().with_steps(0), |_| ControlFlow::Continue(())).unwrap();
     let after = errors(layer.maps());
     let all = concatenate(Axis(0), &[samples[0].view(), samples[1].view()]).unwrap();
     for (h, head) in report.heads.iter().enumerate() {
@@ -673,7 +673,7 @@ fn a_cancelled_calibration_changes_nothing() {
     let (sample, before) = (correlated(100, 1), layer.maps().iter().map(|map| map.params().clone()).collect::<Vec<_>>());
     for stop in [1, 2, 20, 24] {
         let mut calls = 0;
-        let result = layer.calibrate(&[sample.view()], &CalibrateOptions::new(), |progress| {
+        let result = layer.calibrate(&[sample.view()], &CalibrateOptions::new().with_steps(0), |progress| {
             calls += 1;
             if progress.done == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         });
@@ -751,10 +751,12 @@ fn impossible_configs() {
     assert_eq!(config(26, 4).with_head_dim(6).check(), Ok(()));
 }
 
+type Change<'a> = &'a dyn Fn(&mut AttentionWeights<f64>);
+
 #[test]
 fn impossible_weights() {
     let (config, good) = (grouped(), AttentionWeights::clone(softmax(grouped(), 1).weights()));
-    let refused = |change: &dyn Fn(&mut AttentionWeights<f64>)| {
+    let refused = |change: Change<'_>| {
         let mut weights = good.clone();
         change(&mut weights);
         let error = SoftmaxAttention::new(config.clone(), weights.clone()).map(|_| ()).unwrap_err();
@@ -771,7 +773,7 @@ fn impossible_weights() {
     assert_eq!(refused(&|w| w.k_bias = Some(Array1::zeros(36))), length("k_bias", 18, 36));
     assert_eq!(refused(&|w| w.v_bias = Some(Array1::zeros(0))), length("v_bias", 18, 0));
     assert_eq!(refused(&|w| w.o_bias = Some(Array1::zeros(36))), length("o_bias", 24, 36));
-    let elements: [(&str, &dyn Fn(&mut AttentionWeights<f64>)); 8] = [
+    let elements: [(&str, Change<'_>); 8] = [
         ("q", &|w| w.q[[1, 2]] = f64::NAN),
         ("k", &|w| w.k[[1, 2]] = f64::INFINITY),
         ("v", &|w| w.v[[1, 2]] = f64::NEG_INFINITY),
