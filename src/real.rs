@@ -104,7 +104,7 @@ pub(crate) mod sealed {
 }
 
 macro_rules! real {
-    ($t:ident, $limit:literal, $tables:path, $engine:path) => {
+    ($t:ident, $limit:literal, $select:path, $engine:path) => {
         impl Real for $t {
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
@@ -141,7 +141,7 @@ macro_rules! real {
                 sealed::plan(len)
             }
             fn ops() -> &'static crate::simd::Ops<Self> {
-                &$tables()[0]
+                $select()
             }
             fn gemm() -> crate::simd::Gemm<Self> {
                 $engine()
@@ -150,5 +150,5 @@ macro_rules! real {
     };
 }
 
-real!(f32, 1e15, crate::simd::tables_f32, gemm_f32::gemm::f32::get_gemm_fn);
-real!(f64, 1e100, crate::simd::tables_f64, gemm_f64::gemm::f64::get_gemm_fn);
+real!(f32, 1e15, crate::simd::ops_f32, gemm_f32::gemm::f32::get_gemm_fn);
+real!(f64, 1e100, crate::simd::ops_f64, gemm_f64::gemm::f64::get_gemm_fn);

@@ -79,7 +79,7 @@ fn the_gradient_goes_far_beyond_the_closed_form() {
         });
         let report = report.unwrap();
         let closed: f64 = report.heads.iter().map(|head| head.closed_form).sum::<f64>() / 2.0;
-        assert!(report.after() < gain * closed && closed < report.before(), "{causality:?} {options:?}: {report:?}");
+        assert!(report.after() < gain * closed && report.after() < report.before(), "{causality:?} {options:?}: {report:?}");
         assert!(report.heads.iter().all(|head| head.after <= head.before && head.after <= head.closed_form));
         assert_eq!((report.held_out, report.tokens), (samples[8].nrows(), samples[..8].iter().map(Array2::nrows).sum()));
         let all_far = options.0.near.is_none() || causality == Causality::Bidirectional;
@@ -102,10 +102,14 @@ fn tied_sides_stay_tied() {
     let before = numbers(&layer).0;
     let report = calibrate(&mut layer, &texts(), &CalibrateOptions::new());
     assert!(report.heads.iter().all(|head| head.after < head.closed_form), "{report:?}");
-    for (params, before) in numbers(&layer).0.iter().zip(before) {
+    let after = numbers(&layer).0;
+    for params in &after {
         assert_eq!((&params.query.scale, &params.query.radii), (&params.key.scale, &params.key.radii));
-        assert!(params.query.scale != before.query.scale && params.query.radii != before.query.radii);
     }
+    // A head that nothing made better keeps its numbers; not all of them do.
+    let moved =
+        |(params, before): (&DctParams, &DctParams)| params.query.scale != before.query.scale && params.query.radii != before.query.radii;
+    assert!(after.iter().zip(&before).any(moved), "{report:?}");
 }
 
 #[test]
@@ -137,8 +141,9 @@ fn never_worse_than_given() {
     let second = calibrate(&mut layer, &samples, &CalibrateOptions::new().with_learning_rate(1e3));
     assert_eq!(second.before(), first.after());
     assert!(second.after() <= first.after());
-    let kept = second.heads.iter().zip(given.0.iter().zip(&numbers(&layer).0));
-    assert!(kept.clone().all(|(head, (old, new))| head.after < head.before || old == new));
+    let after = numbers(&layer);
+    let mut kept = second.heads.iter().zip(given.0.iter().zip(&after.0));
+    assert!(kept.all(|(head, (old, new))| head.after < head.before || old == new));
 }
 
 #[test]

@@ -751,12 +751,10 @@ fn impossible_configs() {
     assert_eq!(config(26, 4).with_head_dim(6).check(), Ok(()));
 }
 
-type Change<'a> = &'a dyn Fn(&mut AttentionWeights<f64>);
-
 #[test]
 fn impossible_weights() {
     let (config, good) = (grouped(), AttentionWeights::clone(softmax(grouped(), 1).weights()));
-    let refused = |change: Change<'_>| {
+    let refused = |change: &dyn Fn(&mut AttentionWeights<f64>)| {
         let mut weights = good.clone();
         change(&mut weights);
         let error = SoftmaxAttention::new(config.clone(), weights.clone()).map(|_| ()).unwrap_err();
@@ -773,7 +771,7 @@ fn impossible_weights() {
     assert_eq!(refused(&|w| w.k_bias = Some(Array1::zeros(36))), length("k_bias", 18, 36));
     assert_eq!(refused(&|w| w.v_bias = Some(Array1::zeros(0))), length("v_bias", 18, 0));
     assert_eq!(refused(&|w| w.o_bias = Some(Array1::zeros(36))), length("o_bias", 24, 36));
-    let elements: [(&str, Change<'_>); 8] = [
+    let elements: [(&str, &dyn Fn(&mut AttentionWeights<f64>)); 8] = [
         ("q", &|w| w.q[[1, 2]] = f64::NAN),
         ("k", &|w| w.k[[1, 2]] = f64::INFINITY),
         ("v", &|w| w.v[[1, 2]] = f64::NEG_INFINITY),

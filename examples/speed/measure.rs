@@ -18,32 +18,32 @@ use crate::gemm::Gemm;
 
 /// Everything one run measured.
 #[derive(Debug, Serialize)]
-pub struct Report {
-    pub cpu: String,
-    pub threads: usize,
-    pub dtype: &'static str,
-    pub heads: usize,
-    pub dim: usize,
+pub(crate) struct Report {
+    pub(crate) cpu: String,
+    pub(crate) threads: usize,
+    pub(crate) dtype: &'static str,
+    pub(crate) heads: usize,
+    pub(crate) dim: usize,
     /// Rate of the general matrix product at 1024³ on one thread, GFLOP/s, in the element type.
-    pub sgemm_gflops: f64,
-    pub rows: Vec<Row>,
+    pub(crate) sgemm_gflops: f64,
+    pub(crate) rows: Vec<Row>,
 }
 
 /// One figure.
 #[derive(Debug, Serialize)]
-pub struct Row {
+pub(crate) struct Row {
     /// `pure`, `near`, `full` or `decode`.
-    pub mode: &'static str,
+    pub(crate) mode: &'static str,
     /// Tokens; for `decode`, tokens seen before.
-    pub n: usize,
+    pub(crate) n: usize,
     /// Microseconds per token and head.
-    pub us: f64,
+    pub(crate) us: f64,
     /// The same for softmax attention.
-    pub softmax_us: Option<f64>,
+    pub(crate) softmax_us: Option<f64>,
     /// Matrix-product FLOPs of the algorithm (see [`flops`]) divided by time.
-    pub gflops: f64,
+    pub(crate) gflops: f64,
     /// The same for softmax attention.
-    pub softmax_gflops: Option<f64>,
+    pub(crate) softmax_gflops: Option<f64>,
 }
 
 /// Chunk length of the near part and of the causal blocks.
@@ -98,7 +98,7 @@ struct Bench<T> {
     rng: ChaCha12Rng,
 }
 
-pub fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send + Sync>> {
+pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send + Sync>> {
     let maps = (0..args.heads).map(|h| DctMapConfig::new(args.dim).with_seed(h as u64).build()).collect::<Result<Vec<_>, _>>()?;
     let mut bench = Bench::<T> {
         heads: args.heads,

@@ -9,7 +9,7 @@ use plotters::prelude::*;
 use crate::measure::{Report, Row};
 
 /// The table, on stdout.
-pub fn print(report: &Report, svg: &Path) {
+pub(crate) fn print(report: &Report, svg: &Path) {
     let Report { cpu, threads, dtype, heads, dim, sgemm_gflops, rows } = report;
     println!("{cpu}, {threads} thread(s), {dtype}, {heads} heads, d = m = e = {dim}");
     println!("general matrix product 1024³: {sgemm_gflops:.0} GFLOP/s on one thread\n");
@@ -36,7 +36,7 @@ pub fn print(report: &Report, svg: &Path) {
 }
 
 /// Microseconds per token and head over n, both axes logarithmic.
-pub fn plot(report: &Report, path: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
+pub(crate) fn plot(report: &Report, path: &Path) -> Result<(), Box<dyn Error + Send + Sync>> {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent)?;
     }

@@ -75,7 +75,8 @@ fn weigh_key<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &mut HeadS
     b.iter_mut().zip(&state.reference).for_each(|(b, &c)| *b = *b - c + exponent);
     b[m..padding].fill(T::NEG_INFINITY);
     (head.ops.exp_sum)(&mut b[..padding], T::ZERO);
-    state.norm.iter_mut().zip(&b[..m]).for_each(|(z, &weight)| *z += weight);
+    state.norm_rest.iter_mut().zip(&b[..m]).for_each(|(rest, &weight)| *rest += weight);
+    (head.ops.fold)(&mut state.norm, &mut state.norm_rest);
 }
 
 /// Sums of the query `scratch.x` over the state into `scratch.o`; returns their normaliser. With `add_key` the weighted
@@ -88,7 +89,7 @@ fn read<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &mut HeadState<
     (head.ops.exp_sum)(&mut a[..padded(m)], -top);
     let (stride, a) = (head.value_stride, &a[..m]);
     if add_key {
-        (head.ops.add_and_read)(&mut state.sums, &b[..m], &v[..stride], a, &mut o[..stride]);
+        (head.ops.add_and_read)(&mut state.sums, &mut state.sums_rest, &b[..m], &v[..stride], a, &mut o[..stride]);
     } else {
         read_sums(head, state, a, o);
     }

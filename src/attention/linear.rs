@@ -79,7 +79,7 @@ impl LinearConfig {
     pub fn build<T: Real, M: FeatureMap<T>>(self, maps: Vec<M>) -> Result<LinearAttention<T, M>> {
         let Some(first) = maps.first() else { return Err(Error::Empty { argument: "maps" }) };
         let (dim, features, kv_heads) = (first.dim(), first.features(), maps.len());
-        check_positive("map dimension", dim)?;
+        check_size("map dimension", dim)?;
         check_positive("map features", features)?;
         for map in &maps {
             for (axis, expected, got) in [(0, features, map.features()), (1, dim, map.dim())] {
@@ -94,7 +94,7 @@ impl LinearConfig {
             return Err(Error::NotDivisible { argument: "heads", divisor: "the number of maps", divisor_value: kv_heads, got: heads });
         }
         let value_dim = self.value_dim.unwrap_or(dim);
-        check_positive("value_dim", value_dim)?;
+        check_size("value_dim", value_dim)?;
         let scale = self.scale.unwrap_or(1.0 / (dim as f64).sqrt());
         check_scale(scale)?;
         if let Some(near) = self.near {
@@ -117,6 +117,15 @@ impl LinearConfig {
         };
         Ok(LinearAttention { maps, heads, scale, near: self.near, log_decay, sizes, element: PhantomData })
     }
+}
+
+/// Largest dimension or number of heads: beyond it nothing of the kind could be allocated.
+const MAX_SIZE: usize = 1 << 20;
+
+/// A size from 1 to [`MAX_SIZE`].
+pub(super) fn check_size(argument: &'static str, got: usize) -> Result<()> {
+    check_positive(argument, got)?;
+    if got > MAX_SIZE { Err(Error::TooLarge { argument, limit: MAX_SIZE, got }) } else { Ok(()) }
 }
 
 /// The softmax scale must be a positive number.
@@ -222,7 +231,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
 
     /// Every query sees every allowed key (bidirectional and cross attention). Allocates.
     ///
-    ///     o_i = Σ_j K(x_i, y_j) v_j / Σ_j K(x_i, y_j)
+    /// ```text
+    /// o_i = Σ_j K(x_i, y_j) v_j / Σ_j K(x_i, y_j)
+    /// ```
     ///
     /// # Shapes
     /// - `q`: `[h, n_q, d]`, `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]`, `mask`: n_k entries; returns `[h, n_q, e]`.
@@ -235,7 +246,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// fit, [`Error::Empty`] without queries or keys, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`] (masked
     /// keys and their values are not looked at).
     pub fn full(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
-        let mut out = self.output(q);
+        let mut out = self.output(q)?;
         self.full_into(q, k, v, mask, &mut out, &mut self.workspace())?;
         Ok(out)
     }
@@ -286,14 +297,18 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         v: &ArrayRef3<T>,
         mask: KeyMask<'_>,
     ) -> Result<Array3<T>> {
-        let mut out = self.output(q);
+        let mut out = self.output(q)?;
         self.prefill_into(state, q, k, v, mask, &mut out, &mut self.workspace())?;
         Ok(out)
     }
 
     /// The next n tokens of a sequence, into the caller's memory.
     ///
-    ///     o_i = Σ_{j≤i} A_ij v_j / Σ_{j≤i} A_ij         A as in the [module's](crate::attention) equation
+    /// ```text
+    /// o_i = Σ_{j≤i} A_ij v_j / Σ_{j≤i} A_ij
+    /// ```
+    ///
+    /// with A as in the [module's](crate::attention) equation.
     ///
     /// # Shapes
     /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries, `out`: `[h, n, e]`.
@@ -373,8 +388,11 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         Shape { heads: self.maps.len(), dim, features, value_dim, near: self.near }
     }
 
-    fn output(&self, q: &ArrayRef3<T>) -> Array3<T> {
-        Array3::zeros((self.heads, q.shape()[1], self.sizes.value_dim))
+    /// Memory for the outputs, once the queries are known to fit.
+    fn output(&self, q: &ArrayRef3<T>) -> Result<Array3<T>> {
+        let n = q.shape()[1];
+        check_shape("q", q, &[self.heads, n, self.sizes.dim])?;
+        Ok(Array3::zeros((self.heads, n, self.sizes.value_dim)))
     }
 
     pub(super) fn head(&self, h: usize) -> Head<'_, T, M> {

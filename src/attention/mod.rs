@@ -61,7 +61,9 @@ impl<'a> KeyMask<'a> {
 
 /// The near part: the query's own chunk and the `back` chunks before it are exact softmax attention.
 ///
-///     near(i, j) = ⌊i/c⌋ − ⌊j/c⌋ ≤ r and j ≤ i
+/// ```text
+/// near(i, j) = ⌊i/c⌋ − ⌊j/c⌋ ≤ r and j ≤ i
+/// ```
 ///
 /// Chunks are aligned to absolute positions, so prefill in any pieces and decoding agree exactly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -234,6 +234,8 @@ fn queries<T: Real, M: FeatureMap<T>>(
     for age in (0..=back).rev() {
         let slot = ring.slot(chunk - age);
         let at = (back - age) * slot_width;
+        let last = if age == 0 { within + tokens } else { ring.chunk };
+        let masked = slot.valid[..last].contains(&false);
         for band in (0..tokens).step_by(LANES) {
             let rows = LANES.min(tokens - band);
             let columns = if age == 0 { padded(within + band + rows) } else { slot_width };
@@ -244,8 +246,10 @@ fn queries<T: Real, M: FeatureMap<T>>(
                 let row = &mut p[i * stride + at..][..slot_width];
                 let end = if age == 0 { within + i + 1 } else { ring.chunk };
                 row[end..].fill(T::NEG_INFINITY);
-                for (score, _) in row.iter_mut().zip(&slot.valid).filter(|(_, valid)| !**valid) {
-                    *score = T::NEG_INFINITY;
+                if masked {
+                    for (score, _) in row.iter_mut().zip(&slot.valid).filter(|(_, valid)| !**valid) {
+                        *score = T::NEG_INFINITY;
+                    }
                 }
             }
         }

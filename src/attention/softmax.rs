@@ -5,11 +5,11 @@ use std::ops::Range;
 
 use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
 
-use crate::attention::linear::{check_keys, check_scale, check_tokens};
+use crate::attention::linear::{check_keys, check_scale, check_size, check_tokens};
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{KeyMask, Near, Workspace};
-use crate::error::{Error, Result, check_elements, check_positive, check_shape};
+use crate::error::{Error, Result, check_elements, check_shape};
 use crate::real::Real;
 use crate::simd::{LANES, Ops, Product, padded};
 use crate::threads;
@@ -69,7 +69,7 @@ impl ExactConfig {
     /// no multiple of the key-value heads.
     pub fn build<T: Real>(self) -> Result<ExactAttention<T>> {
         for (argument, value) in [("heads", self.heads), ("kv_heads", self.kv_heads), ("dim", self.dim), ("value_dim", self.value_dim)] {
-            check_positive(argument, value)?;
+            check_size(argument, value)?;
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(Error::NotDivisible { argument: "heads", divisor: "kv_heads", divisor_value: self.kv_heads, got: self.heads });
@@ -84,7 +84,9 @@ impl ExactConfig {
 
 /// Exact softmax attention over all heads of a layer, tiled with online softmax.
 ///
-///     o_i = Σ_j exp(x_i·y_j) v_j / Σ_j exp(x_i·y_j)
+/// ```text
+/// o_i = Σ_j exp(x_i·y_j) v_j / Σ_j exp(x_i·y_j)
+/// ```
 ///
 /// The thing [`LinearAttention`](crate::attention::LinearAttention) replaces, with the same methods: its judge, its
 /// baseline, and what to use below about a hundred tokens.
@@ -169,7 +171,7 @@ impl<T: Real> ExactAttention<T> {
     /// # Errors
     /// As [`LinearAttention::full`](crate::attention::LinearAttention::full).
     pub fn full(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
-        let mut out = self.output(q);
+        let mut out = self.output(q)?;
         self.full_into(q, k, v, mask, &mut out, &mut self.workspace())?;
         Ok(out)
     }
@@ -200,7 +202,7 @@ impl<T: Real> ExactAttention<T> {
     /// # Errors
     /// As [`causal_into`](Self::causal_into).
     pub fn causal(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
-        let mut out = self.output(q);
+        let mut out = self.output(q)?;
         self.causal_into(q, k, v, mask, &mut out, &mut self.workspace())?;
         Ok(out)
     }
@@ -236,7 +238,7 @@ impl<T: Real> ExactAttention<T> {
         v: &ArrayRef3<T>,
         mask: KeyMask<'_>,
     ) -> Result<Array3<T>> {
-        let mut out = self.output(q);
+        let mut out = self.output(q)?;
         self.prefill_into(cache, q, k, v, mask, &mut out, &mut self.workspace())?;
         Ok(out)
     }
@@ -344,8 +346,11 @@ impl<T: Real> ExactAttention<T> {
         Sizes { dim, features: 0, value_dim, scores: BLOCK, map: 0 }
     }
 
-    fn output(&self, q: &ArrayRef3<T>) -> Array3<T> {
-        Array3::zeros((self.config.heads, q.shape()[1], self.config.value_dim))
+    /// Memory for the outputs, once the queries are known to fit.
+    fn output(&self, q: &ArrayRef3<T>) -> Result<Array3<T>> {
+        let n = q.shape()[1];
+        check_shape("q", q, &[self.config.heads, n, self.config.dim])?;
+        Ok(Array3::zeros((self.config.heads, n, self.config.value_dim)))
     }
 
     fn check(

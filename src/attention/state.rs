@@ -86,6 +86,9 @@ pub(super) struct HeadState<T> {
     pub(super) sums: Vec<T>,
     /// z `[m]`.
     pub(super) norm: Vec<T>,
+    /// What rounding has kept out of S, and of z: sums over millions of keys would stand still without it.
+    pub(super) sums_rest: Vec<T>,
+    pub(super) norm_rest: Vec<T>,
     /// c `[m]`.
     pub(super) reference: Vec<T>,
     /// p₀.
@@ -108,6 +111,8 @@ impl<T: Real> HeadState<T> {
         Self {
             sums: vec![T::zero(); features * padded(value_dim)],
             norm: vec![T::zero(); features],
+            sums_rest: vec![T::zero(); features * padded(value_dim)],
+            norm_rest: vec![T::zero(); features],
             reference: vec![T::zero(); features],
             reference_position: 0,
             started: false,
@@ -117,12 +122,14 @@ impl<T: Real> HeadState<T> {
 
     /// Elements held.
     pub(super) fn len(&self) -> usize {
-        self.sums.len() + self.norm.len() + self.reference.len() + self.ring.as_ref().map_or(0, Ring::len)
+        2 * (self.sums.len() + self.norm.len()) + self.reference.len() + self.ring.as_ref().map_or(0, Ring::len)
     }
 
     pub(super) fn reset(&mut self) {
         self.sums.fill(T::zero());
         self.norm.fill(T::zero());
+        self.sums_rest.fill(T::zero());
+        self.norm_rest.fill(T::zero());
         self.reference.fill(T::zero());
         self.reference_position = 0;
         self.started = false;
@@ -156,7 +163,9 @@ impl<T: Real> HeadState<T> {
                 let factor = (current - self.reference[f]).exp();
                 if factor != T::one() {
                     (ops.scale)(factor, &mut self.sums[f * stride..(f + 1) * stride]);
+                    (ops.scale)(factor, &mut self.sums_rest[f * stride..(f + 1) * stride]);
                     self.norm[f] *= factor;
+                    self.norm_rest[f] *= factor;
                 }
             } else {
                 self.reference[f] = candidate;
@@ -188,9 +197,11 @@ impl<T: Real> HeadState<T> {
     /// Adds weights (a panel of `tokens` exponentials, `[m, width]`) times values `[tokens, e_padded]` to the sums.
     pub(super) fn accumulate(&mut self, ops: &Ops<T>, weights: &[T], width: usize, tokens: usize, values: &[T]) {
         let (m, stride) = (self.norm.len(), self.sums.len() / self.norm.len());
-        (ops.add_row_sums)(weights, &mut self.norm);
+        (ops.add_row_sums)(weights, &mut self.norm_rest);
         let product = Product { m, n: stride, k: tokens, a_row: width, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
-        (ops.matmul)(product, weights, values, &mut self.sums);
+        (ops.matmul)(product, weights, values, &mut self.sums_rest);
+        (ops.fold)(&mut self.norm, &mut self.norm_rest);
+        (ops.fold)(&mut self.sums, &mut self.sums_rest);
     }
 
     /// Absorbs a block of keys that every later reader may see whole: scaled keys as the panel `scratch.y`, values as

@@ -384,21 +384,52 @@ pub(super) fn exp_sum<S: Simd>(simd: S, row: &mut [S::T], shift: S::T) -> S::T {
     simd.sum(total)
 }
 
-/// `sums[f] += weight[f]·value` and `out = Σ_f read[f]·sums[f]`, in one pass over the sums `[m, e]`, e a multiple of
-/// LANES.
+/// Moves what it can of `rest` into `sums`: sums' = sums + rest rounded, rest' = what rounding lost [Kahan; Dekker's
+/// fast two-sum]. So a sum of very many small numbers keeps them all.
 #[inline(always)]
-pub(super) fn add_and_read<S: Simd>(simd: S, sums: &mut [S::T], weight: &[S::T], value: &[S::T], read: &[S::T], out: &mut [S::T]) {
+pub(super) fn fold<S: Simd>(simd: S, sums: &mut [S::T], rest: &mut [S::T]) {
+    assert!(sums.len() == rest.len(), "sums and their rest");
+    let whole = sums.len() / S::N * S::N;
+    for i in (0..whole).step_by(S::N) {
+        // SAFETY: i + N ≤ len.
+        unsafe {
+            let (sum_at, rest_at) = (sums.as_mut_ptr().add(i), rest.as_mut_ptr().add(i));
+            let (sum, rest) = (simd.load(sum_at), simd.load(rest_at));
+            let total = simd.add(sum, rest);
+            simd.store(sum_at, total);
+            simd.store(rest_at, simd.sub(rest, simd.sub(total, sum)));
+        }
+    }
+    for (sum, rest) in sums[whole..].iter_mut().zip(&mut rest[whole..]) {
+        let total = *sum + *rest;
+        *rest -= total - *sum;
+        *sum = total;
+    }
+}
+
+/// `sums[f] += weight[f]·value` and `out = Σ_f read[f]·sums[f]`, in one pass over the sums `[m, e]`, e a multiple of
+/// LANES. What rounding loses goes to `rest`, as in [`fold`].
+#[inline(always)]
+pub(super) fn add_and_read<S: Simd>(
+    simd: S,
+    sums: &mut [S::T],
+    rest: &mut [S::T],
+    weight: &[S::T],
+    value: &[S::T],
+    read: &[S::T],
+    out: &mut [S::T],
+) {
     let (m, e) = (weight.len(), value.len());
-    assert!(e.is_multiple_of(LANES) && sums.len() == m * e && read.len() == m && out.len() == e, "sums");
+    assert!(e.is_multiple_of(LANES) && sums.len() == m * e && rest.len() == m * e && read.len() == m && out.len() == e, "sums");
     let mut i = 0;
     while i < e {
         // SAFETY: i + 4·N ≤ e, or i + N ≤ e, in `value`, `out` and every row of the sums.
         unsafe {
             if i + 4 * S::N <= e {
-                add_and_read_columns::<S, 4>(simd, sums, weight, value, read, out, i);
+                add_and_read_columns::<S, 4>(simd, sums, rest, weight, value, read, out, i);
                 i += 4 * S::N;
             } else {
-                add_and_read_columns::<S, 1>(simd, sums, weight, value, read, out, i);
+                add_and_read_columns::<S, 1>(simd, sums, rest, weight, value, read, out, i);
                 i += S::N;
             }
         }
@@ -413,6 +444,7 @@ pub(super) fn add_and_read<S: Simd>(simd: S, sums: &mut [S::T], weight: &[S::T],
 unsafe fn add_and_read_columns<S: Simd, const C: usize>(
     simd: S,
     sums: &mut [S::T],
+    rest: &mut [S::T],
     weight: &[S::T],
     value: &[S::T],
     read: &[S::T],
@@ -429,8 +461,12 @@ unsafe fn add_and_read_columns<S: Simd, const C: usize>(
             let (w, r) = (simd.splat(*weight.get_unchecked(f)), simd.splat(*read.get_unchecked(f)));
             for c in 0..C {
                 let at = sums.as_mut_ptr().add(f * e + i + c * S::N);
-                let sum = simd.mul_add(w, value[c], simd.load(at));
+                let rest_at = rest.as_mut_ptr().add(f * e + i + c * S::N);
+                let old = simd.load(at);
+                let rest = simd.mul_add(w, value[c], simd.load(rest_at));
+                let sum = simd.add(old, rest);
                 simd.store(at, sum);
+                simd.store(rest_at, simd.sub(rest, simd.sub(sum, old)));
                 totals[f % 2][c] = simd.mul_add(r, sum, totals[f % 2][c]);
             }
         }

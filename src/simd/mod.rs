@@ -74,7 +74,7 @@ macro_rules! ops {
                         fn run($($arg: $ty),*) $(-> $ret)? {
                             body::$name($token(()), $($arg),*)
                         }
-                        // SAFETY: `tables` hands this table out only where the CPU has these features.
+                        // SAFETY: `all` hands this table out only where the CPU has these features.
                         unsafe { run($($arg),*) }
                     },)*
                 }
@@ -112,36 +112,53 @@ ops! {
     slice_max: fn(row: &[T]) -> T;
     /// `row[j] = exp(row[j] + shift)`, returns their sum.
     exp_sum: fn(row: &mut [T], shift: T) -> T;
+    /// `sums + rest` rounded into `sums`, what rounding lost into `rest`.
+    fold: fn(sums: &mut [T], rest: &mut [T]);
     /// Adds a weighted value to the sums and reads them, in one pass.
-    add_and_read: fn(sums: &mut [T], weight: &[T], value: &[T], read: &[T], out: &mut [T]);
+    add_and_read: fn(sums: &mut [T], rest: &mut [T], weight: &[T], value: &[T], read: &[T], out: &mut [T]);
     /// `x *= a`
     scale: fn(a: T, x: &mut [T]);
     /// `out += A·x`, rows of A contiguous.
     matvec: fn(a: &[T], x: &[T], out: &mut [T]);
 }
 
-/// Every table this CPU can run, the fastest first.
 macro_rules! tables {
-    ($name:ident, $t:ident, $avx512:path, $avx2:path) => {
-        pub(crate) fn $name() -> &'static [Ops<$t>] {
-            static TABLES: std::sync::LazyLock<Vec<Ops<$t>>> = std::sync::LazyLock::new(|| {
-                let mut tables = Vec::new();
-                #[cfg(target_arch = "x86_64")]
-                {
-                    if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("fma") {
-                        tables.push(table!("avx512", "avx512f,avx2,fma", $avx512, $t));
-                    }
-                    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
-                        tables.push(table!("avx2", "avx2,fma", $avx2, $t));
-                    }
-                }
-                tables.push(portable());
-                tables
-            });
-            &TABLES
+    ($select:ident, $all:ident, $t:ident, $avx512:path, $avx2:path) => {
+        static PORTABLE: Ops<$t> = portable();
+        #[cfg(target_arch = "x86_64")]
+        static AVX2: Ops<$t> = table!("avx2", "avx2,fma", $avx2, $t);
+        #[cfg(target_arch = "x86_64")]
+        static AVX512: Ops<$t> = table!("avx512", "avx512f,avx2,fma", $avx512, $t);
+
+        /// Every table this CPU can run, the fastest first.
+        pub(crate) fn $all() -> impl Iterator<Item = &'static Ops<$t>> {
+            #[cfg(target_arch = "x86_64")]
+            let fast = {
+                let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+                let avx512 = avx2 && is_x86_feature_detected!("avx512f");
+                [avx512.then_some(&AVX512), avx2.then_some(&AVX2)].into_iter().flatten()
+            };
+            #[cfg(not(target_arch = "x86_64"))]
+            let fast = std::iter::empty();
+            fast.chain(std::iter::once(&PORTABLE))
+        }
+
+        /// The fastest table this CPU can run.
+        pub(crate) fn $select() -> &'static Ops<$t> {
+            $all().next().unwrap_or(&PORTABLE)
         }
     };
 }
 
-tables!(tables_f32, f32, x86::Avx512F32, x86::Avx2F32);
-tables!(tables_f64, f64, x86::Avx512F64, x86::Avx2F64);
+mod single {
+    use super::*;
+    tables!(select, all, f32, x86::Avx512F32, x86::Avx2F32);
+}
+
+mod double {
+    use super::*;
+    tables!(select, all, f64, x86::Avx512F64, x86::Avx2F64);
+}
+
+pub(crate) use double::select as ops_f64;
+pub(crate) use single::select as ops_f32;

@@ -3,6 +3,7 @@
 use std::arch::x86_64::*;
 
 use super::lane::Simd;
+use crate::simd::LANES;
 
 /// AVX-512, 16 × f32.
 #[derive(Clone, Copy)]
@@ -113,6 +114,40 @@ impl Simd for Avx512F32 {
     fn top(self, a: __m512) -> f32 {
         // SAFETY: the token proves the instruction set.
         unsafe { _mm512_reduce_max_ps(a) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(self, rows: &[*const f32; LANES], scale: __m512, out: *mut f32, stride: usize) {
+        // SAFETY: the token proves the instruction set, the caller the pointers.
+        unsafe {
+            // Pairs of rows, then fours: b[4i + c] holds in its 128-bit lane l column 4l + c of rows 4i..4i + 4.
+            let mut a = [_mm512_setzero_ps(); LANES];
+            let mut b = [_mm512_setzero_pd(); LANES];
+            for i in 0..8 {
+                let (even, odd) = (_mm512_loadu_ps(rows[2 * i]), _mm512_loadu_ps(rows[2 * i + 1]));
+                let (even, odd) = (_mm512_mul_ps(even, scale), _mm512_mul_ps(odd, scale));
+                a[2 * i] = _mm512_unpacklo_ps(even, odd);
+                a[2 * i + 1] = _mm512_unpackhi_ps(even, odd);
+            }
+            for i in 0..4 {
+                for half in 0..2 {
+                    let (low, high) = (_mm512_castps_pd(a[4 * i + half]), _mm512_castps_pd(a[4 * i + 2 + half]));
+                    b[4 * i + 2 * half] = _mm512_unpacklo_pd(low, high);
+                    b[4 * i + 2 * half + 1] = _mm512_unpackhi_pd(low, high);
+                }
+            }
+            // Gather lane l of the four groups of rows.
+            for c in 0..4 {
+                let (top, upper) = (_mm512_castpd_ps(b[c]), _mm512_castpd_ps(b[4 + c]));
+                let (lower, bottom) = (_mm512_castpd_ps(b[8 + c]), _mm512_castpd_ps(b[12 + c]));
+                let even = (_mm512_shuffle_f32x4::<0x88>(top, upper), _mm512_shuffle_f32x4::<0x88>(lower, bottom));
+                let odd = (_mm512_shuffle_f32x4::<0xdd>(top, upper), _mm512_shuffle_f32x4::<0xdd>(lower, bottom));
+                _mm512_storeu_ps(out.add(c * stride), _mm512_shuffle_f32x4::<0x88>(even.0, even.1));
+                _mm512_storeu_ps(out.add((4 + c) * stride), _mm512_shuffle_f32x4::<0x88>(odd.0, odd.1));
+                _mm512_storeu_ps(out.add((8 + c) * stride), _mm512_shuffle_f32x4::<0xdd>(even.0, even.1));
+                _mm512_storeu_ps(out.add((12 + c) * stride), _mm512_shuffle_f32x4::<0xdd>(odd.0, odd.1));
+            }
+        }
     }
 }
 
