@@ -3,10 +3,10 @@
 //!
 //! The equations are in the engine, `tape.rs`.
 
-use ndarray::{Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, concatenate};
+use ndarray::{Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, Axis, concatenate, s};
 
 use crate::attention::state::HeadState;
-use crate::attention::tape::{Inputs, Order, Stretch, Tape, Targets, Upstream, write_rows};
+use crate::attention::tape::{Order, Stretch, Tape, Targets, Upstream};
 use crate::attention::{CausalState, KeyMask, LinearAttention};
 use crate::error::{Error, Result, check_elements, check_shape};
 use crate::kernel::DifferentiableMap;
@@ -49,15 +49,14 @@ pub struct StateGradients<T> {
     pub values: Array2<T>,
 }
 
-/// The arguments and results of one key-value head.
-struct HeadArrays<'a, T> {
-    q: ArrayView3<'a, T>,
-    k: ArrayView2<'a, T>,
-    v: ArrayView2<'a, T>,
-    grad_out: ArrayView3<'a, T>,
-    grad_q: ArrayViewMut3<'a, T>,
-    grad_k: ArrayViewMut2<'a, T>,
-    grad_v: ArrayViewMut2<'a, T>,
+/// One key-value head's results.
+struct HeadGradients<T, G> {
+    q: Array3<T>,
+    k: Array2<T>,
+    v: Array2<T>,
+    map: G,
+    log_decay: f64,
+    state: StateGradients<T>,
 }
 
 impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
@@ -177,6 +176,15 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         grad_out: &ArrayRef3<T>,
     ) -> (AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>) {
         let (kv_heads, group) = (self.maps().len(), self.heads() / self.maps().len());
+        let mut results: Vec<Option<HeadGradients<T, M::Gradients>>> = (0..kv_heads).map(|_| None).collect();
+        let mut tapes: Vec<Option<Tape<T>>> = vec![None; threads::max_threads().min(kv_heads)];
+        let parts = q.axis_chunks_iter(Axis(0), group).zip(grad_out.axis_chunks_iter(Axis(0), group));
+        let items = parts.zip(k.outer_iter().zip(v.outer_iter())).zip(&mut results).enumerate();
+        threads::for_each(&mut tapes, items, |tape, (h, (((q, grad), (k, v)), result))| {
+            let tape = tape.get_or_insert_with(|| Tape::new(&self.maps()[h], self.sizes.value_dim));
+            let state = state.map(|state| (&state.heads[h], state.position));
+            *result = Some(self.head_backward(h, order, state, q, k, v, mask, grad, tape));
+        });
         let mut gradients = AttentionGradients {
             q: Array3::zeros(q.raw_dim()),
             k: Array3::zeros(k.raw_dim()),
@@ -184,24 +192,14 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             maps: Vec::with_capacity(kv_heads),
             log_decay: Vec::with_capacity(kv_heads),
         };
-        let mut results: Vec<Option<(M::Gradients, f64, StateGradients<T>)>> = (0..kv_heads).map(|_| None).collect();
-        let mut tapes: Vec<Option<Tape<T>>> = vec![None; threads::max_threads().min(kv_heads)];
-        let queries = q.axis_chunks_iter(Axis(0), group).zip(grad_out.axis_chunks_iter(Axis(0), group));
-        let inputs = queries.zip(k.outer_iter().zip(v.outer_iter()));
-        let keys = gradients.k.outer_iter_mut().zip(gradients.v.outer_iter_mut());
-        let outputs = gradients.q.axis_chunks_iter_mut(Axis(0), group).zip(keys);
-        let items = inputs.zip(outputs).zip(&mut results).enumerate();
-        threads::for_each(&mut tapes, items, |tape, (h, ((((q, grad_out), (k, v)), (grad_q, (grad_k, grad_v))), result))| {
-            let tape = tape.get_or_insert_with(|| Tape::new(&self.maps()[h], self.sizes.value_dim));
-            let state = state.map(|state| (&state.heads[h], state.position));
-            let arrays = HeadArrays { q, k, v, grad_out, grad_q, grad_k, grad_v };
-            *result = Some(self.head_backward(h, order, state, arrays, mask, tape));
-        });
         let mut states = Vec::with_capacity(kv_heads);
-        for (map, log_decay, state) in results.into_iter().flatten() {
-            gradients.maps.push(map);
-            gradients.log_decay.push(log_decay);
-            states.push(state);
+        for (h, result) in results.into_iter().flatten().enumerate() {
+            gradients.q.slice_mut(s![h * group..(h + 1) * group, .., ..]).assign(&result.q);
+            gradients.k.index_axis_mut(Axis(0), h).assign(&result.k);
+            gradients.v.index_axis_mut(Axis(0), h).assign(&result.v);
+            gradients.maps.push(result.map);
+            gradients.log_decay.push(result.log_decay);
+            states.push(result.state);
         }
         (gradients, states)
     }
@@ -211,12 +209,15 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         h: usize,
         order: Order,
         state: Option<(&HeadState<T>, usize)>,
-        arrays: HeadArrays<'_, T>,
+        q: ArrayView3<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
         mask: KeyMask<'_>,
+        grad_out: ArrayView3<'_, T>,
         tape: &mut Tape<T>,
-    ) -> (M::Gradients, f64, StateGradients<T>) {
-        let (head, HeadArrays { q, k, v, grad_out, grad_q, grad_k, grad_v }) = (self.head(h), arrays);
-        let (position, dim, value_dim) = (state.map_or(0, |(_, position)| position), self.sizes.dim, self.sizes.value_dim);
+    ) -> HeadGradients<T, M::Gradients> {
+        let head = self.head(h);
+        let (position, value_dim) = (state.map_or(0, |(_, position)| position), self.sizes.value_dim);
         // The near part that the state holds comes first, as tokens like the others.
         let ring = state.and_then(|(state, position)| state.ring.as_ref().map(|ring| ring.tokens(position, value_dim)));
         let ring = ring.filter(|(_, keys, ..)| keys.nrows() > 0);
@@ -227,6 +228,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             (join(keys, scaled.view()), join(values, v), valid.collect::<Vec<bool>>())
         });
         let lead = ring.as_ref().map_or(0, |(_, keys, ..)| keys.nrows());
+        let mut q_gradient = Array3::zeros(q.raw_dim());
+        let (mut sums, mut log_decay) = (head.map.new_sums(), 0.0);
         let stretch = Stretch {
             map: head.map,
             log_decay: head.log_decay,
@@ -241,66 +244,30 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             lead,
             given: None,
         };
-        let (mut sums, mut log_decay) = (head.map.new_sums(), 0.0);
-        let mut y = Rows::new(lead, dim, grad_k);
-        let mut values = Rows::new(lead, value_dim, grad_v);
-        let inputs = Inputs { q: grad_q, y: y.rows(), v: values.rows() };
-        let targets = Targets { sums: &mut sums, log_decay: &mut log_decay, inputs: Some(inputs) };
+        let targets = Targets { sums: &mut sums, log_decay: &mut log_decay, q: Some(q_gradient.view_mut()) };
         tape.run(&stretch, state.map(|(state, _)| state), Upstream::Rows(grad_out), Some(targets));
 
-        (head.ops.scale)(head.scale, y.rows());
+        let rows = |rows: &[T], dim: usize, scale: T| {
+            let stride = padded(dim);
+            Array2::from_shape_fn((rows.len() / stride, dim), |(j, i)| rows[j * stride + i] * scale)
+        };
+        let (keys, values) = (rows(&tape.keys, head.dim, head.scale), rows(&tape.values, value_dim, T::ONE));
         // The sums of a state that has seen no key are in no frame.
         let seen = if state.is_some_and(|(state, _)| state.started) { T::ONE } else { T::ZERO };
-        let state = StateGradients {
-            sums: first_rows(head.features, value_dim, &tape.sums).mapv(|x| x * seen),
-            norm: tape.norm.iter().map(|&r| -r * seen).collect(),
-            keys: y.finish(),
-            values: values.finish(),
-        };
-        (head.map.gradients(&sums), log_decay, state)
-    }
-}
-
-/// Rows of padded length for a gradient: the result's own where it needs no padding and nothing comes before it.
-enum Rows<'a, T> {
-    Own { dim: usize, rows: &'a mut [T] },
-    Apart { lead: usize, rows: Vec<T>, out: ArrayViewMut2<'a, T> },
-}
-
-impl<'a, T: Real> Rows<'a, T> {
-    /// `lead` rows and those of `out`, which is contiguous.
-    fn new(lead: usize, dim: usize, out: ArrayViewMut2<'a, T>) -> Self {
-        debug_assert!(out.is_standard_layout());
-        if lead == 0 && padded(dim) == dim {
-            Rows::Own { dim, rows: out.into_slice().unwrap_or_default() }
-        } else {
-            Rows::Apart { lead, rows: vec![T::ZERO; (lead + out.nrows()) * padded(dim)], out }
+        HeadGradients {
+            q: q_gradient,
+            k: keys.slice(s![lead.., ..]).to_owned(),
+            v: values.slice(s![lead.., ..]).to_owned(),
+            map: head.map.gradients(&sums),
+            log_decay,
+            state: StateGradients {
+                sums: rows(&tape.sums, value_dim, seen),
+                norm: tape.norm.iter().map(|&r| -r * seen).collect(),
+                keys: keys.slice(s![..lead, ..]).to_owned(),
+                values: values.slice(s![..lead, ..]).to_owned(),
+            },
         }
     }
-
-    fn rows(&mut self) -> &mut [T] {
-        match self {
-            Rows::Own { rows, .. } => rows,
-            Rows::Apart { rows, .. } => rows,
-        }
-    }
-
-    /// Writes what belongs there to the result; returns the first rows, which do not.
-    fn finish(self) -> Array2<T> {
-        match self {
-            Rows::Own { dim, .. } => Array2::zeros((0, dim)),
-            Rows::Apart { lead, rows, mut out } => {
-                let dim = out.ncols();
-                write_rows(&rows[lead * padded(dim)..], out.view_mut());
-                first_rows(lead, dim, &rows)
-            }
-        }
-    }
-}
-
-/// `count` of the rows of padded length.
-fn first_rows<T: Real>(count: usize, dim: usize, rows: &[T]) -> Array2<T> {
-    Array2::from_shape_fn((count, dim), |(j, i)| rows[j * padded(dim) + i])
 }
 
 #[cfg(test)]

@@ -142,6 +142,8 @@ impl<T: Real> HeadState<T> {
     pub(super) fn copy_sums(&mut self, from: &Self) {
         self.sums.copy_from_slice(&from.sums);
         self.norm.copy_from_slice(&from.norm);
+        self.sums_rest.copy_from_slice(&from.sums_rest);
+        self.norm_rest.copy_from_slice(&from.norm_rest);
         self.reference.copy_from_slice(&from.reference);
         self.reference_position = from.reference_position;
         self.started = from.started;

@@ -19,7 +19,7 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3, Axis};
 
 use crate::attention::Near;
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid};
@@ -94,18 +94,8 @@ pub(super) struct Targets<'g, T, S> {
     pub(super) sums: &'g mut S,
     /// Of λ, added to.
     pub(super) log_decay: &'g mut f64,
-    /// Of queries, keys and values, if anybody wants them.
-    pub(super) inputs: Option<Inputs<'g, T>>,
-}
-
-/// Where the gradients of queries, keys and values go.
-pub(super) struct Inputs<'g, T> {
-    /// Of the queries, `[group, n_q, d]`: overwritten.
-    pub(super) q: ArrayViewMut3<'g, T>,
-    /// Of the *scaled* keys, ẏ `[n_k, d_padded]`: added to.
-    pub(super) y: &'g mut [T],
-    /// Of the values, `[n_k, e_padded]`: added to.
-    pub(super) v: &'g mut [T],
+    /// Of the queries, `[group, n_q, d]`; with them [`Tape::keys`] and [`Tape::values`] are filled.
+    pub(super) q: Option<ArrayViewMut3<'g, T>>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -140,6 +130,10 @@ pub(crate) struct Tape<T> {
     deltas: Vec<T>,
     /// ȯ, if it came from a loss, `[group, n_q, e_padded]`.
     upstream: Vec<T>,
+    /// ẏ, `[n_k, d_padded]`.
+    pub(super) keys: Vec<T>,
+    /// v̇, `[n_k, e_padded]`.
+    pub(super) values: Vec<T>,
     /// R, `[m, e_padded]`: at the end the gradient of the S the stretch started from.
     pub(super) sums: Vec<T>,
     /// r, `[m]`: at the end minus the gradient of the z the stretch started from.
@@ -244,6 +238,8 @@ impl<T: Real> Tape<T> {
             shifts: Vec::new(),
             deltas: Vec::new(),
             upstream: Vec::new(),
+            keys: Vec::new(),
+            values: Vec::new(),
             sums: vec![T::ZERO; features * padded(value_dim)],
             norm: vec![T::ZERO; features],
             state: HeadState::new(Shape { heads: 1, dim, features, value_dim, near: None }),
@@ -272,18 +268,22 @@ impl<T: Real> Tape<T> {
             self.push_frame(&state);
         }
         let origin = if state.started { state.reference_position } else { stretch.position };
+        let inputs = targets.as_ref().is_some_and(|targets| targets.q.is_some());
         if targets.is_some() {
             let queries = stretch.q.shape()[0] * stretch.q.shape()[1];
             refill(&mut self.shifts, queries, T::NEG_INFINITY);
             refill(&mut self.deltas, queries, T::ZERO);
             let stored = if matches!(upstream, Upstream::Loss(_)) { queries * padded(stretch.v.ncols()) } else { 0 };
             refill(&mut self.upstream, stored, T::ZERO);
+            let keys = if inputs { stretch.k.nrows() } else { 0 };
+            refill(&mut self.keys, keys * padded(stretch.k.ncols()), T::ZERO);
+            refill(&mut self.values, keys * padded(stretch.v.ncols()), T::ZERO);
         }
         let mut pass = Forward { tape: self, stretch, state: &mut state, upstream: &mut upstream, targets: targets.as_mut(), origin };
         pass.run();
         if let Some(targets) = &mut targets {
             let upstream = if let Upstream::Rows(rows) = upstream { Some(rows) } else { None };
-            Backward { tape: self, stretch, upstream, targets, origin, frame: usize::MAX }.run();
+            Backward { tape: self, stretch, upstream, targets, inputs, origin, frame: usize::MAX }.run();
         }
         self.state = state;
     }
@@ -479,8 +479,10 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
         self.deltas(h, queries.clone(), keys.clone(), own);
         self.feature_gradients(queries.clone(), own);
-        self.near_gradients(&queries, keys);
-        self.write_queries(h, queries);
+        if self.targets.as_ref().is_some_and(|targets| targets.q.is_some()) {
+            self.near_gradients(&queries, keys);
+            self.write_queries(h, queries);
+        }
     }
 
     /// Weights of the far part into `a`, of the near keys into `near.p`, of the block's own keys into `s`, and their sum
@@ -651,13 +653,15 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         (ops.log_weight_vjp)(df, &a[..feature.len() * width], inverse, &state.norm, delta, column);
         let position = stretch.position + stretch.lead + queries.start;
         *targets.log_decay += position_moment(position as f64 - self.origin as f64, &column[..tokens]);
-        let dx = targets.inputs.is_some().then(|| &mut dx[..dim * width]);
+        let dx = targets.q.is_some().then(|| &mut dx[..dim * width]);
         stretch.map.query_vjp(width, &x[..dim * width], df, dx, targets.sums, map);
     }
 
     /// The near keys' part of the gradients of queries, keys and values.
     fn near_gradients(&mut self, queries: &Range<usize>, keys: Range<usize>) {
-        let Some(inputs) = self.targets.as_mut().and_then(|targets| targets.inputs.as_mut()).filter(|_| !keys.is_empty()) else { return };
+        if keys.is_empty() {
+            return;
+        }
         let (ops, stretch) = (T::ops(), self.stretch);
         let (tokens, width, dim, stride) = (queries.len(), padded(queries.len()), stretch.k.ncols(), padded(stretch.v.ncols()));
         let dim_stride = padded(dim);
@@ -671,32 +675,26 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             product(ops, (dim, width, count), (y, y_width, 1), (&dp[start * width..], width), (&mut dx[..], width), true);
         }
         transpose(ops, width, &x[..dim_stride * width], T::ONE, x_rows);
-        let rows = &mut inputs.y[keys.start * dim_stride..];
+        let rows = &mut self.tape.keys[keys.start * dim_stride..];
         product(ops, (keys.len(), dim_stride, tokens), (dp, width, 1), (x_rows, dim_stride), (rows, dim_stride), true);
         for ((to, from), &inverse) in o.chunks_exact_mut(stride).zip(g_rows.chunks_exact(stride)).zip(&inverse[..tokens]) {
             to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * inverse);
         }
-        let rows = &mut inputs.v[keys.start * stride..];
+        let rows = &mut self.tape.values[keys.start * stride..];
         product(ops, (keys.len(), stride, tokens), (p, width, 1), (o, stride), (rows, stride), true);
     }
 
     /// `dx` becomes rows of the queries' gradient.
     fn write_queries(&mut self, h: usize, queries: Range<usize>) {
-        let Some(inputs) = self.targets.as_mut().and_then(|targets| targets.inputs.as_mut()) else { return };
-        let (width, stride) = (padded(queries.len()), padded(self.stretch.q.shape()[2]));
+        let (width, dim) = (padded(queries.len()), self.stretch.q.shape()[2]);
+        let stride = padded(dim);
         let Buffers { dx, x_rows, .. } = &mut self.tape.block;
         transpose(T::ops(), width, &dx[..stride * width], self.stretch.query_scale, x_rows);
-        write_rows(x_rows, inputs.q.index_axis_mut(Axis(0), h).slice_axis_mut(Axis(0), queries.into()));
-    }
-}
-
-/// Rows of padded length become the rows of `out`.
-pub(super) fn write_rows<T: Real>(rows: &[T], mut out: ArrayViewMut2<'_, T>) {
-    let stride = padded(out.ncols());
-    for (mut out, row) in out.outer_iter_mut().zip(rows.chunks_exact(stride)) {
-        match out.as_slice_mut() {
-            Some(out) => out.copy_from_slice(&row[..out.len()]),
-            None => out.iter_mut().zip(row).for_each(|(to, &from)| *to = from),
+        if let Some(out) = self.targets.as_mut().and_then(|targets| targets.q.as_mut()) {
+            let mut out = out.index_axis_mut(Axis(0), h);
+            for (query, row) in queries.zip(x_rows.chunks_exact(stride)) {
+                out.row_mut(query).iter_mut().zip(row).for_each(|(to, &from)| *to = from);
+            }
         }
     }
 }
@@ -795,6 +793,8 @@ struct Backward<'p, 'a, 'g, T: Real, M: DifferentiableMap<T>> {
     /// ȯ, unless the tape holds it.
     upstream: Option<ArrayView3<'p, T>>,
     targets: &'p mut Targets<'g, T, M::Sums>,
+    /// Whether anybody wants the gradients of keys and values.
+    inputs: bool,
     origin: usize,
     /// The frame that R and r are in.
     frame: usize,
@@ -870,8 +870,8 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         let m = feature.len();
         feature.copy_from_slice(&self.tape.norm);
         product(ops, (m, width, stride), (&self.tape.sums, stride, 1), (v, width), (df, width), false);
-        if let Some(inputs) = &mut self.targets.inputs {
-            let rows = &mut inputs.v[keys.start * stride..];
+        if self.inputs {
+            let rows = &mut self.tape.values[keys.start * stride..];
             product(ops, (keys.len(), stride, m), (b, 1, width), (&self.tape.sums, stride), (rows, stride), true);
         }
     }
@@ -900,7 +900,7 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         }
         let g_rows = &g_rows[..tokens * stride];
         if own > 0 {
-            if let Some(inputs) = &mut self.targets.inputs {
+            if self.inputs {
                 for (band, keys) in bands(tokens) {
                     let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
                     product(ops, (keys, width - band, m), (&b[band..], 1, own), a, s, false);
@@ -909,7 +909,7 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
                     row[..j].fill(T::ZERO);
                 }
                 for (band, keys) in bands(tokens) {
-                    let rows = &mut inputs.v[(at % stretch.q.shape()[1] + band) * stride..];
+                    let rows = &mut self.tape.values[(at % stretch.q.shape()[1] + band) * stride..];
                     let (s, g) = (&s[band * width + band..], &g_rows[band * stride..]);
                     product(ops, (keys, stride, tokens - band), (s, width, 1), (g, stride), (rows, stride), true);
                 }
@@ -944,11 +944,11 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         let first = (stretch.position + keys.start) as f64 - self.origin as f64;
         *self.targets.log_decay -= position_moment(first, &column[..keys.len()]);
         dx[..stride * width].fill(T::ZERO);
-        let wanted = self.targets.inputs.is_some().then(|| &mut dx[..dim * width]);
+        let wanted = self.inputs.then(|| &mut dx[..dim * width]);
         stretch.map.key_vjp(width, &x[..dim * width], df, wanted, self.targets.sums, map);
-        if let Some(inputs) = &mut self.targets.inputs {
+        if self.inputs {
             transpose(ops, width, &dx[..stride * width], T::ONE, x_rows);
-            let rows = &mut inputs.y[keys.start * stride..keys.end * stride];
+            let rows = &mut self.tape.keys[keys.start * stride..keys.end * stride];
             rows.iter_mut().zip(x_rows.iter()).for_each(|(to, &from)| *to += from);
         }
     }
