@@ -46,7 +46,7 @@ pub(crate) fn convert(
     let closed = CalibrateOptions::new().with_steps(0);
     let again = || exchanged.exchange(|layer| Ok(layer.clone()));
     let (mut models, mut calibrated) = ([again()?], [again()?, pure]);
-    calibrate(softmax, &mut models, std::slice::from_ref(&closed), samples, &tick)?;
+    calibrate(softmax, &mut models, std::array::from_ref(&closed), samples, &tick)?;
     let [closed_form] = models;
 
     let start = Instant::now();
