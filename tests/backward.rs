@@ -3,7 +3,9 @@
 
 mod common;
 
-use common::{Golden, Inputs, Random, argument, assert_close, assert_same_bits, cast};
+#[cfg(feature = "rayon")]
+use common::assert_same_bits;
+use common::{Golden, Inputs, Random, argument, assert_close, cast};
 use dijiang::Real;
 use dijiang::attention::{AttentionGradients, KeyMask, LinearAttention, LinearConfig, Near};
 use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing, Projection};
