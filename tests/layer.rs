@@ -579,7 +579,7 @@ fn distance<A: Attention<f64>, B: Attention<f64>>(a: &A, b: &B, x: &Array2<f64>)
 fn calibration_brings_the_layers_together() {
     let cases = [
         (Causality::Causal, Some(Near::new(16, 1)), 0.7),
-        (Causality::Causal, Some(Near::new(16, 0)), 0.7),
+        (Causality::Causal, Some(Near::new(16, 0)), 0.8),
         (Causality::Causal, None, 0.85),
         (Causality::Bidirectional, None, 0.85),
     ];
@@ -604,13 +604,12 @@ fn calibration_brings_the_layers_together() {
         assert!(told.iter().enumerate().all(|(i, progress)| progress.done == i + 1 && progress.total == told.len()));
         assert!(told.windows(2).all(|pair| pair[1].error <= pair[0].error));
         assert_eq!((told[0].error, told[told.len() - 1].error), (report.before(), report.after()));
-        assert_eq!(told.len(), if near.is_some() { 1 + 13 + 10 } else { 2 });
+        assert_eq!(told.len(), if near.is_some() { 1 + 12 + 1 } else { 2 });
 
-        // A second time there is nothing left to gain.
-        let maps: Vec<_> = layer.maps().iter().map(|map| map.params().clone()).collect();
+        // A second time starts where the first ended, and loses nothing.
         let again = layer.calibrate(&views, &CalibrateOptions::new().with_steps(0), |_| ControlFlow::Continue(())).unwrap();
-        assert_eq!((again.before(), again.after()), (report.after(), report.after()));
-        assert!(layer.maps().iter().map(DctMap::params).eq(&maps));
+        assert_eq!(again.before(), report.after());
+        assert!(again.after() <= report.after() && (near.is_some() || again.after() == report.after()));
     }
 }
 
@@ -671,7 +670,7 @@ fn calibration_reports_what_it_says() {
 fn a_cancelled_calibration_changes_nothing() {
     let mut layer = DijiangAttention::from_softmax(&off_centre(Causality::Causal), rich()).unwrap();
     let (sample, before) = (correlated(100, 1), layer.maps().iter().map(|map| map.params().clone()).collect::<Vec<_>>());
-    for stop in [1, 2, 20, 24] {
+    for stop in [1, 2, 13, 14] {
         let mut calls = 0;
         let result = layer.calibrate(&[sample.view()], &CalibrateOptions::new().with_steps(0), |progress| {
             calls += 1;
@@ -966,11 +965,6 @@ fn impossible_calibrations() {
     assert_eq!(refused(&[good.view(), bad.view()], plain()), infinite);
     bad.mapv_inplace(|v| v.signum() * 9e99);
     assert!(matches!(refused(&[bad.view()], plain()), Error::NonFinite { argument: "q" | "k" | "v", .. }));
-    assert_eq!(argument(&refused(&[good.view()], plain().with_mix_range(0.0))), "mix_range");
-    assert_eq!(argument(&refused(&[good.view()], plain().with_mix_range(f64::NAN))), "mix_range");
-    assert_eq!(argument(&refused(&[good.view()], plain().with_mix_grid(1))), "mix_grid");
-    assert_eq!(argument(&refused(&[good.view()], plain().with_mix_grid(usize::MAX))), "mix_grid");
-    assert_eq!(argument(&refused(&[good.view()], plain().with_mix_halvings(usize::MAX))), "mix_halvings");
 }
 
 #[test]

@@ -74,6 +74,13 @@ impl<'a, T: Real> FarPart<'a, T> {
         queries.map(share).sum()
     }
 
+    /// The exact outputs of a query over its near keys alone: their numerator `[value_stride]` and normaliser, 0 without
+    /// keys. `None` if there is no near part.
+    pub(crate) fn near(&self, h: usize, query: usize) -> Option<(&[T], T)> {
+        let (sums, stride) = (&self.near.as_ref()?[h], self.value_stride());
+        Some((&sums.numerator[query * stride..][..stride], sums.total[query]))
+    }
+
     /// Memory for passes through maps of this shape.
     pub(crate) fn tape<M: DifferentiableMap<T>>(&self, map: &M) -> Tape<T> {
         Tape::new(map, self.v.ncols())

@@ -7,13 +7,21 @@
 //! Every key-value head by itself, first in closed form: the centres μq, μk become the means of x = √σ·q (over all query
 //! heads that share the map) and of y = √σ·k. They leave the kernel that is approximated as it is and shrink the error of
 //! the approximation. Then the decay, where it is to be fitted, from a grid of half-lives, and the mix g, which weighs the
-//! kernel against the exact near part, by a one-dimensional search for the smallest error: a coarse grid, then ever
-//! shorter steps around its best point.
+//! kernel against the exact near part, by bisection: what far keys add should be half of what it is in softmax attention,
+//!
+//! ```text
+//! Σ (ô − n)·(o − n) = ½ Σ (o − n)²        n: outputs over the near keys alone
+//! ```
+//!
+//! or more or less, where the error would otherwise hardly fall.
 //!
 //! Then by gradient: Adam with cosine decay of the step length on scales, radii, log-weights, mix and, where they are to
-//! be fitted, decay and centres. Only the far part is computed in every step; the sums over near keys are constants.
+//! be fitted, decay and centres. Only the far part is computed in every step; the sums over near keys are constants. At the
+//! end the mix is searched again, now for all of what far keys should add. (Of two mixes the one with the smaller squared
+//! error is not the one with the better model: it shrinks what is noisy.)
 //!
-//! Some of the samples are held out of all this, and a head keeps the numbers that were best on them, or its old ones.
+//! Some of the samples are held out of all this. By the error on them the best of the steps is taken; and a head whose
+//! error on them did not fall keeps its old numbers.
 
 use std::ops::{ControlFlow, Range};
 use std::time::Instant;
@@ -26,13 +34,27 @@ use crate::kernel::DctMap;
 use crate::layer::config::Causality;
 use crate::layer::descent::{Descent, Moved};
 use crate::layer::dijiang::{DijiangAttention, mixed};
-use crate::layer::judge::{Head, Judge, Sample};
+use crate::layer::judge::{FarShare, Head, Judge, Sample};
 use crate::real::Real;
 
 /// Steps between two looks at the held-out samples.
 const LOOK: usize = 10;
+/// Most steps there can be.
+const MOST_STEPS: usize = 1 << 24;
 /// Half-lives tried in closed form: 2, 4, … tokens.
 const HALF_LIVES: usize = 11;
+/// The mix is searched between these.
+const MIX: (f64, f64) = (-12.0, 4.0);
+/// Halvings of that range.
+const HALVINGS: usize = 12;
+/// Share of the softmax outputs' far part that the far part of a map in closed form should make up. Half: what such a map
+/// gets wrong harms a model more than what it leaves out, which looks to the model like a shorter text.
+const CLOSED_FORM_SHARE: f64 = 0.5;
+/// The same after steps by gradient: all of it. The mix of least error would be smaller, as for any noisy estimate, in a
+/// way that all tokens of a text share, and models bear that worse than noise.
+const TRAINED_SHARE: f64 = 1.0;
+/// Neither share is worth an error above so much of the one before.
+const WORTH: f64 = 0.97;
 /// One of so many samples is held out.
 const HELD_OUT: usize = 8;
 
@@ -65,28 +87,11 @@ pub struct CalibrateOptions {
     pub seconds: Option<f64>,
     /// Seed of the order in which samples are taken. Default: 0.
     pub seed: u64,
-    /// The mix g is searched in [−range, range]. Default: 12.
-    pub mix_range: f64,
-    /// Grid points of the coarse search, at least 2 and at most 65536. Default: 13.
-    pub mix_grid: usize,
-    /// How often the step is halved around the best grid point, at most 50. Default: 5, that is to 1/16 with the other defaults.
-    pub mix_halvings: usize,
 }
 
 impl Default for CalibrateOptions {
     fn default() -> Self {
-        Self {
-            steps: 60,
-            learning_rate: 0.02,
-            batch: 8,
-            decay: Fit::Keep,
-            centers: Fit::Keep,
-            seconds: None,
-            seed: 0,
-            mix_range: 12.0,
-            mix_grid: 13,
-            mix_halvings: 5,
-        }
+        Self { steps: 60, learning_rate: 0.02, batch: 8, decay: Fit::Keep, centers: Fit::Keep, seconds: None, seed: 0 }
     }
 }
 
@@ -138,40 +143,14 @@ impl CalibrateOptions {
         Self { seed, ..self }
     }
 
-    /// Range of the mix.
-    #[must_use]
-    pub fn with_mix_range(self, mix_range: f64) -> Self {
-        Self { mix_range, ..self }
-    }
-
-    /// Grid points of the coarse search.
-    #[must_use]
-    pub fn with_mix_grid(self, mix_grid: usize) -> Self {
-        Self { mix_grid, ..self }
-    }
-
-    /// Halvings of the step around the best grid point.
-    #[must_use]
-    pub fn with_mix_halvings(self, mix_halvings: usize) -> Self {
-        Self { mix_halvings, ..self }
-    }
-
     fn check(&self) -> Result<()> {
-        for (argument, got) in [("learning_rate", self.learning_rate), ("mix_range", self.mix_range)] {
-            positive(argument, got)?;
-        }
+        positive("learning_rate", self.learning_rate)?;
         check_positive("batch", self.batch)?;
         self.seconds.map_or(Ok(()), |seconds| positive("seconds", seconds))?;
-        if self.mix_grid < 2 {
-            return Err(Error::Value { argument: "mix_grid", expected: "at least 2", got: self.mix_grid as f64 });
+        match self.steps > MOST_STEPS {
+            true => Err(Error::TooLarge { argument: "steps", limit: MOST_STEPS, got: self.steps }),
+            false => Ok(()),
         }
-        let limits = [("steps", 1 << 24, self.steps), ("mix_grid", 1 << 16, self.mix_grid), ("mix_halvings", 50, self.mix_halvings)];
-        for (argument, limit, got) in limits {
-            if got > limit {
-                return Err(Error::TooLarge { argument, limit, got });
-            }
-        }
-        Ok(())
     }
 }
 
@@ -189,7 +168,7 @@ pub struct CalibrateProgress {
     pub done: usize,
     /// Passes and steps there will be; a limit of time may skip some.
     pub total: usize,
-    /// Mean over heads of the smallest error on the held-out samples found so far.
+    /// Mean over heads of the error on the held-out samples of the best numbers so far.
     pub error: f64,
 }
 
@@ -260,9 +239,9 @@ impl<T: Real> DijiangAttention<T> {
     /// - `samples`: hidden states as the layer receives them, one array `[n, D]` per sequence, positions from 0.
     ///
     /// # Cost
-    /// Softmax attention once (twice on the held-out samples), then linear attention's far part about 25 times over the
-    /// samples (with no near part, where the mix cancels, once, and 11 times with decay), and forward and backward once
-    /// per step over [`batch`](CalibrateOptions::batch) of them. Heads and samples in parallel; without a limit of time the
+    /// Softmax attention once (twice on the held-out samples), then linear attention's far part 12 times over the samples
+    /// for the closed form, forward and backward once per step over [`batch`](CalibrateOptions::batch) of them, and 12 times
+    /// over the samples again; with no near part, where the mix cancels, the steps alone. Fitting decay adds 12 times. Heads and samples in parallel; without a limit of time the
     /// result does not depend on the number of threads. Memory: about 5·n·h·d numbers for n tokens in all samples.
     ///
     /// # Errors
@@ -320,7 +299,7 @@ impl<T: Real> DijiangAttention<T> {
 
         let mut judge = Judge::new(self.projections(), order, &samples);
         let far_mass = judge.far_mass(held.clone());
-        let run = Run { options, start, near: matches!(order, Order::Near(_)), apart, train, held, progress };
+        let run = Run { options, start, near: matches!(order, Order::Near(_)), train, held, done: 0, progress };
         let found = run.run(&mut judge, old)?;
         let heads = found.iter().zip(far_mass).map(|(found, far_mass)| HeadReport {
             before: found.before,
@@ -371,84 +350,133 @@ impl Found {
             (self.head, self.after) = (head.clone(), error);
         }
     }
+
+    /// `head` for good, if it is better than the numbers that were given.
+    fn settle(&mut self, head: &Head, error: f64) {
+        if error < self.before {
+            (self.head, self.after) = (head.clone(), error);
+        }
+    }
 }
 
 /// One calibration.
 struct Run<'a, F> {
     options: &'a CalibrateOptions,
     start: Instant,
-    /// Whether there is a near part.
+    /// Whether there is a near part. Without one the mix cancels.
     near: bool,
-    /// Whether the samples that are calibrated on and those held out are different ones.
-    apart: bool,
     train: Range<usize>,
     held: Range<usize>,
+    /// Passes and steps made.
+    done: usize,
     progress: F,
 }
 
 impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
     fn run<T: Real>(mut self, judge: &mut Judge<'_, T>, old: Vec<Head>) -> Result<Vec<Found>> {
-        let variance = |judge: &Judge<'_, T>, set: &Range<usize>| -> Vec<f64> {
-            (0..old.len()).map(|head| judge.variance(head, set.clone())).collect()
-        };
-        let (train_variance, held_variance) = (variance(judge, &self.train), variance(judge, &self.held));
-        let centred = old.iter().enumerate().map(|(h, old)| {
-            let params = judge.centred(h, &old.params, self.train.clone());
-            Head { params, ..*old }
-        });
-        let mut search = Search::new(self.options, self.near, centred.collect());
-        let total = 1 + search.passes() + usize::from(self.apart) + self.options.steps;
+        let held_variance: Vec<f64> = (0..old.len()).map(|head| judge.variance(head, self.held.clone())).collect();
+        let closed: Vec<Head> = old
+            .iter()
+            .enumerate()
+            .map(|(h, old)| {
+                let params = judge.centred(h, &old.params, self.train.clone());
+                Head { params, ..*old }
+            })
+            .collect();
 
         let before = judge.errors(&old, self.held.clone(), &held_variance);
         let found = old.iter().zip(before);
         let found = found.map(|(head, before)| Found { head: head.clone(), before, closed_form: f64::INFINITY, after: before });
         let mut found: Vec<Found> = found.collect();
-        let mut done = 1;
-        self.tell(&found, done, total)?;
+        self.tell(&found)?;
 
-        for pass in 0..search.passes() {
-            let candidates = search.candidates(pass);
-            let errors = judge.errors(&candidates, self.train.clone(), &train_variance);
-            if !self.apart {
-                learn(&mut found, &candidates, &errors);
-            }
-            search.learn(candidates, errors);
-            done += 1;
-            self.tell(&found, done, total)?;
+        let mut closed = self.fit_decay(judge, closed, &found)?;
+        let given = judge.far_shares(&old, self.train.clone());
+        let limits: Vec<f64> = given.iter().map(|far| far.map_or(f64::INFINITY, |far| WORTH * far.error)).collect();
+        if self.near {
+            closed = self.fit_mix(judge, closed, &found, |h, far| far.is_below(CLOSED_FORM_SHARE, limits[h]))?;
         }
-        let closed: Vec<Head> = search.best.iter().map(|(_, head)| head.clone()).collect();
-        let errors: Vec<f64> = match self.apart {
-            true => judge.errors(&closed, self.held.clone(), &held_variance),
-            false => search.best.iter().map(|(error, _)| *error).collect(),
-        };
+        let errors = judge.errors(&closed, self.held.clone(), &held_variance);
         found.iter_mut().zip(&errors).for_each(|(found, &error)| found.closed_form = error);
-        if self.apart {
-            learn(&mut found, &closed, &errors);
-            done += 1;
-            self.tell(&found, done, total)?;
-        }
+        learn(&mut found, &closed, &errors);
+        self.tell(&found)?;
+
         if self.options.steps > 0 {
-            self.descend(judge, &mut found, &held_variance, done, total)?;
+            if self.near {
+                let heads = found.iter().map(|found| found.head.clone()).collect();
+                let heads = self.fit_mix(judge, heads, &found, |_, far| far.is_below_least_squares())?;
+                let errors = judge.errors(&heads, self.held.clone(), &held_variance);
+                learn(&mut found, &heads, &errors);
+            }
+            self.descend(judge, &mut found, &held_variance)?;
+            if self.near {
+                let heads = found.iter().map(|found| found.head.clone()).collect();
+                let heads = self.fit_mix(judge, heads, &found, |h, far| far.is_below(TRAINED_SHARE, limits[h]))?;
+                let errors = judge.errors(&heads, self.held.clone(), &held_variance);
+                found.iter_mut().zip(heads.iter().zip(&errors)).for_each(|(found, (head, &error))| found.settle(head, error));
+                self.tell(&found)?;
+            }
         }
         Ok(found)
     }
 
-    /// Adam, from the best numbers so far.
-    fn descend<T: Real>(
+    /// Passes and steps there will be.
+    fn total(&self) -> usize {
+        let decays = if self.options.decay == Fit::Train { 1 + HALF_LIVES } else { 0 };
+        let mix = if self.near { HALVINGS } else { 0 };
+        let descent = match self.options.steps {
+            0 => 0,
+            steps => steps + if self.near { 2 * HALVINGS + 1 } else { 0 },
+        };
+        1 + decays + mix + 1 + descent
+    }
+
+    /// The half-life of least error, or none.
+    fn fit_decay<T: Real>(&mut self, judge: &mut Judge<'_, T>, heads: Vec<Head>, found: &[Found]) -> Result<Vec<Head>> {
+        if self.options.decay == Fit::Keep {
+            return Ok(heads);
+        }
+        let variance: Vec<f64> = (0..heads.len()).map(|head| judge.variance(head, self.train.clone())).collect();
+        let mut best: Vec<(f64, Head)> = heads.iter().map(|head| (f64::INFINITY, head.clone())).collect();
+        for power in 0..=HALF_LIVES {
+            let log_decay = |head: &Head| if power == 0 { head.log_decay } else { -std::f64::consts::LN_2 / 2.0_f64.powi(power as i32) };
+            let tried: Vec<Head> = heads.iter().map(|head| Head { log_decay: log_decay(head), ..head.clone() }).collect();
+            let errors = judge.errors(&tried, self.train.clone(), &variance);
+            for (best, tried) in best.iter_mut().zip(errors.into_iter().zip(tried)) {
+                if tried.0 < best.0 {
+                    *best = tried;
+                }
+            }
+            self.tell(found)?;
+        }
+        Ok(best.into_iter().map(|(_, head)| head).collect())
+    }
+
+    /// The mix by bisection: `is_below` says of each head whether it should be larger.
+    fn fit_mix<T: Real>(
         &mut self,
         judge: &mut Judge<'_, T>,
-        found: &mut [Found],
-        variance: &[f64],
-        done: usize,
-        total: usize,
-    ) -> Result<()> {
+        mut heads: Vec<Head>,
+        found: &[Found],
+        is_below: impl Fn(usize, &FarShare) -> bool,
+    ) -> Result<Vec<Head>> {
+        let mut ranges = vec![MIX; heads.len()];
+        for _ in 0..HALVINGS {
+            heads.iter_mut().zip(&ranges).for_each(|(head, (low, high))| head.params.log_mix = 0.5 * (low + high));
+            let shares = judge.far_shares(&heads, self.train.clone());
+            for (h, ((low, high), far)) in ranges.iter_mut().zip(&shares).enumerate() {
+                let below = far.is_some_and(|far| is_below(h, &far));
+                *if below { low } else { high } = heads[h].params.log_mix;
+            }
+            self.tell(found)?;
+        }
+        Ok(heads)
+    }
+
+    /// Adam, from the best numbers so far.
+    fn descend<T: Real>(&mut self, judge: &mut Judge<'_, T>, found: &mut [Found], variance: &[f64]) -> Result<()> {
         let CalibrateOptions { steps, batch, learning_rate, .. } = *self.options;
-        let moved = Moved {
-            // Without a near part the mix cancels.
-            mix: self.near,
-            centers: self.options.centers == Fit::Train,
-            decay: self.options.decay == Fit::Train,
-        };
+        let moved = Moved { mix: self.near, centers: self.options.centers == Fit::Train, decay: self.options.decay == Fit::Train };
         let row_variance: Vec<f64> = (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
         let mut descents: Vec<Descent> = found.iter().map(|found| Descent::new(found.head.clone(), moved)).collect();
         let mut deck = Deck::new(self.options.seed, self.train.clone());
@@ -468,7 +496,10 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
                 let errors = judge.errors(&heads, self.held.clone(), variance);
                 learn(found, &heads, &errors);
             }
-            self.tell(found, if last { total } else { done + step + 1 }, total)?;
+            if last {
+                self.done += steps - 1 - step;
+            }
+            self.tell(found)?;
             if last {
                 break;
             }
@@ -476,9 +507,12 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         Ok(())
     }
 
-    fn tell(&mut self, found: &[Found], done: usize, total: usize) -> Result<()> {
+    /// One more pass or step is made.
+    fn tell(&mut self, found: &[Found]) -> Result<()> {
+        self.done += 1;
         let error = mean(found.iter().map(|found| found.after));
-        match (self.progress)(CalibrateProgress { done, total, error }) {
+        let progress = CalibrateProgress { done: self.done, total: self.total(), error };
+        match (self.progress)(progress) {
             ControlFlow::Continue(()) => Ok(()),
             ControlFlow::Break(()) => Err(Error::Cancelled),
         }
@@ -514,73 +548,5 @@ impl Deck {
         }
         self.dealt += count;
         self.samples[self.dealt - count..self.dealt].to_vec()
-    }
-}
-
-/// The search of the closed form, for all heads at once: what to try next.
-struct Search<'a> {
-    options: &'a CalibrateOptions,
-    near: bool,
-    /// Smallest error of each head so far, and its numbers.
-    best: Vec<(f64, Head)>,
-    /// The mix around which the present halving looks, one per head.
-    around: Vec<f64>,
-}
-
-impl<'a> Search<'a> {
-    fn new(options: &'a CalibrateOptions, near: bool, heads: Vec<Head>) -> Self {
-        Self { options, near, around: vec![0.0; heads.len()], best: heads.into_iter().map(|head| (f64::INFINITY, head)).collect() }
-    }
-
-    /// Passes that look at the heads as they are, or at decays.
-    fn decays(&self) -> usize {
-        match (self.options.decay, self.near) {
-            (Fit::Train, _) => 1 + HALF_LIVES,
-            (Fit::Keep, true) => 0,
-            (Fit::Keep, false) => 1,
-        }
-    }
-
-    fn passes(&self) -> usize {
-        // Without a near part the mix cancels: there is nothing to search.
-        self.decays() + if self.near { self.options.mix_grid + 2 * self.options.mix_halvings } else { 0 }
-    }
-
-    /// What each head should try in pass `pass`, counted from 0: decays, then mixes.
-    fn candidates(&mut self, pass: usize) -> Vec<Head> {
-        let mut heads: Vec<Head> = self.best.iter().map(|(_, head)| head.clone()).collect();
-        let decays = self.decays();
-        if pass >= decays {
-            heads.iter_mut().zip(self.mixes(pass - decays)).for_each(|(head, mix)| head.params.log_mix = mix);
-        } else if pass > 0 {
-            let log_decay = -std::f64::consts::LN_2 / 2.0_f64.powi(pass as i32);
-            heads.iter_mut().for_each(|head| head.log_decay = log_decay);
-        }
-        heads
-    }
-
-    /// The grid, then pairs of steps to the left and to the right.
-    fn mixes(&mut self, pass: usize) -> Vec<f64> {
-        let CalibrateOptions { mix_range: range, mix_grid: grid, .. } = *self.options;
-        let step = 2.0 * range / (grid - 1) as f64;
-        if pass < grid {
-            return vec![pass as f64 * step - range; self.best.len()];
-        }
-        let halving = (pass - grid) / 2;
-        let step = step * 0.5_f64.powi(halving as i32 + 1);
-        if (pass - grid).is_multiple_of(2) {
-            self.around = self.best.iter().map(|(_, head)| head.params.log_mix).collect();
-            self.around.iter().map(|mix| (mix - step).max(-range)).collect()
-        } else {
-            self.around.iter().map(|mix| (mix + step).min(range)).collect()
-        }
-    }
-
-    fn learn(&mut self, tried: Vec<Head>, errors: Vec<f64>) {
-        for (best, tried) in self.best.iter_mut().zip(errors.into_iter().zip(tried)) {
-            if tried.0 < best.0 {
-                *best = tried;
-            }
-        }
     }
 }

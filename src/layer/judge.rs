@@ -62,6 +62,41 @@ impl<T: Real> Sample<T> {
     }
 }
 
+/// What far keys add to the outputs of a head: o being the softmax outputs, n those over near keys alone, ô the linear ones.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct FarShare {
+    /// Σ (ô − n)·(o − n).
+    along: f64,
+    /// Σ (o − n)², the error without a far part.
+    whole: f64,
+    /// Σ (ô − o)².
+    pub(super) error: f64,
+}
+
+impl FarShare {
+    /// Whether the mix should be larger to add `share` of what far keys should add; or, where the error is not below `limit`
+    /// and not below that without a far part, to have the least error.
+    pub(super) fn is_below(&self, share: f64, limit: f64) -> bool {
+        match self.error < self.whole.min(limit) {
+            true => self.along < share * self.whole,
+            false => self.is_below_least_squares(),
+        }
+    }
+
+    /// Whether a multiple of what is added, larger than one, would have the least squared error: Σ (ô − n)² < Σ (ô − n)·(o − n).
+    pub(super) fn is_below_least_squares(&self) -> bool {
+        self.error + self.along < self.whole
+    }
+}
+
+impl std::ops::Add for FarShare {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self { along: self.along + other.along, whole: self.whole + other.whole, error: self.error + other.error }
+    }
+}
+
 /// One key-value head on one sample; the views are `[group, n, d]`.
 struct Part<'a, T> {
     far: FarPart<'a, T>,
@@ -86,6 +121,24 @@ impl<T: Real> Part<'_, T> {
             }
         });
         sum
+    }
+
+    /// What the far part adds, next to what it should.
+    fn far_share(&self, map: &DctMap<T>, log_decay: f64, tape: &mut Tape<T>) -> FarShare {
+        let (mut share, stride) = (FarShare::default(), self.far.value_stride());
+        self.far.forward(map, log_decay, tape, |h, queries, rows| {
+            for (i, row) in queries.zip(rows.chunks_exact(stride)) {
+                let Some((near, total)) = self.far.near(h, i) else { continue };
+                let inverse = 1.0 / total.to_f64();
+                for ((&ours, &near), &exact) in row.iter().zip(near).zip(&self.teacher.slice(s![h, i, ..])) {
+                    let (ours, exact, near) = (ours.to_f64(), exact.to_f64(), near.to_f64() * inverse);
+                    share.along += (ours - near) * (exact - near);
+                    share.whole += (exact - near).powi(2);
+                    share.error += (ours - exact).powi(2);
+                }
+            }
+        });
+        share
     }
 
     /// The gradient of Σ (ô − o)²·`weight`/2.
@@ -175,17 +228,36 @@ impl<'a, T: Real> Judge<'a, T> {
 
     /// The error of every head, relative to `variance`; infinite where it is not a number, or numbers that make no map.
     pub(super) fn errors(&mut self, heads: &[Head], set: Range<usize>, variance: &[f64]) -> Vec<f64> {
+        let len = set.len();
+        let sums = self.passes(heads, set, |part, map, log_decay, tape| part.squared_error(map, log_decay, tape));
+        let sums = sums.chunks(len).map(|sums| sums.iter().map(|sum| sum.unwrap_or(f64::INFINITY)).sum::<f64>());
+        let errors = sums.zip(variance).map(|(sum, variance)| sum / variance);
+        errors.map(|error| if error.is_nan() { f64::INFINITY } else { error }).collect()
+    }
+
+    /// What the far part of every head adds; `None` for numbers that make no map.
+    pub(super) fn far_shares(&mut self, heads: &[Head], set: Range<usize>) -> Vec<Option<FarShare>> {
+        let len = set.len();
+        let shares = self.passes(heads, set, |part, map, log_decay, tape| part.far_share(map, log_decay, tape));
+        let sum = |shares: &[Option<FarShare>]| shares.iter().copied().try_fold(FarShare::default(), |sum, share| Some(sum + share?));
+        shares.chunks(len).map(sum).collect()
+    }
+
+    /// `pass` over every head and sample, `[heads][set]`; `None` where numbers make no map.
+    fn passes<R: Send + Clone>(
+        &mut self,
+        heads: &[Head],
+        set: Range<usize>,
+        pass: impl Fn(&Part<'_, T>, &DctMap<T>, f64, &mut Tape<T>) -> R + Sync,
+    ) -> Vec<Option<R>> {
         let maps = maps(heads);
-        let mut sums = vec![f64::INFINITY; heads.len() * set.len()];
+        let mut results = vec![None; heads.len() * set.len()];
         let parts = self.parts.iter().zip(heads.iter().zip(&maps));
         let items = parts.flat_map(|(parts, head)| parts[set.clone()].iter().map(move |part| (part, head)));
-        for_each(&mut self.tapes, items.zip(&mut sums), |tape, ((part, (head, map)), sum)| {
-            if let Some(map) = map {
-                *sum = part.squared_error(map, head.log_decay, tape.get_or_insert_with(|| part.far.tape(map)));
-            }
+        for_each(&mut self.tapes, items.zip(&mut results), |tape, ((part, (head, map)), result)| {
+            *result = map.as_ref().map(|map| pass(part, map, head.log_decay, tape.get_or_insert_with(|| part.far.tape(map))));
         });
-        let errors = sums.chunks(set.len()).zip(variance).map(|(sums, variance)| sums.iter().sum::<f64>() / variance);
-        errors.map(|error| if error.is_nan() { f64::INFINITY } else { error }).collect()
+        results
     }
 
     /// The gradient of half the mean error per row over the samples `batch`, for every head; `None` where numbers make no map.
