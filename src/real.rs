@@ -2,6 +2,7 @@
 
 use std::fmt::{Debug, Display};
 use std::ops::{AddAssign, DivAssign, MulAssign, Neg, SubAssign};
+use std::sync::LazyLock;
 
 use ndarray::{LinalgScalar, ScalarOperand};
 
@@ -63,9 +64,13 @@ pub trait Real:
 // Types in a sealed trait must be `pub`, though no path leads to them.
 #[allow(unreachable_pub)]
 pub(crate) mod sealed {
-    use std::sync::Arc;
+    use std::collections::HashMap;
+    use std::sync::{Arc, Mutex, Weak};
 
     use rustdct::TransformType2And3;
+
+    /// Tables by the length they belong to, for as long as somebody uses them.
+    pub type Shared<T> = Mutex<HashMap<usize, Weak<Vec<T>>>>;
 
     /// Runs an unnormalised transform of one row in place, with scratch.
     pub type RowTransform<T> = Arc<dyn Fn(&mut [T], &mut [T]) + Send + Sync>;
@@ -96,6 +101,8 @@ pub(crate) mod sealed {
     pub trait Sealed: Sized {
         /// Plans DCTs of rows of `len` ≥ 1 elements.
         fn plan_dct(len: usize) -> RowDct<Self>;
+        /// Matrices of the DCT that maps of one dimension share: together they stay in the fastest cache.
+        fn dct_matrices() -> &'static Shared<Self>;
         /// The fastest loops this CPU can run, chosen once.
         fn ops() -> &'static crate::simd::Ops<Self>;
         /// The general matrix product of this type.
@@ -139,6 +146,10 @@ macro_rules! real {
         impl sealed::Sealed for $t {
             fn plan_dct(len: usize) -> sealed::RowDct<Self> {
                 sealed::plan(len)
+            }
+            fn dct_matrices() -> &'static sealed::Shared<Self> {
+                static MATRICES: LazyLock<sealed::Shared<$t>> = LazyLock::new(Default::default);
+                &MATRICES
             }
             fn ops() -> &'static crate::simd::Ops<Self> {
                 $select()

@@ -32,6 +32,7 @@ pub(super) fn causal<T: Real, M: FeatureMap<T>>(
 ) {
     let n = k.nrows();
     let mut start = 0;
+    state.settle(head.ops);
     while start < n {
         let width = padded((n - start).min(BLOCK));
         let end = keys(head, state, position, k, valid, start..(start + BLOCK).min(n), scratch);

@@ -6,11 +6,11 @@ use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 use crate::attention::Head;
 use crate::attention::near::{Ring, retire};
 use crate::attention::rows::normalise;
-use crate::attention::state::{HeadState, ceiling};
+use crate::attention::state::{HeadState, PENDING, Pending, ceiling};
 use crate::attention::workspace::Scratch;
 use crate::kernel::FeatureMap;
 use crate::real::Real;
-use crate::simd::{Product, padded};
+use crate::simd::padded;
 
 /// The next token of one key-value head and its group of query heads.
 ///
@@ -29,7 +29,7 @@ pub(super) fn step<T: Real, M: FeatureMap<T>>(
     scaled(k, head.scale, &mut scratch.y);
     let values = &mut scratch.v[..head.value_stride];
     values.fill(T::ZERO);
-    values.iter_mut().zip(v).for_each(|(to, &from)| *to = from);
+    scaled(v, T::ONE, values);
     let mut ring = state.ring.take();
     match &mut ring {
         Some(ring) => {
@@ -41,14 +41,13 @@ pub(super) fn step<T: Real, M: FeatureMap<T>>(
             let values = &scratch.v[..head.value_stride];
             ring.push(position, &scratch.y[..head.dim], values);
         }
-        None => weigh_key(head, state, position, scratch),
+        None => add_key(head, state, position, scratch),
     }
-    for (i, (q, out)) in q.outer_iter().zip(out.outer_iter_mut()).enumerate() {
+    for (q, out) in q.outer_iter().zip(out.outer_iter_mut()) {
         scaled(q, head.scale, &mut scratch.x);
         let total = match &ring {
             Some(ring) => read_near(head, state, ring, position, scratch),
-            // The first query's pass over the sums adds the key as well.
-            None => read(head, state, i == 0, scratch),
+            None => read(head, state, scratch),
         };
         normalise(&scratch.o, total, out);
     }
@@ -57,43 +56,53 @@ pub(super) fn step<T: Real, M: FeatureMap<T>>(
 
 /// `out = scale · row`.
 fn scaled<T: Real>(row: ArrayView1<'_, T>, scale: T, out: &mut [T]) {
-    out.iter_mut().zip(row).for_each(|(out, &x)| *out = x * scale);
-}
-
-/// The weights of the key `scratch.y` in the state's frame, into `scratch.b`, and into the normaliser.
-fn weigh_key<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &mut HeadState<T>, position: usize, scratch: &mut Scratch<T>) {
-    let Scratch { y, b, map, feature, .. } = scratch;
-    let (m, padding) = (head.features, padded(head.features));
-    head.map.key_token(&y[..head.dim], &mut b[..m], map);
-    let mut exponent = -state.decay(head.log_decay, position);
-    let ceiling = ceiling::<T>();
-    if !state.started || b.iter().zip(&state.reference).any(|(&b, &c)| b - c + exponent > ceiling) {
-        feature.copy_from_slice(&b[..m]);
-        state.rebase(head.ops, head.log_decay, position, feature);
-        exponent = T::ZERO;
+    match row.as_slice() {
+        Some(row) => out.iter_mut().zip(row).for_each(|(out, &x)| *out = x * scale),
+        None => out.iter_mut().zip(row).for_each(|(out, &x)| *out = x * scale),
     }
-    b.iter_mut().zip(&state.reference).for_each(|(b, &c)| *b = *b - c + exponent);
-    b[m..padding].fill(T::NEG_INFINITY);
-    (head.ops.exp_sum)(&mut b[..padding], T::ZERO);
-    state.norm_rest.iter_mut().zip(&b[..m]).for_each(|(rest, &weight)| *rest += weight);
-    (head.ops.fold)(&mut state.norm, &mut state.norm_rest);
 }
 
-/// Sums of the query `scratch.x` over the state into `scratch.o`; returns their normaliser. With `add_key` the weighted
-/// key `scratch.b` and its value `scratch.v` join the sums first, in the same pass.
-fn read<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &mut HeadState<T>, add_key: bool, scratch: &mut Scratch<T>) -> T {
-    let Scratch { x, a, b, v, o, map, .. } = scratch;
-    let m = head.features;
+/// The key `scratch.y`, weighted in the state's frame, and the value `scratch.v` join the pending ones.
+fn add_key<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &mut HeadState<T>, position: usize, scratch: &mut Scratch<T>) {
+    let Scratch { y, b, v, map, feature, .. } = scratch;
+    let (m, padding, stride) = (head.features, padded(head.features), head.value_stride);
+    if state.pending.len == PENDING {
+        state.settle(head.ops);
+    }
+    head.map.key_token(&y[..head.dim], &mut b[..m], map);
+    feature.copy_from_slice(&b[..m]);
+    b[m..padding].fill(T::NEG_INFINITY);
+    let weigh = |state: &HeadState<T>, feature: &[T], b: &mut [T]| {
+        let exponent = -state.decay(head.log_decay, position);
+        b.iter_mut().zip(feature.iter().zip(&state.reference)).for_each(|(b, (&feature, &c))| *b = feature - c + exponent);
+    };
+    weigh(state, feature, b);
+    if !state.started || (head.ops.slice_max)(&b[..padding]) > ceiling::<T>() {
+        state.rebase(head.ops, head.log_decay, position, feature);
+        weigh(state, feature, b);
+    }
+    (head.ops.exp_sum)(&mut b[..padding], T::ZERO);
+    let Pending { weights, values, len } = &mut state.pending;
+    weights[*len * m..][..m].copy_from_slice(&b[..m]);
+    values[*len * stride..][..stride].copy_from_slice(&v[..stride]);
+    *len += 1;
+}
+
+/// Sums of the query `scratch.x` over the state and the pending keys into `scratch.o`; returns their normaliser.
+fn read<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &HeadState<T>, scratch: &mut Scratch<T>) -> T {
+    let Scratch { x, a, o, total, map, .. } = scratch;
+    let (m, stride) = (head.features, head.value_stride);
     query_exponents(head, state, x, a, map);
     let top = (head.ops.slice_max)(&a[..padded(m)]);
     (head.ops.exp_sum)(&mut a[..padded(m)], -top);
-    let (stride, a) = (head.value_stride, &a[..m]);
-    if add_key {
-        (head.ops.add_and_read)(&mut state.sums, &mut state.sums_rest, &b[..m], &v[..stride], a, &mut o[..stride]);
-    } else {
-        read_sums(head, state, a, o);
-    }
-    normaliser(head, state, a)
+    let a = &a[..m];
+    (head.ops.vecmat)(a, &state.sums, false, &mut o[..stride]);
+    let Pending { weights, values, len } = &state.pending;
+    let scores = &mut total[..*len];
+    scores.fill(T::ZERO);
+    (head.ops.matvec)(&weights[..len * m], a, scores);
+    (head.ops.vecmat)(scores, values, true, &mut o[..stride]);
+    scores.iter().fold(normaliser(head, state, a), |sum, &score| sum + score)
 }
 
 /// Sums of the query `scratch.x` over the near keys and the state into `scratch.o`; returns their normaliser.
@@ -113,7 +122,7 @@ fn read_near<T: Real, M: FeatureMap<T>>(
         let decay = state.decay(head.log_decay, position);
         top = top.max((head.ops.slice_max)(&a[..padded(m)]) + decay);
         (head.ops.exp_sum)(&mut a[..padded(m)], decay - top);
-        read_sums(head, state, &a[..m], o);
+        (head.ops.vecmat)(&a[..m], &state.sums, false, &mut o[..stride]);
     } else {
         o[..stride].fill(T::ZERO);
     }
@@ -132,13 +141,6 @@ fn query_exponents<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &Hea
     head.map.query_token(&x[..head.dim], &mut a[..m], map);
     a.iter_mut().zip(&state.reference).for_each(|(a, &c)| *a += c);
     a[m..padded(m)].fill(T::NEG_INFINITY);
-}
-
-/// o = wᵀS.
-fn read_sums<T: Real, M>(head: &Head<'_, T, M>, state: &HeadState<T>, weights: &[T], o: &mut [T]) {
-    let (m, stride) = (weights.len(), head.value_stride);
-    let product = Product { m: 1, n: stride, k: m, a_row: m, a_col: 1, b_row: stride, c_row: stride, accumulate: false };
-    (head.ops.matmul)(product, weights, &state.sums, o);
 }
 
 /// wᵀz.

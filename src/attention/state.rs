@@ -93,11 +93,28 @@ pub(super) struct HeadState<T> {
     pub(super) reference: Vec<T>,
     /// p₀.
     pub(super) reference_position: usize,
+    /// Decoded keys that have not joined the sums yet.
+    pub(super) pending: Pending<T>,
     /// Whether any key was absorbed; until then the frame means nothing.
     pub(super) started: bool,
     /// The near part's keys and values.
     pub(super) ring: Option<Ring<T>>,
 }
+
+/// The last few decoded keys without a near part. A token then reads the sums and writes a row here; writing all of the
+/// sums, with what rounding keeps out of them, waits until there are [`PENDING`] rows.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub(super) struct Pending<T> {
+    /// Weights in the state's frame, `[PENDING, m]`.
+    pub(super) weights: Vec<T>,
+    /// `[PENDING, e_padded]`.
+    pub(super) values: Vec<T>,
+    /// Rows in use.
+    pub(super) len: usize,
+}
+
+/// Rows of [`Pending`].
+pub(super) const PENDING: usize = 16;
 
 /// By how much a key's exponent may exceed the frame. e^20 in `f32` (e^200 in `f64`) leaves room for 10^12 keys and
 /// values of [`Real::LIMIT`] before anything overflows.
@@ -108,6 +125,9 @@ pub(super) fn ceiling<T: Real>() -> T {
 impl<T: Real> HeadState<T> {
     pub(super) fn new(shape: Shape) -> Self {
         let Shape { dim, features, value_dim, near, .. } = shape;
+        let pending = if near.is_some() { 0 } else { PENDING };
+        let pending =
+            Pending { weights: vec![T::zero(); pending * features], values: vec![T::zero(); pending * padded(value_dim)], len: 0 };
         Self {
             sums: vec![T::zero(); features * padded(value_dim)],
             norm: vec![T::zero(); features],
@@ -115,6 +135,7 @@ impl<T: Real> HeadState<T> {
             norm_rest: vec![T::zero(); features],
             reference: vec![T::zero(); features],
             reference_position: 0,
+            pending,
             started: false,
             ring: near.map(|near| Ring::new(near, dim, value_dim)),
         }
@@ -122,7 +143,11 @@ impl<T: Real> HeadState<T> {
 
     /// Elements held.
     pub(super) fn len(&self) -> usize {
-        2 * (self.sums.len() + self.norm.len()) + self.reference.len() + self.ring.as_ref().map_or(0, Ring::len)
+        2 * (self.sums.len() + self.norm.len())
+            + self.reference.len()
+            + self.pending.weights.len()
+            + self.pending.values.len()
+            + self.ring.as_ref().map_or(0, Ring::len)
     }
 
     pub(super) fn reset(&mut self) {
@@ -132,6 +157,9 @@ impl<T: Real> HeadState<T> {
         self.norm_rest.fill(T::zero());
         self.reference.fill(T::zero());
         self.reference_position = 0;
+        self.pending.weights.fill(T::zero());
+        self.pending.values.fill(T::zero());
+        self.pending.len = 0;
         self.started = false;
         if let Some(ring) = &mut self.ring {
             ring.clear();
@@ -139,7 +167,7 @@ impl<T: Real> HeadState<T> {
     }
 
     /// Takes over the sums and frame of another state of this shape, without its near part.
-    pub(super) fn copy_sums(&mut self, from: &Self) {
+    pub(super) fn copy_sums(&mut self, ops: &Ops<T>, from: &Self) {
         self.sums.copy_from_slice(&from.sums);
         self.norm.copy_from_slice(&from.norm);
         self.sums_rest.copy_from_slice(&from.sums_rest);
@@ -147,6 +175,27 @@ impl<T: Real> HeadState<T> {
         self.reference.copy_from_slice(&from.reference);
         self.reference_position = from.reference_position;
         self.started = from.started;
+        self.pending.clone_from(&from.pending);
+        self.settle(ops);
+    }
+
+    /// Adds the pending keys to the sums.
+    pub(super) fn settle(&mut self, ops: &Ops<T>) {
+        let len = std::mem::take(&mut self.pending.len);
+        if len > 0 {
+            let (m, stride) = (self.norm.len(), self.sums.len() / self.norm.len());
+            for row in self.pending.weights.chunks_exact(m).take(len) {
+                self.norm_rest.iter_mut().zip(row).for_each(|(rest, &weight)| *rest += weight);
+            }
+            let product = Product { m, n: stride, k: len, a_row: 1, a_col: m, b_row: stride, c_row: stride, accumulate: true };
+            (ops.matmul)(product, &self.pending.weights, &self.pending.values, &mut self.sums_rest);
+            self.fold(ops);
+        }
+    }
+
+    fn fold(&mut self, ops: &Ops<T>) {
+        (ops.fold)(&mut self.norm, &mut self.norm_rest);
+        (ops.fold)(&mut self.sums, &mut self.sums_rest);
     }
 
     /// λ(position − p₀).
@@ -156,6 +205,7 @@ impl<T: Real> HeadState<T> {
 
     /// Moves the frame to `position` and to at least the exponents `candidate`.
     pub(super) fn rebase(&mut self, ops: &Ops<T>, log_decay: f64, position: usize, candidate: &[T]) {
+        self.settle(ops);
         let decay = self.decay(log_decay, position);
         let stride = self.sums.len() / self.norm.len();
         for (f, &candidate) in candidate.iter().enumerate() {
@@ -202,8 +252,7 @@ impl<T: Real> HeadState<T> {
         (ops.add_row_sums)(weights, &mut self.norm_rest);
         let product = Product { m, n: stride, k: tokens, a_row: width, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
         (ops.matmul)(product, weights, values, &mut self.sums_rest);
-        (ops.fold)(&mut self.norm, &mut self.norm_rest);
-        (ops.fold)(&mut self.sums, &mut self.sums_rest);
+        self.fold(ops);
     }
 
     /// Absorbs a block of keys that every later reader may see whole: scaled keys as the panel `scratch.y`, values as

@@ -258,7 +258,7 @@ impl<T: Real> Tape<T> {
     ) {
         let mut state = std::mem::take(&mut self.state);
         match start {
-            Some(start) => state.copy_sums(start),
+            Some(start) => state.copy_sums(T::ops(), start),
             None => state.reset(),
         }
         self.events.clear();

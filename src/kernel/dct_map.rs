@@ -17,7 +17,7 @@ use super::backward::Tables;
 use super::params::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides, paired};
 use super::quantile::Quantile;
 use super::sampler::{MAX_POINTS, Purpose, signs, unit_points};
-use super::transform::DctPlan;
+use super::transform::{DctPlan, shared_matrix};
 use crate::error::{Error, Result, check_positive};
 use crate::real::Real;
 use crate::simd::{DctTables, Product, padded, supports_dct};
@@ -232,8 +232,24 @@ struct Side<T> {
     /// Added to every log-feature of a token: constants and log-weights, `[m]`.
     row: Vec<T>,
     projector: Projector<T>,
-    /// The projection of a single token as a matrix, `[d, P_padded]`, while that is small enough to be the fastest.
-    token: Option<Vec<T>>,
+    /// How a single token is projected, while its matrix is small enough for that to be the fastest.
+    token: Option<TokenProjector<T>>,
+}
+
+/// The projection of a single token: a product with a matrix.
+enum TokenProjector<T> {
+    /// One DCT between diagonals per block.
+    Dct {
+        /// Cᵀ `[d, d_padded]`, shared by all maps of this dimension: with many heads their own matrices would push each
+        /// other out of the fastest cache.
+        matrix: Arc<Vec<T>>,
+        /// s, `[P]`.
+        scale: Vec<T>,
+        /// t, `[P]`.
+        radii: Vec<T>,
+    },
+    /// Everything in one, `[d, P_padded]`.
+    Matrix(Vec<T>),
 }
 
 /// How the projection u = t ⊙ C(s ⊙ z) of a panel is computed; which one is faster was measured (benches/kernel.rs).
@@ -339,14 +355,14 @@ impl<T: Real> FeatureMap<T> for DctMap<T> {
 
     fn query_token(&self, x: &[T], out: &mut [T], scratch: &mut [T]) {
         match &self.inner.query.token {
-            Some(matrix) => self.inner.token(&self.inner.query, matrix, x, out, scratch),
+            Some(projector) => self.inner.token(&self.inner.query, projector, x, out, scratch),
             None => super::token(self.features(), x, out, scratch, |width, x, out, scratch| self.query_panel(width, x, out, scratch)),
         }
     }
 
     fn key_token(&self, y: &[T], out: &mut [T], scratch: &mut [T]) {
         match &self.inner.key.token {
-            Some(matrix) => self.inner.token(&self.inner.key, matrix, y, out, scratch),
+            Some(projector) => self.inner.token(&self.inner.key, projector, y, out, scratch),
             None => super::token(self.features(), y, out, scratch, |width, y, out, scratch| self.key_panel(width, y, out, scratch)),
         }
     }
@@ -398,22 +414,42 @@ impl<T: Real> Inner<T> {
         }
     }
 
-    /// Log-features of one token of one side by the matrix `[d, P_padded]`.
-    fn token(&self, side: &Side<T>, matrix: &[T], x: &[T], out: &mut [T], scratch: &mut [T]) {
-        let (z, u) = scratch.split_at_mut(self.dim);
-        let u = &mut u[..padded(self.rows)];
-        let mut offset = [T::ZERO];
-        side.column(self.envelope, x, &mut offset);
+    /// Log-features of one token of one side.
+    fn token(&self, side: &Side<T>, projector: &TokenProjector<T>, x: &[T], out: &mut [T], scratch: &mut [T]) {
+        let (z, scratch) = scratch.split_at_mut(self.dim);
+        let (plus, minus) = out.split_at_mut(self.rows);
+        let (row, mirror_row) = side.row.split_at(self.rows);
         z.copy_from_slice(x);
         if let Some(center) = &side.center {
             z.iter_mut().zip(center).for_each(|(z, &mu)| *z -= mu);
         }
-        let (k, n) = (self.dim, u.len());
-        (T::ops().matmul)(Product { m: 1, n, k, a_row: k, a_col: 1, b_row: n, c_row: n, accumulate: false }, z, matrix, u);
-        let (plus, minus) = out.split_at_mut(self.rows);
-        let (row, mirror_row) = side.row.split_at(self.rows);
-        plus.iter_mut().zip(&*u).zip(row).for_each(|((out, &u), &row)| *out = u + (row + offset[0]));
-        minus.iter_mut().zip(&*u).zip(mirror_row).for_each(|((out, &u), &row)| *out = (row + offset[0]) - u);
+        let mut offset = [T::ZERO];
+        if self.envelope {
+            (T::ops().matvec)(z, z, &mut offset);
+            offset[0] *= T::from_f64(-0.5);
+        }
+        if let Some(tilt) = &side.tilt {
+            (T::ops().matvec)(tilt, x, &mut offset);
+        }
+        match projector {
+            TokenProjector::Dct { matrix, scale, radii } => {
+                let (scaled, u) = scratch.split_at_mut(self.dim);
+                let u = &mut u[..padded(self.dim)];
+                let blocks = scale.chunks_exact(self.dim).zip(radii.chunks_exact(self.dim));
+                for ((scale, radii), plus) in blocks.zip(plus.chunks_exact_mut(self.dim)) {
+                    scaled.iter_mut().zip(&*z).zip(scale).for_each(|((scaled, &z), &s)| *scaled = s * z);
+                    (T::ops().vecmat)(scaled, matrix, false, u);
+                    plus.iter_mut().zip(&*u).zip(radii).for_each(|((plus, &u), &t)| *plus = t * u);
+                }
+            }
+            TokenProjector::Matrix(matrix) => {
+                let u = &mut scratch[..padded(self.rows)];
+                (T::ops().vecmat)(z, matrix, false, u);
+                plus.copy_from_slice(&u[..self.rows]);
+            }
+        }
+        minus.iter_mut().zip(&*plus).zip(mirror_row).for_each(|((out, &u), &row)| *out = (row + offset[0]) - u);
+        plus.iter_mut().zip(row).for_each(|(u, &row)| *u += row + offset[0]);
     }
 }
 
@@ -422,14 +458,20 @@ impl<T: Real> Side<T> {
     fn new(params: &DctParams, own: &SideParams, other: &SideParams, dense: &[f64], row: &[f64]) -> Self {
         let unless_zero = |center: &[f64]| center.iter().any(|&c| c != 0.0).then(|| cast(center));
         let (dim, rows) = (params.dim(), params.rows());
-        let token = (rows * dim <= TOKEN_MATRIX).then(|| {
-            let (matrix, stride) = (projection_matrix(params, own, dense), padded(rows));
-            let mut transposed = vec![T::ZERO; dim * stride];
-            for (f, row) in matrix.chunks_exact(dim).enumerate() {
-                row.iter().enumerate().for_each(|(i, &w)| transposed[i * stride + f] = T::from_f64(w));
+        let token = match params.projection {
+            Projection::Dct if dim * dim <= TOKEN_MATRIX => {
+                Some(TokenProjector::Dct { matrix: shared_matrix(dim), scale: cast(&own.scale), radii: cast(&own.radii) })
             }
-            transposed
-        });
+            Projection::Mixed { .. } | Projection::Dense { .. } if rows * dim <= TOKEN_MATRIX => {
+                let (matrix, stride) = (projection_matrix(params, own, dense), padded(rows));
+                let mut transposed = vec![T::ZERO; dim * stride];
+                for (f, row) in matrix.chunks_exact(dim).enumerate() {
+                    row.iter().enumerate().for_each(|(i, &w)| transposed[i * stride + f] = T::from_f64(w));
+                }
+                Some(TokenProjector::Matrix(transposed))
+            }
+            _ => None,
+        };
         let projector = if dense.is_empty() && supports_dct(dim) {
             Projector::Lanes(lane_tables(params, own))
         } else if dense.is_empty() && dim > MATRIX_DIM {

@@ -1,7 +1,10 @@
 //! The orthonormal discrete cosine transforms, planned once per length.
 
+use std::sync::{Arc, PoisonError, Weak};
+
 use crate::real::Real;
 use crate::real::sealed::RowDct;
+use crate::simd::padded;
 
 /// Orthonormal DCT-II of the columns of a panel, and DCT-III of a row.
 ///
@@ -65,6 +68,26 @@ impl<T: Real> DctPlan<T> {
         }
         (self.row.dct3)(row, &mut scratch[..self.row.scratch_len]);
     }
+}
+
+/// Cᵀ of DCT-II with rows padded to whole lane groups, `[d, d_padded]`; the same one for all who hold it.
+pub(super) fn shared_matrix<T: Real>(len: usize) -> Arc<Vec<T>> {
+    let mut matrices = T::dct_matrices().lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(matrix) = matrices.get(&len).and_then(Weak::upgrade) {
+        return matrix;
+    }
+    let (plan, width) = (DctPlan::<f64>::new(len), padded(len));
+    let mut columns = vec![0.0; len * width];
+    (0..len).for_each(|i| columns[i * width + i] = 1.0);
+    plan.dct2_panel(width, &mut columns, &mut vec![0.0; plan.scratch_len(width)]);
+    let mut matrix = vec![T::ZERO; len * width];
+    for (f, row) in columns.chunks_exact(width).enumerate() {
+        (0..len).for_each(|i| matrix[i * width + f] = T::from_f64(row[i]));
+    }
+    let matrix = Arc::new(matrix);
+    matrices.retain(|_, matrix| matrix.strong_count() > 0);
+    matrices.insert(len, Arc::downgrade(&matrix));
+    matrix
 }
 
 #[cfg(test)]

@@ -407,71 +407,56 @@ pub(super) fn fold<S: Simd>(simd: S, sums: &mut [S::T], rest: &mut [S::T]) {
     }
 }
 
-/// `sums[f] += weight[f]·value` and `out = Σ_f read[f]·sums[f]`, in one pass over the sums `[m, e]`, e a multiple of
-/// LANES. What rounding loses goes to `rest`, as in [`fold`].
+/// `out = xᵀ·A (+ out)`, A `[k, n]` without gaps, n a multiple of LANES: the product of one token. Four chains of additions
+/// per element hide their latency, so that bits differ from [`matmul`]'s.
 #[inline(always)]
-pub(super) fn add_and_read<S: Simd>(
-    simd: S,
-    sums: &mut [S::T],
-    rest: &mut [S::T],
-    weight: &[S::T],
-    value: &[S::T],
-    read: &[S::T],
-    out: &mut [S::T],
-) {
-    let (m, e) = (weight.len(), value.len());
-    assert!(e.is_multiple_of(LANES) && sums.len() == m * e && rest.len() == m * e && read.len() == m && out.len() == e, "sums");
+pub(super) fn vecmat<S: Simd>(simd: S, x: &[S::T], a: &[S::T], accumulate: bool, out: &mut [S::T]) {
+    let n = out.len();
+    assert!(n.is_multiple_of(LANES) && a.len() >= x.len() * n, "matrix");
     let mut i = 0;
-    while i < e {
-        // SAFETY: i + 4·N ≤ e, or i + N ≤ e, in `value`, `out` and every row of the sums.
+    while i < n {
+        // SAFETY: i + 4·N ≤ n, or i + N ≤ n.
         unsafe {
-            if i + 4 * S::N <= e {
-                add_and_read_columns::<S, 4>(simd, sums, rest, weight, value, read, out, i);
+            if i + 4 * S::N <= n {
+                vecmat_columns::<S, 4>(simd, x, a, accumulate, out, i);
                 i += 4 * S::N;
             } else {
-                add_and_read_columns::<S, 1>(simd, sums, rest, weight, value, read, out, i);
+                vecmat_columns::<S, 1>(simd, x, a, accumulate, out, i);
                 i += S::N;
             }
         }
     }
 }
 
-/// C registers of columns of [`add_and_read`], from column i.
+/// C registers of columns of [`vecmat`], from column i.
 ///
 /// # Safety
-/// i + C·N ≤ e; the lengths are those that [`add_and_read`] checks.
+/// i + C·N ≤ n; the lengths are those that [`vecmat`] checks.
 #[inline(always)]
-unsafe fn add_and_read_columns<S: Simd, const C: usize>(
-    simd: S,
-    sums: &mut [S::T],
-    rest: &mut [S::T],
-    weight: &[S::T],
-    value: &[S::T],
-    read: &[S::T],
-    out: &mut [S::T],
-    i: usize,
-) {
-    let e = value.len();
+unsafe fn vecmat_columns<S: Simd, const C: usize>(simd: S, x: &[S::T], a: &[S::T], accumulate: bool, out: &mut [S::T], i: usize) {
+    let n = out.len();
     // SAFETY: the caller's promise.
     unsafe {
-        let value: [S::V; C] = std::array::from_fn(|c| simd.load(value.as_ptr().add(i + c * S::N)));
-        // Two chains, even and odd features, hide the latency of the additions.
-        let mut totals = [[simd.splat(S::T::ZERO); C]; 2];
-        for f in 0..weight.len() {
-            let (w, r) = (simd.splat(*weight.get_unchecked(f)), simd.splat(*read.get_unchecked(f)));
-            for c in 0..C {
-                let at = sums.as_mut_ptr().add(f * e + i + c * S::N);
-                let rest_at = rest.as_mut_ptr().add(f * e + i + c * S::N);
-                let old = simd.load(at);
-                let rest = simd.mul_add(w, value[c], simd.load(rest_at));
-                let sum = simd.add(old, rest);
-                simd.store(at, sum);
-                simd.store(rest_at, simd.sub(rest, simd.sub(sum, old)));
-                totals[f % 2][c] = simd.mul_add(r, sum, totals[f % 2][c]);
+        let mut sums = [[simd.splat(S::T::ZERO); C]; 4];
+        let whole = x.len() / 4 * 4;
+        for f in (0..whole).step_by(4) {
+            for (u, sums) in sums.iter_mut().enumerate() {
+                let x = simd.splat(*x.get_unchecked(f + u));
+                for (c, sum) in sums.iter_mut().enumerate() {
+                    *sum = simd.mul_add(x, simd.load(a.as_ptr().add((f + u) * n + i + c * S::N)), *sum);
+                }
+            }
+        }
+        for f in whole..x.len() {
+            let x = simd.splat(*x.get_unchecked(f));
+            for (c, sum) in sums[0].iter_mut().enumerate() {
+                *sum = simd.mul_add(x, simd.load(a.as_ptr().add(f * n + i + c * S::N)), *sum);
             }
         }
         for c in 0..C {
-            simd.store(out.as_mut_ptr().add(i + c * S::N), simd.add(totals[0][c], totals[1][c]));
+            let at = out.as_mut_ptr().add(i + c * S::N);
+            let sum = simd.add(simd.add(sums[0][c], sums[1][c]), simd.add(sums[2][c], sums[3][c]));
+            simd.store(at, if accumulate { simd.add(simd.load(at), sum) } else { sum });
         }
     }
 }

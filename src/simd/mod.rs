@@ -114,8 +114,8 @@ ops! {
     exp_sum: fn(row: &mut [T], shift: T) -> T;
     /// `sums + rest` rounded into `sums`, what rounding lost into `rest`.
     fold: fn(sums: &mut [T], rest: &mut [T]);
-    /// Adds a weighted value to the sums and reads them, in one pass.
-    add_and_read: fn(sums: &mut [T], rest: &mut [T], weight: &[T], value: &[T], read: &[T], out: &mut [T]);
+    /// `out = xᵀ·A (+ out)`
+    vecmat: fn(x: &[T], a: &[T], accumulate: bool, out: &mut [T]);
     /// `x *= a`
     scale: fn(a: T, x: &mut [T]);
     /// `out += A·x`, rows of A contiguous.

@@ -200,14 +200,15 @@ impl<T: Real> Suite<T> {
                 let dot = |i: usize| (0..len).map(|j| a[i * len + j].to_f64() * y[j].to_f64()).sum::<f64>();
                 self.close("matvec", &out, &(0..rows).map(|i| before[i].to_f64() + dot(i)).collect::<Vec<_>>(), 16 * len);
             }
-            for e in [16, 32, 64, 80] {
-                let (sums, value) = (self.random(len * e, 1.0), self.random(e, 1.0));
-                let (mut after, mut rest, mut out) = (sums.clone(), vec![T::ZERO; len * e], vec![T::from_f64(f64::NAN); e]);
-                (self.ops.add_and_read)(&mut after, &mut rest, &x, &value, &y, &mut out);
-                let added: Vec<f64> = (0..len * e).map(|i| sums[i].to_f64() + x[i / e].to_f64() * value[i % e].to_f64()).collect();
-                self.close("add_and_read sums", &after, &added, 4);
-                let read: Vec<f64> = (0..e).map(|i| (0..len).map(|f| y[f].to_f64() * added[f * e + i]).sum()).collect();
-                self.close("add_and_read", &out, &read, 16 * len);
+            for n in [16, 32, 64, 80] {
+                let (a, before) = (self.random(len * n, 1.0), self.random(n, 1.0));
+                for accumulate in [false, true] {
+                    let mut out = if accumulate { before.clone() } else { vec![T::from_f64(f64::NAN); n] };
+                    (self.ops.vecmat)(&x, &a, accumulate, &mut out);
+                    let start = |j: usize| if accumulate { before[j].to_f64() } else { 0.0 };
+                    let expected = |j| start(j) + (0..len).map(|f| x[f].to_f64() * a[f * n + j].to_f64()).sum::<f64>();
+                    self.close("vecmat", &out, &(0..n).map(expected).collect::<Vec<_>>(), 16 * len);
+                }
             }
             // A large sum and small additions, all alike: without the rest none of them would count.
             let (mut sums, mut rest) = (vec![T::ONE; len], vec![T::ZERO; len]);
