@@ -314,6 +314,35 @@ fn assert_non_finite<T: Real>(error: &Error, name: &str, index: usize, got: T) {
     assert!(value == got.to_f64() || (value.is_nan() && got.to_f64().is_nan()), "{error:?}, not {got}");
 }
 
+/// Long sequences are read while they are checked: what was read before the bad element is taken back.
+#[test]
+fn elements_beyond_the_limit_far_into_a_sequence() {
+    fn check<T: Real, A: Stream<T>>(setup: &Setup, attention: &A) {
+        let n = 700;
+        let mut witness = Witness::new(setup, attention);
+        let clean: Inputs<T> = setup.inputs(n, n).cast();
+        for (name, heads, width) in [("q", 4, 5), ("k", 2, 5), ("v", 2, 3)] {
+            for (h, i) in [(0, 255), (heads - 1, 256), (heads - 1, 699), (0, 600)] {
+                let mut inputs = clean.clone();
+                let x = match name {
+                    "q" => &mut inputs.q,
+                    "k" => &mut inputs.k,
+                    _ => &mut inputs.v,
+                };
+                x[(h, i, 1)] = T::from_f64(f64::NAN);
+                let result = attention.prefill_of(&mut witness.state, &inputs, KeyMask::All).map(|_| ());
+                let error = witness.unharmed(&format!("{name} {h} {i}"), result);
+                assert_non_finite(&error, name, (h * n + i) * width + 1, T::from_f64(f64::NAN));
+                let mut mask = vec![true; n];
+                mask[i] = false;
+                let masked = attention.causal_of(&inputs, KeyMask::Valid(&mask));
+                assert_eq!(masked.is_ok(), name != "q", "{name}");
+            }
+        }
+    }
+    for_all!(check);
+}
+
 #[test]
 fn elements_beyond_the_limit() {
     fn check<T: Real, A: Stream<T>>(setup: &Setup, attention: &A) {

@@ -3,9 +3,10 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
+use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut3, Axis, s};
 
 use crate::attention::near::{Ring, near};
+use crate::attention::rows::{Valid, is_valid};
 use crate::attention::state::Shape;
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{CausalState, KeyMask, Near, Workspace, causal, decode, full};
@@ -119,6 +120,9 @@ impl LinearConfig {
     }
 }
 
+/// Tokens of a head that a prefill checks, then reads: they stay in the cache in between. A multiple of any block.
+const SEGMENT: usize = 256;
+
 /// Largest dimension or number of heads: beyond it nothing of the kind could be allocated.
 const MAX_SIZE: usize = 1 << 20;
 
@@ -221,7 +225,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
 
     /// Scratch for every method below, for as many threads as the current pool has.
     pub fn workspace(&self) -> Workspace<T> {
-        Workspace::new(self.sizes)
+        Workspace::new(self.sizes, self.new_state().heads)
     }
 
     /// The empty state of a new sequence.
@@ -331,15 +335,40 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
         state.check(self.shape())?;
+        workspace.check(self.sizes)?;
         let n = q.shape()[1];
         check_shape("k", k, &[self.maps.len(), n, self.sizes.dim])?;
-        self.check(q, k, v, mask, out, workspace)?;
+        check_shapes(self.heads, self.maps.len(), self.sizes, q, k, v, mask, out)?;
+        // To look at all elements first would take long sequences through the cache twice.
+        let long = n > SEGMENT;
+        if long {
+            workspace.keep(&state.heads);
+        } else {
+            check_tokens(q, k, v, mask, workspace)?;
+        }
+        let clean = AtomicBool::new(true);
         let position = state.position;
         let states = state.heads.iter_mut().enumerate();
-        self.for_each_head(q, k, v, out, workspace, states, |head, state, q, k, v, out, scratch| match self.near {
-            Some(_) => near(head, state, position, q, k, v, mask.valid(), out, scratch),
-            None => causal::causal(head, state, position, q, k, v, mask.valid(), out, scratch),
+        self.for_each_head(q, k, v, out, workspace, states, |head, state, q, k, v, mut out, scratch| {
+            for start in (0..n).step_by(SEGMENT) {
+                let tokens = start..n.min(start + SEGMENT);
+                let (rows, heads) = (s![tokens.clone(), ..], s![.., tokens.clone(), ..]);
+                let (q, k, v, out) = (q.slice(heads), k.slice(rows), v.slice(rows), out.slice_mut(heads));
+                let valid = mask.valid().map(|valid| &valid[tokens]);
+                if long && !(q.outer_iter().all(|q| tokens_fit(q, None)) && tokens_fit(k, valid) && tokens_fit(v, valid)) {
+                    clean.store(false, Ordering::Relaxed);
+                    return;
+                }
+                match self.near {
+                    Some(_) => near(head, state, position + start, q, k, v, valid, out, scratch),
+                    None => causal::causal(head, state, position + start, q, k, v, valid, out, scratch),
+                }
+            }
         });
+        if !clean.into_inner() {
+            state.heads.iter_mut().zip(&workspace.snapshot).for_each(|(state, kept)| state.copy(kept));
+            return check_tokens(q, k, v, mask, workspace);
+        }
         state.position += n;
         Ok(())
     }
@@ -417,7 +446,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
         workspace.check(self.sizes)?;
-        check_tokens(self.heads, self.maps.len(), self.sizes, q, k, v, mask, out, workspace)
+        check_shapes(self.heads, self.maps.len(), self.sizes, q, k, v, mask, out)?;
+        check_tokens(q, k, v, mask, workspace)
     }
 
     /// Runs `work` once per key-value head, with the head's own of `states` and its share of every argument.
@@ -440,8 +470,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     }
 }
 
-/// The checks at the door of every pass over many tokens.
-pub(super) fn check_tokens<T: Real>(
+/// Whether the arguments of a pass over many tokens fit each other.
+pub(super) fn check_shapes<T: Real>(
     heads: usize,
     kv_heads: usize,
     sizes: Sizes,
@@ -450,7 +480,6 @@ pub(super) fn check_tokens<T: Real>(
     v: &ArrayRef3<T>,
     mask: KeyMask<'_>,
     out: &ArrayRef3<T>,
-    workspace: &mut Workspace<T>,
 ) -> Result<()> {
     let n = q.shape()[1];
     check_shape("q", q, &[heads, n, sizes.dim])?;
@@ -458,18 +487,16 @@ pub(super) fn check_tokens<T: Real>(
     if n == 0 {
         return Err(Error::Empty { argument: "q" });
     }
-    check_all("q", q, None, workspace)?;
-    check_keys(kv_heads, sizes, k, v, mask, workspace)
+    check_key_shapes(kv_heads, sizes, k, v, mask)
 }
 
-/// The checks of keys, values and their mask.
-pub(super) fn check_keys<T: Real>(
+/// Whether keys, values and their mask fit each other.
+pub(super) fn check_key_shapes<T: Real>(
     kv_heads: usize,
     sizes: Sizes,
     k: &ArrayRef3<T>,
     v: &ArrayRef3<T>,
     mask: KeyMask<'_>,
-    workspace: &mut Workspace<T>,
 ) -> Result<()> {
     let n = k.shape()[1];
     check_shape("k", k, &[kv_heads, n, sizes.dim])?;
@@ -477,38 +504,56 @@ pub(super) fn check_keys<T: Real>(
     if n == 0 {
         return Err(Error::Empty { argument: "k" });
     }
-    if let Some(valid) = mask.valid() {
-        check_len("mask", n, valid.len())?;
-    }
+    mask.valid().map_or(Ok(()), |valid| check_len("mask", n, valid.len()))
+}
+
+/// Whether every element is in range.
+pub(super) fn check_tokens<T: Real>(
+    q: &ArrayRef3<T>,
+    k: &ArrayRef3<T>,
+    v: &ArrayRef3<T>,
+    mask: KeyMask<'_>,
+    workspace: &mut Workspace<T>,
+) -> Result<()> {
+    check_all("q", q, None, workspace)?;
+    check_keys(k, v, mask, workspace)
+}
+
+/// Whether every element of a valid key and its value is in range.
+pub(super) fn check_keys<T: Real>(k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>, workspace: &mut Workspace<T>) -> Result<()> {
     check_all("k", k, mask.valid(), workspace)?;
     check_all("v", v, mask.valid(), workspace)
 }
 
 /// Every element of every valid token is in range: all heads at once, on all threads.
 fn check_all<T: Real>(argument: &'static str, x: &ArrayRef3<T>, valid: Option<&[bool]>, workspace: &mut Workspace<T>) -> Result<()> {
-    let limit = T::from_f64(T::LIMIT);
-    let token_fits = |row: ArrayView1<'_, T>| match row.to_slice() {
-        Some(row) => (T::ops().all_within)(row, limit),
-        None => row.iter().all(|&x| within(x, limit)),
-    };
     let clean = AtomicBool::new(true);
     threads::for_each(&mut workspace.scratches, x.outer_iter(), |_, rows| {
-        let fits = match (rows.to_slice(), valid) {
-            (Some(rows), None) => (T::ops().all_within)(rows, limit),
-            _ => rows.outer_iter().enumerate().all(|(j, row)| valid.is_some_and(|valid| !valid[j]) || token_fits(row)),
-        };
-        if !fits {
+        if !tokens_fit(rows, valid) {
             clean.store(false, Ordering::Relaxed);
         }
     });
     if clean.into_inner() {
         return Ok(());
     }
-    let tokens = x.shape()[1];
+    let (tokens, limit) = (x.shape()[1], T::from_f64(T::LIMIT));
     let bad = x.rows().into_iter().enumerate().filter(|(row, _)| valid.is_none_or(|valid| valid[row % tokens]));
     let mut bad = bad.flat_map(|(row, x)| x.into_iter().enumerate().map(move |(i, &value)| (row, i, value)));
     match bad.find(|(_, _, value)| !within(*value, limit)) {
         Some((row, i, value)) => Err(Error::NonFinite { argument, index: row * x.shape()[2] + i, limit: T::LIMIT, got: value.to_f64() }),
         None => Ok(()),
+    }
+}
+
+/// Whether every element of every valid token is in range.
+fn tokens_fit<T: Real>(rows: ArrayView2<'_, T>, valid: Valid<'_>) -> bool {
+    let limit = T::from_f64(T::LIMIT);
+    let token_fits = |row: ArrayView1<'_, T>| match row.to_slice() {
+        Some(row) => (T::ops().all_within)(row, limit),
+        None => row.iter().all(|&x| within(x, limit)),
+    };
+    match (rows.to_slice(), valid) {
+        (Some(rows), None) => (T::ops().all_within)(rows, limit),
+        _ => rows.outer_iter().enumerate().all(|(j, row)| !is_valid(valid, j) || token_fits(row)),
     }
 }

@@ -44,6 +44,19 @@ impl<T: Real> Ring<T> {
         self.slots.iter().map(|slot| slot.keys.len() + slot.values.len()).sum()
     }
 
+    /// Takes over another ring; without allocating if it is of this shape.
+    pub(super) fn copy(&mut self, from: &Self) {
+        self.chunk = from.chunk;
+        if self.slots.len() != from.slots.len() {
+            self.slots.clone_from(&from.slots);
+        }
+        for (slot, from) in self.slots.iter_mut().zip(&from.slots) {
+            slot.keys.clone_from(&from.keys);
+            slot.values.clone_from(&from.values);
+            slot.valid.clone_from(&from.valid);
+        }
+    }
+
     pub(super) fn clear(&mut self) {
         self.slots.iter_mut().for_each(Slot::clear);
     }
@@ -245,7 +258,7 @@ fn queries<T: Real, M: FeatureMap<T>>(
             for i in band..band + rows {
                 let row = &mut p[i * stride + at..][..slot_width];
                 let end = if age == 0 { within + i + 1 } else { ring.chunk };
-                row[end..].fill(T::NEG_INFINITY);
+                row[end..columns].fill(T::NEG_INFINITY);
                 if masked {
                     for (score, _) in row.iter_mut().zip(&slot.valid).filter(|(_, valid)| !**valid) {
                         *score = T::NEG_INFINITY;
@@ -254,8 +267,10 @@ fn queries<T: Real, M: FeatureMap<T>>(
             }
         }
     }
+    // Where the scores of a band's queries end: the own chunk comes last.
+    let scores = |i: usize| i * stride..i * stride + back * slot_width + padded(within + tokens.min(i / LANES * LANES + LANES));
     for (i, top) in top.iter_mut().enumerate() {
-        *top = if i < tokens { (head.ops.slice_max)(&p[i * stride..(i + 1) * stride]) } else { T::zero() };
+        *top = if i < tokens { (head.ops.slice_max)(&p[scores(i)]) } else { T::zero() };
     }
 
     // The far part shares the row's largest exponent with the near one.
@@ -274,7 +289,7 @@ fn queries<T: Real, M: FeatureMap<T>>(
         o[..tokens * stride_v].fill(T::zero());
     }
     for i in 0..tokens {
-        let row = &mut p[i * stride..(i + 1) * stride];
+        let row = &mut p[scores(i)];
         if top[i] > T::NEG_INFINITY {
             total[i] += (head.ops.exp_sum)(row, -top[i]);
         } else {

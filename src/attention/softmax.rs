@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
 
-use crate::attention::linear::{check_keys, check_scale, check_size, check_tokens};
+use crate::attention::linear::{check_key_shapes, check_keys, check_scale, check_shapes, check_size, check_tokens};
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{KeyMask, Near, Workspace};
@@ -153,7 +153,7 @@ impl<T: Real> ExactAttention<T> {
 
     /// Scratch for every method below.
     pub fn workspace(&self) -> Workspace<T> {
-        Workspace::new(self.sizes())
+        Workspace::new(self.sizes(), Vec::new())
     }
 
     /// The empty cache of a new sequence.
@@ -292,7 +292,8 @@ impl<T: Real> ExactAttention<T> {
     ) -> Result<()> {
         self.check_cache(cache)?;
         workspace.check(self.sizes())?;
-        check_keys(self.config.kv_heads, self.sizes(), k, v, mask, workspace)?;
+        check_key_shapes(self.config.kv_heads, self.sizes(), k, v, mask)?;
+        check_keys(k, v, mask, workspace)?;
         let (position, scale) = (cache.position, self.root_scale());
         let items = cache.heads.iter_mut().zip(k.outer_iter().zip(v.outer_iter()));
         threads::for_each(&mut workspace.scratches, items, |scratch, (cache, (k, v))| {
@@ -363,7 +364,8 @@ impl<T: Real> ExactAttention<T> {
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
         workspace.check(self.sizes())?;
-        check_tokens(self.config.heads, self.config.kv_heads, self.sizes(), q, k, v, mask, out, workspace)
+        check_shapes(self.config.heads, self.config.kv_heads, self.sizes(), q, k, v, mask, out)?;
+        check_tokens(q, k, v, mask, workspace)
     }
 
     fn check_cache(&self, cache: &KvCache<T>) -> Result<()> {

@@ -166,17 +166,32 @@ impl<T: Real> HeadState<T> {
         }
     }
 
+    /// Takes over everything of another state; without allocating if it is of this shape.
+    pub(super) fn copy(&mut self, from: &Self) {
+        self.copy_far(from);
+        match (&mut self.ring, &from.ring) {
+            (Some(ring), Some(from)) => ring.copy(from),
+            (ring, from) => ring.clone_from(from),
+        }
+    }
+
     /// Takes over the sums and frame of another state of this shape, without its near part.
     pub(super) fn copy_sums(&mut self, ops: &Ops<T>, from: &Self) {
-        self.sums.copy_from_slice(&from.sums);
-        self.norm.copy_from_slice(&from.norm);
-        self.sums_rest.copy_from_slice(&from.sums_rest);
-        self.norm_rest.copy_from_slice(&from.norm_rest);
-        self.reference.copy_from_slice(&from.reference);
+        self.copy_far(from);
+        self.settle(ops);
+    }
+
+    fn copy_far(&mut self, from: &Self) {
+        self.sums.clone_from(&from.sums);
+        self.norm.clone_from(&from.norm);
+        self.sums_rest.clone_from(&from.sums_rest);
+        self.norm_rest.clone_from(&from.norm_rest);
+        self.reference.clone_from(&from.reference);
         self.reference_position = from.reference_position;
         self.started = from.started;
-        self.pending.clone_from(&from.pending);
-        self.settle(ops);
+        self.pending.weights.clone_from(&from.pending.weights);
+        self.pending.values.clone_from(&from.pending.values);
+        self.pending.len = from.pending.len;
     }
 
     /// Adds the pending keys to the sums.

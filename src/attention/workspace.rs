@@ -33,6 +33,8 @@ pub(super) struct Sizes {
 pub struct Workspace<T> {
     sizes: Sizes,
     pub(super) scratches: Vec<Scratch<T>>,
+    /// Where a long prefill keeps the state it started from, until all its arguments are known to be good.
+    pub(super) snapshot: Vec<HeadState<T>>,
 }
 
 /// What one thread works in. Panels are `[rows, width]` with `width` ≤ BLOCK.
@@ -69,8 +71,16 @@ pub(super) struct Scratch<T> {
 }
 
 impl<T: Real> Workspace<T> {
-    pub(super) fn new(sizes: Sizes) -> Self {
-        Self { sizes, scratches: vec![Scratch::new(sizes); max_threads()] }
+    pub(super) fn new(sizes: Sizes, snapshot: Vec<HeadState<T>>) -> Self {
+        Self { sizes, scratches: vec![Scratch::new(sizes); max_threads()], snapshot }
+    }
+
+    /// Keeps `states` in the snapshot.
+    pub(super) fn keep(&mut self, states: &[HeadState<T>]) {
+        if self.snapshot.len() != states.len() {
+            self.snapshot = states.to_vec();
+        }
+        self.snapshot.iter_mut().zip(states).for_each(|(kept, state)| kept.copy(state));
     }
 
     /// The one scratch of work that stays on the calling thread.
@@ -95,7 +105,8 @@ impl<T: Real> Workspace<T> {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        self.scratches.iter().map(Scratch::len).sum::<usize>() * size_of::<T>()
+        let snapshot = self.snapshot.iter().map(HeadState::len);
+        self.scratches.iter().map(Scratch::len).chain(snapshot).sum::<usize>() * size_of::<T>()
     }
 }
 

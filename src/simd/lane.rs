@@ -34,7 +34,7 @@ pub(super) trait Simd: Copy {
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// To the nearest integer, for magnitudes up to 2^20.
     fn round(self, a: Self::V) -> Self::V;
-    /// a·2ⁿ for integral n from −2^20 to the exponent range; zero (or denormal) below it.
+    /// a·2ⁿ for integral n from −2^20 to the exponent range; zero (or nearly) below it.
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V;
     /// Whether every lane is a number of at most this magnitude.
     fn within(self, a: Self::V, limit: Self::V) -> bool;
