@@ -199,8 +199,8 @@ pub(super) fn mixed(mut z: u64) -> u64 {
 /// ```
 #[derive(Debug, Clone)]
 pub struct DijiangAttention<T> {
-    projections: Projections<T>,
-    linear: LinearAttention<T, DctMap<T>>,
+    pub(super) projections: Projections<T>,
+    pub(super) linear: LinearAttention<T, DctMap<T>>,
 }
 
 /// What one sequence leaves behind for its next tokens, at constant size, with the scratch memory of a step.
@@ -318,6 +318,15 @@ impl<T: Real> DijiangAttention<T> {
         check_len("log_decay", self.projections.config().kv_heads, log_decay.len())?;
         let linear = linear(&self.projections, self.maps().to_vec(), self.near(), log_decay)?;
         Ok(Self { linear, ..self })
+    }
+
+    /// Other projection weights, of the same shapes: those of a step of training, say. Maps, near part and decay stay.
+    ///
+    /// # Errors
+    /// As [`AttentionWeights::check`].
+    pub fn with_weights(self, weights: AttentionWeights<T>) -> Result<Self> {
+        let projections = Projections::new(self.projections.config().clone(), Arc::new(weights))?;
+        Ok(Self { projections, ..self })
     }
 
     /// Maps and decays at once, of the lengths and dimensions there were.

@@ -32,6 +32,7 @@
 //! 20 tokens lie within the exact near part of the linear layer (two chunks of 64), so here it equals softmax attention; older
 //! tokens go through its DCT maps, which [`DijiangAttention::calibrate`] fits to your own hidden states.
 
+mod backward;
 mod calibrate;
 mod config;
 mod descent;
@@ -42,6 +43,7 @@ mod rotary;
 mod softmax;
 mod weights;
 
+pub use backward::LayerGradients;
 pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport};
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};

@@ -191,6 +191,14 @@ impl<T: Real> Projections<T> {
         projected
     }
 
+    /// Turns rows `[n, h·d]` of a whole sequence back by the rotary embedding.
+    pub(crate) fn unrotate(&self, rows: &mut Array2<T>) {
+        let width = rows.ncols();
+        if let Some(rotary) = &self.rotary {
+            rotary.unrotate(slice_mut(rows), width);
+        }
+    }
+
     /// `[n, h·d]` seen as `[h, n, d]`.
     pub(crate) fn heads<'a>(&self, rows: &'a Array2<T>) -> ArrayView3<'a, T> {
         let (n, width) = rows.dim();

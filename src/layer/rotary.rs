@@ -186,6 +186,16 @@ impl RotaryTable {
 
     /// Turns every head of every row; row j (`row_len` elements) is the token at `start` + j.
     pub(crate) fn rotate<T: Real>(&self, rows: &mut [T], row_len: usize, start: usize, angles: &mut Angles<T>) {
+        self.turn_rows(rows, row_len, start, angles, 1.0);
+    }
+
+    /// Turns everything back that [`rotate`](Self::rotate) turned from position 0: its transpose.
+    pub(crate) fn unrotate<T: Real>(&self, rows: &mut [T], row_len: usize) {
+        self.turn_rows(rows, row_len, 0, &mut self.angles(), -1.0);
+    }
+
+    /// `direction` is 1 or −1.
+    fn turn_rows<T: Real>(&self, rows: &mut [T], row_len: usize, start: usize, angles: &mut Angles<T>, direction: f64) {
         for (j, row) in rows.chunks_exact_mut(row_len).enumerate() {
             let position = start + j;
             if j == 0 || position.is_multiple_of(SPAN) {
@@ -195,7 +205,7 @@ impl RotaryTable {
             }
             let fine = &self.fine[position % SPAN * self.frequencies.len()..];
             for ((whole, &(c, s)), &(cb, sb)) in angles.whole.iter_mut().zip(&angles.coarse).zip(fine) {
-                *whole = (T::from_f64(c * cb - s * sb), T::from_f64(s * cb + c * sb));
+                *whole = (T::from_f64(c * cb - s * sb), T::from_f64(direction * (s * cb + c * sb)));
             }
             for head in row.chunks_exact_mut(self.head_dim) {
                 self.rotate_head(head, &angles.whole);
