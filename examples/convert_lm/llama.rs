@@ -78,6 +78,12 @@ impl<A: Attention<f32>> Llama<A> {
     }
 
     /// The attention layers, first block first.
+    #[allow(dead_code, reason = "for fine_tune")]
+    pub(crate) fn attention(&self) -> &[A] {
+        &self.attention
+    }
+
+    /// As [`attention`](Self::attention).
     pub(crate) fn attention_mut(&mut self) -> &mut [A] {
         &mut self.attention
     }

@@ -1,0 +1,185 @@
+//! Fine-tunes the weights of exchanged attention layers without a training framework: layer by layer, by regression on what
+//! the softmax model makes of the same text.
+//!
+//! Each layer reads the hidden states of the linear model so far and learns to bring them to those of the softmax model: errors
+//! of earlier layers are corrected on the way. Gradients come from `DijiangAttention::backward`, steps are Adam's.
+//!
+//! ```sh
+//! cargo run --release --example fine_tune
+//! cargo run --release --example fine_tune -- --pure
+//! ```
+
+#[path = "../convert_lm/checkpoint.rs"]
+#[allow(dead_code, reason = "shared with convert_lm")]
+mod checkpoint;
+#[path = "../convert_lm/config.rs"]
+#[allow(dead_code, reason = "shared with convert_lm")]
+mod config;
+#[path = "../convert_lm/error.rs"]
+#[allow(dead_code, reason = "shared with convert_lm")]
+mod error;
+#[path = "../convert_lm/evaluate.rs"]
+#[allow(dead_code, reason = "shared with convert_lm")]
+mod evaluate;
+#[path = "../convert_lm/llama.rs"]
+#[allow(dead_code, reason = "shared with convert_lm")]
+mod llama;
+#[path = "../convert_lm/product.rs"]
+mod product;
+#[path = "../convert_lm/progress.rs"]
+mod progress;
+mod regression;
+#[path = "../convert_lm/text.rs"]
+mod text;
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::Parser;
+use dijiang::attention::{KeyMask, Near};
+use dijiang::layer::{Attention, CalibrateOptions, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention};
+use ndarray::{Array2, ArrayView2};
+use rayon::prelude::*;
+
+use crate::error::{Error, Result};
+use crate::evaluate::bits_per_byte;
+use crate::llama::Llama;
+use crate::progress::Progress;
+use crate::regression::{Options, fit};
+use crate::text::Text;
+
+/// Exchange the attention of a byte-level LLaMA-format model, calibrate it, fine-tune its weights, and measure each.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Args {
+    /// Directory with config.json, model.safetensors, calibration.txt and valid.txt
+    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
+    model: PathBuf,
+    /// Windows of valid.txt to measure on; 0 means all
+    #[arg(long, value_name = "N", default_value_t = 40)]
+    windows: usize,
+    /// Windows of calibration.txt to learn from; every eighth is held out
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    samples: usize,
+    /// Steps of calibration
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    calibration_steps: usize,
+    /// Steps of fine-tuning, per layer
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    steps: usize,
+    /// Windows in every step
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    batch: usize,
+    /// Length of the first steps of fine-tuning, relative to the size of a matrix's elements
+    #[arg(long, value_name = "X", default_value_t = 0.02)]
+    learning_rate: f64,
+    /// No exact near part, but decay: linear attention alone
+    #[arg(long)]
+    pure: bool,
+    /// Print one JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+fn main() -> ExitCode {
+    match run(&Args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: &Args) -> Result<()> {
+    let softmax = Llama::load(&args.model)?;
+    let context = softmax.config().context;
+    let valid = Text::read(&args.model.join("valid.txt"), context)?;
+    let windows = if args.windows == 0 { valid.windows() } else { args.windows.min(valid.windows()) };
+    let text = Text::read(&args.model.join("calibration.txt"), context)?;
+    let samples: Vec<&[u8]> = text.spread(args.samples).collect();
+
+    let progress = Progress::new();
+    let start = Instant::now();
+    let options = DijiangOptions::new().with_near((!args.pure).then(|| Near::new(64, 1)));
+    let exchanged = softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options.clone()))?;
+    progress.stage("calibrating", softmax.config().layers);
+    let calibrated = calibrate(&softmax, exchanged, &samples, args, || progress.tick())?;
+    let calibration_seconds = start.elapsed().as_secs_f64();
+    let start = Instant::now();
+    progress.stage("fine-tuning", softmax.config().layers * args.steps);
+    let tuned = fine_tune(&softmax, &calibrated, &samples, args, || progress.tick())?;
+    let seconds = start.elapsed().as_secs_f64();
+
+    progress.stage("measuring", 3 * windows);
+    let tick = || progress.tick();
+    let softmax_bpb = bits_per_byte(&softmax, &valid, windows, tick)?;
+    let calibrated_bpb = bits_per_byte(&calibrated, &valid, windows, tick)?;
+    let tuned_bpb = bits_per_byte(&tuned, &valid, windows, tick)?;
+    progress.finish();
+    if args.json {
+        println!(
+            "{}",
+            serde_json::json!({
+                "softmax_bpb": softmax_bpb, "calibrated_bpb": calibrated_bpb, "fine_tuned_bpb": tuned_bpb, "windows": windows,
+                "tokens": samples.iter().map(|sample| sample.len()).sum::<usize>(),
+                "calibration_seconds": calibration_seconds, "fine_tuning_seconds": seconds,
+            })
+        );
+    } else {
+        println!("bits per byte on {windows} windows of {context} bytes");
+        println!("  softmax      {softmax_bpb:.4}");
+        println!("  calibrated   {calibrated_bpb:.4}   maps only, {calibration_seconds:.0} s");
+        println!("  fine-tuned   {tuned_bpb:.4}   and q, k, v, o, {seconds:.0} s");
+    }
+    Ok(())
+}
+
+/// The maps of every layer, by the softmax model's hidden states.
+fn calibrate(
+    softmax: &Llama<SoftmaxAttention<f32>>,
+    mut model: Llama<DijiangAttention<f32>>,
+    samples: &[&[u8]],
+    args: &Args,
+    tick: impl Fn(),
+) -> Result<Llama<DijiangAttention<f32>>> {
+    let decay = if args.pure { Fit::Train } else { Fit::Keep };
+    let options = CalibrateOptions::new().with_steps(args.calibration_steps).with_batch(args.batch).with_decay(decay);
+    let mut hidden: Vec<Array2<f32>> = samples.iter().map(|sample| softmax.embed(sample)).collect();
+    for l in 0..softmax.config().layers {
+        let inputs: Vec<Array2<f32>> = hidden.par_iter().map(|x| softmax.attention_input(l, x)).collect();
+        let views: Vec<ArrayView2<'_, f32>> = inputs.iter().map(|input| input.view()).collect();
+        model.attention_mut()[l].calibrate(&views, &options, |_| ControlFlow::Continue(())).map_err(Error::in_layer(l))?;
+        hidden.par_iter_mut().try_for_each(|x| softmax.block(l, x))?;
+        tick();
+    }
+    Ok(model)
+}
+
+/// The weights of every layer, first block first.
+fn fine_tune(
+    softmax: &Llama<SoftmaxAttention<f32>>,
+    calibrated: &Llama<DijiangAttention<f32>>,
+    samples: &[&[u8]],
+    args: &Args,
+    tick: impl Fn() + Sync,
+) -> Result<Llama<DijiangAttention<f32>>> {
+    let mut model = calibrated.exchange(|layer| Ok(layer.clone()))?;
+    let mut teacher: Vec<Array2<f32>> = samples.iter().map(|sample| softmax.embed(sample)).collect();
+    let mut student = teacher.clone();
+    let options = Options { steps: args.steps, batch: args.batch, learning_rate: args.learning_rate };
+    for l in 0..softmax.config().layers {
+        let pairs = teacher.par_iter().zip(&student).map(|(teacher, student)| {
+            let exact = softmax.attention()[l].forward(&softmax.attention_input(l, teacher), KeyMask::All).map_err(Error::in_layer(l))?;
+            Ok((softmax.attention_input(l, student), exact + teacher - student))
+        });
+        let pairs = pairs.collect::<Result<Vec<_>>>()?;
+        let layer = fit(&model.attention()[l], &pairs, &options, &tick).map_err(Error::in_layer(l))?;
+        model.attention_mut()[l] = layer;
+        teacher.par_iter_mut().try_for_each(|x| softmax.block(l, x))?;
+        student.par_iter_mut().try_for_each(|x| model.block(l, x))?;
+    }
+    Ok(model)
+}
