@@ -50,9 +50,11 @@ const HALVINGS: usize = 12;
 /// Share of the softmax outputs' far part that the far part of a map in closed form should make up. Half: what such a map
 /// gets wrong harms a model more than what it leaves out, which looks to the model like a shorter text.
 const CLOSED_FORM_SHARE: f64 = 0.5;
-/// The same after steps by gradient: all of it. The mix of least error would be smaller, as for any noisy estimate, in a
-/// way that all tokens of a text share, and models bear that worse than noise.
+/// The same after at least [`TRAINED`] steps by gradient: all of it. The mix of least error would be smaller, as for any noisy
+/// estimate, in a way that all tokens of a text share, and models bear that worse than noise. In between after fewer.
 const TRAINED_SHARE: f64 = 1.0;
+/// Steps after which a map counts as trained.
+const TRAINED: f64 = 50.0;
 /// Neither share is worth an error above so much of the one before.
 const WORTH: f64 = 0.97;
 /// One of so many samples is held out.
@@ -408,10 +410,11 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
                 let errors = judge.errors(&heads, self.held.clone(), &held_variance);
                 learn(&mut found, &heads, &errors);
             }
-            self.descend(judge, &mut found, &held_variance)?;
+            let steps = self.descend(judge, &mut found, &held_variance)?;
             if self.near {
+                let share = CLOSED_FORM_SHARE + (TRAINED_SHARE - CLOSED_FORM_SHARE) * (steps as f64 / TRAINED).min(1.0);
                 let heads = found.iter().map(|found| found.head.clone()).collect();
-                let heads = self.fit_mix(judge, heads, &found, |h, far| far.is_below(TRAINED_SHARE, limits[h]))?;
+                let heads = self.fit_mix(judge, heads, &found, |h, far| far.is_below(share, limits[h]))?;
                 let errors = judge.errors(&heads, self.held.clone(), &held_variance);
                 found.iter_mut().zip(heads.iter().zip(&errors)).for_each(|(found, (head, &error))| found.settle(head, error));
                 self.tell(&found)?;
@@ -473,18 +476,20 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         Ok(heads)
     }
 
-    /// Adam, from the best numbers so far.
-    fn descend<T: Real>(&mut self, judge: &mut Judge<'_, T>, found: &mut [Found], variance: &[f64]) -> Result<()> {
+    /// Adam, from the best numbers so far; returns the number of steps made.
+    fn descend<T: Real>(&mut self, judge: &mut Judge<'_, T>, found: &mut [Found], variance: &[f64]) -> Result<usize> {
         let CalibrateOptions { steps, batch, learning_rate, .. } = *self.options;
         let moved = Moved { mix: self.near, centers: self.options.centers == Fit::Train, decay: self.options.decay == Fit::Train };
         let row_variance: Vec<f64> = (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
         let mut descents: Vec<Descent> = found.iter().map(|found| Descent::new(found.head.clone(), moved)).collect();
         let mut deck = Deck::new(self.options.seed, self.train.clone());
+        let mut made = 0;
         for step in 0..steps {
             let passed = self.options.seconds.map_or(0.0, |seconds| self.start.elapsed().as_secs_f64() / seconds);
             let passed = passed.max(step as f64 / steps as f64);
             let last = passed >= 1.0 || step + 1 == steps;
             if passed < 1.0 {
+                made += 1;
                 let batch = deck.deal(batch.min(self.train.len()));
                 let heads: Vec<Head> = descents.iter().map(|descent| descent.head.clone()).collect();
                 let slopes = judge.slopes(&heads, &batch, &row_variance);
@@ -504,7 +509,7 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
                 break;
             }
         }
-        Ok(())
+        Ok(made)
     }
 
     /// One more pass or step is made.
