@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::Near;
-use dijiang::kernel::{DctParams, Pairing, Sides};
+use dijiang::kernel::{DctParams, Pairing, Projection, Sides};
 use dijiang::layer::{
     AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateReport, Causality, DijiangAttention, DijiangOptions, Fit,
     SoftmaxAttention,
@@ -124,6 +124,20 @@ fn centres_move_only_when_asked() {
     let plain = CalibrateOptions::new();
     assert_eq!(center(&plain), center(&plain.clone().with_steps(20)));
     assert_ne!(center(&plain), center(&plain.clone().with_centers(Fit::Train)));
+}
+
+#[test]
+fn projections_become_matrices_only_when_asked() {
+    let samples = texts();
+    let options = CalibrateOptions::new().with_steps(100);
+    let (mut plain, mut dense) = (layer(near()), layer(near()));
+    let of_plain = calibrate(&mut plain, &samples, &options);
+    let of_dense = calibrate(&mut dense, &samples, &options.with_projection(Fit::Train));
+    let is_dense =
+        |layer: &DijiangAttention<f64>| layer.maps().iter().all(|map| matches!(map.params().projection, Projection::Dense { .. }));
+    assert!(!is_dense(&plain) && is_dense(&dense));
+    assert_eq!(of_dense.before(), of_plain.before());
+    assert!(of_dense.after() < 0.95 * of_plain.after(), "{of_dense:?}, {of_plain:?}");
 }
 
 /// Whatever the steps are like, the layer is never worse than it was given.

@@ -291,6 +291,25 @@ fn columns_do_not_depend_on_width_or_neighbours() {
 // ---- what the kernel is --------------------------------------------------------------------------------------------
 
 #[test]
+fn a_projection_written_out_is_the_same_map() {
+    let x = Array2::from_shape_vec((9, 12), normals(9 * 12, 77)).unwrap();
+    for mixing in [Mixing::None, Mixing::Mixed] {
+        let config = DctMapConfig::new(12).with_blocks(3).with_mixing(mixing).with_pairing(Pairing::Antithetic);
+        let mut params = config.with_envelope(Envelope::Gaussian).params().unwrap();
+        for (side, seed) in [(&mut params.query, 78), (&mut params.key, 79)] {
+            side.center.iter_mut().chain(&mut side.scale).zip(normals(48, seed)).for_each(|(number, by)| *number += by);
+        }
+        let dense = params.to_dense();
+        assert!(matches!(dense.projection, Projection::Dense { .. }));
+        assert_eq!(dense.to_dense(), dense);
+        let (plain, dense) = (DctMap::<f64>::from_params(params).unwrap(), DctMap::<f64>::from_params(dense).unwrap());
+        let close = |a: Array2<f64>, b: Array2<f64>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-11 * b.abs().max(1.0));
+        assert!(close(dense.query_log_features(&x).unwrap(), plain.query_log_features(&x).unwrap()), "{mixing:?}");
+        assert!(close(dense.key_log_features(&x).unwrap(), plain.key_log_features(&x).unwrap()), "{mixing:?}");
+    }
+}
+
+#[test]
 fn centring_changes_the_error_only() {
     // Far from the origin: without centres the estimate is useless, with them it is exp(x·y).
     let d = 8;

@@ -30,8 +30,11 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
     /// Length of the first steps
-    #[arg(long, value_name = "X", default_value_t = 0.02)]
+    #[arg(long, value_name = "X", default_value_t = 0.1)]
     pub(crate) learning_rate: f64,
+    /// Fit the projections themselves, as dense matrices: better, and slower per token
+    #[arg(long)]
+    pub(crate) dense: bool,
     /// Calibrate for minutes instead of seconds
     #[arg(long)]
     thorough: bool,

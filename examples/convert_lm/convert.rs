@@ -50,7 +50,13 @@ pub(crate) fn convert(
     let [closed_form] = models;
 
     let start = Instant::now();
-    let trained = closed.with_steps(args.steps()).with_batch(args.batch()).with_learning_rate(args.learning_rate).with_seed(args.seed);
+    let projection = if args.dense { Fit::Train } else { Fit::Keep };
+    let trained = closed
+        .with_projection(projection)
+        .with_steps(args.steps())
+        .with_batch(args.batch())
+        .with_learning_rate(args.learning_rate)
+        .with_seed(args.seed);
     let reports = calibrate(softmax, &mut calibrated, &[trained.clone(), trained.with_decay(Fit::Train)], samples, &tick)?;
     let calibration_seconds = start.elapsed().as_secs_f64();
     let [calibrated, pure] = calibrated;

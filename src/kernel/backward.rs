@@ -14,7 +14,7 @@
 use std::fmt::Debug;
 
 use super::FeatureMap;
-use super::dct_map::DctMap;
+use super::dct_map::{DctMap, projection_matrix};
 use super::favor::FavorMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, SideParams};
 use crate::real::Real;
@@ -280,32 +280,13 @@ fn scales(side: &SideParams, f: usize) -> &[f64] {
     &side.scale[block * dim..][..dim]
 }
 
-/// W of both sides, `[P, d]`: the projection with radii and scales of one, read off the unit vectors.
+/// W of both sides, `[P, d]`: the projection with radii and scales of one.
 fn unit_projections(params: &DctParams) -> (Vec<f64>, Vec<f64>) {
     if let Some((query, key)) = dense(params) {
         return (query.to_vec(), key.to_vec());
     }
-    let (dim, rows) = (params.dim(), params.rows());
-    let side = SideParams { center: vec![0.0; dim], scale: vec![1.0; rows], radii: vec![1.0; rows] };
-    let bare = DctParams {
-        projection: params.projection.clone(),
-        envelope: Envelope::None,
-        pairing: Pairing::Single,
-        query: side.clone(),
-        key: side,
-        log_weight: vec![0.0; rows],
-        log_mix: 0.0,
-        ..*params
-    };
-    let width = padded(dim);
-    let mut unit = vec![0.0; dim * width];
-    unit.iter_mut().step_by(width + 1).for_each(|x| *x = 1.0);
-    let mut panel = vec![0.0; rows * width];
-    // `params` was checked when the map was built, and ones and zeros are no worse.
-    if let Ok(map) = DctMap::<f64>::from_params(bare) {
-        map.query_panel(width, &unit, &mut panel, &mut vec![0.0; map.scratch_len(width)]);
-    }
-    let unit: Vec<f64> = panel.chunks_exact(width).flat_map(|row| row[..dim].iter().copied()).collect();
+    let ones = vec![1.0; params.rows()];
+    let unit = projection_matrix(params, &SideParams { center: Vec::new(), scale: ones.clone(), radii: ones }, &[]);
     (unit.clone(), unit)
 }
 

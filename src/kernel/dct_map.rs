@@ -575,7 +575,7 @@ fn lane_tables<T: Real>(params: &DctParams, own: &SideParams) -> Vec<Vec<DctTabl
 }
 
 /// The projection as a matrix W `[P, d]`, u = W z: the transforms, run on the unit vectors in f64, or the dense rows.
-fn projection_matrix(params: &DctParams, own: &SideParams, dense: &[f64]) -> Vec<f64> {
+pub(super) fn projection_matrix(params: &DctParams, own: &SideParams, dense: &[f64]) -> Vec<f64> {
     let dim = params.dim();
     if !dense.is_empty() {
         let row = |(w, &t): (&[f64], &f64)| -> Vec<f64> { w.iter().zip(&own.scale).map(|(w, s)| t * w * s).collect() };

@@ -76,7 +76,7 @@ pub enum Fit {
 pub struct CalibrateOptions {
     /// Steps by gradient after the closed form; 0 for the closed form alone. Default: 60.
     pub steps: usize,
-    /// Length of the first steps, in every number; it falls to 0 as half a cosine. Default: 0.02.
+    /// Length of the first steps, in every number; it falls to 0 as half a cosine. Default: 0.1.
     pub learning_rate: f64,
     /// Samples in every step, all of them if there are fewer. Default: 8.
     pub batch: usize,
@@ -84,6 +84,9 @@ pub struct CalibrateOptions {
     pub decay: Fit,
     /// The centres by gradient; from the means they start in any case. Default: [`Fit::Keep`].
     pub centers: Fit,
+    /// The projection itself, every element of it: see [`DctParams::to_dense`](crate::kernel::DctParams::to_dense) for what that costs
+    /// per token. Default: [`Fit::Keep`].
+    pub projection: Fit,
     /// Seconds after which the steps end, their lengths having fallen to 0 by then; the closed form always finishes.
     /// With it the result depends on the machine and its load. Default: none.
     pub seconds: Option<f64>,
@@ -93,7 +96,16 @@ pub struct CalibrateOptions {
 
 impl Default for CalibrateOptions {
     fn default() -> Self {
-        Self { steps: 60, learning_rate: 0.02, batch: 8, decay: Fit::Keep, centers: Fit::Keep, seconds: None, seed: 0 }
+        Self {
+            steps: 60,
+            learning_rate: 0.1,
+            batch: 8,
+            decay: Fit::Keep,
+            centers: Fit::Keep,
+            projection: Fit::Keep,
+            seconds: None,
+            seed: 0,
+        }
     }
 }
 
@@ -131,6 +143,12 @@ impl CalibrateOptions {
     #[must_use]
     pub fn with_centers(self, centers: Fit) -> Self {
         Self { centers, ..self }
+    }
+
+    /// Whether to fit the projection itself.
+    #[must_use]
+    pub fn with_projection(self, projection: Fit) -> Self {
+        Self { projection, ..self }
     }
 
     /// Seconds after which the steps end.
@@ -481,7 +499,11 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         let CalibrateOptions { steps, batch, learning_rate, .. } = *self.options;
         let moved = Moved { mix: self.near, centers: self.options.centers == Fit::Train, decay: self.options.decay == Fit::Train };
         let row_variance: Vec<f64> = (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
-        let mut descents: Vec<Descent> = found.iter().map(|found| Descent::new(found.head.clone(), moved)).collect();
+        let first = |found: &Found| match self.options.projection {
+            Fit::Keep => found.head.clone(),
+            Fit::Train => Head { params: found.head.params.to_dense(), ..found.head },
+        };
+        let mut descents: Vec<Descent> = found.iter().map(|found| Descent::new(first(found), moved)).collect();
         let mut deck = Deck::new(self.options.seed, self.train.clone());
         let mut made = 0;
         for step in 0..steps {
