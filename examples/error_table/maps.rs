@@ -27,16 +27,8 @@ pub(crate) struct Moments {
 
 impl Kind {
     /// In the order of the table.
-    pub(crate) const ALL: [Self; 8] = [
-        Self::Paper,
-        Self::Centred,
-        Self::Mixed,
-        Self::Oprf,
-        Self::FavorIid,
-        Self::Favor,
-        Self::FavorCentred,
-        Self::Calibrated,
-    ];
+    pub(crate) const ALL: [Self; 8] =
+        [Self::Paper, Self::Centred, Self::Mixed, Self::Oprf, Self::FavorIid, Self::Favor, Self::FavorCentred, Self::Calibrated];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
