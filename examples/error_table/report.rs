@@ -24,7 +24,7 @@ pub(crate) fn print(report: &Report, svg: &Path) {
 
 fn table(input: &InputReport) -> Table {
     let mut table = Table::new();
-    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.load_style(presets::UTF8_FULL_CONDENSED);
     let features = || input.rows.iter().take(1).flat_map(|row| &row.points).map(|point| point.features);
     let header = std::iter::once("map".to_owned());
     let header = header.chain(features().map(|m| format!("error\nm = {m}"))).chain(features().map(|m| format!("KL\nm = {m}")));
@@ -97,19 +97,20 @@ fn panel(area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, input: &Inp
     let equal = input.equal_weights.error;
     let (left, right) = points().fold((f64::MAX, 0.0_f64), |(low, high), (m, _)| (low.min(m), high.max(m)));
     let (bottom, top) = points().fold((equal, equal), |(low, high), (_, error)| (low.min(error), high.max(error)));
-    let (left, right) = (left / 1.1, right * 1.1);
+    let (left, right, bottom, top) = (left / 1.1, right * 1.1, bottom.max(1e-9) / 1.2, top.max(1e-9) * 1.2);
+    let ranges = ((left..right).log_scale().base(2.0), (bottom..top).log_scale().with_key_points(ticks(bottom, top)));
     let mut chart = ChartBuilder::on(area)
         .caption(format!("{}, {} heads", input.name, input.heads), ("sans-serif", 15))
         .margin(10)
         .x_label_area_size(44)
         .y_label_area_size(64)
-        .build_cartesian_2d((left..right).log_scale().base(2.0), (bottom.max(1e-9) / 1.4..top.max(1e-9) * 1.4).log_scale())?;
+        .build_cartesian_2d(ranges.0, ranges.1)?;
     chart
         .configure_mesh()
         .x_desc("features m")
         .y_desc("relative output error")
         .x_label_formatter(&|m| format!("{m:.0}"))
-        .y_label_formatter(&|error| number(*error))
+        .y_label_formatter(&|error| error.to_string())
         .label_style(("sans-serif", 14))
         .light_line_style(WHITE)
         .draw()?;
@@ -121,6 +122,18 @@ fn panel(area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, input: &Inp
     Ok(())
 }
 
+/// Round numbers between `bottom` and `top`, the fewer per decade the more decades there are.
+fn ticks(bottom: f64, top: f64) -> Vec<f64> {
+    let digits: &[u32] = match top / bottom {
+        ratio if ratio < 10.0 => &[10, 15, 20, 30, 40, 50, 60, 80],
+        ratio if ratio < 1e3 => &[10, 20, 50],
+        _ => &[10],
+    };
+    // Read from text, so that they are written as short as they are.
+    let all = (-11..12).flat_map(|power| digits.iter().filter_map(move |digits| format!("{digits}e{power}").parse().ok()));
+    all.filter(|tick| (bottom..top).contains(tick)).collect()
+}
+
 /// One entry per map and one for equal weights, in two columns.
 fn draw_legend(area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, input: &InputReport, width: i32) -> Result<()> {
     let names = input.rows.iter().map(|row| row.map).chain(["equal weights for all keys (dashed)"]);
@@ -129,7 +142,7 @@ fn draw_legend(area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, input
     for (i, (name, color)) in names.zip(colors).enumerate() {
         let (x, y) = (70 + (i / per_column) as i32 * (width / 2), 12 + (i % per_column) as i32 * 21);
         area.draw(&PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)))?;
-        area.draw(&Text::new(name, (x + 30, y - 7), ("sans-serif", 14)))?;
+        area.draw(&Text::new(name, (x + 30, y - 5), ("sans-serif", 14)))?;
     }
     Ok(())
 }
