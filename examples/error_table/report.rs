@@ -125,7 +125,7 @@ fn panel(area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, input: &Inp
 /// Round numbers between `bottom` and `top`, the fewer per decade the more decades there are.
 fn ticks(bottom: f64, top: f64) -> Vec<f64> {
     let digits: &[u32] = match top / bottom {
-        ratio if ratio < 10.0 => &[10, 15, 20, 30, 40, 50, 60, 80],
+        ratio if ratio < 20.0 => &[10, 15, 20, 30, 40, 50, 60, 80],
         ratio if ratio < 1e3 => &[10, 20, 50],
         _ => &[10],
     };
