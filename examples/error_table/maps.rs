@@ -39,7 +39,7 @@ impl Kind {
             Self::FavorIid => "FAVOR+, iid rows",
             Self::Favor => "FAVOR+, orthogonal rows",
             Self::FavorCentred => "FAVOR+, orthogonal rows + centres",
-            Self::Calibrated => "DCT map + centres, calibrated by gradient",
+            Self::Calibrated => "DCT map + centres, calibrated",
         }
     }
 
