@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use common::{Random, argument, assert_close, assert_same_bits, cast};
-use dijiang::attention::{KeyMask, Near};
+use dijiang::attention::{ExactConfig, KeyMask, Near};
 use dijiang::kernel::{DctMap, DctMapConfig, Envelope, FeatureMap, Mixing, Pairing, Points, Radial, Sides};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateProgress, Causality, DijiangAttention, DijiangOptions,
@@ -272,6 +272,34 @@ fn both_layers_are_their_formulas() {
             check("full linear", linear.forward(&x, mask).unwrap(), expected(Some(linear.maps()), Pairs::full()));
         }
     }
+}
+
+#[test]
+fn projected_heads_are_what_attention_is_computed_from() {
+    let (config, layer) = (grouped(), softmax(grouped(), 3));
+    let (x, weights) = (hidden(70, &config, 7), layer.weights());
+    let (q, k, v) = layer.project(&x).unwrap();
+    let rotary = config.rotary.as_ref();
+    for (what, heads, weight, bias, count, rotary) in [
+        ("q", &q, &weights.q, &weights.q_bias, 6, rotary),
+        ("k", &k, &weights.k, &weights.k_bias, 3, rotary),
+        ("v", &v, &weights.v, &weights.v_bias, 3, None),
+    ] {
+        assert_eq!(heads.dim(), (count, 70, 6), "{what}");
+        let expected = projected(&x, weight, bias, count, rotary);
+        heads.outer_iter().zip(&expected).for_each(|(head, expected)| assert_close(what, &head.to_owned(), expected, 1e-12));
+    }
+
+    let exact = ExactConfig::new(6, 6).with_kv_heads(3).build().unwrap();
+    let heads = exact.causal(&q, &k, &v, KeyMask::All).unwrap();
+    let views: Vec<_> = heads.outer_iter().collect();
+    let y = concatenate(Axis(1), &views).unwrap().dot(&weights.o.t()) + weights.o_bias.as_ref().unwrap();
+    assert_close("outputs", &y, &layer.forward(&x, KeyMask::All).unwrap(), 1e-12);
+
+    assert_eq!(layer.project(&x.slice(s![.., ..23])).unwrap_err(), Error::Shape { argument: "x", axis: 1, expected: 24, got: 23 });
+    assert_eq!(layer.project(&x.slice(s![..0, ..])).unwrap_err(), Error::Empty { argument: "x" });
+    let huge = x.mapv(|v| v.signum() * 9e99);
+    assert!(matches!(layer.project(&huge), Err(Error::NonFinite { argument: "q" | "k" | "v", .. })));
 }
 
 #[test]

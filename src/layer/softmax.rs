@@ -6,12 +6,12 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayRef1, ArrayRef2};
+use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2};
 
 use crate::attention::{ExactAttention, ExactConfig, KeyMask, KvCache, Near, Workspace};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, check_elements};
 use crate::layer::config::{AttentionConfig, Causality};
-use crate::layer::projection::{Projections, StepScratch};
+use crate::layer::projection::{Projected, Projections, StepScratch};
 use crate::layer::weights::AttentionWeights;
 use crate::layer::{Attention, check_causal};
 use crate::real::Real;
@@ -102,6 +102,24 @@ impl<T: Real> SoftmaxAttention<T> {
         }
         let exact = exact(&self.projections, near)?;
         Ok(Self { exact, ..self })
+    }
+
+    /// Queries, keys and values of every head, after the rotary embedding: what the layer's attention is computed from, for
+    /// looking at it or for attention of another kind. Positions count from 0. Allocates.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, D]`, returns `[h, n, d]`, `[h_kv, n, d]`, `[h_kv, n, d]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Empty`] and [`Error::NonFinite`], as [`forward`](Attention::forward).
+    pub fn project(&self, x: &ArrayRef2<T>) -> Result<(Array3<T>, Array3<T>, Array3<T>)> {
+        self.projections.check_sequence("x", x)?;
+        let Projected { q, k, v } = self.projections.project(x, 0);
+        for (argument, rows) in [("q", &q), ("k", &k), ("v", &v)] {
+            check_elements(argument, rows)?;
+        }
+        let heads = |rows: Array2<T>| self.projections.heads(&rows).as_standard_layout().into_owned();
+        Ok((heads(q), heads(k), heads(v)))
     }
 
     pub(crate) fn projections(&self) -> &Projections<T> {
