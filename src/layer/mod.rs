@@ -39,6 +39,8 @@ mod dijiang;
 mod judge;
 mod projection;
 mod rotary;
+#[cfg(feature = "safetensors")]
+mod saving;
 mod softmax;
 mod weights;
 
@@ -46,6 +48,8 @@ pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, H
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
+#[cfg(feature = "safetensors")]
+pub use saving::{load_layers, load_maps, save_layers, save_maps};
 pub use softmax::{SoftmaxAttention, SoftmaxState};
 pub use weights::AttentionWeights;
 
