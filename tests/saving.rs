@@ -485,7 +485,7 @@ fn absurd_sizes() {
             result.err().iter().for_each(|error| assert!(named(error).starts_with("self_attn."), "{error}"));
         }
     }
-    let mut parts = Parts::open(&save_layers(&[small()]).unwrap());
+    let mut parts = Parts::open(&save_layers([&small()]).unwrap());
     for (layers, name) in [("18446744073709551615", "model.layers.1.self_attn.dijiang.model_dim"), ("0", "dijiang.layers")] {
         parts.notes.insert("dijiang.layers".to_owned(), layers.to_owned());
         assert_eq!(named(&load_layers::<f32>(&parts.bytes()).unwrap_err()), name);
@@ -637,7 +637,7 @@ fn maps_of_another_layer() {
         assert_eq!(named(&error), format!("self_attn.dijiang.{what}"), "{error}");
         assert_same(what, &own, &before);
     }
-    let error = own.load_maps(&save_maps(&[before.clone()]).unwrap()).unwrap_err();
+    let error = own.load_maps(&save_maps([&before]).unwrap()).unwrap_err();
     assert_eq!(named(&error), "self_attn.dijiang.model_dim", "a file of several layers: {error}");
 
     // All coordinates by number are all coordinates.

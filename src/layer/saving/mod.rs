@@ -84,7 +84,8 @@ impl<T: Real> DijiangAttention<T> {
     /// file are ignored.
     ///
     /// # Cost
-    /// One copy of the weights, and what building the maps costs. Never more memory than a small multiple of the file.
+    /// One copy of the weights, and what building the maps costs. No size in the file takes memory before a tensor of that size
+    /// has been found in it.
     ///
     /// # Errors
     /// [`Error::Format`], naming what is missing, damaged, of another shape or type (weights are never converted), out of its
@@ -109,7 +110,11 @@ impl<T: Real> DijiangAttention<T> {
     /// Takes over maps, decays and near part that [`save_maps`](Self::save_maps) wrote, whatever they were here: with the same
     /// weights, the layer then gives the same bits as the saved one. States made before belong to another layer then.
     ///
-    /// Files are not bound to an element type: maps of an `f64` layer fit an `f32` one.
+    /// Files are not bound to an element type: maps of an `f64` layer fit an `f32` one. Nor to weights, of which they know nothing:
+    /// that config and weights are those the maps were made for is checked of the config alone.
+    ///
+    /// # Cost
+    /// What building the maps costs. The weights are neither copied nor looked at.
     ///
     /// # Errors
     /// [`Error::Format`] as [`from_safetensors`](Self::from_safetensors), and for a layer of another config. After an error the
@@ -122,6 +127,9 @@ impl<T: Real> DijiangAttention<T> {
 
 /// The layers of a model in one safetensors file, each as [`DijiangAttention::to_safetensors`] writes it, under `model.layers.{l}.`.
 ///
+/// # Cost
+/// One allocation of the file's size.
+///
 /// # Errors
 /// [`Error::Empty`] without layers, [`Error::TooLarge`] for more heads than a safetensors header can list.
 pub fn save_layers<'a, T: Real>(layers: impl IntoIterator<Item = &'a DijiangAttention<T>>) -> Result<Vec<u8>> {
@@ -132,6 +140,9 @@ pub fn save_layers<'a, T: Real>(layers: impl IntoIterator<Item = &'a DijiangAtte
 }
 
 /// The layers that [`save_layers`] wrote, in their order.
+///
+/// # Cost
+/// That of each layer, one after another; the file's bytes may be mapped rather than read.
 ///
 /// # Errors
 /// As [`DijiangAttention::from_safetensors`].
