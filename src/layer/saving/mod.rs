@@ -110,8 +110,8 @@ impl<T: Real> DijiangAttention<T> {
     /// Takes over maps, decays and near part that [`save_maps`](Self::save_maps) wrote, whatever they were here: with the same
     /// weights, the layer then gives the same bits as the saved one. States made before belong to another layer then.
     ///
-    /// Files are not bound to an element type: maps of an `f64` layer fit an `f32` one. Nor to weights, of which they know nothing:
-    /// that config and weights are those the maps were made for is checked of the config alone.
+    /// Files are not bound to an element type: maps of an `f64` layer fit an `f32` one. The configs are compared;
+    /// other weights of the same config are not noticed.
     ///
     /// # Cost
     /// What building the maps costs. The weights are neither copied nor looked at.
