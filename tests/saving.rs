@@ -576,7 +576,8 @@ fn other_versions_and_unknown_words() {
         assert_eq!(named(&error), name, "{error}");
         error.to_string()
     };
-    assert_eq!(refused_note("dijiang.version", "2"), "dijiang.version must be 1, got 2");
+    assert_eq!(refused_note("dijiang.version", "2"), r#"dijiang.version must be 1, got "2""#);
+    assert!(refused_note("dijiang.version", &"µ\u{1b}".repeat(100_000)).len() < 500, "a message stays readable");
     let envelope = refused_note("self_attn.dijiang.0.envelope", "Gauss");
     assert_eq!(envelope, r#"self_attn.dijiang.0.envelope must be none or gaussian, got "Gauss""#);
     for name in ["causality", "near", "biases", "rotary", "rotary.scaling", "0.projection", "0.pairing", "0.sides"] {

@@ -28,6 +28,14 @@ pub(super) fn fault(name: impl ToString, expected: impl ToString, got: impl ToSt
     Error::Format { name: name.to_string(), expected: expected.to_string(), got: got.to_string() }
 }
 
+/// What a file says, short enough for a message.
+fn quoted(text: &str) -> String {
+    match text.char_indices().nth(40) {
+        Some((end, _)) => format!("{:?}…", &text[..end]),
+        None => format!("{text:?}"),
+    }
+}
+
 /// A fault that a constructor found in what lies at `place`.
 fn fault_at(place: &str, expected: &str, error: Error) -> Error {
     fault(place.trim_end_matches('.'), expected, error)
@@ -42,7 +50,7 @@ impl<'a> File<'a> {
         let file = Self { metadata, data };
         match file.note("dijiang.version")? {
             VERSION => Ok(file),
-            other => Err(fault("dijiang.version", VERSION, other)),
+            other => Err(fault("dijiang.version", VERSION, quoted(other))),
         }
     }
 
@@ -54,7 +62,7 @@ impl<'a> File<'a> {
     /// A number in the metadata.
     fn number<N: FromStr>(&self, name: &str, expected: &str) -> Result<N> {
         let note = self.note(name)?;
-        note.parse().map_err(|_| fault(name, expected, format!("{note:?}")))
+        note.parse().map_err(|_| fault(name, expected, quoted(note)))
     }
 
     fn count(&self, name: &str) -> Result<usize> {
@@ -70,7 +78,7 @@ impl<'a> File<'a> {
         let found = W::ALL.iter().find(|choice| choice.word() == note);
         found.copied().ok_or_else(|| {
             let words: Vec<_> = W::ALL.iter().map(|choice| choice.word()).collect();
-            fault(name, words.join(" or "), format!("{note:?}"))
+            fault(name, words.join(" or "), quoted(note))
         })
     }
 
@@ -128,7 +136,7 @@ impl<'a> File<'a> {
             let name = format!("{place}dijiang.{name}");
             let got = self.note(&name)?;
             if got != value {
-                return Err(fault(name, format!("{value} as in this layer"), got));
+                return Err(fault(name, format!("{value} as in this layer"), quoted(got)));
             }
         }
         self.heads(place, projections.clone())
@@ -158,7 +166,7 @@ impl<'a> File<'a> {
                 high_freq_factor: factor("rotary.high_freq_factor")?,
                 original_context: self.count(&name("rotary.original_context"))?,
             },
-            other => return Err(fault(name("rotary.scaling"), "none, linear or llama3", format!("{other:?}"))),
+            other => return Err(fault(name("rotary.scaling"), "none, linear or llama3", quoted(other))),
         };
         let (base, pairing) = (factor("rotary.base")?, self.choice(&name("rotary"))?);
         Ok(config.with_rotary(Rotary { base, dims, pairing, scaling }))
@@ -175,7 +183,7 @@ impl<'a> File<'a> {
         let note = format!("{place}dijiang.biases");
         let biases = self.note(&note)?;
         if !biases.chars().all(|which| "qkvo".contains(which)) {
-            return Err(fault(note, "some of the letters qkvo", format!("{biases:?}")));
+            return Err(fault(note, "some of the letters qkvo", quoted(biases)));
         }
         let bias = |which: char| {
             let bias = || self.tensor(&format!("{place}{which}_proj.bias"), &weights_shape(config, which)[..1], T::LIMIT);
@@ -189,7 +197,7 @@ impl<'a> File<'a> {
         let near = match self.note(&name("near"))? {
             "none" => None,
             "chunks" => Some(Near::new(self.count(&name("near.chunk"))?, self.count(&name("near.back"))?)),
-            other => return Err(fault(name("near"), "none or chunks", format!("{other:?}"))),
+            other => return Err(fault(name("near"), "none or chunks", quoted(other))),
         };
         let dim = projections.head_dim();
         let head = |h: usize| {
@@ -218,7 +226,7 @@ impl<'a> File<'a> {
                 let (query, key) = (numbers("dense.query", &[rows, dim])?, numbers("dense.key", &[rows, dim])?);
                 (Projection::Dense { query, key }, dim)
             }
-            other => return Err(fault(name("projection"), "dct, mixed or dense", format!("{other:?}"))),
+            other => return Err(fault(name("projection"), "dct, mixed or dense", quoted(other))),
         };
         let side = |side: &str| {
             let (center, scale) = (numbers(&format!("{side}.center"), &[dim])?, numbers(&format!("{side}.scale"), &[scales])?);
