@@ -100,6 +100,16 @@ pub enum Error {
         /// What it cannot be combined with.
         other: &'static str,
     },
+    /// A file that is damaged, of another version, or of another layer.
+    #[error("{name} must be {expected}, got {got}")]
+    Format {
+        /// The tensor or metadata entry, by its whole name; `file` for the file itself.
+        name: String,
+        /// What would fit, in words.
+        expected: String,
+        /// What was found instead.
+        got: String,
+    },
     /// A progress callback asked to stop.
     #[error("cancelled by the caller; nothing was changed")]
     Cancelled,

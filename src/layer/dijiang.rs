@@ -302,9 +302,7 @@ impl<T: Real> DijiangAttention<T> {
     /// # Errors
     /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of zero.
     pub fn with_near(self, near: Option<Near>) -> Result<Self> {
-        if near.is_some() && self.projections.config().causality == Causality::Bidirectional {
-            return Err(Error::Conflict { argument: "near", other: "bidirectional attention" });
-        }
+        check_near(&self.projections, near)?;
         let linear = linear(&self.projections, self.maps().to_vec(), near, self.log_decay().to_vec())?;
         Ok(Self { linear, ..self })
     }
@@ -335,9 +333,25 @@ impl<T: Real> DijiangAttention<T> {
         Ok(())
     }
 
+    /// A layer of its parts: as many maps and decays as key-value heads, of the head dimension.
+    #[cfg(feature = "safetensors")]
+    pub(super) fn from_parts(projections: Projections<T>, maps: Vec<DctMap<T>>, near: Option<Near>, log_decay: Vec<f64>) -> Result<Self> {
+        check_near(&projections, near)?;
+        let linear = linear(&projections, maps, near, log_decay)?;
+        Ok(Self { projections, linear })
+    }
+
     pub(crate) fn projections(&self) -> &Projections<T> {
         &self.projections
     }
+}
+
+/// A near part needs a direction.
+fn check_near<T: Real>(projections: &Projections<T>, near: Option<Near>) -> Result<()> {
+    if near.is_some() && projections.config().causality == Causality::Bidirectional {
+        return Err(Error::Conflict { argument: "near", other: "bidirectional attention" });
+    }
+    Ok(())
 }
 
 /// The linear attention of a layer.

@@ -31,6 +31,10 @@
 //!
 //! 20 tokens lie within the exact near part of the linear layer (two chunks of 64), so here it equals softmax attention; older
 //! tokens go through its DCT maps, which [`DijiangAttention::calibrate`] fits to your own hidden states.
+//!
+//! With the feature `safetensors`, layers and calibrated maps go to files and come back with the same bits:
+//! `DijiangAttention::{to_safetensors, from_safetensors}` and `{save_maps, load_maps}` for one layer, `save_layers`, `load_layers`,
+//! `save_maps` and `load_maps` for a model.
 
 mod backward;
 mod calibrate;
@@ -40,6 +44,8 @@ mod dijiang;
 mod judge;
 mod projection;
 mod rotary;
+#[cfg(feature = "safetensors")]
+mod saving;
 mod softmax;
 mod weights;
 
@@ -48,6 +54,8 @@ pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, H
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
+#[cfg(feature = "safetensors")]
+pub use saving::{load_layers, load_maps, save_layers, save_maps};
 pub use softmax::{SoftmaxAttention, SoftmaxState};
 pub use weights::AttentionWeights;
 

@@ -1,0 +1,272 @@
+//! [`File`]: what a file says, each part checked as it is read.
+
+use std::str::FromStr;
+use std::sync::Arc;
+
+use ndarray::{Array1, Array2};
+use safetensors::tensor::{Dtype, Metadata, TensorInfo};
+use safetensors::{SafeTensorError, SafeTensors};
+
+use super::{MAX_HEADER, VERSION, Word, config_notes, dtype, weights_shape};
+use crate::attention::Near;
+use crate::error::{Error, Result, within};
+use crate::kernel::{DctMap, DctParams, Pairing, Projection, SideParams};
+use crate::layer::config::AttentionConfig;
+use crate::layer::dijiang::DijiangAttention;
+use crate::layer::projection::Projections;
+use crate::layer::rotary::{Rotary, RotaryScaling};
+use crate::layer::weights::AttentionWeights;
+use crate::real::Real;
+
+/// A file whose header is sound. Every count in it that leads to memory being taken is first compared with a tensor's shape.
+pub(super) struct File<'a> {
+    metadata: Metadata,
+    data: &'a [u8],
+}
+
+pub(super) fn fault(name: impl ToString, expected: impl ToString, got: impl ToString) -> Error {
+    Error::Format { name: name.to_string(), expected: expected.to_string(), got: got.to_string() }
+}
+
+/// What a file says, short enough for a message.
+fn quoted(text: &str) -> String {
+    match text.char_indices().nth(40) {
+        Some((end, _)) => format!("{:?}…", &text[..end]),
+        None => format!("{text:?}"),
+    }
+}
+
+/// A fault that a constructor found in what lies at `place`.
+fn fault_at(place: &str, expected: &str, error: Error) -> Error {
+    fault(place.trim_end_matches('.'), expected, error)
+}
+
+impl<'a> File<'a> {
+    pub(super) fn open(bytes: &'a [u8]) -> Result<Self> {
+        check_numbers(bytes)?;
+        let damaged = |error: SafeTensorError| fault("file", "in safetensors format", error);
+        let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
+        let data = bytes.get(8 + header..).ok_or_else(|| damaged(SafeTensorError::InvalidHeaderLength))?;
+        let file = Self { metadata, data };
+        match file.note("dijiang.version")? {
+            VERSION => Ok(file),
+            other => Err(fault("dijiang.version", VERSION, quoted(other))),
+        }
+    }
+
+    fn note(&self, name: &str) -> Result<&str> {
+        let note = self.metadata.metadata().as_ref().and_then(|notes| notes.get(name));
+        note.map(String::as_str).ok_or_else(|| fault(name, "in the metadata", "nothing"))
+    }
+
+    /// A number in the metadata.
+    fn number<N: FromStr>(&self, name: &str, expected: &str) -> Result<N> {
+        let note = self.note(name)?;
+        note.parse().map_err(|_| fault(name, expected, quoted(note)))
+    }
+
+    fn count(&self, name: &str) -> Result<usize> {
+        self.number(name, "a whole number")
+    }
+
+    fn float(&self, name: &str) -> Result<f64> {
+        self.number(name, "a number")
+    }
+
+    fn choice<W: Word>(&self, name: &str) -> Result<W> {
+        let note = self.note(name)?;
+        let found = W::ALL.iter().find(|choice| choice.word() == note);
+        found.copied().ok_or_else(|| {
+            let words: Vec<_> = W::ALL.iter().map(|choice| choice.word()).collect();
+            fault(name, words.join(" or "), quoted(note))
+        })
+    }
+
+    pub(super) fn layers(&self) -> Result<usize> {
+        match self.count("dijiang.layers")? {
+            0 => Err(fault("dijiang.layers", "at least 1", 0)),
+            layers => Ok(layers),
+        }
+    }
+
+    fn info(&self, name: &str, expected: impl Fn() -> String) -> Result<&TensorInfo> {
+        self.metadata.info(name).ok_or_else(|| fault(name, expected(), "nothing"))
+    }
+
+    /// The numbers of a tensor of exactly this type and shape, at most `limit` in magnitude.
+    fn tensor<E: Real>(&self, name: &str, shape: &[usize], limit: f64) -> Result<Vec<E>> {
+        let described = |dtype: Dtype, shape: &[usize]| format!("{dtype:?} {shape:?}");
+        let expected = || described(dtype::<E>(), shape);
+        let info = self.info(name, expected)?;
+        if info.dtype != dtype::<E>() || info.shape != shape {
+            return Err(fault(name, expected(), described(info.dtype, &info.shape)));
+        }
+        let (start, end) = info.data_offsets;
+        let bytes = self.data.get(start..end).ok_or_else(|| fault(name, expected(), "an end of the file"))?;
+        let numbers: Vec<E> = match dtype::<E>() {
+            Dtype::F64 => bytes.as_chunks().0.iter().map(|&bytes| E::from_f64(f64::from_le_bytes(bytes))).collect(),
+            _ => bytes.as_chunks().0.iter().map(|&bytes| E::from_f64(f64::from(f32::from_le_bytes(bytes)))).collect(),
+        };
+        match numbers.iter().position(|number| !within(number.to_f64(), limit)) {
+            None => Ok(numbers),
+            Some(index) => {
+                let got = format!("{:e} at index {index}", numbers[index].to_f64());
+                Err(fault(name, format!("finite and at most {limit:e} in magnitude"), got))
+            }
+        }
+    }
+
+    /// A tensor without axes.
+    fn scalar(&self, name: &str, limit: f64) -> Result<f64> {
+        Ok(self.tensor(name, &[], limit)?.first().copied().unwrap_or(0.0))
+    }
+
+    pub(super) fn layer<T: Real>(&self, place: &str) -> Result<DijiangAttention<T>> {
+        let config = self.config(&format!("{place}dijiang."))?;
+        config.check().map_err(|error| fault_at(&format!("{place}dijiang"), "a config of a layer", error))?;
+        let weights = Arc::new(self.weights(place, &config)?);
+        let projections = Projections::new(config, weights).map_err(|error| fault_at(place, "a layer", error))?;
+        self.heads(place, projections)
+    }
+
+    /// `layer` with other maps, decays and near part.
+    pub(super) fn maps<T: Real>(&self, place: &str, layer: &DijiangAttention<T>) -> Result<DijiangAttention<T>> {
+        let projections = layer.projections();
+        for (name, value) in config_notes(projections.config(), projections.head_dim(), projections.scale()) {
+            let name = format!("{place}dijiang.{name}");
+            let got = self.note(&name)?;
+            if got != value {
+                return Err(fault(name, format!("{value} as in this layer"), quoted(got)));
+            }
+        }
+        self.heads(place, projections.clone())
+    }
+
+    fn config(&self, place: &str) -> Result<AttentionConfig> {
+        let name = |name: &str| format!("{place}{name}");
+        let config = AttentionConfig::new(self.count(&name("model_dim"))?, self.count(&name("heads"))?)
+            .with_kv_heads(self.count(&name("kv_heads"))?)
+            .with_head_dim(self.count(&name("head_dim"))?)
+            .with_scale(self.float(&name("scale"))?)
+            .with_causality(self.choice(&name("causality"))?);
+        if self.note(&name("rotary"))? == "none" {
+            return Ok(config);
+        }
+        let dims = match self.note(&name("rotary.dims"))? {
+            "all" => None,
+            _ => Some(self.count(&name("rotary.dims"))?),
+        };
+        let factor = |which: &str| self.float(&name(which));
+        let scaling = match self.note(&name("rotary.scaling"))? {
+            "none" => RotaryScaling::None,
+            "linear" => RotaryScaling::Linear { factor: factor("rotary.factor")? },
+            "llama3" => RotaryScaling::Llama3 {
+                factor: factor("rotary.factor")?,
+                low_freq_factor: factor("rotary.low_freq_factor")?,
+                high_freq_factor: factor("rotary.high_freq_factor")?,
+                original_context: self.count(&name("rotary.original_context"))?,
+            },
+            other => return Err(fault(name("rotary.scaling"), "none, linear or llama3", quoted(other))),
+        };
+        let (base, pairing) = (factor("rotary.base")?, self.choice(&name("rotary"))?);
+        Ok(config.with_rotary(Rotary { base, dims, pairing, scaling }))
+    }
+
+    /// `config` has been checked.
+    fn weights<T: Real>(&self, place: &str, config: &AttentionConfig) -> Result<AttentionWeights<T>> {
+        let matrix = |which: char| {
+            let (name, shape) = (format!("{place}{which}_proj.weight"), weights_shape(config, which));
+            let numbers = self.tensor(&name, &shape, T::LIMIT)?;
+            Array2::from_shape_vec((shape[0], shape[1]), numbers).map_err(|error| fault(name, "a matrix", error))
+        };
+        let weights = AttentionWeights::new(matrix('q')?, matrix('k')?, matrix('v')?, matrix('o')?);
+        let note = format!("{place}dijiang.biases");
+        let biases = self.note(&note)?;
+        if !biases.chars().all(|which| "qkvo".contains(which)) {
+            return Err(fault(note, "some of the letters qkvo", quoted(biases)));
+        }
+        let bias = |which: char| {
+            let bias = || self.tensor(&format!("{place}{which}_proj.bias"), &weights_shape(config, which)[..1], T::LIMIT);
+            biases.contains(which).then(bias).transpose().map(|bias| bias.map(Array1::from))
+        };
+        Ok(AttentionWeights { q_bias: bias('q')?, k_bias: bias('k')?, v_bias: bias('v')?, o_bias: bias('o')?, ..weights })
+    }
+
+    fn heads<T: Real>(&self, place: &str, projections: Projections<T>) -> Result<DijiangAttention<T>> {
+        let name = |name: &str| format!("{place}dijiang.{name}");
+        let near = match self.note(&name("near"))? {
+            "none" => None,
+            "chunks" => Some(Near::new(self.count(&name("near.chunk"))?, self.count(&name("near.back"))?)),
+            other => return Err(fault(name("near"), "none or chunks", quoted(other))),
+        };
+        let dim = projections.head_dim();
+        let head = |h: usize| {
+            let place = name(&format!("{h}."));
+            let log_decay = self.scalar(&format!("{place}log_decay"), f64::MAX)?;
+            let map = DctMap::from_params(self.params::<T>(&place, dim)?);
+            Ok((map.map_err(|error| fault_at(&place, "the parameters of a map", error))?, log_decay))
+        };
+        let (maps, log_decay) = (0..projections.config().kv_heads).map(head).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let layer = DijiangAttention::from_parts(projections, maps, near, log_decay);
+        layer.map_err(|error| fault_at(&name(""), "maps, decays and near part of one layer", error))
+    }
+
+    /// The parameters of one head; their lengths agree, the rest is for [`DctMap::from_params`] to check.
+    fn params<T: Real>(&self, place: &str, dim: usize) -> Result<DctParams> {
+        let name = |name: &str| format!("{place}{name}");
+        let numbers = |what: &str, shape: &[usize]| self.tensor(&name(what), shape, T::LIMIT);
+        let radii = name("query.radii");
+        let expected = || "F64 of one axis".to_owned();
+        let info = self.info(&radii, expected)?;
+        let [rows] = info.shape[..] else { return Err(fault(radii, expected(), format!("{:?}", info.shape))) };
+        let (projection, scales) = match self.note(&name("projection"))? {
+            "dct" => (Projection::Dct, rows),
+            "mixed" => (Projection::Mixed { signs: numbers("signs", &[rows / dim, 3, dim])? }, rows),
+            "dense" => {
+                let (query, key) = (numbers("dense.query", &[rows, dim])?, numbers("dense.key", &[rows, dim])?);
+                (Projection::Dense { query, key }, dim)
+            }
+            other => return Err(fault(name("projection"), "dct, mixed or dense", quoted(other))),
+        };
+        let side = |side: &str| {
+            let (center, scale) = (numbers(&format!("{side}.center"), &[dim])?, numbers(&format!("{side}.scale"), &[scales])?);
+            Ok(SideParams { center, scale, radii: numbers(&format!("{side}.radii"), &[rows])? })
+        };
+        let pairing = self.choice(&name("pairing"))?;
+        let features = match pairing {
+            Pairing::Single => rows,
+            Pairing::Antithetic => rows.saturating_mul(2),
+        };
+        Ok(DctParams {
+            projection,
+            envelope: self.choice(&name("envelope"))?,
+            pairing,
+            sides: self.choice(&name("sides"))?,
+            query: side("query")?,
+            key: side("key")?,
+            log_weight: numbers("log_weight", &[features])?,
+            log_mix: self.scalar(&name("log_mix"), T::LIMIT)?,
+        })
+    }
+}
+
+/// Refuses headers with numbers too long for `usize`'s every sum: the parser adds the last offset to the header's length
+/// without care for overflow.
+fn check_numbers(bytes: &[u8]) -> Result<()> {
+    let Some((len, rest)) = bytes.split_first_chunk() else { return Ok(()) }; // the parser's to refuse
+    let header = usize::try_from(u64::from_le_bytes(*len)).ok().filter(|&len| len <= MAX_HEADER);
+    let (mut quoted, mut escaped, mut digits) = (false, false, 0);
+    for &byte in header.and_then(|len| rest.get(..len)).unwrap_or_default() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' => escaped = quoted,
+            b'"' => quoted = !quoted,
+            _ => {}
+        }
+        digits = if byte.is_ascii_digit() && !quoted { digits + 1 } else { 0 };
+        if digits > usize::MAX.ilog10() {
+            return Err(fault("file", "in safetensors format", format!("a number of more than {} digits", digits - 1)));
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,154 @@
+//! [`Writer`]: what becomes a file.
+
+use std::slice::from_ref;
+
+use ndarray::ArrayViewD;
+use safetensors::tensor::Dtype;
+
+use super::{MAX_HEADER, VERSION, Word, config_notes, dtype, weights_shape};
+use crate::error::{Error, Result};
+use crate::kernel::{DctParams, Projection};
+use crate::layer::Attention;
+use crate::layer::dijiang::DijiangAttention;
+use crate::real::Real;
+
+/// A file being put together: metadata and tensors in the order they are written. The `safetensors` crate would write the
+/// metadata in another order each time.
+pub(super) struct Writer<'a, T> {
+    notes: Vec<(String, String)>,
+    tensors: Vec<(String, Vec<usize>, Numbers<'a, T>)>,
+}
+
+enum Numbers<'a, T> {
+    Params(&'a [f64]),
+    Weights(ArrayViewD<'a, T>),
+}
+
+impl<T: Real> Numbers<'_, T> {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Numbers::Params(_) => Dtype::F64,
+            Numbers::Weights(_) => dtype::<T>(),
+        }
+    }
+
+    fn bytes(&self) -> usize {
+        match self {
+            Numbers::Params(numbers) => size_of_val(*numbers),
+            Numbers::Weights(numbers) => numbers.len() * size_of::<T>(),
+        }
+    }
+
+    fn write(&self, out: &mut Vec<u8>) {
+        match self {
+            Numbers::Params(numbers) => out.extend(numbers.iter().flat_map(|number| number.to_le_bytes())),
+            Numbers::Weights(numbers) if dtype::<T>() == Dtype::F64 => out.extend(numbers.iter().flat_map(|w| w.to_f64().to_le_bytes())),
+            Numbers::Weights(numbers) => out.extend(numbers.iter().flat_map(|w| (w.to_f64() as f32).to_le_bytes())), // exact
+        }
+    }
+}
+
+impl<'a, T: Real> Writer<'a, T> {
+    pub(super) fn new() -> Self {
+        let mut writer = Self { notes: Vec::new(), tensors: Vec::new() };
+        writer.note("dijiang.version", VERSION);
+        writer
+    }
+
+    pub(super) fn note(&mut self, name: impl ToString, value: impl ToString) {
+        self.notes.push((name.to_string(), value.to_string()));
+    }
+
+    fn params(&mut self, name: String, shape: &[usize], numbers: &'a [f64]) {
+        self.tensors.push((name, shape.to_vec(), Numbers::Params(numbers)));
+    }
+
+    /// Everything but the weights.
+    pub(super) fn maps(&mut self, place: &str, layer: &'a DijiangAttention<T>) {
+        let projections = layer.projections();
+        for (name, value) in config_notes(projections.config(), projections.head_dim(), projections.scale()) {
+            self.note(format!("{place}dijiang.{name}"), value);
+        }
+        self.note(format!("{place}dijiang.near"), if layer.near().is_some() { "chunks" } else { "none" });
+        if let Some(near) = layer.near() {
+            self.note(format!("{place}dijiang.near.chunk"), near.chunk);
+            self.note(format!("{place}dijiang.near.back"), near.back);
+        }
+        for (h, (map, log_decay)) in layer.maps().iter().zip(layer.log_decay()).enumerate() {
+            let place = format!("{place}dijiang.{h}.");
+            self.map(&place, map.params());
+            self.params(format!("{place}log_decay"), &[], from_ref(log_decay));
+        }
+    }
+
+    fn map(&mut self, place: &str, params: &'a DctParams) {
+        let (dim, rows) = (params.dim(), params.query.radii.len());
+        let projection = match &params.projection {
+            Projection::Dct => "dct",
+            Projection::Mixed { signs } => {
+                self.params(format!("{place}signs"), &[params.blocks(), 3, dim], signs);
+                "mixed"
+            }
+            Projection::Dense { query, key } => {
+                self.params(format!("{place}dense.query"), &[rows, dim], query);
+                self.params(format!("{place}dense.key"), &[rows, dim], key);
+                "dense"
+            }
+        };
+        self.note(format!("{place}projection"), projection);
+        self.note(format!("{place}envelope"), params.envelope.word());
+        self.note(format!("{place}pairing"), params.pairing.word());
+        self.note(format!("{place}sides"), params.sides.word());
+        for (name, side) in [("query", &params.query), ("key", &params.key)] {
+            for (what, numbers) in [("center", &side.center), ("scale", &side.scale), ("radii", &side.radii)] {
+                self.params(format!("{place}{name}.{what}"), &[numbers.len()], numbers);
+            }
+        }
+        self.params(format!("{place}log_weight"), &[params.log_weight.len()], &params.log_weight);
+        self.params(format!("{place}log_mix"), &[], from_ref(&params.log_mix));
+    }
+
+    pub(super) fn weights(&mut self, place: &str, layer: &'a DijiangAttention<T>) {
+        let weights = layer.weights().as_ref();
+        let mut biases = String::new();
+        for (name, matrix, bias) in [
+            ('q', &weights.q, &weights.q_bias),
+            ('k', &weights.k, &weights.k_bias),
+            ('v', &weights.v, &weights.v_bias),
+            ('o', &weights.o, &weights.o_bias),
+        ] {
+            let matrix = Numbers::Weights(matrix.view().into_dyn());
+            self.tensors.push((format!("{place}{name}_proj.weight"), weights_shape(layer.config(), name), matrix));
+            if let Some(bias) = bias {
+                let numbers = Numbers::Weights(bias.view().into_dyn());
+                self.tensors.push((format!("{place}{name}_proj.bias"), vec![bias.len()], numbers));
+                biases.push(name);
+            }
+        }
+        self.note(format!("{place}dijiang.biases"), biases);
+    }
+
+    /// The bytes. Wide numbers lie first, so that every tensor is aligned.
+    pub(super) fn finish(mut self) -> Result<Vec<u8>> {
+        self.tensors.sort_by_key(|(_, _, numbers)| numbers.dtype() != Dtype::F64);
+        let notes: Vec<_> = self.notes.iter().map(|(name, value)| format!(r#""{name}":"{value}""#)).collect();
+        let mut header = format!(r#"{{"__metadata__":{{{}}}"#, notes.join(","));
+        let mut end = 0;
+        for (name, shape, numbers) in &self.tensors {
+            let start = end;
+            end += numbers.bytes();
+            header += &format!(r#","{name}":{{"dtype":"{:?}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#, numbers.dtype());
+        }
+        header.push('}');
+        let len = header.len().next_multiple_of(8);
+        if len > MAX_HEADER {
+            return Err(Error::TooLarge { argument: "bytes of header", limit: MAX_HEADER, got: len });
+        }
+        let mut bytes = Vec::with_capacity(8 + len + end);
+        bytes.extend((len as u64).to_le_bytes());
+        bytes.extend(header.as_bytes());
+        bytes.resize(8 + len, b' ');
+        self.tensors.iter().for_each(|(_, _, numbers)| numbers.write(&mut bytes));
+        Ok(bytes)
+    }
+}
