@@ -17,7 +17,7 @@ use super::backward::Tables;
 use super::params::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides, paired};
 use super::quantile::Quantile;
 use super::sampler::{MAX_POINTS, Purpose, signs, unit_points};
-use super::transform::{DctPlan, shared_matrix};
+use super::transform::{DctPlan, shared_matrix, transposed};
 use crate::error::{Error, Result, check_positive};
 use crate::real::Real;
 use crate::simd::{DctTables, Product, padded, supports_dct};
@@ -463,12 +463,7 @@ impl<T: Real> Side<T> {
                 Some(TokenProjector::Dct { matrix: shared_matrix(dim), scale: cast(&own.scale), radii: cast(&own.radii) })
             }
             Projection::Mixed { .. } | Projection::Dense { .. } if rows * dim <= TOKEN_MATRIX => {
-                let (matrix, stride) = (projection_matrix(params, own, dense), padded(rows));
-                let mut transposed = vec![T::ZERO; dim * stride];
-                for (f, row) in matrix.chunks_exact(dim).enumerate() {
-                    row.iter().enumerate().for_each(|(i, &w)| transposed[i * stride + f] = T::from_f64(w));
-                }
-                Some(TokenProjector::Matrix(transposed))
+                Some(TokenProjector::Matrix(transposed(&projection_matrix(params, own, dense), dim, dim)))
             }
             _ => None,
         };

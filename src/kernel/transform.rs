@@ -80,14 +80,20 @@ pub(super) fn shared_matrix<T: Real>(len: usize) -> Arc<Vec<T>> {
     let mut columns = vec![0.0; len * width];
     (0..len).for_each(|i| columns[i * width + i] = 1.0);
     plan.dct2_panel(width, &mut columns, &mut vec![0.0; plan.scratch_len(width)]);
-    let mut matrix = vec![T::ZERO; len * width];
-    for (f, row) in columns.chunks_exact(width).enumerate() {
-        (0..len).for_each(|i| matrix[i * width + f] = T::from_f64(row[i]));
-    }
-    let matrix = Arc::new(matrix);
+    let matrix = Arc::new(transposed(&columns, width, len));
     matrices.retain(|_, matrix| matrix.strong_count() > 0);
     matrices.insert(len, Arc::downgrade(&matrix));
     matrix
+}
+
+/// The first `dim` columns of `rows` `[P, row_len]` as rows padded to whole lane groups, `[dim, P_padded]`.
+pub(super) fn transposed<T: Real>(rows: &[f64], row_len: usize, dim: usize) -> Vec<T> {
+    let stride = padded(rows.len() / row_len);
+    let mut columns = vec![T::ZERO; dim * stride];
+    for (f, row) in rows.chunks_exact(row_len).enumerate() {
+        row[..dim].iter().enumerate().for_each(|(i, &w)| columns[i * stride + f] = T::from_f64(w));
+    }
+    columns
 }
 
 #[cfg(test)]

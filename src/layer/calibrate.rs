@@ -411,9 +411,10 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         self.tell(&found)?;
 
         let mut closed = self.fit_decay(judge, closed, &found)?;
-        let given = judge.far_shares(&old, self.train.clone());
-        let limits: Vec<f64> = given.iter().map(|far| far.map_or(f64::INFINITY, |far| WORTH * far.error)).collect();
+        let mut limits = Vec::new();
         if self.near {
+            let given = judge.far_shares(&old, self.train.clone()).into_iter();
+            limits = given.map(|far| far.map_or(f64::INFINITY, |far| WORTH * far.error)).collect();
             closed = self.fit_mix(judge, closed, &found, |h, far| far.is_below(CLOSED_FORM_SHARE, limits[h]))?;
         }
         let errors = judge.errors(&closed, self.held.clone(), &held_variance);
