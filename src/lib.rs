@@ -4,10 +4,11 @@ pub mod attention;
 pub mod error;
 pub mod kernel;
 pub mod layer;
+mod low;
 pub mod real;
 pub mod reference;
-mod simd;
 mod threads;
 
+use low::simd;
 pub use error::{Error, Result};
 pub use real::Real;

@@ -1,9 +1,8 @@
-//! The workshop: the only room with `unsafe`. Vector loops chosen at run time, and the general matrix product.
+//! Vector loops chosen at run time, and the general matrix product.
 //!
 //! [`body`] holds every loop once, written against the trait of [`lane`]; [`x86`] implements that trait for AVX2 and
 //! AVX-512; this file compiles the loops for each of them, puts them into tables and hands out the fastest table that
 //! the CPU can run.
-#![allow(unsafe_code)]
 
 mod body;
 mod dct;
