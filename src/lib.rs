@@ -9,6 +9,6 @@ pub mod real;
 pub mod reference;
 mod threads;
 
-use low::simd;
 pub use error::{Error, Result};
+use low::simd;
 pub use real::Real;

@@ -544,6 +544,65 @@ fn one_thread_and_many_agree_bit_for_bit() {
     }
 }
 
+/// Heads too few for the threads are worked on by several: the same bits in outputs and state, the same errors, and
+/// nothing changed by them.
+#[cfg(feature = "rayon")]
+#[test]
+fn threads_share_a_head_bit_for_bit() {
+    fn check<T: Real>(setup: &Setup, masked: bool) {
+        let n = 2333;
+        let linear = setup.build::<T>();
+        let mut inputs = setup.inputs(n, n);
+        // Frames move in the middle of blocks.
+        for (at, size) in [(70, 9.0), (700, 30.0), (1301, 90.0)] {
+            inputs.k.slice_mut(s![.., at, ..]).mapv_inplace(|x| x * size);
+        }
+        let inputs: Inputs<T> = inputs.cast();
+        let valid: Vec<bool> = (0..n).map(|j| j > 600 && j % 7 != 3).collect();
+        let run = |threads: usize| {
+            let mut workspace = linear.workspace();
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let mut state = linear.empty();
+                let mut outs = Vec::new();
+                for tokens in [0..29, 29..1000, 1000..n] {
+                    let part = inputs.part(tokens.clone());
+                    let mut out = Array3::from_elem((setup.heads, tokens.len(), setup.e), T::from_f64(f64::NAN));
+                    let mask = mask(masked, &valid[tokens]);
+                    linear.prefill_into(&mut state, &part.q, &part.k, &part.v, mask, &mut out, &mut workspace).unwrap();
+                    outs.push(out);
+                }
+                let before = state.clone();
+                for (which, at) in [(0, 1100), (1, 260), (2, n - 1)] {
+                    let mut bad = inputs.clone();
+                    let array = [&mut bad.q, &mut bad.k, &mut bad.v].into_iter().nth(which).unwrap();
+                    array[[0, at, 0]] = T::from_f64(f64::NAN);
+                    let mut out = Array3::zeros((setup.heads, n, setup.e));
+                    let error = linear.prefill_into(&mut state, &bad.q, &bad.k, &bad.v, KeyMask::All, &mut out, &mut workspace);
+                    assert!(matches!(error, Err(dijiang::Error::NonFinite { .. })), "{error:?}");
+                    assert!(state == before, "{setup:?}, {threads} threads: an error changed the state");
+                }
+                (outs, state)
+            })
+        };
+        let (expected, expected_state) = run(1);
+        for threads in [2, 4, 7] {
+            let (outs, state) = run(threads);
+            for (got, expected) in outs.iter().zip(&expected) {
+                assert_same_bits(format!("{setup:?}, {threads} threads"), got, expected);
+            }
+            assert!(state == expected_state, "{setup:?}, {threads} threads");
+        }
+    }
+    let pure = Setup::new(1).heads(3, 1);
+    for setup in [pure.clone(), pure.clone().decay(-0.03), pure.clone().near(16, 1), pure.near(64, 1).decay(-0.02)] {
+        for masked in [false, true] {
+            check::<f32>(&setup, masked);
+            check::<f64>(&setup, masked);
+        }
+    }
+}
+
 /// Leaves the traces of unrelated work in a workspace: large numbers, other lengths, masks, steps.
 fn dirty<T: Real>(attention: &impl Stream<T>, setup: &Setup, workspace: &mut Workspace<T>) {
     for (n, seed) in [(200, 5), (1, 6), (37, 7)] {

@@ -1,9 +1,12 @@
 //! Causal linear attention by blocks: everything before the block through the state, the block itself through the
 //! products of its features.
 
-use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3, Axis};
+use std::ops::Range;
+
+use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3, s};
 
 use crate::attention::Head;
+use crate::attention::pages::Page;
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::state::HeadState;
 use crate::attention::workspace::{BLOCK, Scratch};
@@ -34,40 +37,79 @@ pub(super) fn causal<T: Real, M: FeatureMap<T>>(
     let mut start = 0;
     state.settle(head.ops);
     while start < n {
-        let width = padded((n - start).min(BLOCK));
-        let end = keys(head, state, position, k, valid, start..(start + BLOCK).min(n), scratch);
-        let tokens = end - start;
-        if state.started {
-            copy_rows(v, start..end, valid, &mut scratch.v);
-            for (q, mut out) in q.outer_iter().zip(out.outer_iter_mut()) {
-                gather(head.ops, q, start..end, None, head.scale, &mut scratch.x, &scratch.zeros);
-                queries(head, state, tokens, padded(tokens), width, scratch);
-                for i in 0..tokens {
-                    let sums = &scratch.o[i * head.value_stride..];
-                    normalise(sums, scratch.total[i], out.row_mut(start + i));
-                }
-            }
-            state.accumulate(head.ops, &scratch.b[..head.features * width], width, tokens, &scratch.v);
-        } else {
-            // Only masked keys so far.
-            out.slice_axis_mut(Axis(1), (start..end).into()).fill(T::zero());
-        }
+        let end = keys(head, state, position, k, v, valid, start, scratch);
+        let share = s![.., start..end, ..];
+        queries(head, state, q.slice(share), out.slice_mut(share), width_of(start, n), scratch);
+        accumulate(head, state, start..end, n, scratch);
         start = end;
     }
 }
 
-/// Key weights of the block, in the state's frame, into `scratch.b`; returns where the block ends.
+/// The key half of one block of [`causal`], the one at `start`; returns where it ends.
+pub(super) fn write_page<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    position: usize,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    valid: Valid<'_>,
+    start: usize,
+    page: &mut Page<T>,
+    scratch: &mut Scratch<T>,
+) -> usize {
+    state.settle(head.ops);
+    let end = keys(head, state, position, k, v, valid, start, scratch);
+    page.key_width = width_of(start, k.nrows());
+    page.state.copy_read(state);
+    accumulate(head, state, start..end, k.nrows(), scratch);
+    end
+}
+
+/// The query half of one block of [`causal`].
+pub(super) fn read_page<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    page: &Page<T>,
+    q: ArrayView3<'_, T>,
+    out: ArrayViewMut3<'_, T>,
+    scratch: &mut Scratch<T>,
+) {
+    queries(head, &page.state, q, out, page.key_width, scratch);
+}
+
+/// Columns of the key panel of a block that begins at `start`.
+fn width_of(start: usize, n: usize) -> usize {
+    padded((n - start).min(BLOCK))
+}
+
+/// The block's keys and values in `scratch` join the state.
+fn accumulate<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    block: Range<usize>,
+    n: usize,
+    scratch: &Scratch<T>,
+) {
+    if state.started {
+        let width = width_of(block.start, n);
+        state.accumulate(head.ops, &scratch.b[..head.features * width], width, block.len(), &scratch.v);
+    }
+}
+
+/// Key weights of the block at `start`, in the state's frame, into `scratch.b`, its values into `scratch.v`; returns where
+/// the block ends.
 fn keys<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &mut HeadState<T>,
     position: usize,
     k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
     valid: Valid<'_>,
-    block: std::ops::Range<usize>,
+    start: usize,
     scratch: &mut Scratch<T>,
 ) -> usize {
-    let Scratch { y, b, column, top, feature, map, zeros, .. } = scratch;
-    let (start, tokens, width) = (block.start, block.len(), padded(block.len()));
+    let Scratch { y, b, v: values, column, top, feature, map, zeros, .. } = scratch;
+    let block = start..k.nrows().min(start + BLOCK);
+    let (tokens, width) = (block.len(), padded(block.len()));
     let b = &mut b[..head.features * width];
     let (column, top) = (&mut column[..width], &mut top[..width]);
     gather(head.ops, k, block, valid, head.scale, y, zeros);
@@ -88,12 +130,41 @@ fn keys<T: Real, M: FeatureMap<T>>(
     column[tokens..].fill(T::NEG_INFINITY);
     feature.iter_mut().zip(&state.reference).for_each(|(negated, &c)| *negated = -c);
     (head.ops.exp_panel)(b, feature, column);
+    copy_rows(v, start..start + tokens, valid, values);
     start + tokens
+}
+
+/// Outputs of a block's queries over the state and over the block's own keys in `scratch`, whose panel is `key_width`
+/// wide.
+///
+/// # Shapes
+/// - `q`: `[group, tokens, d]`, `out`: `[group, tokens, e]`.
+fn queries<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &HeadState<T>,
+    q: ArrayView3<'_, T>,
+    mut out: ArrayViewMut3<'_, T>,
+    key_width: usize,
+    scratch: &mut Scratch<T>,
+) {
+    if !state.started {
+        // Only masked keys so far.
+        out.fill(T::zero());
+        return;
+    }
+    let tokens = q.shape()[1];
+    for (q, mut out) in q.outer_iter().zip(out.outer_iter_mut()) {
+        gather(head.ops, q, 0..tokens, None, head.scale, &mut scratch.x, &scratch.zeros);
+        sums(head, state, tokens, padded(tokens), key_width, scratch);
+        for (i, out) in out.outer_iter_mut().enumerate() {
+            normalise(&scratch.o[i * head.value_stride..], scratch.total[i], out);
+        }
+    }
 }
 
 /// Sums and normalisers of the queries `scratch.x` over the state and over the block's own keys, into `scratch.o` and
 /// `scratch.total`. Query panels are `width` wide, the key panel `key_width`.
-fn queries<T: Real, M: FeatureMap<T>>(
+fn sums<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &HeadState<T>,
     tokens: usize,

@@ -3,13 +3,15 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut3, Axis, s};
+use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
 
-use crate::attention::near::{Ring, near};
+use crate::attention::near::Ring;
+use crate::attention::pages::Pages;
+use crate::attention::prefill::{SEGMENT, Stretch};
 use crate::attention::rows::{Valid, is_valid};
 use crate::attention::state::Shape;
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
-use crate::attention::{CausalState, KeyMask, Near, Workspace, causal, decode, full};
+use crate::attention::{CausalState, KeyMask, Near, Workspace, decode, full};
 use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_shape, within};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
@@ -119,9 +121,6 @@ impl LinearConfig {
         Ok(LinearAttention { maps, heads, scale, near: self.near, log_decay, sizes, element: PhantomData })
     }
 }
-
-/// Tokens of a head that a prefill checks, then reads: they stay in the cache in between. A multiple of any block.
-const SEGMENT: usize = 256;
 
 /// Largest dimension or number of heads: beyond it nothing of the kind could be allocated.
 const MAX_SIZE: usize = 1 << 20;
@@ -318,7 +317,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries, `out`: `[h, n, e]`.
     ///
     /// # Cost
-    /// O(n) time, memory beyond the arguments independent of n; no allocation.
+    /// O(n) time, memory beyond the arguments independent of n; no allocation. Heads are shared out among the threads of the
+    /// current pool; if there are less than half as many key-value heads as threads, several threads share a head of a
+    /// long stretch, in room that the workspace makes at the first such call. The bits do not depend on it.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Length`] and [`Error::Foreign`] for arguments that do not fit, [`Error::Empty`]
@@ -346,25 +347,24 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         } else {
             check_tokens(q, k, v, mask, workspace)?;
         }
+        if long && Pages::<T>::pay(self.maps.len()) {
+            workspace.share_heads(self.shape());
+        }
         let clean = AtomicBool::new(true);
-        let position = state.position;
-        let states = state.heads.iter_mut().enumerate();
-        self.for_each_head(q, k, v, out, workspace, states, |head, state, q, k, v, mut out, scratch| {
-            for start in (0..n).step_by(SEGMENT) {
-                let tokens = start..n.min(start + SEGMENT);
-                let (rows, heads) = (s![tokens.clone(), ..], s![.., tokens.clone(), ..]);
-                let (q, k, v, out) = (q.slice(heads), k.slice(rows), v.slice(rows), out.slice_mut(heads));
-                let valid = mask.valid().map(|valid| &valid[tokens]);
-                if long && !(q.outer_iter().all(|q| tokens_fit(q, None)) && tokens_fit(k, valid) && tokens_fit(v, valid)) {
-                    clean.store(false, Ordering::Relaxed);
-                    return;
-                }
-                match self.near {
-                    Some(_) => near(head, state, position + start, q, k, v, valid, out, scratch),
-                    None => causal::causal(head, state, position + start, q, k, v, valid, out, scratch),
-                }
+        let mut pages = std::mem::take(&mut workspace.pages);
+        let shared = pages.iter_mut().filter(|_| long).map(Some).chain(std::iter::repeat_with(|| None));
+        let stretch = Stretch { position: state.position, mask, near: self.near, unchecked: long };
+        let states = state.heads.iter_mut().zip(shared).enumerate();
+        self.for_each_head(q, k, v, out, workspace, states, |head, (state, pages), q, k, v, out, scratch| {
+            let fits = match pages {
+                Some(pages) => stretch.prefill_shared(head, state, q, k, v, out, pages),
+                None => stretch.prefill(head, state, q, k, v, out, scratch),
+            };
+            if !fits {
+                clean.store(false, Ordering::Relaxed);
             }
         });
+        workspace.pages = pages;
         if !clean.into_inner() {
             state.heads.iter_mut().zip(&workspace.snapshot).for_each(|(state, kept)| state.copy(kept));
             return check_tokens(q, k, v, mask, workspace);
@@ -546,7 +546,7 @@ fn check_all<T: Real>(argument: &'static str, x: &ArrayRef3<T>, valid: Option<&[
 }
 
 /// Whether every element of every valid token is in range.
-fn tokens_fit<T: Real>(rows: ArrayView2<'_, T>, valid: Valid<'_>) -> bool {
+pub(super) fn tokens_fit<T: Real>(rows: ArrayView2<'_, T>, valid: Valid<'_>) -> bool {
     let limit = T::from_f64(T::LIMIT);
     let token_fits = |row: ArrayView1<'_, T>| match row.to_slice() {
         Some(row) => (T::ops().all_within)(row, limit),

@@ -21,6 +21,8 @@ mod far;
 mod full;
 mod linear;
 mod near;
+mod pages;
+mod prefill;
 mod rows;
 mod softmax;
 mod state;

@@ -1,8 +1,9 @@
 //! Causal linear attention with an exact near part: the last chunks of keys as they are, everything older through the
 //! state.
 
-use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3};
+use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3, s};
 
+use crate::attention::pages::Page;
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::state::HeadState;
 use crate::attention::workspace::{BLOCK, Scratch};
@@ -165,35 +166,105 @@ pub(super) fn near<T: Real, M: FeatureMap<T>>(
     scratch: &mut Scratch<T>,
 ) {
     let Some(mut ring) = state.ring.take() else { return };
-    let n = k.nrows();
     let mut start = 0;
-    while start < n {
-        let (chunk, within) = ((position + start) / ring.chunk, (position + start) % ring.chunk);
-        let end = n.min(start + BLOCK.min(ring.chunk - within));
-        let width = padded(end - start);
-        if within == 0 {
-            retire(head, state, &mut ring, chunk, scratch);
-        }
-        let slot = ring.slot_mut(chunk);
-        gather(head.ops, k, start..end, valid, head.scale, &mut scratch.y, &scratch.zeros);
-        let stride = padded(slot.valid.len());
-        for (keys, y) in slot.keys.chunks_exact_mut(stride).zip(scratch.y.chunks_exact(width)) {
-            keys[within..within + end - start].copy_from_slice(&y[..end - start]);
-        }
-        copy_rows(v, start..end, valid, &mut slot.values[within * head.value_stride..]);
-        for j in start..end {
-            slot.valid[within + j - start] = is_valid(valid, j);
-        }
-        for (q, mut out) in q.outer_iter().zip(out.outer_iter_mut()) {
-            gather(head.ops, q, start..end, None, head.scale, &mut scratch.x, &scratch.zeros);
-            queries(head, state, &ring, position + start, end - start, scratch);
-            for i in 0..end - start {
-                normalise(&scratch.o[i * head.value_stride..], scratch.total[i], out.row_mut(start + i));
-            }
-        }
+    while start < k.nrows() {
+        let end = keys(head, state, &mut ring, position, k, v, valid, start, scratch);
+        let share = s![.., start..end, ..];
+        queries(head, state, &ring, position + start, q.slice(share), out.slice_mut(share), scratch);
         start = end;
     }
     state.ring = Some(ring);
+}
+
+/// The key half of one block of [`near`], the one at `start`; returns where it ends.
+pub(super) fn write_page<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    position: usize,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    valid: Valid<'_>,
+    start: usize,
+    page: &mut Page<T>,
+    scratch: &mut Scratch<T>,
+) -> usize {
+    let Some(mut ring) = state.ring.take() else { return k.nrows() };
+    let end = keys(head, state, &mut ring, position, k, v, valid, start, scratch);
+    page.position = position + start;
+    page.state.copy_read(state);
+    if let Some(kept) = &mut page.state.ring {
+        kept.copy(&ring);
+    }
+    state.ring = Some(ring);
+    end
+}
+
+/// The query half of one block of [`near`].
+pub(super) fn read_page<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    page: &Page<T>,
+    q: ArrayView3<'_, T>,
+    out: ArrayViewMut3<'_, T>,
+    scratch: &mut Scratch<T>,
+) {
+    if let Some(ring) = &page.state.ring {
+        queries(head, &page.state, ring, page.position, q, out, scratch);
+    }
+}
+
+/// The block of keys and values at `start` goes to the ring, after the oldest chunk has left it for the state, if it must;
+/// returns where the block ends.
+fn keys<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    ring: &mut Ring<T>,
+    position: usize,
+    k: ArrayView2<'_, T>,
+    v: ArrayView2<'_, T>,
+    valid: Valid<'_>,
+    start: usize,
+    scratch: &mut Scratch<T>,
+) -> usize {
+    let (chunk, within) = ((position + start) / ring.chunk, (position + start) % ring.chunk);
+    let end = k.nrows().min(start + BLOCK.min(ring.chunk - within));
+    let width = padded(end - start);
+    if within == 0 {
+        retire(head, state, ring, chunk, scratch);
+    }
+    let slot = ring.slot_mut(chunk);
+    gather(head.ops, k, start..end, valid, head.scale, &mut scratch.y, &scratch.zeros);
+    let stride = padded(slot.valid.len());
+    for (keys, y) in slot.keys.chunks_exact_mut(stride).zip(scratch.y.chunks_exact(width)) {
+        keys[within..within + end - start].copy_from_slice(&y[..end - start]);
+    }
+    copy_rows(v, start..end, valid, &mut slot.values[within * head.value_stride..]);
+    for j in start..end {
+        slot.valid[within + j - start] = is_valid(valid, j);
+    }
+    end
+}
+
+/// Outputs of a block's queries, the first at `position`, over the near keys and the state.
+///
+/// # Shapes
+/// - `q`: `[group, tokens, d]`, `out`: `[group, tokens, e]`.
+fn queries<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &HeadState<T>,
+    ring: &Ring<T>,
+    position: usize,
+    q: ArrayView3<'_, T>,
+    mut out: ArrayViewMut3<'_, T>,
+    scratch: &mut Scratch<T>,
+) {
+    let tokens = q.shape()[1];
+    for (q, mut out) in q.outer_iter().zip(out.outer_iter_mut()) {
+        gather(head.ops, q, 0..tokens, None, head.scale, &mut scratch.x, &scratch.zeros);
+        sums(head, state, ring, position, tokens, scratch);
+        for (i, out) in out.outer_iter_mut().enumerate() {
+            normalise(&scratch.o[i * head.value_stride..], scratch.total[i], out);
+        }
+    }
 }
 
 /// Before chunk `chunk` begins: the oldest chunk leaves its slot for the state.
@@ -225,7 +296,7 @@ pub(super) fn retire<T: Real, M: FeatureMap<T>>(
 
 /// Sums and normalisers of the queries `scratch.x`, the first at `position`, over the near keys and the state, into
 /// `scratch.o` and `scratch.total`.
-fn queries<T: Real, M: FeatureMap<T>>(
+fn sums<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &HeadState<T>,
     ring: &Ring<T>,

@@ -1,5 +1,6 @@
 //! Scratch memory of the attention loops.
 
+use crate::attention::pages::Pages;
 use crate::attention::state::{HeadState, Shape};
 use crate::error::{Error, Result};
 use crate::real::Real;
@@ -35,6 +36,8 @@ pub struct Workspace<T> {
     pub(super) scratches: Vec<Scratch<T>>,
     /// Where a long prefill keeps the state it started from, until all its arguments are known to be good.
     pub(super) snapshot: Vec<HeadState<T>>,
+    /// One for each head, once heads were too few for the threads.
+    pub(super) pages: Vec<Pages<T>>,
 }
 
 /// What one thread works in. Panels are `[rows, width]` with `width` ≤ BLOCK.
@@ -72,7 +75,7 @@ pub(super) struct Scratch<T> {
 
 impl<T: Real> Workspace<T> {
     pub(super) fn new(sizes: Sizes, snapshot: Vec<HeadState<T>>) -> Self {
-        Self { sizes, scratches: vec![Scratch::new(sizes); max_threads()], snapshot }
+        Self { sizes, scratches: vec![Scratch::new(sizes); max_threads()], snapshot, pages: Vec::new() }
     }
 
     /// Keeps `states` in the snapshot.
@@ -81,6 +84,13 @@ impl<T: Real> Workspace<T> {
             self.snapshot = states.to_vec();
         }
         self.snapshot.iter_mut().zip(states).for_each(|(kept, state)| kept.copy(state));
+    }
+
+    /// Makes room for every head to be worked on by several threads.
+    pub(super) fn share_heads(&mut self, shape: Shape) {
+        if self.pages.len() != shape.heads {
+            self.pages = vec![Pages::new(self.sizes, shape); shape.heads];
+        }
     }
 
     /// The one scratch of work that stays on the calling thread.
@@ -106,12 +116,13 @@ impl<T: Real> Workspace<T> {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         let snapshot = self.snapshot.iter().map(HeadState::len);
-        self.scratches.iter().map(Scratch::len).chain(snapshot).sum::<usize>() * size_of::<T>()
+        let pages = self.pages.iter().map(Pages::len);
+        self.scratches.iter().map(Scratch::len).chain(snapshot).chain(pages).sum::<usize>() * size_of::<T>()
     }
 }
 
 impl<T: Real> Scratch<T> {
-    fn new(sizes: Sizes) -> Self {
+    pub(super) fn new(sizes: Sizes) -> Self {
         let Sizes { dim, features, value_dim, scores, map } = sizes;
         let zeros = |len| vec![T::zero(); len];
         Self {
@@ -133,7 +144,7 @@ impl<T: Real> Scratch<T> {
         }
     }
 
-    fn len(&self) -> usize {
+    pub(super) fn len(&self) -> usize {
         [&self.x, &self.y, &self.a, &self.b, &self.v, &self.p, &self.o, &self.feature, &self.column, &self.top, &self.total]
             .into_iter()
             .chain([&self.zeros, &self.map])
