@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use dijiang::Real;
 use dijiang::attention::{ExactAttention, ExactConfig, KeyMask, LinearAttention, LinearConfig, Near};
-use dijiang::kernel::{DctMap, DctMapConfig};
+use dijiang::kernel::{DctMap, DctMapConfig, FeatureMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use ndarray::{Array, Array2, Array3, Axis};
 use rand::SeedableRng;
@@ -27,6 +27,18 @@ pub(crate) struct Report {
     /// Rate of the general matrix product at 1024³ on one thread, GFLOP/s, in the element type.
     pub(crate) sgemm_gflops: f64,
     pub(crate) rows: Vec<Row>,
+    pub(crate) feature_maps: Vec<MapRow>,
+}
+
+/// Feature maps alone: the log-features of a block of tokens, features by tokens, as the next product wants them.
+#[derive(Debug, Serialize)]
+pub(crate) struct MapRow {
+    /// d = m.
+    pub(crate) dim: usize,
+    /// Nanoseconds per vector by the batched transform.
+    pub(crate) dct_ns: f64,
+    /// The same map as a product with its matrix.
+    pub(crate) matrix_ns: f64,
 }
 
 /// One figure.
@@ -48,6 +60,9 @@ pub(crate) struct Row {
 
 /// Chunk length of the near part and of the causal blocks.
 const CHUNK: usize = 64;
+
+/// Dimensions of the feature maps measured alone.
+const MAP_DIMS: [usize; 4] = [32, 64, 128, 256];
 
 /// Matrix-product FLOPs per token and head, m = d = e.
 fn flops(mode: &str, d: usize) -> f64 {
@@ -119,9 +134,20 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
         bar.set_message(format!("{n} tokens"));
         rows.extend(bench.tokens(n, n <= args.softmax_to)?);
     }
+    bar.set_message("feature maps");
+    let feature_maps = MAP_DIMS.into_iter().map(|dim| bench.feature_map(dim)).collect::<Result<_, _>>()?;
     bar.finish_and_clear();
     rows.sort_by_key(|row: &Row| ["pure", "near", "full", "decode"].iter().position(|mode| *mode == row.mode));
-    Ok(Report { cpu: cpu::<T>(), threads: args.threads, dtype: T::NAME, heads: args.heads, dim: args.dim, sgemm_gflops, rows })
+    Ok(Report {
+        cpu: cpu::<T>(),
+        threads: args.threads,
+        dtype: T::NAME,
+        heads: args.heads,
+        dim: args.dim,
+        sgemm_gflops,
+        rows,
+        feature_maps,
+    })
 }
 
 impl<T: Gemm> Bench<T> {
@@ -134,6 +160,23 @@ impl<T: Gemm> Bench<T> {
         let (a, b) = (a.index_axis(Axis(0), 0), b.index_axis(Axis(0), 0));
         let seconds = shortest(self.seconds.max(0.5), || T::product(a, b, &mut c));
         2.0 * (n as f64).powi(3) / seconds / 1e9
+    }
+
+    /// Nanoseconds per vector of the query map of this dimension: by the transform, and by the matrix it stands for.
+    fn feature_map(&mut self, dim: usize) -> Result<MapRow, dijiang::Error> {
+        let map = DctMapConfig::new(dim).build::<T>()?;
+        let matrix = DctMap::<T>::from_params(map.params().to_dense())?;
+        let x = gaussian::<T>(&mut self.rng, (1, dim, CHUNK));
+        let x = x.as_slice_memory_order().unwrap_or_default();
+        let mut out = vec![T::from_f64(0.0); dim * CHUNK];
+        // One call is too short for the clock.
+        const CALLS: usize = 64;
+        let mut ns = |map: &DctMap<T>| {
+            let mut scratch = vec![T::from_f64(0.0); map.scratch_len(CHUNK)];
+            let seconds = shortest(self.seconds, || (0..CALLS).for_each(|_| map.query_panel(CHUNK, x, &mut out, &mut scratch)));
+            1e9 * seconds / (CALLS * CHUNK) as f64
+        };
+        Ok(MapRow { dim, dct_ns: ns(&map), matrix_ns: ns(&matrix) })
     }
 
     /// All modes at n tokens.

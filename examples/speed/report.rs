@@ -6,11 +6,11 @@ use std::path::Path;
 use comfy_table::{CellAlignment, Table, presets};
 use plotters::prelude::*;
 
-use crate::measure::{Report, Row};
+use crate::measure::{MapRow, Report, Row};
 
 /// The table, on stdout.
 pub(crate) fn print(report: &Report, svg: &Path) {
-    let Report { cpu, threads, dtype, heads, dim, sgemm_gflops, rows } = report;
+    let Report { cpu, threads, dtype, heads, dim, sgemm_gflops, rows, feature_maps } = report;
     println!("{cpu}, {threads} thread(s), {dtype}, {heads} heads, d = m = e = {dim}");
     println!("general matrix product 1024³: {sgemm_gflops:.0} GFLOP/s on one thread\n");
     let mut table = Table::new();
@@ -28,11 +28,25 @@ pub(crate) fn print(report: &Report, svg: &Path) {
             optional(*softmax_gflops, 0),
         ]);
     }
+    println!("{}", aligned(table));
+
+    println!("\nfeature map alone, ns per vector:");
+    let mut table = Table::new();
+    table.load_style(presets::UTF8_HORIZONTAL_ONLY);
+    table.set_header(["d = m", "batched DCT", "matrix product", "ratio"]);
+    for MapRow { dim, dct_ns, matrix_ns } in feature_maps {
+        table.add_row([dim.to_string(), format!("{dct_ns:.1}"), format!("{matrix_ns:.1}"), format!("{:.1}", matrix_ns / dct_ns)]);
+    }
+    println!("{}", aligned(table));
+    println!("plot: {}", svg.display());
+}
+
+/// The same table with numbers at the right of their columns.
+fn aligned(mut table: Table) -> Table {
     for column in table.column_iter_mut().skip(1) {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    println!("{table}");
-    println!("plot: {}", svg.display());
+    table
 }
 
 /// Microseconds per token and head over n, both axes logarithmic.
