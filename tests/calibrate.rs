@@ -5,14 +5,15 @@
 mod common;
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::Near;
 use dijiang::kernel::{DctParams, Pairing, Projection, Sides};
 use dijiang::layer::{
-    AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateReport, Causality, DijiangAttention, DijiangOptions, Fit,
-    SoftmaxAttention,
+    AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateReport, Causality, ChooseOptions, ChooseReport, DijiangAttention,
+    DijiangOptions, Fit, SoftmaxAttention,
 };
 use ndarray::{Array2, ArrayView2};
 
@@ -257,4 +258,74 @@ fn impossible_options() {
     let mut layer = DijiangAttention::from_softmax(&exact(Causality::Bidirectional), near()).unwrap();
     let result = layer.calibrate(&[sample.view()], &plain().with_decay(Fit::Train), |_| ControlFlow::Continue(()));
     assert_eq!(result, Err(Error::Conflict { argument: "decay", other: "bidirectional attention" }));
+}
+
+fn choose(causality: Causality, options: &ChooseOptions) -> dijiang::Result<(DijiangAttention<f64>, ChooseReport)> {
+    let samples = texts();
+    let views: Vec<ArrayView2<'_, f64>> = samples.iter().map(|sample| sample.view()).collect();
+    DijiangAttention::choose(&exact(causality), &views, options, |progress| {
+        assert!(progress.trial <= progress.trials && progress.calibrate.done <= progress.calibrate.total);
+        ControlFlow::Continue(())
+    })
+}
+
+fn choice() -> ChooseOptions {
+    let near = |chunk| Some(Near::new(chunk, 1));
+    // The last near part holds the longest sample whole.
+    ChooseOptions::new().with_near(vec![near(4), near(16), near(97)])
+}
+
+#[test]
+fn a_choice_without_limits_takes_what_lowers_the_error() {
+    let (layer, report) = choose(Causality::Causal, &choice()).unwrap();
+    let trials = &report.trials;
+    assert_eq!(trials.len(), 4, "two near parts, two numbers of blocks, two projections: {trials:?}");
+    assert!(trials[1].error < trials[0].error, "{trials:?}");
+    assert_eq!((layer.near(), report.near), (Some(Near::new(16, 1)), Some(Near::new(16, 1))));
+    assert_eq!(layer.maps()[0].params().features(), 8 * report.blocks);
+    for (map, projection) in layer.maps().iter().zip(&report.projections) {
+        assert_eq!(matches!(map.params().projection, Projection::Dense { .. }), *projection == Fit::Train, "{report:?}");
+    }
+    assert!(report.projections.contains(&Fit::Train), "more numbers on the same samples should have helped: {report:?}");
+    let best = trials.iter().filter_map(|trial| trial.error).fold(f64::INFINITY, f64::min);
+    assert!(report.calibration.after() <= best, "{report:?}");
+    // Without a budget nothing depends on the clock, nor on threads.
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    let (again, _) = pool.install(|| choose(Causality::Causal, &choice())).unwrap();
+    assert_eq!(numbers(&again), numbers(&layer));
+}
+
+#[test]
+fn a_budget_is_kept() {
+    let options = choice().with_budget(Some(Duration::from_nanos(1)));
+    assert_eq!(argument(&choose(Causality::Causal, &options).unwrap_err()), "budget");
+    let budget = Duration::from_secs(1);
+    let (_, report) = choose(Causality::Causal, &choice().with_budget(Some(budget))).unwrap();
+    assert!(report.time <= budget && report.trials.iter().all(|trial| trial.time > Duration::ZERO));
+}
+
+#[test]
+fn a_choice_for_other_layers() {
+    let (layer, report) = choose(Causality::Bidirectional, &choice()).unwrap();
+    assert_eq!((layer.near(), report.trials.len()), (None, 3));
+    // Without a near part the decay is fitted, whatever the options say.
+    let (layer, _) = choose(Causality::Causal, &choice().with_near(vec![None])).unwrap();
+    assert!(layer.log_decay().iter().any(|&decay| decay < 0.0));
+}
+
+#[test]
+fn impossible_choices_are_errors() {
+    for (options, name) in [
+        (choice().with_near(Vec::new()), "near"),
+        (choice().with_blocks(Vec::new()), "blocks"),
+        (choice().with_projections(Vec::new()), "projections"),
+        (choice().with_near(vec![Some(Near::new(97, 1))]), "samples"),
+        (choice().with_near(vec![Some(Near::new(usize::MAX, 1))]), "samples"),
+        (choice().with_blocks(vec![0]), "blocks"),
+    ] {
+        assert_eq!(argument(&choose(Causality::Causal, &options).unwrap_err()), name);
+    }
+    let sample = text(100, 1);
+    let cancelled = DijiangAttention::choose(&exact(Causality::Causal), &[sample.view()], &choice(), |_| ControlFlow::Break(()));
+    assert!(matches!(cancelled, Err(Error::Cancelled)));
 }

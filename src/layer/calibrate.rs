@@ -236,7 +236,7 @@ impl CalibrateReport {
     }
 }
 
-fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
+pub(super) fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
     let len = values.len();
     values.sum::<f64>() / len as f64
 }

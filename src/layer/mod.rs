@@ -38,6 +38,7 @@
 
 mod backward;
 mod calibrate;
+mod choose;
 mod config;
 mod descent;
 mod dijiang;
@@ -51,6 +52,7 @@ mod weights;
 
 pub use backward::LayerGradients;
 pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport};
+pub use choose::{ChooseOptions, ChooseProgress, ChooseReport, Trial};
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
