@@ -118,6 +118,10 @@ fn finite_differences() {
         let mask = if masked { KeyMask::Valid(&valid) } else { KeyMask::All };
         let gradients = layer.backward(&x, mask, &grad_out).unwrap();
         let loss = |(layer, x): (DijiangAttention<f64>, Array2<f64>)| (layer.forward(&x, mask).unwrap() * &grad_out).sum();
+        // A gradient made from the outputs on the way is the same.
+        let out = layer.forward(&x, mask).unwrap();
+        let with = layer.backward_with(&x, mask, |y| &grad_out + (y - &out)).unwrap();
+        assert_eq!(with, gradients, "{name}");
         for (number, moved, found) in numbers(&layer, &gradients) {
             let step = 1e-5;
             let expected = (loss(moved(&layer, &x, step)) - loss(moved(&layer, &x, -step))) / (2.0 * step);
@@ -154,6 +158,8 @@ fn bad_input() {
         refused(&good, KeyMask::All, &Array2::ones((4, MODEL))),
         Error::Shape { argument: "grad_out", axis: 0, expected: 5, got: 4 }
     );
+    let other = layer.backward_with(&good, KeyMask::All, |_| Array2::ones((4, MODEL))).unwrap_err();
+    assert_eq!(other, Error::Shape { argument: "grad_out", axis: 0, expected: 5, got: 4 });
     assert_eq!(refused(&good, KeyMask::Valid(&[true; 4]), &good), Error::Length { argument: "mask", expected: 5, got: 4 });
     assert_eq!(refused(&Array2::zeros((0, MODEL)), KeyMask::All, &good), Error::Empty { argument: "x" });
 }

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
+use dijiang::attention::Near;
 
 /// Exchange the softmax attention of a byte-level LLaMA-format model for DCT-kernelized linear attention and measure what it costs.
 #[derive(Debug, Parser)]
@@ -20,13 +21,13 @@ pub(crate) struct Args {
     /// Windows of the text to measure on; 0 means all
     #[arg(long, value_name = "N", default_value_t = 40)]
     pub(crate) windows: usize,
-    /// Windows of the calibration text to calibrate on [default: 32, 96 with --thorough]
+    /// Windows of the calibration text to calibrate on [default: 32768 bytes, 98304 with --thorough]
     #[arg(long, value_name = "N")]
     calibration_windows: Option<usize>,
     /// Steps of calibration by gradient, 0 for the closed form alone [default: 100, 300 with --thorough]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
-    /// Windows in every step [default: 8, 16 with --thorough]
+    /// Windows in every step [default: 8192 bytes, 16384 with --thorough]
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
     /// Length of the first steps
@@ -35,18 +36,27 @@ pub(crate) struct Args {
     /// Fit the projections themselves, as dense matrices: better, and slower per token
     #[arg(long)]
     pub(crate) dense: bool,
+    /// Try other near parts, features and projections for every layer, and keep what lowers the error
+    #[arg(long)]
+    choose: bool,
+    /// Longest time that attention of one layer may take per token on one thread; implies --choose
+    #[arg(long, value_name = "MICROSECONDS")]
+    pub(crate) budget: Option<f64>,
+    /// Seconds after which calibration by gradient ends, both models together [default: 60, no limit with --thorough or --choose]
+    #[arg(long, value_name = "X")]
+    seconds: Option<f64>,
     /// Calibrate for minutes instead of seconds
     #[arg(long)]
     thorough: bool,
     /// Tokens per window [default: the model's max_position_embeddings]
     #[arg(long, value_name = "N")]
     pub(crate) context: Option<usize>,
-    /// Chunk length of the exact near part
-    #[arg(long, value_name = "N", default_value_t = 64)]
-    pub(crate) chunk: usize,
+    /// Chunk length of the exact near part [default: 64, longer for heads narrower than 64]
+    #[arg(long, value_name = "N")]
+    chunk: Option<usize>,
     /// Whole chunks of the near part before the query's own
     #[arg(long, value_name = "N", default_value_t = 1)]
-    pub(crate) back: usize,
+    back: usize,
     /// Blocks of head_dim features each
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) blocks: usize,
@@ -76,9 +86,24 @@ impl Args {
         self.text.clone().unwrap_or_else(|| self.model.join("valid.txt"))
     }
 
-    /// Windows to calibrate on.
-    pub(crate) fn calibration_windows(&self) -> usize {
-        self.calibration_windows.unwrap_or(if self.thorough { 96 } else { 32 })
+    /// The exact near part of heads of this dimension.
+    pub(crate) fn near(&self, head_dim: usize) -> Near {
+        Near::new(self.chunk.unwrap_or(Near::for_dim(head_dim).chunk), self.back)
+    }
+
+    /// Whether to choose the structure by trial.
+    pub(crate) fn choose(&self) -> bool {
+        self.choose || self.budget.is_some()
+    }
+
+    /// Limit of calibration by gradient.
+    pub(crate) fn seconds(&self) -> Option<f64> {
+        self.seconds.or((!self.thorough && !self.choose()).then_some(60.0))
+    }
+
+    /// Windows of `context` bytes to calibrate on.
+    pub(crate) fn calibration_windows(&self, context: usize) -> usize {
+        self.calibration_windows.unwrap_or((if self.thorough { 98_304 } else { 32_768 } / context).max(2))
     }
 
     /// Steps of calibration by gradient.
@@ -86,9 +111,9 @@ impl Args {
         self.steps.unwrap_or(if self.thorough { 300 } else { 100 })
     }
 
-    /// Windows in every step.
-    pub(crate) fn batch(&self) -> usize {
-        self.batch.unwrap_or(if self.thorough { 16 } else { 8 })
+    /// Windows of `context` bytes in every step.
+    pub(crate) fn batch(&self, context: usize) -> usize {
+        self.batch.unwrap_or((if self.thorough { 16_384 } else { 8192 } / context).max(1))
     }
 
     /// The text to calibrate on.

@@ -1,12 +1,12 @@
 //! The exchange itself: softmax layers out, linear layers in, and their calibration.
 
 use std::ops::ControlFlow;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use dijiang::attention::Near;
-use dijiang::layer::{CalibrateOptions, CalibrateReport, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention};
-use ndarray::{Array2, ArrayView2};
-use rayon::prelude::*;
+use dijiang::layer::{
+    CalibrateOptions, CalibrateReport, ChooseOptions, ChooseReport, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention,
+};
 
 use crate::args::Args;
 use crate::error::{Error, Result};
@@ -18,7 +18,7 @@ pub(crate) struct Converted {
     pub(crate) exchanged: Llama<DijiangAttention<f32>>,
     /// The same, the maps calibrated in closed form.
     pub(crate) closed_form: Llama<DijiangAttention<f32>>,
-    /// The same, the maps calibrated by gradient.
+    /// The same, the maps calibrated by gradient; or the structure chosen as well.
     pub(crate) calibrated: Llama<DijiangAttention<f32>>,
     /// The near part, and nothing for older tokens.
     pub(crate) near_only: Llama<SoftmaxAttention<f32>>,
@@ -26,6 +26,8 @@ pub(crate) struct Converted {
     pub(crate) pure: Llama<DijiangAttention<f32>>,
     /// What calibration by gradient did to each layer: with the near part, and without.
     pub(crate) reports: [Vec<CalibrateReport>; 2],
+    /// What was chosen for each layer, if that was asked for.
+    pub(crate) choices: Vec<ChooseReport>,
     /// Time calibration by gradient took, both models together.
     pub(crate) calibration_seconds: f64,
 }
@@ -45,45 +47,51 @@ pub(crate) fn convert(
 
     let closed = CalibrateOptions::new().with_steps(0);
     let again = || exchanged.exchange(|layer| Ok(layer.clone()));
-    let (mut models, mut calibrated) = ([again()?], [again()?, pure]);
-    calibrate(softmax, &mut models, std::array::from_ref(&closed), samples, &tick)?;
-    let [closed_form] = models;
+    let (mut closed_form, mut calibrated, mut pure) = (again()?, again()?, pure);
+    softmax.each_attention_input(samples, |l, inputs| {
+        closed_form.attention_mut()[l].calibrate(inputs, &closed, |_| ControlFlow::Continue(())).map_err(Error::in_layer(l))?;
+        tick();
+        Ok(())
+    })?;
 
     let start = Instant::now();
     let projection = if args.dense { Fit::Train } else { Fit::Keep };
     let trained = closed
         .with_projection(projection)
         .with_steps(args.steps())
-        .with_batch(args.batch())
+        .with_batch(args.batch(samples.iter().map(|sample| sample.len()).max().unwrap_or(1)))
         .with_learning_rate(args.learning_rate)
         .with_seed(args.seed);
-    let reports = calibrate(softmax, &mut calibrated, &[trained.clone(), trained.with_decay(Fit::Train)], samples, &tick)?;
-    let calibration_seconds = start.elapsed().as_secs_f64();
-    let [calibrated, pure] = calibrated;
-    Ok(Converted { exchanged, closed_form, calibrated, near_only, pure, reports, calibration_seconds })
-}
-
-/// Calibrates every layer of `models`, each by its own options, on the hidden states that the layer in its place in `softmax` is given.
-///
-/// Goes block by block, so that the hidden states of one block are all it has to hold.
-fn calibrate<const MODELS: usize>(
-    softmax: &Llama<SoftmaxAttention<f32>>,
-    models: &mut [Llama<DijiangAttention<f32>>; MODELS],
-    options: &[CalibrateOptions; MODELS],
-    samples: &[&[u8]],
-    tick: impl Fn(),
-) -> Result<[Vec<CalibrateReport>; MODELS]> {
-    let mut reports = [const { Vec::new() }; MODELS];
-    let mut hidden: Vec<Array2<f32>> = samples.iter().map(|sample| softmax.embed(sample)).collect();
-    for l in 0..softmax.config().layers {
-        let inputs: Vec<Array2<f32>> = hidden.par_iter().map(|x| softmax.attention_input(l, x)).collect();
-        let views: Vec<ArrayView2<'_, f32>> = inputs.iter().map(|input| input.view()).collect();
-        for (model, (options, reports)) in models.iter_mut().zip(options.iter().zip(&mut reports)) {
-            let report = model.attention_mut()[l].calibrate(&views, options, |_| ControlFlow::Continue(()));
+    // What is left of the time, shared out among the calibrations that are left.
+    let limited = |options: &CalibrateOptions, left: usize| {
+        let seconds = args.seconds().map(|seconds| (seconds - start.elapsed().as_secs_f64()).max(0.1) / left as f64);
+        options.clone().with_seconds(seconds)
+    };
+    let choice = args.choose().then(|| {
+        let budget = args.budget.map(|microseconds| Duration::from_secs_f64(microseconds * 1e-6));
+        ChooseOptions::new().with_map(options(None)).with_calibrate(trained.clone()).with_budget(budget)
+    });
+    let (mut reports, mut choices) = ([Vec::new(), Vec::new()], Vec::new());
+    softmax.each_attention_input(samples, |l, inputs| {
+        if let Some(choice) = &choice {
+            let exact = &softmax.attention()[l];
+            let chosen = DijiangAttention::choose(exact, inputs, choice, |_| ControlFlow::Continue(()));
+            let (layer, report) = chosen.map_err(Error::in_layer(l))?;
+            calibrated.attention_mut()[l] = layer;
+            reports[0].push(report.calibration.clone());
+            choices.push(report);
+            tick();
+        }
+        let with_decay = trained.clone().with_decay(Fit::Train);
+        let models = [(&mut calibrated, &trained), (&mut pure, &with_decay)].into_iter().zip(&mut reports);
+        for (done, ((model, options), reports)) in models.enumerate().skip(usize::from(choice.is_some())) {
+            let left = 2 * (softmax.config().layers - l) - done;
+            let report = model.attention_mut()[l].calibrate(inputs, &limited(options, left), |_| ControlFlow::Continue(()));
             reports.push(report.map_err(Error::in_layer(l))?);
             tick();
         }
-        hidden.par_iter_mut().try_for_each(|x| softmax.block(l, x))?;
-    }
-    Ok(reports)
+        Ok(())
+    })?;
+    let calibration_seconds = start.elapsed().as_secs_f64();
+    Ok(Converted { exchanged, closed_form, calibrated, near_only, pure, reports, choices, calibration_seconds })
 }

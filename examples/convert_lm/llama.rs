@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use dijiang::attention::KeyMask;
 use dijiang::layer::{Attention, AttentionWeights, SoftmaxAttention};
-use ndarray::{Array1, Array2, ArrayView1, Axis, Zip};
+use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, Zip};
+use rayon::prelude::*;
 
 use crate::checkpoint::Checkpoint;
 use crate::config::LlamaConfig;
@@ -116,6 +117,24 @@ impl<A: Attention<f32>> Llama<A> {
     /// What the attention layer of block `l` is given when `x` enters that block.
     pub(crate) fn attention_input(&self, l: usize, x: &Array2<f32>) -> Array2<f32> {
         rms_norm(x, &self.body.blocks[l].attention_norm, self.body.config.norm_epsilon)
+    }
+
+    /// Calls `visit` for every layer with its index and with what it is given for each of `samples`.
+    ///
+    /// Goes block by block, so that the hidden states of one block are all it has to hold.
+    pub(crate) fn each_attention_input(
+        &self,
+        samples: &[&[u8]],
+        mut visit: impl FnMut(usize, &[ArrayView2<'_, f32>]) -> Result<()>,
+    ) -> Result<()> {
+        let mut hidden: Vec<Array2<f32>> = samples.iter().map(|sample| self.embed(sample)).collect();
+        for l in 0..self.attention.len() {
+            let inputs: Vec<Array2<f32>> = hidden.par_iter().map(|x| self.attention_input(l, x)).collect();
+            let views: Vec<ArrayView2<'_, f32>> = inputs.iter().map(|input| input.view()).collect();
+            visit(l, &views)?;
+            hidden.par_iter_mut().try_for_each(|x| self.block(l, x))?;
+        }
+        Ok(())
     }
 
     /// Takes the hidden states of whole sequences through block `l`.

@@ -25,7 +25,6 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use dijiang::attention::Near;
 use rayon::ThreadPoolBuilder;
 
 use crate::args::Args;
@@ -34,7 +33,7 @@ use crate::evaluate::{bits_per_byte, check_logits};
 use crate::generate::{Sampling, generate};
 use crate::llama::Llama;
 use crate::progress::Progress;
-use crate::report::{LayerReport, Report};
+use crate::report::{ChoiceReport, LayerReport, Report};
 use crate::text::Text;
 
 fn main() -> ExitCode {
@@ -55,6 +54,11 @@ fn run(args: &Args) -> Result<Report> {
     if !(args.temperature.is_finite() && args.temperature >= 0.0) {
         return Err(Error::Option { option: "temperature", expected: "at least 0", found: args.temperature.to_string() });
     }
+    for (option, value) in [("budget", args.budget), ("seconds", args.seconds())] {
+        if let Some(found) = value.filter(|value| !(value.is_finite() && *value > 0.0)) {
+            return Err(Error::Option { option, expected: "finite and more than 0", found: found.to_string() });
+        }
+    }
     ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| measure(args))
 }
 
@@ -74,10 +78,10 @@ fn measure(args: &Args) -> Result<Report> {
     let (text_path, calibration_path) = (args.text(), args.calibration_text());
     let text = Text::read(&text_path, context)?;
     let windows = if args.windows == 0 { text.windows() } else { args.windows.min(text.windows()) };
-    let near = Near::new(args.chunk, args.back);
+    let near = args.near(softmax.config().head_dim);
 
     let calibration = Text::read(&calibration_path, context)?;
-    let samples: Vec<&[u8]> = calibration.spread(args.calibration_windows()).collect();
+    let samples: Vec<&[u8]> = calibration.spread(args.calibration_windows(context)).collect();
     progress.stage("calibrating", 3 * softmax.config().layers);
     let converted = convert::convert(&softmax, near, args, &samples, tick)?;
 
@@ -104,8 +108,8 @@ fn measure(args: &Args) -> Result<Report> {
         text: text_path.display().to_string(),
         windows,
         context,
-        chunk: args.chunk,
-        back: args.back,
+        chunk: near.chunk,
+        back: near.back,
         features: args.blocks * softmax.config().head_dim,
         softmax_bpb,
         exchanged_bpb,
@@ -116,6 +120,7 @@ fn measure(args: &Args) -> Result<Report> {
         logits_difference,
         calibration_tokens: samples.iter().map(|sample| sample.len()).sum(),
         steps: args.steps(),
+        choices: converted.choices.iter().map(ChoiceReport::from).collect(),
         layers: converted.reports[0].iter().map(LayerReport::from).collect(),
         pure_layers: converted.reports[1].iter().map(LayerReport::from).collect(),
         calibration_seconds: converted.calibration_seconds,

@@ -4,7 +4,8 @@ use std::io::Write;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
-use dijiang::layer::{CalibrateReport, HeadReport};
+use dijiang::attention::Near;
+use dijiang::layer::{CalibrateReport, ChooseReport, Fit, HeadReport, Trial};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -34,6 +35,8 @@ pub(crate) struct Report {
     pub(crate) calibration_seconds: f64,
     /// Steps by gradient.
     pub(crate) steps: usize,
+    /// What was chosen for each layer; empty if nothing was.
+    pub(crate) choices: Vec<ChoiceReport>,
     /// With the near part, first layer first.
     pub(crate) layers: Vec<LayerReport>,
     /// Without.
@@ -77,6 +80,63 @@ impl From<&CalibrateReport> for LayerReport {
     }
 }
 
+/// The structure chosen for a layer.
+#[derive(Debug, Serialize)]
+pub(crate) struct ChoiceReport {
+    structure: Structure,
+    /// The projection of every key-value head.
+    projections: Vec<&'static str>,
+    microseconds_per_token: f64,
+    trials: Vec<TrialReport>,
+}
+
+#[derive(Debug, Serialize)]
+struct Structure {
+    chunk: usize,
+    back: usize,
+    blocks: usize,
+}
+
+/// One structure that was tried, with its error on held-out text; none if it was beyond the budget.
+#[derive(Debug, Serialize)]
+struct TrialReport {
+    structure: Structure,
+    projection: &'static str,
+    microseconds_per_token: f64,
+    error: Option<f64>,
+}
+
+impl Structure {
+    fn new(near: Option<Near>, blocks: usize) -> Self {
+        let (chunk, back) = near.map_or((0, 0), |near| (near.chunk, near.back));
+        Self { chunk, back, blocks }
+    }
+}
+
+impl From<&ChooseReport> for ChoiceReport {
+    fn from(report: &ChooseReport) -> Self {
+        let trial = |trial: &Trial| TrialReport {
+            structure: Structure::new(trial.near, trial.blocks),
+            projection: name(trial.projection),
+            microseconds_per_token: 1e6 * trial.time.as_secs_f64(),
+            error: trial.error,
+        };
+        Self {
+            structure: Structure::new(report.near, report.blocks),
+            projections: report.projections.iter().map(|&projection| name(projection)).collect(),
+            microseconds_per_token: 1e6 * report.time.as_secs_f64(),
+            trials: report.trials.iter().map(trial).collect(),
+        }
+    }
+}
+
+fn name(projection: Fit) -> &'static str {
+    match projection {
+        Fit::Keep => "plain",
+        Fit::Train => "dense",
+    }
+}
+
 impl Report {
     /// Writes the report to standard output.
     pub(crate) fn print(&self, json: bool) -> Result<()> {
@@ -96,7 +156,14 @@ impl Report {
             ("softmax".to_owned(), self.softmax_bpb),
             (format!("linear + {near}, as exchanged"), self.exchanged_bpb),
             (format!("linear + {near}, closed form"), self.closed_form_bpb),
-            (format!("linear + {near}, calibrated"), self.calibrated_bpb),
+            (
+                if self.choices.is_empty() {
+                    format!("linear + {near}, calibrated")
+                } else {
+                    "linear, structure chosen, calibrated".to_owned()
+                },
+                self.calibrated_bpb,
+            ),
             (format!("{near} alone"), self.near_only_bpb),
             ("linear alone with decay, calibrated".to_owned(), self.pure_bpb),
         ] {
@@ -107,9 +174,18 @@ impl Report {
                 column.set_cell_alignment(CellAlignment::Right);
             }
         }
+        let mut chosen = String::new();
+        for (l, ChoiceReport { structure: Structure { chunk, back, blocks }, projections, microseconds_per_token, .. }) in
+            self.choices.iter().enumerate()
+        {
+            let projections = projections.join(" ");
+            chosen += &format!(
+                "layer {l}: chunks of {chunk}, {back} back, {blocks} block(s), heads {projections}, {microseconds_per_token:.2} µs per token\n"
+            );
+        }
         let check = self.logits_difference.map(|found| format!("softmax logits agree with the golden ones within {found:.1e}\n"));
         format!(
-            "{}{}\n\n{table}\n{}{} windows of {} bytes, m = {} features per head, calibrated on {} tokens in {} steps and {:.1} s; {:.1} s in all\n\
+            "{}{}\n\n{table}\n{chosen}{}{} windows of {} bytes, m = {} features per head, calibrated on {} tokens in {} steps and {:.1} s; {:.1} s in all\n\
              decoding: {:.0} tokens/s, state {} kB at any length; softmax's key-value cache is {} kB after {} tokens, {} kB after {}",
             self.prompt,
             self.generated,

@@ -40,7 +40,7 @@ use std::time::Instant;
 use clap::Parser;
 use dijiang::attention::{KeyMask, Near};
 use dijiang::layer::{Attention, CalibrateOptions, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention};
-use ndarray::{Array2, ArrayView2};
+use ndarray::Array2;
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -147,14 +147,11 @@ fn calibrate(
 ) -> Result<Llama<DijiangAttention<f32>>> {
     let decay = if args.pure { Fit::Train } else { Fit::Keep };
     let options = CalibrateOptions::new().with_steps(args.calibration_steps).with_batch(args.batch).with_decay(decay);
-    let mut hidden: Vec<Array2<f32>> = samples.iter().map(|sample| softmax.embed(sample)).collect();
-    for l in 0..softmax.config().layers {
-        let inputs: Vec<Array2<f32>> = hidden.par_iter().map(|x| softmax.attention_input(l, x)).collect();
-        let views: Vec<ArrayView2<'_, f32>> = inputs.iter().map(|input| input.view()).collect();
-        model.attention_mut()[l].calibrate(&views, &options, |_| ControlFlow::Continue(())).map_err(Error::in_layer(l))?;
-        hidden.par_iter_mut().try_for_each(|x| softmax.block(l, x))?;
+    softmax.each_attention_input(samples, |l, inputs| {
+        model.attention_mut()[l].calibrate(inputs, &options, |_| ControlFlow::Continue(())).map_err(Error::in_layer(l))?;
         tick();
-    }
+        Ok(())
+    })?;
     Ok(model)
 }
 

@@ -38,10 +38,7 @@ pub(crate) fn fit(
     let mut moments = Moments::new(layer.weights());
     for step in 0..options.steps {
         let batch: Vec<_> = (0..options.batch).map(|i| train[(step * options.batch + i) % train.len()]).collect();
-        let gradients = batch.par_iter().map(|(x, wanted)| {
-            let difference = layer.forward(x, KeyMask::All)? - wanted;
-            Ok(layer.backward(x, KeyMask::All, &difference)?.weights)
-        });
+        let gradients = batch.par_iter().map(|(x, wanted)| Ok(layer.backward_with(x, KeyMask::All, |out| out - wanted)?.weights));
         let gradients = gradients.collect::<Result<Vec<_>>>()?;
         let decay = 0.5 * (1.0 + (std::f64::consts::PI * step as f64 / options.steps as f64).cos());
         let mut weights = AttentionWeights::clone(layer.weights());

@@ -8,21 +8,18 @@
 //!
 //! R turns pairs of coordinates (rotary embedding), so Rᵀ turns them back; a dot marks the gradient.
 
-use ndarray::{Array1, Array2, ArrayRef2, ArrayView2, ArrayViewMut2, Axis};
+use ndarray::{Array1, Array2, ArrayRef2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2};
 
 use crate::attention::KeyMask;
 use crate::error::{Result, check_elements, check_len, check_shape};
 use crate::kernel::DctGradients;
 use crate::layer::config::Causality;
 use crate::layer::dijiang::DijiangAttention;
-use crate::layer::projection::Projected;
+use crate::layer::projection::{Projected, ROWS};
 use crate::layer::weights::AttentionWeights;
 use crate::real::Real;
 use crate::simd::product;
 use crate::threads::{for_each, max_threads};
-
-/// Rows of hidden states that one thread works on at a time.
-const ROWS: usize = 64;
 
 /// The gradients of a scalar with respect to everything a layer computes its output from.
 #[derive(Debug, Clone, PartialEq)]
@@ -69,10 +66,39 @@ impl<T: Real> DijiangAttention<T> {
     /// # Ok::<(), dijiang::Error>(())
     /// ```
     pub fn backward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>, grad_out: &ArrayRef2<T>) -> Result<LayerGradients<T>> {
+        self.vjp(x, mask, |_| grad_out.view().into())
+    }
+
+    /// [`backward`](Self::backward) for a gradient that depends on the outputs, which are computed on the way anyway: `loss`
+    /// is given them and returns the gradient with respect to them.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, D]`, `mask`: n keys, `loss`: from `[n, D]` to `[n, D]`.
+    ///
+    /// # Cost
+    /// As [`backward`](Self::backward), and the output projection: less than [`forward`](crate::layer::Attention::forward) and
+    /// `backward`, one after the other.
+    ///
+    /// # Errors
+    /// As [`backward`](Self::backward), what `loss` returns being `grad_out`.
+    pub fn backward_with(
+        &self,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+        loss: impl FnOnce(Array2<T>) -> Array2<T>,
+    ) -> Result<LayerGradients<T>> {
+        self.vjp(x, mask, |o| loss(self.projections.output(o)).into())
+    }
+
+    /// The gradients from that with respect to the outputs, which `upstream` makes of the heads' outputs `[n, h·d]`.
+    fn vjp<'g>(
+        &self,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+        upstream: impl FnOnce(&Array2<T>) -> CowArray<'g, T, Ix2>,
+    ) -> Result<LayerGradients<T>> {
         let projections = &self.projections;
         projections.check_sequence("x", x)?;
-        check_shape("grad_out", grad_out, &[x.nrows(), x.ncols()])?;
-        check_elements("grad_out", grad_out)?;
         if let KeyMask::Valid(valid) = mask {
             check_len("mask", x.nrows(), valid.len())?;
         }
@@ -83,18 +109,21 @@ impl<T: Real> DijiangAttention<T> {
 
         let mut o = Array2::zeros(q.raw_dim());
         let mut workspace = self.linear.workspace();
+        let causal = projections.config().causality == Causality::Causal;
+        let o_heads = &mut projections.heads_mut(&mut o);
+        match causal {
+            true => self.linear.prefill_into(&mut self.linear.new_state(), &q_heads, &k_heads, &v_heads, mask, o_heads, &mut workspace)?,
+            false => self.linear.full_into(&q_heads, &k_heads, &v_heads, mask, o_heads, &mut workspace)?,
+        }
+        let grad_out = upstream(&o);
+        check_shape("grad_out", &grad_out, &[x.nrows(), x.ncols()])?;
+        check_elements("grad_out", &grad_out)?;
         let mut grad_o = Array2::zeros(q.raw_dim());
         by_rows(grad_out.view(), &mut grad_o, |grad_out, grad_o| product(grad_out, weights.o.view(), grad_o, false));
-        let (o_heads, grad_heads) = (&mut projections.heads_mut(&mut o), projections.heads(&grad_o));
-        let gradients = match projections.config().causality {
-            Causality::Causal => {
-                self.linear.prefill_into(&mut self.linear.new_state(), &q_heads, &k_heads, &v_heads, mask, o_heads, &mut workspace)?;
-                self.linear.causal_backward(&q_heads, &k_heads, &v_heads, mask, &grad_heads)?
-            }
-            Causality::Bidirectional => {
-                self.linear.full_into(&q_heads, &k_heads, &v_heads, mask, o_heads, &mut workspace)?;
-                self.linear.full_backward(&q_heads, &k_heads, &v_heads, mask, &grad_heads)?
-            }
+        let grad_heads = projections.heads(&grad_o);
+        let gradients = match causal {
+            true => self.linear.causal_backward(&q_heads, &k_heads, &v_heads, mask, &grad_heads)?,
+            false => self.linear.full_backward(&q_heads, &k_heads, &v_heads, mask, &grad_heads)?,
         };
         drop((q, k, v, grad_o));
 

@@ -17,7 +17,7 @@ use crate::threads::{for_each, max_threads};
 
 /// Rows of one matrix product. Every product has exactly this many (the last one is padded), so that a row's bits depend
 /// on that row alone: not on the number of tokens, and not on threads.
-const ROWS: usize = 64;
+pub(super) const ROWS: usize = 64;
 
 /// A checked config with its weights and its rotary table.
 #[derive(Debug, Clone)]
@@ -93,10 +93,15 @@ impl<T: Real> Projections<T> {
         let mut o = Array2::zeros(q.raw_dim());
         attend(&self.heads(&q), &self.heads(&k), &self.heads(&v), &mut self.heads_mut(&mut o))?;
         drop((q, k, v));
-        let mut y = Array2::zeros(x.raw_dim());
+        Ok(self.output(&o))
+    }
+
+    /// The layer's outputs `[n, D]` from those of the heads, `[n, h·d]`.
+    pub(crate) fn output(&self, o: &Array2<T>) -> Array2<T> {
+        let mut y = Array2::zeros((o.nrows(), self.config.model_dim));
         let output = Linear { weight: &self.weights.o, bias: self.weights.o_bias.as_ref(), rotary: None };
         apply(0, o.view(), &mut [(output, &mut y)]);
-        Ok(y)
+        y
     }
 
     /// Attention of one token at `position`; `attend` gets q `[h, d]`, k and v `[h_kv, d]` and the output `[h, d]`.
