@@ -1,4 +1,4 @@
-//! Whole sequences, one thread, 8 heads: linear (pure, with a near part, full) against softmax (tiled, and the literal
+//! Whole sequences, one thread, 8 heads: linear (pure, with a near part, full; forward and backward) against softmax (tiled, and the literal
 //! formula while it is bearable).
 #![allow(missing_docs)]
 
@@ -17,7 +17,7 @@ const HEADS: usize = 8;
 fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     let shape = (HEADS, n, d);
     let (q, k, v) = (gaussian::<T>(1, shape), gaussian::<T>(2, shape), gaussian::<T>(3, shape));
-    let mut out = Array3::<T>::zeros(shape);
+    let (grad, mut out) = (gaussian::<T>(4, shape), Array3::<T>::zeros(shape));
     let name = id::<T>(n, d, d);
     let (pure, near, exact) = (linear::<T>(HEADS, d, false), linear::<T>(HEADS, d, true), ExactConfig::new(HEADS, d).build::<T>());
     let exact = exact.expect("a valid operator");
@@ -46,6 +46,11 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
             near.prefill_into(&mut state, black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws)
         });
     });
+    for (mode, linear) in [("pure", &pure), ("near", &near)] {
+        group.bench_function(format!("{mode}_backward/{name}"), |b| {
+            b.iter(|| linear.causal_backward(black_box(&q), &k, &v, KeyMask::All, &grad));
+        });
+    }
     let mut ws = exact.workspace();
     group.bench_function(format!("softmax_tiled/{name}"), |b| {
         b.iter(|| exact.causal_into(black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws));
