@@ -3,8 +3,9 @@
 //!
 //! The equations are in the engine, `tape.rs`.
 
-use ndarray::{Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, Axis, concatenate, s};
+use ndarray::{Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, concatenate};
 
+use crate::attention::rows::{Valid, is_valid};
 use crate::attention::state::HeadState;
 use crate::attention::tape::{Order, Stretch, Tape, Targets, Upstream};
 use crate::attention::{CausalState, KeyMask, LinearAttention};
@@ -49,11 +50,25 @@ pub struct StateGradients<T> {
     pub values: Array2<T>,
 }
 
-/// One key-value head's results.
+/// One key-value head's inputs, `[group, n_q, d]`, `[n_k, d]`, `[n_k, e]` and `[group, n_q, e]`.
+#[derive(Clone, Copy)]
+struct Inputs<'a, T> {
+    q: ArrayView3<'a, T>,
+    k: ArrayView2<'a, T>,
+    v: ArrayView2<'a, T>,
+    grad_out: ArrayView3<'a, T>,
+    valid: Valid<'a>,
+}
+
+/// Where the gradients of its inputs go.
+struct Outputs<'a, T> {
+    q: ArrayViewMut3<'a, T>,
+    k: ArrayViewMut2<'a, T>,
+    v: ArrayViewMut2<'a, T>,
+}
+
+/// The rest of its gradients.
 struct HeadGradients<T, G> {
-    q: Array3<T>,
-    k: Array2<T>,
-    v: Array2<T>,
     map: G,
     log_decay: f64,
     state: StateGradients<T>,
@@ -161,7 +176,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         grad_out: &ArrayRef3<T>,
     ) -> Result<()> {
         check_shape("grad_out", grad_out, &[self.heads(), q.shape()[1], self.sizes.value_dim])?;
-        self.check(q, k, v, mask, grad_out, &mut self.workspace())?;
+        self.check(q, k, v, mask, grad_out)?;
         check_elements("grad_out", grad_out)
     }
 
@@ -176,32 +191,28 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         grad_out: &ArrayRef3<T>,
     ) -> (AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>) {
         let (kv_heads, group) = (self.maps().len(), self.heads() / self.maps().len());
+        let (mut grad_q, mut grad_k, mut grad_v) = (Array3::zeros(q.raw_dim()), Array3::zeros(k.raw_dim()), Array3::zeros(v.raw_dim()));
         let mut results: Vec<Option<HeadGradients<T, M::Gradients>>> = (0..kv_heads).map(|_| None).collect();
         let mut tapes: Vec<Option<Tape<T>>> = vec![None; threads::max_threads().min(kv_heads)];
-        let parts = q.axis_chunks_iter(Axis(0), group).zip(grad_out.axis_chunks_iter(Axis(0), group));
-        let items = parts.zip(k.outer_iter().zip(v.outer_iter())).zip(&mut results).enumerate();
-        threads::for_each(&mut tapes, items, |tape, (h, (((q, grad), (k, v)), result))| {
+        let inputs = q.axis_chunks_iter(Axis(0), group).zip(grad_out.axis_chunks_iter(Axis(0), group));
+        let inputs = inputs.zip(k.outer_iter().zip(v.outer_iter()));
+        let inputs = inputs.map(|((q, grad_out), (k, v))| Inputs { q, k, v, grad_out, valid: mask.valid() });
+        let outputs = grad_k.outer_iter_mut().zip(grad_v.outer_iter_mut()).zip(grad_q.axis_chunks_iter_mut(Axis(0), group));
+        let outputs = outputs.map(|((k, v), q)| Outputs { q, k, v });
+        let items = inputs.zip(outputs).zip(&mut results).enumerate();
+        threads::for_each(&mut tapes, items, |tape, (h, ((inputs, outputs), result))| {
             let tape = tape.get_or_insert_with(|| Tape::new(&self.maps()[h], self.sizes.value_dim));
             let state = state.map(|state| (&state.heads[h], state.position));
-            *result = Some(self.head_backward(h, order, state, q, k, v, mask, grad, tape));
+            *result = Some(self.head_backward(h, order, state, inputs, outputs, tape));
         });
-        let mut gradients = AttentionGradients {
-            q: Array3::zeros(q.raw_dim()),
-            k: Array3::zeros(k.raw_dim()),
-            v: Array3::zeros(v.raw_dim()),
-            maps: Vec::with_capacity(kv_heads),
-            log_decay: Vec::with_capacity(kv_heads),
-        };
+        let (mut maps, mut log_decay) = (Vec::with_capacity(kv_heads), Vec::with_capacity(kv_heads));
         let mut states = Vec::with_capacity(kv_heads);
-        for (h, result) in results.into_iter().flatten().enumerate() {
-            gradients.q.slice_mut(s![h * group..(h + 1) * group, .., ..]).assign(&result.q);
-            gradients.k.index_axis_mut(Axis(0), h).assign(&result.k);
-            gradients.v.index_axis_mut(Axis(0), h).assign(&result.v);
-            gradients.maps.push(result.map);
-            gradients.log_decay.push(result.log_decay);
+        for result in results.into_iter().flatten() {
+            maps.push(result.map);
+            log_decay.push(result.log_decay);
             states.push(result.state);
         }
-        (gradients, states)
+        (AttentionGradients { q: grad_q, k: grad_k, v: grad_v, maps, log_decay }, states)
     }
 
     fn head_backward(
@@ -209,26 +220,23 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         h: usize,
         order: Order,
         state: Option<(&HeadState<T>, usize)>,
-        q: ArrayView3<'_, T>,
-        k: ArrayView2<'_, T>,
-        v: ArrayView2<'_, T>,
-        mask: KeyMask<'_>,
-        grad_out: ArrayView3<'_, T>,
+        inputs: Inputs<'_, T>,
+        outputs: Outputs<'_, T>,
         tape: &mut Tape<T>,
     ) -> HeadGradients<T, M::Gradients> {
+        let Inputs { q, k, v, grad_out, valid } = inputs;
         let head = self.head(h);
         let (position, value_dim) = (state.map_or(0, |(_, position)| position), self.sizes.value_dim);
         // The near part that the state holds comes first, as tokens like the others.
         let ring = state.and_then(|(state, position)| state.ring.as_ref().map(|ring| ring.tokens(position, value_dim)));
         let ring = ring.filter(|(_, keys, ..)| keys.nrows() > 0);
-        let joined = ring.as_ref().map(|(_, keys, values, valid)| {
+        let joined = ring.as_ref().map(|(_, keys, values, earlier)| {
             let scaled = k.mapv(|x| x * head.scale);
-            let valid = valid.iter().copied().chain((0..k.nrows()).map(|j| mask.valid().is_none_or(|valid| valid[j])));
+            let valid = earlier.iter().copied().chain((0..k.nrows()).map(|j| is_valid(valid, j)));
             let join = |a: &Array2<T>, b: ArrayView2<'_, T>| concatenate![Axis(0), a.view(), b];
             (join(keys, scaled.view()), join(values, v), valid.collect::<Vec<bool>>())
         });
         let lead = ring.as_ref().map_or(0, |(_, keys, ..)| keys.nrows());
-        let mut q_gradient = Array3::zeros(q.raw_dim());
         let (mut sums, mut log_decay) = (head.map.new_sums(), 0.0);
         let stretch = Stretch {
             map: head.map,
@@ -237,35 +245,48 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             q,
             k: joined.as_ref().map_or(k, |(k, ..)| k.view()),
             v: joined.as_ref().map_or(v, |(_, v, _)| v.view()),
-            valid: joined.as_ref().map_or(mask.valid(), |(.., valid)| Some(valid)),
+            valid: joined.as_ref().map_or(valid, |(.., valid)| Some(valid)),
             query_scale: head.scale,
             key_scale: if joined.is_some() { T::ONE } else { head.scale },
             position: position - lead,
             lead,
             given: None,
         };
-        let targets = Targets { sums: &mut sums, log_decay: &mut log_decay, q: Some(q_gradient.view_mut()) };
+        let targets = Targets { sums: &mut sums, log_decay: &mut log_decay, q: Some(outputs.q) };
         tape.run(&stretch, state.map(|(state, _)| state), Upstream::Rows(grad_out), Some(targets));
 
-        let rows = |rows: &[T], dim: usize, scale: T| {
-            let stride = padded(dim);
-            Array2::from_shape_fn((rows.len() / stride, dim), |(j, i)| rows[j * stride + i] * scale)
+        let (key_stride, value_stride) = (padded(head.dim), padded(value_dim));
+        let (lead_keys, keys) = tape.keys.split_at(lead * key_stride);
+        let (lead_values, values) = tape.values.split_at(lead * value_stride);
+        copy_scaled(keys, head.scale, outputs.k);
+        copy_scaled(values, T::ONE, outputs.v);
+        let rows = |from: &[T], dim: usize, scale: T| {
+            let mut rows = Array2::zeros((from.len() / padded(dim), dim));
+            copy_scaled(from, scale, rows.view_mut());
+            rows
         };
-        let (keys, values) = (rows(&tape.keys, head.dim, head.scale), rows(&tape.values, value_dim, T::ONE));
         // The sums of a state that has seen no key are in no frame.
         let seen = if state.is_some_and(|(state, _)| state.started) { T::ONE } else { T::ZERO };
         HeadGradients {
-            q: q_gradient,
-            k: keys.slice(s![lead.., ..]).to_owned(),
-            v: values.slice(s![lead.., ..]).to_owned(),
             map: head.map.gradients(&sums),
             log_decay,
             state: StateGradients {
                 sums: rows(&tape.sums, value_dim, seen),
                 norm: tape.norm.iter().map(|&r| -r * seen).collect(),
-                keys: keys.slice(s![..lead, ..]).to_owned(),
-                values: values.slice(s![..lead, ..]).to_owned(),
+                keys: rows(lead_keys, head.dim, head.scale),
+                values: rows(lead_values, value_dim, T::ONE),
             },
+        }
+    }
+}
+
+/// Rows padded to whole lane groups, times `scale`, without their padding.
+fn copy_scaled<T: Real>(rows: &[T], scale: T, mut out: ArrayViewMut2<'_, T>) {
+    let stride = padded(out.ncols());
+    for (row, mut out) in rows.chunks_exact(stride).zip(out.outer_iter_mut()) {
+        match out.as_slice_mut() {
+            Some(out) => out.iter_mut().zip(row).for_each(|(out, &x)| *out = x * scale),
+            None => out.iter_mut().zip(row).for_each(|(out, &x)| *out = x * scale),
         }
     }
 }

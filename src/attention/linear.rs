@@ -3,16 +3,16 @@
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
+use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
 
+use crate::attention::checks::{check_scale, check_shapes, check_size, check_tokens};
 use crate::attention::near::Ring;
 use crate::attention::pages::Pages;
 use crate::attention::prefill::{SEGMENT, Stretch};
-use crate::attention::rows::{Valid, is_valid};
 use crate::attention::state::Shape;
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{CausalState, KeyMask, Near, Workspace, decode, full};
-use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_shape, within};
+use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_shape};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
 use crate::simd::{Ops, padded};
@@ -119,24 +119,6 @@ impl LinearConfig {
             map: maps.iter().map(|map| map.scratch_len(BLOCK).max(map.token_scratch_len())).max().unwrap_or(0),
         };
         Ok(LinearAttention { maps, heads, scale, near: self.near, log_decay, sizes, element: PhantomData })
-    }
-}
-
-/// Largest dimension or number of heads: beyond it nothing of the kind could be allocated.
-const MAX_SIZE: usize = 1 << 20;
-
-/// A size from 1 to [`MAX_SIZE`].
-pub(super) fn check_size(argument: &'static str, got: usize) -> Result<()> {
-    check_positive(argument, got)?;
-    if got > MAX_SIZE { Err(Error::TooLarge { argument, limit: MAX_SIZE, got }) } else { Ok(()) }
-}
-
-/// The softmax scale must be a positive number.
-pub(super) fn check_scale(scale: f64) -> Result<()> {
-    if scale.is_finite() && scale > 0.0 {
-        Ok(())
-    } else {
-        Err(Error::Value { argument: "scale", expected: "finite and positive", got: scale })
     }
 }
 
@@ -273,7 +255,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         if self.log_decay.iter().any(|&decay| decay != 0.0) {
             return Err(Error::Conflict { argument: "full attention", other: "decay" });
         }
-        self.check(q, k, v, mask, out, workspace)?;
+        workspace.check(self.sizes)?;
+        self.check(q, k, v, mask, out)?;
         self.for_each_head(q, k, v, out, workspace, (0..).map(|h| (h, ())), |head, (), q, k, v, out, scratch| {
             full::full(head, q, k, v, mask.valid(), out, scratch);
         });
@@ -345,7 +328,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         if long {
             workspace.keep(&state.heads);
         } else {
-            check_tokens(q, k, v, mask, workspace)?;
+            check_tokens(q, k, v, mask)?;
         }
         if long && Pages::<T>::pay(self.maps.len()) {
             workspace.share_heads(self.shape());
@@ -367,7 +350,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         workspace.pages = pages;
         if !clean.into_inner() {
             state.heads.iter_mut().zip(&workspace.snapshot).for_each(|(state, kept)| state.copy(kept));
-            return check_tokens(q, k, v, mask, workspace);
+            return check_tokens(q, k, v, mask);
         }
         state.position += n;
         Ok(())
@@ -436,18 +419,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         }
     }
 
-    pub(super) fn check(
-        &self,
-        q: &ArrayRef3<T>,
-        k: &ArrayRef3<T>,
-        v: &ArrayRef3<T>,
-        mask: KeyMask<'_>,
-        out: &ArrayRef3<T>,
-        workspace: &mut Workspace<T>,
-    ) -> Result<()> {
-        workspace.check(self.sizes)?;
+    pub(super) fn check(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>, out: &ArrayRef3<T>) -> Result<()> {
         check_shapes(self.heads, self.maps.len(), self.sizes, q, k, v, mask, out)?;
-        check_tokens(q, k, v, mask, workspace)
+        check_tokens(q, k, v, mask)
     }
 
     /// Runs `work` once per key-value head, with the head's own of `states` and its share of every argument.
@@ -467,93 +441,5 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         threads::for_each(&mut workspace.scratches, items, |scratch, (((k, v), (q, out)), (h, state))| {
             work(&self.head(h), state, q, k, v, out, scratch);
         });
-    }
-}
-
-/// Whether the arguments of a pass over many tokens fit each other.
-pub(super) fn check_shapes<T: Real>(
-    heads: usize,
-    kv_heads: usize,
-    sizes: Sizes,
-    q: &ArrayRef3<T>,
-    k: &ArrayRef3<T>,
-    v: &ArrayRef3<T>,
-    mask: KeyMask<'_>,
-    out: &ArrayRef3<T>,
-) -> Result<()> {
-    let n = q.shape()[1];
-    check_shape("q", q, &[heads, n, sizes.dim])?;
-    check_shape("out", out, &[heads, n, sizes.value_dim])?;
-    if n == 0 {
-        return Err(Error::Empty { argument: "q" });
-    }
-    check_key_shapes(kv_heads, sizes, k, v, mask)
-}
-
-/// Whether keys, values and their mask fit each other.
-pub(super) fn check_key_shapes<T: Real>(
-    kv_heads: usize,
-    sizes: Sizes,
-    k: &ArrayRef3<T>,
-    v: &ArrayRef3<T>,
-    mask: KeyMask<'_>,
-) -> Result<()> {
-    let n = k.shape()[1];
-    check_shape("k", k, &[kv_heads, n, sizes.dim])?;
-    check_shape("v", v, &[kv_heads, n, sizes.value_dim])?;
-    if n == 0 {
-        return Err(Error::Empty { argument: "k" });
-    }
-    mask.valid().map_or(Ok(()), |valid| check_len("mask", n, valid.len()))
-}
-
-/// Whether every element is in range.
-pub(super) fn check_tokens<T: Real>(
-    q: &ArrayRef3<T>,
-    k: &ArrayRef3<T>,
-    v: &ArrayRef3<T>,
-    mask: KeyMask<'_>,
-    workspace: &mut Workspace<T>,
-) -> Result<()> {
-    check_all("q", q, None, workspace)?;
-    check_keys(k, v, mask, workspace)
-}
-
-/// Whether every element of a valid key and its value is in range.
-pub(super) fn check_keys<T: Real>(k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>, workspace: &mut Workspace<T>) -> Result<()> {
-    check_all("k", k, mask.valid(), workspace)?;
-    check_all("v", v, mask.valid(), workspace)
-}
-
-/// Every element of every valid token is in range: all heads at once, on all threads.
-fn check_all<T: Real>(argument: &'static str, x: &ArrayRef3<T>, valid: Option<&[bool]>, workspace: &mut Workspace<T>) -> Result<()> {
-    let clean = AtomicBool::new(true);
-    threads::for_each(&mut workspace.scratches, x.outer_iter(), |_, rows| {
-        if !tokens_fit(rows, valid) {
-            clean.store(false, Ordering::Relaxed);
-        }
-    });
-    if clean.into_inner() {
-        return Ok(());
-    }
-    let (tokens, limit) = (x.shape()[1], T::from_f64(T::LIMIT));
-    let bad = x.rows().into_iter().enumerate().filter(|(row, _)| valid.is_none_or(|valid| valid[row % tokens]));
-    let mut bad = bad.flat_map(|(row, x)| x.into_iter().enumerate().map(move |(i, &value)| (row, i, value)));
-    match bad.find(|(_, _, value)| !within(*value, limit)) {
-        Some((row, i, value)) => Err(Error::NonFinite { argument, index: row * x.shape()[2] + i, limit: T::LIMIT, got: value.to_f64() }),
-        None => Ok(()),
-    }
-}
-
-/// Whether every element of every valid token is in range.
-pub(super) fn tokens_fit<T: Real>(rows: ArrayView2<'_, T>, valid: Valid<'_>) -> bool {
-    let limit = T::from_f64(T::LIMIT);
-    let token_fits = |row: ArrayView1<'_, T>| match row.to_slice() {
-        Some(row) => (T::ops().all_within)(row, limit),
-        None => row.iter().all(|&x| within(x, limit)),
-    };
-    match (rows.to_slice(), valid) {
-        (Some(rows), None) => (T::ops().all_within)(rows, limit),
-        _ => rows.outer_iter().enumerate().all(|(j, row)| !is_valid(valid, j) || token_fits(row)),
     }
 }

@@ -15,6 +15,7 @@
 
 mod backward;
 mod causal;
+mod checks;
 mod decode;
 #[allow(dead_code, reason = "gradient calibration is built on it")]
 mod far;

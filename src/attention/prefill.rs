@@ -4,7 +4,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3, s};
 
-use crate::attention::linear::{Head, tokens_fit};
+use crate::attention::checks::tokens_fit;
+use crate::attention::linear::Head;
 use crate::attention::pages::Pages;
 use crate::attention::rows::Valid;
 use crate::attention::state::HeadState;

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
 
-use crate::attention::linear::{check_key_shapes, check_keys, check_scale, check_shapes, check_size, check_tokens};
+use crate::attention::checks::{check_key_shapes, check_keys, check_scale, check_shapes, check_size, check_tokens};
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{KeyMask, Near, Workspace};
@@ -293,7 +293,7 @@ impl<T: Real> ExactAttention<T> {
         self.check_cache(cache)?;
         workspace.check(self.sizes())?;
         check_key_shapes(self.config.kv_heads, self.sizes(), k, v, mask)?;
-        check_keys(k, v, mask, workspace)?;
+        check_keys(k, v, mask)?;
         let (position, scale) = (cache.position, self.root_scale());
         let items = cache.heads.iter_mut().zip(k.outer_iter().zip(v.outer_iter()));
         threads::for_each(&mut workspace.scratches, items, |scratch, (cache, (k, v))| {
@@ -365,7 +365,7 @@ impl<T: Real> ExactAttention<T> {
     ) -> Result<()> {
         workspace.check(self.sizes())?;
         check_shapes(self.config.heads, self.config.kv_heads, self.sizes(), q, k, v, mask, out)?;
-        check_tokens(q, k, v, mask, workspace)
+        check_tokens(q, k, v, mask)
     }
 
     fn check_cache(&self, cache: &KvCache<T>) -> Result<()> {
