@@ -110,6 +110,16 @@ pub enum Error {
         /// What was found instead.
         got: String,
     },
+    /// A file that cannot be read.
+    #[error("cannot read {path}: {message}")]
+    Io {
+        /// The file.
+        path: String,
+        /// What kind of trouble it is.
+        kind: std::io::ErrorKind,
+        /// What the system says.
+        message: String,
+    },
     /// A progress callback asked to stop.
     #[error("cancelled by the caller; nothing was changed")]
     Cancelled,

@@ -1,7 +1,11 @@
 //! DCT-kernelized linear attention.
 
 pub mod attention;
+#[cfg(feature = "safetensors")]
+pub mod checkpoint;
 pub mod error;
+#[cfg(feature = "safetensors")]
+mod files;
 pub mod kernel;
 pub mod layer;
 mod low;

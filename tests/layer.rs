@@ -4,9 +4,7 @@
 
 mod common;
 
-use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::path::Path;
 use std::sync::Arc;
 
 use common::{Random, argument, assert_close, assert_same_bits, cast};
@@ -19,7 +17,6 @@ use dijiang::layer::{
 use dijiang::reference::{self, Pairs};
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis, concatenate, s};
-use safetensors::SafeTensors;
 
 // ---- models and inputs ---------------------------------------------------------------------------------------------
 
@@ -85,104 +82,6 @@ fn streamed<T: Real, A: Attention<T>>(layer: &A, x: &Array2<T>, pieces: &[usize]
 #[cfg(feature = "rayon")]
 fn with_threads<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
     rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
-}
-
-// ---- models run by transformers ------------------------------------------------------------------------------------
-
-struct Model {
-    weights: HashMap<String, Vec<f32>>,
-    io: HashMap<String, Vec<f32>>,
-}
-
-impl Model {
-    fn open(name: &str) -> Self {
-        let read = |file: &str| {
-            let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name).join(file);
-            let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-            let tensors = SafeTensors::deserialize(&bytes).unwrap();
-            let floats = tensors.iter().filter(|(_, tensor)| tensor.dtype() == safetensors::Dtype::F32);
-            let values = |data: &[u8]| data.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
-            floats.map(|(name, tensor)| (name.to_owned(), values(tensor.data()))).collect()
-        };
-        Self { weights: read("model.safetensors"), io: read("io.safetensors") }
-    }
-
-    fn matrix(&self, name: &str) -> Array2<f32> {
-        let values = self.weights[name].clone();
-        Array2::from_shape_vec((values.len() / 64, 64), values).unwrap()
-    }
-
-    fn bias(&self, name: &str) -> Array1<f32> {
-        Array1::from(self.weights[name].clone())
-    }
-
-    /// Compares forward, and decoding if there is any, of module `layer` with what transformers gave.
-    fn check(&self, layer: usize, attention: &SoftmaxAttention<f32>) {
-        let io = |what: &str| Array3::from_shape_vec((2, 40, 64), self.io[&format!("layers.{layer}.attention_{what}")].clone()).unwrap();
-        let (x, expected) = (io("input"), io("output").mapv(f64::from));
-        assert_close("forward", &attention.forward_batch(&x, None).unwrap(), &expected, 1e-5);
-        if attention.config().causality == Causality::Causal {
-            for (x, expected) in x.outer_iter().zip(expected.outer_iter()) {
-                assert_close("prefill and steps", &streamed(attention, &x.to_owned(), &[1, 7]), &expected, 1e-5);
-            }
-        }
-    }
-}
-
-#[test]
-fn llama_of_transformers() {
-    let model = Model::open("hf-llama");
-    for layer in 0..2 {
-        let weight = |name: &str| model.matrix(&format!("model.layers.{layer}.self_attn.{name}_proj.weight"));
-        let config = AttentionConfig::new(64, 8).with_kv_heads(2).with_rotary(Rotary::new(10_000.0));
-        let weights = AttentionWeights::new(weight("q"), weight("k"), weight("v"), weight("o"));
-        model.check(layer, &SoftmaxAttention::new(config, weights).unwrap());
-    }
-}
-
-#[test]
-fn opt_of_transformers() {
-    let model = Model::open("hf-opt");
-    for layer in 0..2 {
-        let name = |name: &str, kind: &str| format!("model.decoder.layers.{layer}.self_attn.{name}_proj.{kind}");
-        let weight = |which: &str| model.matrix(&name(which, "weight"));
-        let bias = |which: &str| model.bias(&name(which, "bias"));
-        let weights = AttentionWeights::new(weight("q"), weight("k"), weight("v"), weight("out"));
-        let weights = weights.with_biases(bias("q"), bias("k"), bias("v"), bias("out"));
-        model.check(layer, &SoftmaxAttention::new(AttentionConfig::new(64, 4), weights).unwrap());
-    }
-}
-
-/// Query, key and value of a head lie together: `[h, 3, d, D]`.
-#[test]
-fn gpt_neox_of_transformers() {
-    let model = Model::open("hf-gpt_neox");
-    for layer in 0..2 {
-        let name = |name: &str| format!("gpt_neox.layers.{layer}.attention.{name}");
-        let fused = model.matrix(&name("query_key_value.weight")).into_shape_with_order((4, 3, 16, 64)).unwrap();
-        let fused_bias = model.bias(&name("query_key_value.bias")).into_shape_with_order((4, 3, 16)).unwrap();
-        let weight = |i| fused.index_axis(Axis(1), i).to_owned().into_shape_with_order((64, 64)).unwrap();
-        let bias = |i| fused_bias.index_axis(Axis(1), i).to_owned().into_shape_with_order(64).unwrap();
-        let weights = AttentionWeights::new(weight(0), weight(1), weight(2), model.matrix(&name("dense.weight")));
-        let weights = weights.with_biases(bias(0), bias(1), bias(2), model.bias(&name("dense.bias")));
-        let config = AttentionConfig::new(64, 4).with_rotary(Rotary::new(10_000.0).with_dims(4));
-        model.check(layer, &SoftmaxAttention::new(config, weights).unwrap());
-    }
-}
-
-/// The golden output is taken before the output projection.
-#[test]
-fn bert_of_transformers() {
-    let model = Model::open("hf-bert");
-    for layer in 0..2 {
-        let name = |name: &str, kind: &str| format!("encoder.layer.{layer}.attention.self.{name}.{kind}");
-        let weight = |which: &str| model.matrix(&name(which, "weight"));
-        let bias = |which: &str| model.bias(&name(which, "bias"));
-        let weights = AttentionWeights::new(weight("query"), weight("key"), weight("value"), Array2::eye(64));
-        let weights = weights.with_qkv_biases(bias("query"), bias("key"), bias("value"));
-        let config = AttentionConfig::new(64, 4).with_causality(Causality::Bidirectional);
-        model.check(layer, &SoftmaxAttention::new(config, weights).unwrap());
-    }
 }
 
 // ---- the reference -------------------------------------------------------------------------------------------------

@@ -12,18 +12,12 @@ pub(crate) enum Error {
     Io { path: PathBuf, source: std::io::Error },
     #[error("{}: not the expected JSON: {source}", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
-    #[error("{}: not a whole safetensors file: {source}", path.display())]
-    Safetensors { path: PathBuf, source: safetensors::SafeTensorError },
     #[error("{}: {key} must be {expected}, found {found}", path.display())]
     Config { path: PathBuf, key: &'static str, expected: &'static str, found: String },
-    #[error("{}: no tensor named {name}", path.display())]
-    MissingTensor { path: PathBuf, name: String },
-    #[error("{}: tensor {name} must have shape {expected:?}, found {found:?}", path.display())]
-    TensorShape { path: PathBuf, name: String, expected: Vec<usize>, found: Vec<usize> },
-    #[error("{}: tensor {name} must be stored as F32, F16 or BF16, found {found}", path.display())]
-    TensorType { path: PathBuf, name: String, found: safetensors::Dtype },
-    #[error("{}: tensor {name} must be finite, found {found} at element {index}", path.display())]
-    TensorValue { path: PathBuf, name: String, index: usize, found: f32 },
+    #[error(transparent)]
+    Model(#[from] dijiang::Error),
+    #[error("{}: only models of the LLaMA format can be run here, this one is {found:?}", path.display())]
+    Family { path: PathBuf, found: dijiang::checkpoint::Family },
     #[error("text is read as bytes, so only models with a vocabulary of 256 (token = byte) can be used; this one has {found}")]
     Vocabulary { found: usize },
     #[error("{}: at least {expected} bytes are needed, found {found}", path.display())]

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use dijiang::checkpoint::Tensors;
 use dijiang::layer::Attention;
 use ndarray::{ArrayView1, s};
 use rayon::prelude::*;
 
-use crate::checkpoint::Checkpoint;
 use crate::error::{Error, Result};
 use crate::llama::Llama;
 use crate::text::Text;
@@ -45,7 +45,7 @@ pub(crate) fn check_logits<A: Attention<f32>>(model: &Llama<A>, directory: &Path
     if !path.exists() {
         return Ok(None);
     }
-    let golden = Checkpoint::single(&path)?;
+    let golden = Tensors::open_file(&path)?;
     let text = Text::read(&directory.join("valid.txt"), model.config().context)?;
     let logits = model.forward(text.input(0))?;
     let n = logits.nrows();
@@ -53,7 +53,7 @@ pub(crate) fn check_logits<A: Attention<f32>>(model: &Llama<A>, directory: &Path
     let last = logits.slice(s![n.saturating_sub(GOLDEN_POSITIONS).., ..]);
     let mut found = 0.0_f32;
     for (name, ours) in [("logits", first), ("logits_last64", last)] {
-        let theirs = golden.matrix(name, ours.nrows(), ours.ncols())?;
+        let theirs = golden.matrix::<f32>(name, ours.nrows(), ours.ncols())?;
         // Not `f32::max`: a NaN must not be passed over.
         found = (&ours - &theirs).iter().fold(found, |max, x| if x.abs() <= max { max } else { x.abs() });
     }

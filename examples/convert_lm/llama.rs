@@ -4,11 +4,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use dijiang::attention::KeyMask;
-use dijiang::layer::{Attention, AttentionWeights, SoftmaxAttention};
+use dijiang::checkpoint::{Checkpoint, Family, Tensors};
+use dijiang::layer::{Attention, SoftmaxAttention};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, Zip};
 use rayon::prelude::*;
 
-use crate::checkpoint::Checkpoint;
 use crate::config::LlamaConfig;
 use crate::error::{Error, Result};
 use crate::product::linear;
@@ -48,20 +48,21 @@ struct Linear {
 impl Llama<SoftmaxAttention<f32>> {
     /// Reads `config.json` and the weight files in `directory`. Token = byte, so the vocabulary must be 256.
     pub(crate) fn load(directory: &Path) -> Result<Self> {
-        let config = LlamaConfig::read(directory)?;
+        let checkpoint = Checkpoint::open(directory)?;
+        if checkpoint.family() != Family::Llama {
+            return Err(Error::Family { path: directory.to_path_buf(), found: checkpoint.family() });
+        }
+        let config = LlamaConfig::read(directory, checkpoint.layers(), checkpoint.attention_config())?;
         if config.vocabulary != 256 {
             return Err(Error::Vocabulary { found: config.vocabulary });
         }
-        let files = Checkpoint::open(directory)?;
         let (vocabulary, hidden) = (config.vocabulary, config.hidden);
         let layers = 0..config.layers;
-        let attention = layers
-            .clone()
-            .map(|l| SoftmaxAttention::new(config.attention(), attention_weights(&files, &config, l)?).map_err(Error::in_layer(l)));
-        let attention = attention.collect::<Result<_>>()?;
+        let attention = layers.clone().map(|l| checkpoint.softmax_attention(l).map_err(Error::in_layer(l))).collect::<Result<_>>()?;
+        let files = checkpoint.tensors();
         let body = Body {
             embedding: files.matrix("model.embed_tokens.weight", vocabulary, hidden)?,
-            blocks: layers.map(|l| Block::load(&files, &config, l)).collect::<Result<_>>()?,
+            blocks: layers.map(|l| Block::load(files, &config, l)).collect::<Result<_>>()?,
             norm: files.vector("model.norm.weight", hidden)?,
             head: match config.tied_embeddings {
                 true => None,
@@ -204,25 +205,8 @@ impl<A: Attention<f32>> Stream<'_, A> {
     }
 }
 
-fn attention_weights(files: &Checkpoint, config: &LlamaConfig, l: usize) -> Result<AttentionWeights<f32>> {
-    let name = |which: &str, what: &str| format!("model.layers.{l}.self_attn.{which}_proj.{what}");
-    let (hidden, wide, narrow) = (config.hidden, config.heads * config.head_dim, config.kv_heads * config.head_dim);
-    let matrix = |which, rows, columns| files.matrix(&name(which, "weight"), rows, columns);
-    let weights = AttentionWeights::new(
-        matrix("q", wide, hidden)?,
-        matrix("k", narrow, hidden)?,
-        matrix("v", narrow, hidden)?,
-        matrix("o", hidden, wide)?,
-    );
-    if !config.attention_bias {
-        return Ok(weights);
-    }
-    let vector = |which, len| files.vector(&name(which, "bias"), len);
-    Ok(weights.with_biases(vector("q", wide)?, vector("k", narrow)?, vector("v", narrow)?, vector("o", hidden)?))
-}
-
 impl Block {
-    fn load(files: &Checkpoint, config: &LlamaConfig, l: usize) -> Result<Self> {
+    fn load(files: &Tensors, config: &LlamaConfig, l: usize) -> Result<Self> {
         let (hidden, inner) = (config.hidden, config.intermediate);
         let norm = |which: &str| files.vector(&format!("model.layers.{l}.{which}_layernorm.weight"), hidden);
         let linear = |which: &str, rows: usize, columns: usize| -> Result<Linear> {

@@ -7,7 +7,6 @@
 //! ```
 
 mod args;
-mod checkpoint;
 mod config;
 mod convert;
 mod error;

@@ -16,9 +16,6 @@
 
 // The language model is read by the code of `convert_lm`, which uses more of these modules than this example does.
 #[allow(dead_code)]
-#[path = "../convert_lm/checkpoint.rs"]
-mod checkpoint;
-#[allow(dead_code)]
 #[path = "../convert_lm/config.rs"]
 mod config;
 #[allow(dead_code)]

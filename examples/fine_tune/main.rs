@@ -9,9 +9,6 @@
 //! cargo run --release --example fine_tune -- --pure
 //! ```
 
-#[path = "../convert_lm/checkpoint.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod checkpoint;
 #[path = "../convert_lm/config.rs"]
 #[allow(dead_code, reason = "shared with convert_lm")]
 mod config;

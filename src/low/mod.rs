@@ -1,4 +1,6 @@
 //! The low level: the only folder with `unsafe`, every block with its obligations.
 #![allow(unsafe_code)]
 
+#[cfg(feature = "safetensors")]
+pub(crate) mod mapped;
 pub(crate) mod simd;

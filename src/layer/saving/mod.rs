@@ -16,12 +16,13 @@ mod write;
 use safetensors::tensor::Dtype;
 
 use crate::error::{Error, Result};
+use crate::files::fault;
 use crate::kernel::{Envelope, Pairing, Sides};
 use crate::layer::config::{AttentionConfig, Causality};
 use crate::layer::dijiang::DijiangAttention;
 use crate::layer::rotary::{RotaryPairing, RotaryScaling};
 use crate::real::Real;
-use read::{File, fault};
+use read::File;
 use write::Writer;
 
 /// What this version writes, and all it reads.
@@ -29,9 +30,6 @@ const VERSION: &str = "1";
 
 /// Where the only layer of a file lies.
 const ALONE: &str = "self_attn.";
-
-/// Largest header the safetensors parser accepts, in bytes.
-const MAX_HEADER: usize = 100_000_000;
 
 /// Where layer `l` of several lies.
 fn place(l: usize) -> String {

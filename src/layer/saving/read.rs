@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use ndarray::{Array1, Array2};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
-use safetensors::{SafeTensorError, SafeTensors};
 
-use super::{MAX_HEADER, VERSION, Word, config_notes, dtype, weights_shape};
+use super::{VERSION, Word, config_notes, dtype, weights_shape};
 use crate::attention::Near;
 use crate::error::{Error, Result, within};
+use crate::files::{elements, fault, header, quoted};
 use crate::kernel::{DctMap, DctParams, Pairing, Projection, SideParams};
 use crate::layer::config::AttentionConfig;
 use crate::layer::dijiang::DijiangAttention;
@@ -24,18 +24,6 @@ pub(super) struct File<'a> {
     data: &'a [u8],
 }
 
-pub(super) fn fault(name: impl ToString, expected: impl ToString, got: impl ToString) -> Error {
-    Error::Format { name: name.to_string(), expected: expected.to_string(), got: got.to_string() }
-}
-
-/// What a file says, short enough for a message.
-fn quoted(text: &str) -> String {
-    match text.char_indices().nth(40) {
-        Some((end, _)) => format!("{:?}…", &text[..end]),
-        None => format!("{text:?}"),
-    }
-}
-
 /// A fault that a constructor found in what lies at `place`.
 fn fault_at(place: &str, expected: &str, error: Error) -> Error {
     fault(place.trim_end_matches('.'), expected, error)
@@ -43,11 +31,8 @@ fn fault_at(place: &str, expected: &str, error: Error) -> Error {
 
 impl<'a> File<'a> {
     pub(super) fn open(bytes: &'a [u8]) -> Result<Self> {
-        check_numbers(bytes)?;
-        let damaged = |error: SafeTensorError| fault("file", "in safetensors format", error);
-        let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
-        let data = bytes.get(8 + header..).ok_or_else(|| damaged(SafeTensorError::InvalidHeaderLength))?;
-        let file = Self { metadata, data };
+        let (metadata, start) = header(bytes)?;
+        let file = Self { metadata, data: &bytes[start..] };
         match file.note("dijiang.version")? {
             VERSION => Ok(file),
             other => Err(fault("dijiang.version", VERSION, quoted(other))),
@@ -104,8 +89,8 @@ impl<'a> File<'a> {
         let (start, end) = info.data_offsets;
         let bytes = self.data.get(start..end).ok_or_else(|| fault(name, expected(), "an end of the file"))?;
         let numbers: Vec<E> = match dtype::<E>() {
-            Dtype::F64 => bytes.as_chunks().0.iter().map(|&bytes| E::from_f64(f64::from_le_bytes(bytes))).collect(),
-            _ => bytes.as_chunks().0.iter().map(|&bytes| E::from_f64(f64::from(f32::from_le_bytes(bytes)))).collect(),
+            Dtype::F64 => elements(bytes, |bytes| E::from_f64(f64::from_le_bytes(bytes))),
+            _ => elements(bytes, |bytes| E::from_f64(f64::from(f32::from_le_bytes(bytes)))),
         };
         match numbers.iter().position(|number| !within(number.to_f64(), limit)) {
             None => Ok(numbers),
@@ -248,25 +233,4 @@ impl<'a> File<'a> {
             log_mix: self.scalar(&name("log_mix"), T::LIMIT)?,
         })
     }
-}
-
-/// Refuses headers with numbers too long for `usize`'s every sum: the parser adds the last offset to the header's length
-/// without care for overflow.
-fn check_numbers(bytes: &[u8]) -> Result<()> {
-    let Some((len, rest)) = bytes.split_first_chunk() else { return Ok(()) }; // the parser's to refuse
-    let header = usize::try_from(u64::from_le_bytes(*len)).ok().filter(|&len| len <= MAX_HEADER);
-    let (mut quoted, mut escaped, mut digits) = (false, false, 0);
-    for &byte in header.and_then(|len| rest.get(..len)).unwrap_or_default() {
-        match byte {
-            _ if escaped => escaped = false,
-            b'\\' => escaped = quoted,
-            b'"' => quoted = !quoted,
-            _ => {}
-        }
-        digits = if byte.is_ascii_digit() && !quoted { digits + 1 } else { 0 };
-        if digits > usize::MAX.ilog10() {
-            return Err(fault("file", "in safetensors format", format!("a number of more than {} digits", digits - 1)));
-        }
-    }
-    Ok(())
 }

@@ -5,8 +5,9 @@ use std::slice::from_ref;
 use ndarray::ArrayViewD;
 use safetensors::tensor::Dtype;
 
-use super::{MAX_HEADER, VERSION, Word, config_notes, dtype, weights_shape};
+use super::{VERSION, Word, config_notes, dtype, weights_shape};
 use crate::error::{Error, Result};
+use crate::files::MAX_HEADER;
 use crate::kernel::{DctParams, Projection};
 use crate::layer::Attention;
 use crate::layer::dijiang::DijiangAttention;
