@@ -54,7 +54,7 @@ pub enum KeyMask<'a> {
 }
 
 impl<'a> KeyMask<'a> {
-    fn valid(self) -> Option<&'a [bool]> {
+    pub(crate) fn valid(self) -> Option<&'a [bool]> {
         match self {
             KeyMask::All => None,
             KeyMask::Valid(valid) => Some(valid),

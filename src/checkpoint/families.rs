@@ -6,7 +6,7 @@ use super::config::Config;
 use super::tensors::Tensors;
 use super::{Family, fault};
 use crate::error::Result;
-use crate::layer::AttentionWeights;
+use crate::layer::{AttentionConfig, AttentionWeights};
 use crate::real::Real;
 
 /// The projections of one layer, `layer` being below their number.
@@ -30,7 +30,10 @@ pub(super) fn attention_weights<T: Real>(config: &Config, tensors: &Tensors, lay
             let names = ["self.query", "self.key", "self.value", "output.dense"].map(|which| format!("{place}attention.{which}"));
             separate(config, tensors, names)
         }
-        Family::GptNeox => fused(config, tensors, &format!("{place}attention.query_key_value"), &format!("{place}attention.dense")),
+        Family::GptNeox => {
+            let names = ["query_key_value", "dense"].map(|which| format!("{place}attention.{which}"));
+            fused(&config.attention, config.head_dim, config.biases, tensors, &names[0], &names[1])
+        }
     }
 }
 
@@ -50,8 +53,15 @@ fn separate<T: Real>(config: &Config, tensors: &Tensors, names: [String; 4]) -> 
 }
 
 /// Query, key and value of a head together, head after head: `[h, 3, d, D]`.
-fn fused<T: Real>(config: &Config, tensors: &Tensors, qkv: &str, out: &str) -> Result<AttentionWeights<T>> {
-    let (hidden, heads, d) = (config.attention.model_dim, config.attention.heads, config.head_dim);
+pub(super) fn fused<T: Real>(
+    config: &AttentionConfig,
+    d: usize,
+    biases: bool,
+    tensors: &Tensors,
+    qkv: &str,
+    out: &str,
+) -> Result<AttentionWeights<T>> {
+    let (hidden, heads) = (config.model_dim, config.heads);
     let matrix: Array2<T> = tensors.matrix(&format!("{qkv}.weight"), 3 * heads * d, hidden)?;
     let rows_of = |which: usize| (0..heads * d).map(move |row| (row / d * 3 + which) * d + row % d);
     let part = |which| {
@@ -63,7 +73,7 @@ fn fused<T: Real>(config: &Config, tensors: &Tensors, qkv: &str, out: &str) -> R
     };
     let output = tensors.matrix(&format!("{out}.weight"), hidden, heads * d)?;
     let weights = AttentionWeights::new(part(0), part(1), part(2), output);
-    if !config.biases {
+    if !biases {
         return Ok(weights);
     }
     let bias: Array1<T> = tensors.vector(&format!("{qkv}.bias"), 3 * heads * d)?;

@@ -25,6 +25,7 @@
 
 mod config;
 mod families;
+mod published;
 mod tensors;
 
 use std::path::Path;

@@ -85,13 +85,19 @@ impl Tensors {
         self.shard_of.contains_key(name)
     }
 
+    /// The shape of the tensor called `name`, if there is one.
+    pub fn shape(&self, name: &str) -> Option<&[usize]> {
+        let shard = &self.shards[*self.shard_of.get(name)?];
+        Some(&shard.metadata.info(name)?.shape)
+    }
+
     /// The tensor of two axes called `name`.
     ///
     /// # Errors
     /// [`Error::Format`] for a tensor that is missing, of another shape or type, or with elements beyond [`Real::LIMIT`]. No memory is
     /// taken before the shape has been compared with that of the file.
     pub fn matrix<T: Real>(&self, name: &str, rows: usize, columns: usize) -> Result<Array2<T>> {
-        let values = self.tensor(name, &[rows, columns])?;
+        let values = self.numbers(name, &[rows, columns])?;
         Array2::from_shape_vec((rows, columns), values).map_err(|error| fault_in(&self.root, name, "a matrix", error))
     }
 
@@ -100,11 +106,14 @@ impl Tensors {
     /// # Errors
     /// As [`matrix`](Self::matrix).
     pub fn vector<T: Real>(&self, name: &str, len: usize) -> Result<Array1<T>> {
-        Ok(self.tensor(name, &[len])?.into())
+        Ok(self.numbers(name, &[len])?.into())
     }
 
-    /// Numbers of the tensor, row-major.
-    fn tensor<T: Real>(&self, name: &str, shape: &[usize]) -> Result<Vec<T>> {
+    /// The numbers of the tensor of this shape, row-major.
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix).
+    pub fn numbers<T: Real>(&self, name: &str, shape: &[usize]) -> Result<Vec<T>> {
         let missing = || fault_in(&self.root, name, format!("a tensor {shape:?}"), "nothing");
         let shard = &self.shards[*self.shard_of.get(name).ok_or_else(missing)?];
         let info = shard.metadata.info(name).ok_or_else(missing)?;

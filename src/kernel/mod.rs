@@ -55,6 +55,9 @@ pub use dct_map::{DctMap, DctMapConfig};
 pub use favor::{FavorConfig, FavorMap, FavorRows};
 pub use params::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides};
 pub use published::published_features;
+#[cfg(feature = "safetensors")]
+pub(crate) use published::published_radii;
+pub(crate) use published::{published_projection, softmax_rows};
 
 use std::fmt::Debug;
 

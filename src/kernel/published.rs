@@ -7,7 +7,7 @@
 //! A DCT-III where the paper has a DCT-II, of the unscaled query or key, and a softmax over the features in place of
 //! the paper's weights. Needed to reproduce models trained with that code, and for comparison.
 
-use ndarray::{Array2, ArrayRef2};
+use ndarray::{Array2, ArrayRef2, ArrayViewMut2};
 
 use super::params::check_limit;
 use super::transform::DctPlan;
@@ -57,14 +57,41 @@ pub fn published_features<T: Real>(x: &ArrayRef2<T>, radii: &[f64]) -> Result<Ar
     for row in features.chunks_exact_mut(radii.len()) {
         plan.dct3_row(row, &mut scratch);
         row.iter_mut().zip(&radii).for_each(|(v, &t)| *v *= t);
-        softmax(row);
     }
-    Array2::from_shape_vec(x.dim(), features).map_err(|_| Error::Length { argument: "x", expected: x.len(), got: x.len() })
+    let features = Array2::from_shape_vec(x.dim(), features);
+    let mut features = features.map_err(|_| Error::Length { argument: "x", expected: x.len(), got: x.len() })?;
+    softmax_rows(features.view_mut());
+    Ok(features)
 }
 
-fn softmax<T: Real>(row: &mut [T]) {
-    let max = row.iter().fold(T::NEG_INFINITY, |max, &v| max.max(v));
-    row.iter_mut().for_each(|v| *v = (*v - max).exp());
-    let sum = row.iter().fold(T::zero(), |sum, &v| sum + v);
-    row.iter_mut().for_each(|v| *v /= sum);
+/// Every row becomes its softmax.
+pub(crate) fn softmax_rows<T: Real>(mut rows: ArrayViewMut2<'_, T>) {
+    for mut row in rows.outer_iter_mut() {
+        let max = row.iter().fold(T::NEG_INFINITY, |max, &v| max.max(v));
+        row.mapv_inplace(|v| (v - max).exp());
+        let sum = row.sum();
+        row.mapv_inplace(|v| v / sum);
+    }
+}
+
+/// P `[d, d]` with z·P = t ⊙ Cᵀz for a row z.
+pub(crate) fn published_projection<T: Real>(radii: &[f64]) -> Array2<T> {
+    let d = radii.len();
+    let plan = DctPlan::<f64>::new(d);
+    let mut scratch = vec![0.0; plan.row_scratch_len()];
+    let mut projection = Array2::zeros((d, d));
+    for (i, mut out) in projection.outer_iter_mut().enumerate() {
+        let mut row = vec![0.0; d];
+        row[i] = 1.0;
+        plan.dct3_row(&mut row, &mut scratch);
+        out.iter_mut().zip(row.iter().zip(radii)).for_each(|(out, (c, t))| *out = T::from_f64(c * t));
+    }
+    projection
+}
+
+/// The radii t of such a P.
+#[cfg(feature = "safetensors")]
+pub(crate) fn published_radii(projection: &ArrayRef2<f64>) -> Vec<f64> {
+    let cosines = published_projection::<f64>(&vec![1.0; projection.ncols()]);
+    cosines.columns().into_iter().zip(projection.columns()).map(|(c, p)| c.dot(&p)).collect()
 }

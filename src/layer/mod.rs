@@ -44,6 +44,7 @@ mod descent;
 mod dijiang;
 mod judge;
 mod projection;
+mod published;
 mod rotary;
 #[cfg(feature = "safetensors")]
 mod saving;
@@ -55,6 +56,7 @@ pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, H
 pub use choose::{ChooseOptions, ChooseProgress, ChooseReport, Trial};
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
+pub use published::{PublishedAttention, PublishedState, PublishedWeights};
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
 #[cfg(feature = "safetensors")]
 pub use saving::{load_layers, load_maps, save_layers, save_maps};

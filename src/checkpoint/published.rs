@@ -1,0 +1,42 @@
+//! The layer of the code published with the paper, from the files that code saves.
+
+use super::families::fused;
+use super::{Tensors, fault};
+use crate::error::Result;
+use crate::kernel::published_radii;
+use crate::layer::{AttentionConfig, PublishedAttention, PublishedWeights};
+use crate::real::Real;
+
+impl<T: Real> PublishedAttention<T> {
+    /// The layer whose tensors have names beginning with `place` (`gpt_neox.layers.0.attention.`): `query_key_value.*`, `dense.*`,
+    /// `group_norm.*`, `W_G`, `proj_matrix` and `D1`, as the code published with the paper saves them in its GPT-NeoX form.
+    ///
+    /// Radii and decays come from `proj_matrix` and `D1`, which that code keeps in f32: outputs agree with it to about 10⁻⁶.
+    ///
+    /// # Errors
+    /// [`Error::Format`](crate::Error::Format) for tensors that are missing or do not fit `config`, and what
+    /// [`new`](PublishedAttention::new) finds.
+    pub fn from_tensors(tensors: &Tensors, place: &str, config: AttentionConfig) -> Result<Self> {
+        let name = |name: &str| format!("{place}{name}");
+        let (config, d) = config.resolved()?;
+        let (channels, heads) = (config.model_dim, config.heads);
+        let weights = fused(&config, d, true, tensors, &name("query_key_value"), &name("dense"))?;
+        let radii = published_radii(&tensors.matrix(&name("proj_matrix"), d, d)?);
+        let decays = name("D1");
+        let positions = match tensors.shape(&decays) {
+            Some(&[1, found, positions, 1]) if found == heads && positions > 1 => positions,
+            found => return Err(fault(decays, format!("a tensor [1, {heads}, positions, 1]"), format!("{found:?}"))),
+        };
+        let powers: Vec<f64> = tensors.numbers(&decays, &[1, heads, positions, 1])?;
+        // γ to the last position, whose logarithm rounding has touched least.
+        let log_decay = powers.chunks_exact(positions).map(|powers| powers[positions - 1].ln() / (positions - 1) as f64);
+        let published = PublishedWeights::new(
+            radii,
+            log_decay.collect(),
+            tensors.matrix(&name("W_G"), channels, channels)?,
+            tensors.vector(&name("group_norm.weight"), channels)?,
+            tensors.vector(&name("group_norm.bias"), channels)?,
+        );
+        Self::new(config, weights, published)
+    }
+}
