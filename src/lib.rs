@@ -4,7 +4,7 @@ pub mod attention;
 #[cfg(feature = "safetensors")]
 pub mod checkpoint;
 pub mod error;
-#[cfg(feature = "safetensors")]
+#[cfg(any(feature = "safetensors", feature = "states"))]
 mod files;
 pub mod kernel;
 pub mod layer;

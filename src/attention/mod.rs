@@ -38,6 +38,8 @@ pub(crate) use far::FarPart;
 pub use linear::{LinearAttention, LinearConfig};
 pub use softmax::{ExactAttention, ExactConfig, KvCache};
 pub use state::CausalState;
+#[cfg(feature = "states")]
+pub use state::Storage;
 pub(crate) use tape::{Order, Tape};
 pub use workspace::Workspace;
 

@@ -45,6 +45,36 @@ impl<T: Real> Ring<T> {
         self.slots.iter().map(|slot| slot.keys.len() + slot.values.len()).sum()
     }
 
+    /// Keys and values, slot after slot.
+    #[cfg(feature = "states")]
+    pub(super) fn numbers(&self) -> impl Iterator<Item = &[T]> {
+        self.slots.iter().flat_map(|slot| [&slot.keys[..], &slot.values])
+    }
+
+    /// As [`numbers`](Self::numbers).
+    #[cfg(feature = "states")]
+    pub(super) fn numbers_mut(&mut self) -> impl Iterator<Item = &mut [T]> {
+        self.slots.iter_mut().flat_map(|slot| [&mut slot.keys[..], &mut slot.values])
+    }
+
+    /// Which tokens may be attended to, slot after slot.
+    #[cfg(feature = "states")]
+    pub(super) fn valid(&self) -> impl Iterator<Item = &[bool]> {
+        self.slots.iter().map(|slot| &slot.valid[..])
+    }
+
+    /// As [`valid`](Self::valid).
+    #[cfg(feature = "states")]
+    pub(super) fn valid_mut(&mut self) -> impl Iterator<Item = &mut [bool]> {
+        self.slots.iter_mut().map(|slot| &mut slot.valid[..])
+    }
+
+    /// Number of [`valid`](Self::valid) tokens' places.
+    #[cfg(feature = "states")]
+    pub(super) fn flags(&self) -> usize {
+        self.slots.iter().map(|slot| slot.valid.len()).sum()
+    }
+
     /// Takes over another ring; without allocating if it is of this shape.
     pub(super) fn copy(&mut self, from: &Self) {
         self.chunk = from.chunk;

@@ -222,6 +222,12 @@ impl<T: Real> DijiangState<T> {
         self.causal.bytes()
     }
 
+    /// The state as bytes, which [`DijiangAttention::state_from_bytes`] reads: see [`CausalState::to_bytes`].
+    #[cfg(feature = "states")]
+    pub fn to_bytes(&self, storage: crate::attention::Storage) -> Vec<u8> {
+        self.causal.to_bytes(storage)
+    }
+
     /// Back to the empty state, without allocating.
     pub fn reset(&mut self) {
         self.causal.reset();
@@ -250,6 +256,15 @@ impl<T: Real> DijiangAttention<T> {
         let maps = (0..heads).map(|head| options.map(projections.head_dim(), head).build()).collect::<Result<_>>()?;
         let linear = linear(&projections, maps, near, log_decay)?;
         Ok(Self { projections, linear })
+    }
+
+    /// The state that [`DijiangState::to_bytes`] wrote, for a layer of this shape: see [`LinearAttention::state_from_bytes`].
+    ///
+    /// # Errors
+    /// As [`LinearAttention::state_from_bytes`].
+    #[cfg(feature = "states")]
+    pub fn state_from_bytes(&self, bytes: &[u8]) -> Result<DijiangState<T>> {
+        Ok(DijiangState { causal: self.linear.state_from_bytes(bytes)?, ..self.new_state() })
     }
 
     /// The projection weights.

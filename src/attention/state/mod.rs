@@ -1,5 +1,11 @@
 //! [`CausalState`]: what a sequence leaves behind, at constant size.
 
+#[cfg(feature = "states")]
+mod bytes;
+
+#[cfg(feature = "states")]
+pub use bytes::Storage;
+
 use crate::attention::near::Ring;
 use crate::attention::rows::{Valid, is_valid};
 use crate::attention::workspace::Scratch;

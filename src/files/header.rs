@@ -1,17 +1,13 @@
-//! What reading any safetensors file takes: a sound header, and faults that say what was found in place of what.
+//! The header of a safetensors file.
 
 use safetensors::tensor::Metadata;
 use safetensors::{SafeTensorError, SafeTensors};
 
-use crate::error::{Error, Result};
+use super::fault;
+use crate::error::Result;
 
 /// Largest header the safetensors parser accepts, in bytes.
 pub(crate) const MAX_HEADER: usize = 100_000_000;
-
-/// Something in a file is not what it must be.
-pub(crate) fn fault(name: impl ToString, expected: impl ToString, got: impl ToString) -> Error {
-    Error::Format { name: name.to_string(), expected: expected.to_string(), got: got.to_string() }
-}
 
 /// What a file says, short enough for a message.
 pub(crate) fn quoted(text: &str) -> String {
@@ -28,11 +24,6 @@ pub(crate) fn header(bytes: &[u8]) -> Result<(Metadata, usize)> {
     let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
     let start = size_of::<u64>() + header;
     if start > bytes.len() { Err(damaged(SafeTensorError::InvalidHeaderLength)) } else { Ok((metadata, start)) }
-}
-
-/// Little-endian elements of N bytes each, wherever they lie in memory.
-pub(crate) fn elements<const N: usize, T>(bytes: &[u8], convert: impl Fn([u8; N]) -> T) -> Vec<T> {
-    bytes.as_chunks::<N>().0.iter().map(|&chunk| convert(chunk)).collect()
 }
 
 /// Refuses headers with numbers too long for `usize`'s every sum: the parser adds the last offset to the header's length

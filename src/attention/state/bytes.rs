@@ -1,0 +1,246 @@
+//! States as bytes: to put a conversation aside, to move it to another process, to keep the state of a prompt.
+//!
+//! ```text
+//! magic "dijiang\0", then little-endian u32: format version 1, bytes per number of the layer, storage;
+//! u64: heads, d, m, e, near chunk, near back (0, 0 for none), position
+//! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of z;
+//!            S, what rounding kept out of S; pending weights and values; near keys, values, and one byte each for validity
+//! CRC-32 of everything before it, u32
+//! ```
+
+use half::bf16;
+
+use super::{CausalState, HeadState, PENDING, Shape};
+use crate::attention::LinearAttention;
+use crate::error::{Error, Result};
+use crate::files::{elements, fault};
+use crate::kernel::FeatureMap;
+use crate::real::Real;
+
+const MAGIC: &[u8; 8] = b"dijiang\0";
+const VERSION: u32 = 1;
+/// Bytes of the magic, three u32 and seven u64.
+const HEADER: usize = 8 + 3 * 4 + 7 * 8;
+const CHECKSUM: usize = 4;
+
+/// In how many bytes a state's sums, keys and values are kept. Normalisers and exponents always keep the layer's own type: they
+/// are few, and everything is relative to them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Storage {
+    /// In the layer's own type: the state continues bit for bit.
+    #[default]
+    Exact,
+    /// In f32. What an f64 layer has beyond it is lost, and so is what rounding has kept out of the sums.
+    F32,
+    /// In bf16, 3 significant digits: a quarter of the bytes of an f32 layer's exact state.
+    Bf16,
+}
+
+impl Storage {
+    fn code(self) -> u32 {
+        match self {
+            Self::Exact => 0,
+            Self::F32 => 1,
+            Self::Bf16 => 2,
+        }
+    }
+
+    /// Bytes of a number of a layer of type `T`.
+    fn width<T>(self) -> usize {
+        match self {
+            Self::Exact => size_of::<T>(),
+            Self::F32 => 4,
+            Self::Bf16 => 2,
+        }
+    }
+}
+
+impl<T: Real> CausalState<T> {
+    /// The state as bytes, versioned and with a checksum that finds every flipped bit.
+    /// [`LinearAttention::state_from_bytes`] reads them.
+    ///
+    /// # Cost
+    /// One pass over the state; one allocation of its size, or less of it with another storage than [`Storage::Exact`].
+    pub fn to_bytes(&self, storage: Storage) -> Vec<u8> {
+        let near = self.shape.near.map_or([0, 0], |near| [near.chunk, near.back]);
+        let Shape { heads, dim, features, value_dim, .. } = self.shape;
+        let mut out = Vec::with_capacity(length::<T>(&self.heads, storage));
+        out.extend_from_slice(MAGIC);
+        for number in [VERSION, size_of::<T>() as u32, storage.code()] {
+            out.extend_from_slice(&number.to_le_bytes());
+        }
+        for number in [heads, dim, features, value_dim, near[0], near[1], self.position] {
+            out.extend_from_slice(&(number as u64).to_le_bytes());
+        }
+        for head in &self.heads {
+            match storage {
+                Storage::Exact => write_head(head, storage, &mut out),
+                _ => {
+                    let mut head = head.clone();
+                    head.settle(T::ops());
+                    write_head(&head, storage, &mut out);
+                }
+            }
+        }
+        let checksum = crc32fast::hash(&out);
+        out.extend_from_slice(&checksum.to_le_bytes());
+        out
+    }
+}
+
+impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
+    /// The state that [`CausalState::to_bytes`] wrote, for an operator of this shape; which maps it was fed by is not noticed.
+    ///
+    /// # Cost
+    /// One pass over the bytes. Memory is taken for this operator's state only, after length, header and checksum have been found to
+    /// be right.
+    ///
+    /// # Errors
+    /// [`Error::Foreign`] for the state of an operator of another shape, [`Error::Format`] for bytes that are no state, of another
+    /// version or element type, cut short, too long or damaged.
+    pub fn state_from_bytes(&self, bytes: &[u8]) -> Result<CausalState<T>> {
+        let short = || fault("state", "at least a header", format!("{} bytes", bytes.len()));
+        let (header, _) = bytes.split_at_checked(HEADER).ok_or_else(short)?;
+        if header[..8] != MAGIC[..] {
+            return Err(fault("state", "to begin with \"dijiang\"", "something else"));
+        }
+        let words: Vec<u32> = elements(&header[8..20], u32::from_le_bytes);
+        let numbers: Vec<u64> = elements(&header[20..], u64::from_le_bytes);
+        if words[0] != VERSION {
+            return Err(fault("state version", VERSION, words[0]));
+        }
+        if words[1] as usize != size_of::<T>() {
+            return Err(fault("state type", format!("{} bytes per number", size_of::<T>()), words[1]));
+        }
+        let storage = [Storage::Exact, Storage::F32, Storage::Bf16].into_iter().find(|storage| storage.code() == words[2]);
+        let storage = storage.ok_or_else(|| fault("state storage", "0, 1 or 2", words[2]))?;
+        let shape = self.shape();
+        let near = shape.near.map_or([0, 0], |near| [near.chunk, near.back]);
+        let expected = [
+            ("number of heads", shape.heads),
+            ("head dimension", shape.dim),
+            ("number of features", shape.features),
+            ("value dimension", shape.value_dim),
+            ("near chunk", near[0]),
+            ("near back", near[1]),
+        ];
+        for ((what, expected), &got) in expected.into_iter().zip(&numbers) {
+            if got != expected as u64 {
+                let got = usize::try_from(got).unwrap_or(usize::MAX);
+                return Err(Error::Foreign { argument: "state", what, expected, got });
+            }
+        }
+        let position = usize::try_from(numbers[6]).map_err(|_| fault("state position", "a number of tokens", numbers[6]))?;
+        let (body, checksum) = bytes.split_at(bytes.len().saturating_sub(CHECKSUM));
+        if checksum != crc32fast::hash(body).to_le_bytes() {
+            return Err(fault("state checksum", "that of the bytes", "another"));
+        }
+        let mut state = self.new_state();
+        let whole = length::<T>(&state.heads, storage);
+        if bytes.len() != whole {
+            return Err(fault("state", format!("{whole} bytes"), bytes.len()));
+        }
+        let mut reader = Reader { bytes: &body[HEADER..], storage, sound: true };
+        for head in &mut state.heads {
+            read_head(head, &mut reader);
+            reader.sound &= head.reference_position <= position && head.pending.len <= PENDING;
+        }
+        if !reader.sound {
+            return Err(fault("state", "made of finite numbers and counts in range", "others"));
+        }
+        state.position = position;
+        Ok(state)
+    }
+}
+
+/// Bytes of a state with heads like these.
+fn length<T: Real>(heads: &[HeadState<T>], storage: Storage) -> usize {
+    let head = |head: &HeadState<T>| {
+        let own = head.reference.len() + head.norm.len() + head.norm_rest.len();
+        let mut stored = head.sums.len() + head.sums_rest.len() + head.pending.weights.len() + head.pending.values.len();
+        let mut flags = 0;
+        if let Some(ring) = &head.ring {
+            stored += ring.len();
+            flags = ring.flags();
+        }
+        8 + 2 + own * size_of::<T>() + stored * storage.width::<T>() + flags
+    };
+    HEADER + heads.iter().map(head).sum::<usize>() + CHECKSUM
+}
+
+fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>) {
+    out.extend_from_slice(&(head.reference_position as u64).to_le_bytes());
+    out.extend([u8::from(head.started), head.pending.len as u8]);
+    for numbers in [&head.reference, &head.norm, &head.norm_rest] {
+        write(numbers, Storage::Exact, out);
+    }
+    for numbers in [&head.sums, &head.sums_rest, &head.pending.weights, &head.pending.values] {
+        write(numbers, storage, out);
+    }
+    if let Some(ring) = &head.ring {
+        ring.numbers().for_each(|numbers| write(numbers, storage, out));
+        ring.valid().for_each(|valid| out.extend(valid.iter().map(|&valid| u8::from(valid))));
+    }
+}
+
+fn write<T: Real>(numbers: &[T], storage: Storage, out: &mut Vec<u8>) {
+    match (storage, size_of::<T>()) {
+        (Storage::Bf16, _) => numbers.iter().for_each(|x| out.extend(bf16::from_f64(x.to_f64()).to_le_bytes())),
+        (Storage::Exact, 8) => numbers.iter().for_each(|x| out.extend(x.to_f64().to_le_bytes())),
+        _ => numbers.iter().for_each(|x| out.extend((x.to_f64() as f32).to_le_bytes())),
+    }
+}
+
+/// What is left of the bytes. Their number has been checked.
+struct Reader<'a> {
+    bytes: &'a [u8],
+    storage: Storage,
+    /// Whether everything read so far makes sense.
+    sound: bool,
+}
+
+impl<'a> Reader<'a> {
+    fn take(&mut self, len: usize) -> &'a [u8] {
+        let (taken, rest) = self.bytes.split_at(len.min(self.bytes.len()));
+        self.bytes = rest;
+        taken
+    }
+
+    fn numbers<T: Real>(&mut self, storage: Storage, out: &mut [T]) {
+        let bytes = self.take(out.len() * storage.width::<T>());
+        let values: Vec<f64> = match storage.width::<T>() {
+            2 => elements(bytes, |bytes| f64::from(bf16::from_le_bytes(bytes))),
+            4 => elements(bytes, |bytes| f64::from(f32::from_le_bytes(bytes))),
+            _ => elements(bytes, f64::from_le_bytes),
+        };
+        self.sound &= values.iter().all(|x| x.is_finite());
+        out.iter_mut().zip(values).for_each(|(out, x)| *out = T::from_f64(x));
+    }
+
+    fn flags(&mut self, out: &mut [bool]) {
+        let bytes = self.take(out.len());
+        self.sound &= bytes.iter().all(|&byte| byte <= 1);
+        out.iter_mut().zip(bytes).for_each(|(out, &byte)| *out = byte == 1);
+    }
+}
+
+fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
+    let position: Vec<u64> = elements(reader.take(8), u64::from_le_bytes);
+    head.reference_position = position.first().and_then(|&position| usize::try_from(position).ok()).unwrap_or(usize::MAX);
+    let mut started = [false];
+    reader.flags(&mut started);
+    head.started = started[0];
+    head.pending.len = reader.take(1).first().copied().unwrap_or_default().into();
+    reader.sound &= head.pending.len == 0 || !head.pending.weights.is_empty();
+    for numbers in [&mut head.reference, &mut head.norm, &mut head.norm_rest] {
+        reader.numbers(Storage::Exact, numbers);
+    }
+    let storage = reader.storage;
+    for numbers in [&mut head.sums, &mut head.sums_rest, &mut head.pending.weights, &mut head.pending.values] {
+        reader.numbers(storage, numbers);
+    }
+    if let Some(ring) = &mut head.ring {
+        ring.numbers_mut().for_each(|numbers| reader.numbers(storage, numbers));
+        ring.valid_mut().for_each(|valid| reader.flags(valid));
+    }
+}

@@ -1,0 +1,155 @@
+//! States as bytes: they continue bit for bit, and nothing else is taken for one.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use common::linear::Setup;
+use common::stream::Stream;
+use common::{assert_close, assert_same_bits};
+use dijiang::attention::{KeyMask, Storage};
+use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
+use dijiang::{Error, Real};
+use ndarray::{Array1, Array2, s};
+
+fn setups() -> Vec<Setup> {
+    vec![
+        Setup::new(1),
+        Setup::new(2).decay(-0.05),
+        Setup::new(3).near(3, 2),
+        Setup::new(4).near(70, 1).decay(-0.1),
+        Setup::new(5).heads(6, 3).sizes(16, 17, 5),
+    ]
+}
+
+/// The empty state, one with pending keys, one after a prefill.
+fn states<T: Real, A: Stream<T>>(attention: &A, setup: &Setup) -> Vec<A::State> {
+    let (inputs, mut state) = (setup.inputs(83, 83).cast(), attention.empty());
+    let mut states = vec![state.clone()];
+    attention.prefill_of(&mut state, &inputs.part(0..70), KeyMask::All).unwrap();
+    states.push(state.clone());
+    attention.steps(&mut state, &inputs.part(70..83));
+    states.push(state);
+    states
+}
+
+#[test]
+fn exact_bytes_continue_bit_for_bit() {
+    fn check<T: Real>(setup: &Setup) {
+        let attention = setup.build::<T>();
+        let later = setup.inputs(99, 99).cast();
+        for mut state in states(&attention, setup) {
+            let mut read = attention.state_from_bytes(&state.to_bytes(Storage::Exact)).unwrap();
+            assert!(read == state, "{setup:?}");
+            let [expected, got] = [&mut state, &mut read].map(|state| {
+                let mut outs = vec![attention.steps(state, &later.part(0..5))];
+                outs.push(attention.prefill_of(state, &later.part(5..99), KeyMask::All).unwrap());
+                outs
+            });
+            for (got, expected) in got.iter().zip(&expected) {
+                assert_same_bits(format!("{setup:?}"), got, expected);
+            }
+            assert!(read == state);
+        }
+    }
+    for setup in setups() {
+        check::<f32>(&setup);
+        check::<f64>(&setup);
+    }
+}
+
+#[test]
+fn short_numbers_are_near() {
+    fn check<T: Real>(setup: &Setup, storage: Storage, tolerance: f64) {
+        let attention = setup.build::<T>();
+        let later = setup.inputs(9, 9).cast();
+        let mut state = states(&attention, setup).remove(2);
+        let bytes = state.to_bytes(storage);
+        assert!(bytes.len() < state.to_bytes(Storage::Exact).len());
+        let mut read = attention.state_from_bytes(&bytes).unwrap();
+        let expected = attention.steps(&mut state, &later).mapv(Real::to_f64);
+        assert_close(format!("{setup:?}"), &attention.steps(&mut read, &later), &expected, tolerance);
+    }
+    for setup in setups() {
+        check::<f64>(&setup, Storage::F32, 1e-6);
+        check::<f64>(&setup, Storage::Bf16, 0.05);
+        check::<f32>(&setup, Storage::Bf16, 0.05);
+    }
+}
+
+#[test]
+fn every_flipped_bit_is_found() {
+    let setup = Setup::new(6).sizes(2, 2, 1).near(2, 0);
+    let attention = setup.build::<f32>();
+    let bytes = states(&attention, &setup).remove(2).to_bytes(Storage::Exact);
+    for bit in 0..8 * bytes.len() {
+        let mut flipped = bytes.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        assert!(attention.state_from_bytes(&flipped).is_err(), "bit {bit}");
+    }
+    for len in 0..bytes.len() {
+        assert!(matches!(attention.state_from_bytes(&bytes[..len]), Err(Error::Format { .. })), "{len} bytes");
+    }
+    let longer = [&bytes[..], &[0; 4]].concat();
+    assert!(matches!(attention.state_from_bytes(&longer), Err(Error::Format { .. })));
+}
+
+/// A checksum is easily made to fit; what it covers must still make sense.
+#[test]
+fn forged_bytes_are_refused() {
+    let setup = Setup::new(7).sizes(2, 2, 1);
+    let attention = setup.build::<f64>();
+    let bytes = states(&attention, &setup).remove(2).to_bytes(Storage::Exact);
+    let forged = |at: usize, new: &[u8]| {
+        let mut bytes = bytes[..bytes.len() - 4].to_vec();
+        bytes[at..at + new.len()].copy_from_slice(new);
+        let checksum = crc32fast::hash(&bytes);
+        bytes.extend(checksum.to_le_bytes());
+        attention.state_from_bytes(&bytes)
+    };
+    assert!(forged(0, b"dijiang\0").is_ok());
+    let payload = 8 + 12 + 56;
+    let cases: [(&str, usize, &[u8]); 10] = [
+        ("magic", 0, b"DIJIANG\0"),
+        ("version", 8, &[2]),
+        ("type", 12, &[4]),
+        ("storage", 16, &[9]),
+        ("heads", 20, &[0xff; 8]),
+        ("a position before the frame's", 68, &[0; 8]),
+        ("a frame after the position", payload, &[0xff; 8]),
+        ("started", payload + 8, &[2]),
+        ("pending keys", payload + 9, &[17]),
+        ("a number", payload + 10, &f64::NAN.to_le_bytes()),
+    ];
+    for (what, at, new) in cases {
+        // A fresh state's frame is at position 0, which any position may follow.
+        if what == "a position before the frame's" && bytes[payload..payload + 8] == [0; 8] {
+            continue;
+        }
+        assert!(matches!(forged(at, new), Err(Error::Format { .. } | Error::Foreign { .. })), "{what}");
+    }
+    for other in
+        [Setup::new(7).sizes(3, 2, 1), Setup::new(7).sizes(2, 3, 1), Setup::new(7).sizes(2, 2, 2), Setup::new(7).sizes(2, 2, 1).near(4, 1)]
+    {
+        assert!(matches!(other.build::<f64>().state_from_bytes(&bytes), Err(Error::Foreign { .. })), "{other:?}");
+    }
+    assert!(setup.build::<f32>().state_from_bytes(&bytes).is_err());
+}
+
+#[test]
+fn layers_have_them_too() {
+    let matrix = |p: usize| Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f32 / 17.0 - 0.3);
+    let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
+    let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap();
+    let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new()).unwrap();
+    let x = Array2::from_shape_fn((300, 8), |(i, j)| ((i * 13 + j * 29) % 23) as f32 / 8.0 - 1.0);
+    let mut state = layer.new_state();
+    layer.prefill(&mut state, &x.slice(s![..299, ..]), KeyMask::All).unwrap();
+    let mut read = layer.state_from_bytes(&state.to_bytes(Storage::Exact)).unwrap();
+    let [expected, got] = [&mut state, &mut read].map(|state| {
+        let mut out = Array1::zeros(8);
+        layer.step(state, &x.row(299), &mut out).unwrap();
+        out
+    });
+    assert_same_bits("step", &got, &expected);
+    assert!(layer.state_from_bytes(&[]).is_err());
+}
