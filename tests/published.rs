@@ -13,6 +13,8 @@ use dijiang::kernel::published_features;
 use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, Causality, PublishedAttention, PublishedWeights, Rotary};
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array2, Array3, Axis, s};
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 
 fn golden() -> Tensors {
     Tensors::open_file(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/official_neox_attention_f64.safetensors")).unwrap()
@@ -44,6 +46,32 @@ fn the_published_code_gave_the_same() {
     }
     let radii: Vec<f64> = golden().numbers("radii", &[16]).unwrap();
     assert!(weights.radii.iter().zip(&radii).all(|(found, t)| (found - t).abs() < 1e-6));
+}
+
+/// Long tables of powers end in zeros, which say nothing about the decay.
+#[test]
+fn decays_from_powers_that_vanish() {
+    let positions = 6_000_usize;
+    let decays = PublishedWeights::<f64>::decays(4);
+    let powers = decays.iter().flat_map(|&decay| (0..positions).map(move |j| (decay * j as f64).exp() as f32));
+    let powers: Vec<u8> = powers.flat_map(f32::to_le_bytes).collect();
+    let bytes = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/official_neox_attention_f64.safetensors")).unwrap();
+    let stored = SafeTensors::deserialize(&bytes).unwrap();
+    let with_powers = |shape: Vec<usize>, powers: &[u8]| {
+        let powers = TensorView::new(Dtype::F32, shape, powers).unwrap();
+        let views = stored.iter().filter(|(name, _)| *name != "D1").chain([("D1", powers)]);
+        let path = std::env::temp_dir().join(format!("dijiang-published-{}.safetensors", std::process::id()));
+        std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+        let layer = PublishedAttention::<f64>::from_tensors(&Tensors::open_file(&path).unwrap(), "", config());
+        std::fs::remove_file(path).unwrap();
+        layer
+    };
+    let layer = with_powers(vec![1, 4, positions, 1], &powers).unwrap();
+    for (found, expected) in layer.published_weights().log_decay.iter().zip(decays) {
+        assert!((found - expected).abs() < 1e-8, "{found} is not {expected}");
+    }
+    let zeros = [1.0_f32, 0.0].repeat(4).into_iter().flat_map(f32::to_le_bytes).collect::<Vec<_>>();
+    assert!(matches!(with_powers(vec![1, 4, 2, 1], &zeros), Err(Error::Format { name, .. }) if name == "D1"));
 }
 
 /// A layer with numbers of its own, and h channels to a group that is no whole head.

@@ -100,7 +100,7 @@ fn read<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &HeadState<T>, 
     let Pending { weights, values, len } = &state.pending;
     let scores = &mut total[..*len];
     scores.fill(T::ZERO);
-    (head.ops.matvec)(&weights[..len * m], a, scores);
+    (head.ops.matvec)(&weights[..len * m], m, a, scores);
     (head.ops.vecmat)(scores, values, true, &mut o[..stride]);
     scores.iter().fold(normaliser(head, state, a), |sum, &score| sum + score)
 }
@@ -146,6 +146,6 @@ fn query_exponents<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &Hea
 /// wᵀz.
 fn normaliser<T: Real, M>(head: &Head<'_, T, M>, state: &HeadState<T>, weights: &[T]) -> T {
     let mut total = [T::ZERO];
-    (head.ops.matvec)(&state.norm, weights, &mut total);
+    (head.ops.matvec)(&state.norm, head.features, weights, &mut total);
     total[0]
 }

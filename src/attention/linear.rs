@@ -209,6 +209,11 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         Workspace::new(self.sizes, self.new_state().heads)
     }
 
+    /// Scratch for [`step`](Self::step), smaller: for one thread, and without room for long prefills.
+    pub fn step_workspace(&self) -> Workspace<T> {
+        Workspace::for_steps(self.sizes)
+    }
+
     /// The empty state of a new sequence.
     pub fn new_state(&self) -> CausalState<T> {
         CausalState::new(self.shape())
@@ -375,8 +380,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         out: &mut ArrayRef2<T>,
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
-        state.check(self.shape())?;
-        workspace.check(self.sizes)?;
+        self.check_step(state, workspace)?;
         let (kv_heads, Sizes { dim, value_dim, .. }) = (self.maps.len(), self.sizes);
         check_shape("q", q, &[self.heads, dim])?;
         check_shape("k", k, &[kv_heads, dim])?;
@@ -393,6 +397,12 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         }
         state.position += 1;
         Ok(())
+    }
+
+    /// Whether state and workspace are those of an operator of this shape.
+    pub(crate) fn check_step(&self, state: &CausalState<T>, workspace: &Workspace<T>) -> Result<()> {
+        state.check(self.shape())?;
+        workspace.check(self.sizes)
     }
 
     pub(super) fn shape(&self) -> Shape {

@@ -614,7 +614,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             if let Some(given) = stretch.given.map(|given| &given[h]) {
                 let numerator = &given.numerator[query * stride..(query + 1) * stride];
                 let mut dot = [T::ZERO];
-                (ops.matvec)(numerator, &g_rows[i * stride..(i + 1) * stride], &mut dot);
+                (ops.matvec)(numerator, stride, &g_rows[i * stride..(i + 1) * stride], &mut dot);
                 delta[i] += dot[0] * (given.top[query] - top[i]).exp();
             }
         }
@@ -929,7 +929,7 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
             }
         }
         product(ops, (m, stride, tokens), (a, width, 1), (g_rows, stride), (&mut self.tape.sums, stride), true);
-        (ops.matvec)(a, delta, &mut self.tape.norm);
+        (ops.matvec)(a, width, delta, &mut self.tape.norm);
     }
 
     /// From the gradient of the features to those of the map, λ and the keys.

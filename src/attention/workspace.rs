@@ -78,6 +78,11 @@ impl<T: Real> Workspace<T> {
         Self { sizes, scratches: vec![Scratch::new(sizes); max_threads()], snapshot, pages: Vec::new() }
     }
 
+    /// For one thread.
+    pub(super) fn for_steps(sizes: Sizes) -> Self {
+        Self { sizes, scratches: vec![Scratch::new(sizes)], snapshot: Vec::new(), pages: Vec::new() }
+    }
+
     /// Keeps `states` in the snapshot.
     pub(super) fn keep(&mut self, states: &[HeadState<T>]) {
         if self.snapshot.len() != states.len() {

@@ -28,11 +28,17 @@ impl<T: Real> PublishedAttention<T> {
             found => return Err(fault(decays, format!("a tensor [1, {heads}, positions, 1]"), format!("{found:?}"))),
         };
         let powers: Vec<f64> = tensors.numbers(&decays, &[1, heads, positions, 1])?;
-        // γ to the last position, whose logarithm rounding has touched least.
-        let log_decay = powers.chunks_exact(positions).map(|powers| powers[positions - 1].ln() / (positions - 1) as f64);
+        // γ to the last position that is a normal number in f32: its logarithm is the one rounding has touched least.
+        let log_decay = powers.chunks_exact(positions).map(|powers| {
+            let last = powers.iter().rposition(|&power| power >= f64::from(f32::MIN_POSITIVE)).filter(|&last| last > 0);
+            last.map(|last| powers[last].ln() / last as f64)
+        });
+        let Some(log_decay) = log_decay.collect::<Option<_>>() else {
+            return Err(fault(decays, "powers of a decay of each head", "none at the second position".to_owned()));
+        };
         let published = PublishedWeights::new(
             radii,
-            log_decay.collect(),
+            log_decay,
             tensors.matrix(&name("W_G"), channels, channels)?,
             tensors.vector(&name("group_norm.weight"), channels)?,
             tensors.vector(&name("group_norm.bias"), channels)?,

@@ -425,11 +425,11 @@ impl<T: Real> Inner<T> {
         }
         let mut offset = [T::ZERO];
         if self.envelope {
-            (T::ops().matvec)(z, z, &mut offset);
+            (T::ops().matvec)(z, z.len(), z, &mut offset);
             offset[0] *= T::from_f64(-0.5);
         }
         if let Some(tilt) = &side.tilt {
-            (T::ops().matvec)(tilt, x, &mut offset);
+            (T::ops().matvec)(tilt, x.len(), x, &mut offset);
         }
         match projector {
             TokenProjector::Dct { matrix, scale, radii } => {

@@ -10,14 +10,15 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayRef1, ArrayRef2};
 
 use crate::attention::{CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace};
-use crate::error::{Error, Result, check_len};
+use crate::error::{Error, Result, check_elements, check_len};
 use crate::kernel::{DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides};
 use crate::layer::config::{AttentionConfig, Causality};
-use crate::layer::projection::{Projections, StepScratch};
+use crate::layer::projection::{Projected, Projections, StepScratch};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
 use crate::layer::{Attention, check_causal};
 use crate::real::Real;
+use crate::threads::{for_each, max_threads};
 
 /// How [`DijiangAttention::from_softmax`] sets up its maps. The defaults are those of [`DctMapConfig`].
 #[derive(Debug, Clone, PartialEq)]
@@ -228,6 +229,14 @@ impl<T: Real> DijiangState<T> {
         self.causal.to_bytes(storage)
     }
 
+    /// Takes over another state of the same layer, without allocating: back to a snapshot, or on from one.
+    ///
+    /// # Errors
+    /// [`Error::Foreign`] for a state of a layer of another shape; this one is unchanged then.
+    pub fn copy_from(&mut self, from: &Self) -> Result<()> {
+        self.causal.copy_from(&from.causal)
+    }
+
     /// Back to the empty state, without allocating.
     pub fn reset(&mut self) {
         self.causal.reset();
@@ -356,6 +365,67 @@ impl<T: Real> DijiangAttention<T> {
         Ok(Self { projections, linear })
     }
 
+    /// The next token of each of several sequences: what [`step`](Attention::step) gives for each alone, bit for bit, but every weight
+    /// is read once for all of them.
+    ///
+    /// # Shapes
+    /// - `states`: b of them; `x` and `out`: `[b, D]`, a row per state.
+    ///
+    /// # Cost
+    /// The matrix products of b tokens by the projections, one thread; attention of the sequences on all threads. Allocates for the
+    /// batch.
+    ///
+    /// # Errors
+    /// As [`step`](Attention::step), for any of the tokens and states. After an error no state is changed, nor `out`.
+    ///
+    /// # Examples
+    /// ```
+    /// use dijiang::attention::KeyMask;
+    /// use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
+    /// use ndarray::Array2;
+    ///
+    /// let eye = || Array2::<f32>::eye(8);
+    /// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), AttentionWeights::new(eye(), eye(), eye(), eye()))?;
+    /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new())?;
+    ///
+    /// // Two sequences of different lengths go on together.
+    /// let mut states = [layer.new_state(), layer.new_state()];
+    /// layer.prefill(&mut states[1], &Array2::ones((5, 8)), KeyMask::All)?;
+    /// let (x, mut out) = (Array2::ones((2, 8)), Array2::zeros((2, 8)));
+    /// layer.step_batch(&mut states.each_mut(), &x, &mut out)?;
+    /// assert_eq!((states[0].position(), states[1].position()), (1, 6));
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    pub fn step_batch(&self, states: &mut [&mut DijiangState<T>], x: &ArrayRef2<T>, out: &mut ArrayRef2<T>) -> Result<()> {
+        check_causal(self.config(), "step")?;
+        if states.is_empty() {
+            return Err(Error::Empty { argument: "states" });
+        }
+        let (d, config) = (self.projections.head_dim(), self.config());
+        for state in states.iter() {
+            self.linear.check_step(&state.causal, &state.workspace)?;
+        }
+        let positions: Vec<usize> = states.iter().map(|state| state.position()).collect();
+        self.projections.steps(x, &positions, out, |projected, o| {
+            let Projected { q, k, v } = projected;
+            for (argument, rows) in [("q", q), ("k", k), ("v", v)] {
+                check_elements(argument, rows)?;
+            }
+            let rows = |rows: &Array2<T>, i: usize, heads: usize| rows.row(i).into_shape_with_order((heads, d)).map(|row| row.to_owned());
+            let sequences = states.iter_mut().zip(o.outer_iter_mut()).enumerate();
+            let threads = max_threads().min(positions.len());
+            let mut results = vec![Ok(()); positions.len()];
+            for_each(&mut vec![(); threads], sequences.zip(&mut results), |(), ((i, (state, out)), result)| {
+                let parts = rows(q, i, config.heads).and_then(|q| Ok((q, rows(k, i, config.kv_heads)?, rows(v, i, config.kv_heads)?)));
+                let (Ok((q, k, v)), Ok(mut out)) = (parts, out.into_shape_with_order((config.heads, d))) else {
+                    unreachable!("rows lie one after another")
+                };
+                *result = self.linear.step(&mut state.causal, &q, &k, &v, &mut out, &mut state.workspace);
+            });
+            results.into_iter().collect()
+        })
+    }
+
     pub(crate) fn projections(&self) -> &Projections<T> {
         &self.projections
     }
@@ -392,7 +462,7 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
     }
 
     fn new_state(&self) -> DijiangState<T> {
-        DijiangState { causal: self.linear.new_state(), workspace: self.linear.workspace(), scratch: self.projections.step_scratch() }
+        DijiangState { causal: self.linear.new_state(), workspace: self.linear.step_workspace(), scratch: self.projections.step_scratch() }
     }
 
     fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
@@ -406,7 +476,7 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
     fn prefill(&self, state: &mut DijiangState<T>, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
         check_causal(self.config(), "prefill")?;
         self.projections.run(x, mask, state.position(), |q, k, v, out| {
-            self.linear.prefill_into(&mut state.causal, q, k, v, mask, out, &mut state.workspace)
+            self.linear.prefill_into(&mut state.causal, q, k, v, mask, out, &mut self.linear.workspace())
         })
     }
 

@@ -43,6 +43,7 @@ mod config;
 mod descent;
 mod dijiang;
 mod judge;
+mod pool;
 mod projection;
 mod published;
 mod rotary;
@@ -56,6 +57,7 @@ pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, H
 pub use choose::{ChooseOptions, ChooseProgress, ChooseReport, Trial};
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
+pub use pool::{Slot, StatePool};
 pub use published::{PublishedAttention, PublishedState, PublishedWeights};
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
 #[cfg(feature = "safetensors")]

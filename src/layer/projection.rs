@@ -138,6 +138,42 @@ impl<T: Real> Projections<T> {
         Ok(())
     }
 
+    /// Attention of one token of each of several sequences, at `positions`; `attend` gets q `[b, h·d]`, k and v `[b, h_kv·d]` and the
+    /// output `[b, h·d]`. Row i is what [`step`](Self::step) gives for it alone, bit for bit. `out` is written only if `attend`
+    /// succeeds.
+    pub(crate) fn steps(
+        &self,
+        x: &ArrayRef2<T>,
+        positions: &[usize],
+        out: &mut ArrayRef2<T>,
+        attend: impl FnOnce(&Projected<T>, &mut Array2<T>) -> Result<()>,
+    ) -> Result<()> {
+        let tokens = positions.len();
+        check_shape("x", x, &[tokens, self.config.model_dim])?;
+        check_shape("out", out, &[tokens, self.config.model_dim])?;
+        check_elements("x", x)?;
+        let (input, weights) = (x.as_standard_layout(), &*self.weights);
+        let mut angles = self.rotary.as_ref().map(RotaryTable::angles);
+        let mut project = |weight: &Array2<T>, bias: &Option<Array1<T>>, rotated: bool| {
+            let mut rows = matrix_vectors(weight, input.view(), bias.as_ref());
+            if let (true, Some(rotary), Some(angles)) = (rotated, &self.rotary, angles.as_mut()) {
+                for (row, &position) in slice_mut(&mut rows).chunks_exact_mut(weight.nrows()).zip(positions) {
+                    rotary.rotate(row, row.len(), position, angles);
+                }
+            }
+            rows
+        };
+        let projected = Projected {
+            q: project(&weights.q, &weights.q_bias, true),
+            k: project(&weights.k, &weights.k_bias, true),
+            v: project(&weights.v, &weights.v_bias, false),
+        };
+        let mut o = Array2::zeros(projected.q.raw_dim());
+        attend(&projected, &mut o)?;
+        out.assign(&matrix_vectors(&weights.o, o.view(), weights.o_bias.as_ref()));
+        Ok(())
+    }
+
     pub(crate) fn step_scratch(&self) -> StepScratch<T> {
         let (model, heads, kv_heads, d) = (self.config.model_dim, self.config.heads, self.config.kv_heads, self.head_dim);
         StepScratch {
@@ -270,7 +306,19 @@ fn matrix_vector<T: Real>(weight: &[T], x: &[T], bias: Option<&Array1<T>>, y: &m
         Some(bias) => y.iter_mut().zip(bias).for_each(|(y, &b)| *y = b),
         None => y.fill(T::zero()),
     }
-    (T::ops().matvec)(weight, x, y);
+    (T::ops().matvec)(weight, x.len(), x, y);
+}
+
+/// [`matrix_vector`] of every row of `x`, `[b, in]` to `[b, out]`; W is read once.
+fn matrix_vectors<T: Real>(weight: &Array2<T>, x: ArrayView2<'_, T>, bias: Option<&Array1<T>>) -> Array2<T> {
+    let (tokens, x) = (x.nrows(), x.as_standard_layout());
+    let x = x.as_slice().unwrap_or_default();
+    let mut out = Array2::zeros((tokens, weight.nrows()));
+    if let Some(bias) = bias {
+        out += bias;
+    }
+    (T::ops().matvec)(slice(weight), weight.ncols(), x, slice_mut(&mut out));
+    out
 }
 
 fn slice<T, D: Dimension>(array: &Array<T, D>) -> &[T] {

@@ -96,7 +96,7 @@ impl<T: Real> PublishedWeights<T> {
 ///
 /// What differs from the paper's formula, and from `DijiangAttention`:
 ///
-/// * features are softmaxed over f, so they sum to one; the paper weighs exp(t_f·[Cx]_f) by D_f;
+/// * features are softmaxed over f, so they sum to one; the paper weighs `exp(t_f·[Cx]_f)` by D_f;
 /// * the transform is a DCT-III (Cᵀ), the paper's a DCT-II (C);
 /// * queries and keys are not scaled by 1/√d;
 /// * there is no normaliser: GroupNorm over the channels takes its place, and a SiLU gate of the layer's input follows;

@@ -53,6 +53,17 @@ impl<T: Real> CausalState<T> {
         self.heads.iter().map(|head| head.len() * size_of::<T>()).sum()
     }
 
+    /// Takes over another state of the same operator, without allocating: back to a snapshot, or on from one.
+    ///
+    /// # Errors
+    /// [`Error::Foreign`] for a state of an operator of another shape; this one is unchanged then.
+    pub fn copy_from(&mut self, from: &Self) -> Result<()> {
+        from.check(self.shape)?;
+        self.position = from.position;
+        self.heads.iter_mut().zip(&from.heads).for_each(|(head, from)| head.copy(from));
+        Ok(())
+    }
+
     /// Back to the empty state, without allocating.
     pub fn reset(&mut self) {
         self.position = 0;

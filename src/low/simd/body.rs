@@ -475,34 +475,82 @@ pub(super) fn scale<S: Simd>(simd: S, a: S::T, x: &mut [S::T]) {
     }
 }
 
-/// `out[i] = Σ_j a[i, j]·x[j] (+ out[i])`, rows of `a` contiguous: the product of a token by a weight matrix.
+/// `out[t, i] += Σ_j a[i, j]·x[t, j]`, rows of everything contiguous, k columns in `a`: the products of tokens by a weight matrix.
+/// Every element is added up in the same order whatever the number of tokens; a few rows of `a` at a time meet all of them.
 #[inline(always)]
-pub(super) fn matvec<S: Simd>(simd: S, a: &[S::T], x: &[S::T], out: &mut [S::T]) {
-    let k = x.len();
-    assert!(a.len() == k * out.len(), "matrix");
-    let whole = k / S::N * S::N;
-    for (i, out) in out.iter_mut().enumerate() {
-        let row = &a[i * k..(i + 1) * k];
-        let mut sums = [simd.splat(S::T::ZERO); 4];
-        let mut j = 0;
-        // SAFETY: every access stays below `whole` ≤ k.
-        unsafe {
-            while j + 4 * S::N <= whole {
-                for (u, sum) in sums.iter_mut().enumerate() {
-                    let at = j + u * S::N;
-                    *sum = simd.mul_add(simd.load(row.as_ptr().add(at)), simd.load(x.as_ptr().add(at)), *sum);
-                }
-                j += 4 * S::N;
-            }
-            while j < whole {
-                sums[0] = simd.mul_add(simd.load(row.as_ptr().add(j)), simd.load(x.as_ptr().add(j)), sums[0]);
-                j += S::N;
-            }
-        }
-        let mut total = simd.sum(simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3])));
-        for j in whole..k {
-            total += row[j] * x[j];
-        }
-        *out += total;
+pub(super) fn matvec<S: Simd>(simd: S, a: &[S::T], k: usize, x: &[S::T], out: &mut [S::T]) {
+    if k == 0 {
+        return;
     }
+    let (rows, tokens) = (a.len() / k, x.len() / k);
+    assert!(a.len() == rows * k && x.len() == tokens * k && out.len() == rows * tokens, "matrices");
+    for first in (0..rows).step_by(TILE) {
+        let tile = first..rows.min(first + TILE);
+        let mut t = 0;
+        while t < tokens {
+            let group = (tokens - t).min(GROUP);
+            for i in tile.clone() {
+                let row = &a[i * k..(i + 1) * k];
+                let x = &x[t * k..(t + group) * k];
+                let totals = if group == GROUP { dots::<S, GROUP>(simd, row, x) } else { alone(simd, row, x) };
+                for (u, total) in totals.iter().take(group).enumerate() {
+                    out[(t + u) * rows + i] += *total;
+                }
+            }
+            t += group;
+        }
+    }
+}
+
+/// Rows of a matrix that meet all tokens before the next ones do: they stay in the fastest cache.
+const TILE: usize = 8;
+/// Tokens that meet a row at the same time.
+const GROUP: usize = 4;
+
+/// Fewer than [`GROUP`] tokens, one after the other.
+#[inline(always)]
+fn alone<S: Simd>(simd: S, row: &[S::T], x: &[S::T]) -> [S::T; GROUP] {
+    let mut totals = [S::T::ZERO; GROUP];
+    for (total, x) in totals.iter_mut().zip(x.chunks_exact(row.len())) {
+        [*total] = dots::<S, 1>(simd, row, x);
+    }
+    totals
+}
+
+/// The dot products of a row with G tokens `[G, k]`, four chains of additions each.
+#[inline(always)]
+fn dots<S: Simd, const G: usize>(simd: S, row: &[S::T], x: &[S::T]) -> [S::T; G] {
+    let k = row.len();
+    assert!(x.len() == G * k, "tokens");
+    let whole = k / S::N * S::N;
+    let mut sums = [[simd.splat(S::T::ZERO); 4]; G];
+    let mut j = 0;
+    // SAFETY: every access stays below `whole` ≤ k, in one of the G rows of `x`.
+    unsafe {
+        while j + 4 * S::N <= whole {
+            for u in 0..4 {
+                let at = j + u * S::N;
+                let a = simd.load(row.as_ptr().add(at));
+                for (t, sums) in sums.iter_mut().enumerate() {
+                    sums[u] = simd.mul_add(a, simd.load(x.as_ptr().add(t * k + at)), sums[u]);
+                }
+            }
+            j += 4 * S::N;
+        }
+        while j < whole {
+            let a = simd.load(row.as_ptr().add(j));
+            for (t, sums) in sums.iter_mut().enumerate() {
+                sums[0] = simd.mul_add(a, simd.load(x.as_ptr().add(t * k + j)), sums[0]);
+            }
+            j += S::N;
+        }
+    }
+    let mut totals = [S::T::ZERO; G];
+    for (t, (total, sums)) in totals.iter_mut().zip(&sums).enumerate() {
+        *total = simd.sum(simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3])));
+        for j in whole..k {
+            *total += row[j] * x[t * k + j];
+        }
+    }
+    totals
 }

@@ -117,8 +117,8 @@ ops! {
     vecmat: fn(x: &[T], a: &[T], accumulate: bool, out: &mut [T]);
     /// `x *= a`
     scale: fn(a: T, x: &mut [T]);
-    /// `out += A·x`, rows of A contiguous.
-    matvec: fn(a: &[T], x: &[T], out: &mut [T]);
+    /// `out[t] += A·x[t]` for every token t, rows of A `[rows, k]` contiguous.
+    matvec: fn(a: &[T], k: usize, x: &[T], out: &mut [T]);
 }
 
 macro_rules! tables {

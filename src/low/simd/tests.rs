@@ -25,8 +25,13 @@ impl<T: Real> Suite<T> {
     }
 
     fn close(&self, what: &str, got: &[T], expected: &[f64], work: usize) {
-        assert_eq!(got.len(), expected.len(), "{what}: length");
         let top = expected.iter().fold(0.0_f64, |m, x| m.max(x.abs()));
+        self.close_at(what, got, expected, top, work);
+    }
+
+    /// Against the size of the terms, where they may cancel.
+    fn close_at(&self, what: &str, got: &[T], expected: &[f64], top: f64, work: usize) {
+        assert_eq!(got.len(), expected.len(), "{what}: length");
         let tolerance = 8.0 * T::EPSILON.to_f64() * (work as f64).sqrt() * top;
         for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
             let error = (got.to_f64() - expected).abs();
@@ -196,9 +201,19 @@ impl<T: Real> Suite<T> {
             for rows in LENGTHS {
                 let (a, before) = (self.random(rows * len, 1.0), self.random(rows, 1.0));
                 let mut out = before.clone();
-                (self.ops.matvec)(&a, &y, &mut out);
+                (self.ops.matvec)(&a, len, &y, &mut out);
                 let dot = |i: usize| (0..len).map(|j| a[i * len + j].to_f64() * y[j].to_f64()).sum::<f64>();
-                self.close("matvec", &out, &(0..rows).map(|i| before[i].to_f64() + dot(i)).collect::<Vec<_>>(), 16 * len);
+                let expected: Vec<f64> = (0..rows).map(|i| before[i].to_f64() + dot(i)).collect();
+                self.close_at("matvec", &out, &expected, 1.0, 16 * len);
+                // Other tokens at the same time change no bit.
+                for tokens in [1, 3, 4, 9] {
+                    let others = self.random(tokens * len, 1.0);
+                    let mut x = [&y[..], &others].concat();
+                    x.rotate_right(tokens / 2 * len);
+                    let mut all = before.repeat(tokens + 1);
+                    (self.ops.matvec)(&a, len, &x, &mut all);
+                    assert!(all[tokens / 2 * rows..][..rows] == out, "{}: {tokens} others, {rows} by {len}", self.ops.name);
+                }
             }
             for n in [16, 32, 64, 80] {
                 let (a, before) = (self.random(len * n, 1.0), self.random(n, 1.0));
