@@ -1,4 +1,5 @@
-//! One more token after n: a state of constant size against a cache of keys and values. Time is for all 8 heads.
+//! One more token after n: a state of constant size against a cache of keys and values. Time is for all 8 heads. And one more token
+//! of each of many sequences.
 #![allow(missing_docs)]
 
 mod common;
@@ -8,7 +9,8 @@ use std::hint::black_box;
 use common::{gaussian, id, linear};
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use dijiang::Real;
-use dijiang::attention::{ExactConfig, KeyMask};
+use dijiang::attention::{ExactConfig, KeyMask, Near};
+use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use ndarray::{Array2, Axis};
 
 const HEADS: usize = 8;
@@ -47,5 +49,34 @@ fn decode(c: &mut Criterion) {
     token::<f64>(c, 256, 64);
 }
 
-criterion_group!(benches, decode);
+/// A token of each of 32 sequences, through the layer: together, and one sequence after another. On one thread.
+fn batch(c: &mut Criterion) {
+    const SLOTS: usize = 32;
+    let (width, d) = (512, 512 / HEADS);
+    let matrix = |seed| gaussian::<f32>(seed, (1, width, width)).index_axis_move(Axis(0), 0) / (width as f32).sqrt();
+    let weights = AttentionWeights::new(matrix(1), matrix(2), matrix(3), matrix(4));
+    let softmax = SoftmaxAttention::new(AttentionConfig::new(width, HEADS), weights).expect("valid weights");
+    let x = gaussian::<f32>(5, (1, SLOTS, width)).index_axis_move(Axis(0), 0);
+    let mut out = Array2::zeros((SLOTS, width));
+    let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
+    let mut group = c.benchmark_group("step_batch");
+    for (name, near) in [("pure", None), ("near", Some(Near::new(64, 1)))] {
+        let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near)).expect("a causal layer");
+        let mut states: Vec<_> = (0..SLOTS).map(|_| layer.new_state()).collect();
+        group.bench_function(format!("{name}/separate/{SLOTS}"), |b| {
+            b.iter(|| {
+                for (i, state) in states.iter_mut().enumerate() {
+                    layer.step(state, black_box(&x.row(i)), &mut out.row_mut(i)).expect("valid input");
+                }
+            });
+        });
+        group.bench_function(format!("{name}/together/{SLOTS}"), |b| {
+            let mut states: Vec<_> = states.iter_mut().collect();
+            one_thread.install(|| b.iter(|| layer.step_batch(&mut states, black_box(&x), &mut out).expect("valid input")));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, decode, batch);
 criterion_main!(benches);
