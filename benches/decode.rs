@@ -52,7 +52,7 @@ fn decode(c: &mut Criterion) {
 /// A token of each of 32 sequences, through the layer: together, and one sequence after another. On one thread.
 fn batch(c: &mut Criterion) {
     const SLOTS: usize = 32;
-    let (width, d) = (512, 512 / HEADS);
+    let width = 64 * HEADS;
     let matrix = |seed| gaussian::<f32>(seed, (1, width, width)).index_axis_move(Axis(0), 0) / (width as f32).sqrt();
     let weights = AttentionWeights::new(matrix(1), matrix(2), matrix(3), matrix(4));
     let softmax = SoftmaxAttention::new(AttentionConfig::new(width, HEADS), weights).expect("valid weights");
