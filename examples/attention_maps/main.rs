@@ -53,7 +53,7 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 1)]
     window: usize,
     /// Tokens of it
-    #[arg(long, value_name = "N", default_value_t = 320)]
+    #[arg(long, value_name = "N", default_value_t = 256)]
     tokens: usize,
     /// The layer, counted from 0
     #[arg(long, value_name = "N", default_value_t = 1)]

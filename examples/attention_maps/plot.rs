@@ -1,12 +1,10 @@
-//! The picture: two maps with one colour bar.
+//! The picture: two maps with one colour bar, as SVG. Written directly: as plotters' rectangles it would be ten times as large.
 
+use std::fmt::{Display, Write};
 use std::path::Path;
 
 use dijiang::attention::Near;
 use ndarray::Array2;
-use plotters::coord::Shift;
-use plotters::prelude::*;
-use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use crate::Result;
 
@@ -22,145 +20,164 @@ pub(crate) struct Maps<'a> {
 }
 
 /// Weights from 10 to this power on have a colour of their own.
-const LOWEST: f64 = -5.0;
+const LOWEST: i32 = -5;
 /// Shades per factor of ten.
-const SHADES: f64 = 10.0;
+const SHADES: i32 = 8;
 /// Side of a map, in pixels, as near as whole pixels per token allow.
-const SIDE: i32 = 448;
+const SIDE: usize = 512;
 /// Left of a map, above it, below it, and right of both for the colour bar, in pixels.
-const LEFT: i32 = 76;
-const ABOVE: i32 = 104;
-const BELOW: i32 = 58;
-const RIGHT: i32 = 112;
+const LEFT: usize = 76;
+const ABOVE: usize = 108;
+const BELOW: usize = 62;
+const RIGHT: usize = 128;
 /// Characters of the text that are shown.
-const EXCERPT: usize = 110;
-const INK: RGBColor = RGBColor(40, 40, 40);
-const LATER: RGBColor = RGBColor(243, 243, 243);
-
-type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+const EXCERPT: usize = 130;
+const INK: &str = "#282828";
 
 pub(crate) fn draw(maps: &Maps<'_>, path: &Path) -> Result<()> {
+    let n = maps.exact.1.nrows();
+    let side = n * (SIDE / n).max(1);
+    let (width, height) = (2 * (LEFT + side) + RIGHT, ABOVE + side + BELOW);
+    let mut svg = Svg(format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
+         font-family=\"sans-serif\" fill=\"{INK}\" stroke-width=\"1\">\n<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n"
+    ));
+    svg.text((LEFT, 30), 20, "start", &maps.title);
+    let excerpt: String = maps.text.chars().take(EXCERPT).map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
+    // From the first whole word on.
+    let words = excerpt.split_once(' ').map_or(excerpt.as_str(), |(_, words)| words);
+    svg.text((LEFT, 54), 13, "start", format!("“… {} …”", words.trim()));
+    for (left, (name, weights)) in [(LEFT, &maps.exact), (2 * LEFT + side, &maps.linear)] {
+        svg.text((left + side / 2, ABOVE - 14), 16, "middle", name);
+        svg.map(weights, left, side);
+        svg.axes(left, n, side);
+    }
+    if let Some(near) = maps.near {
+        svg.boundary(near, 2 * LEFT + side, n, side);
+    }
+    svg.colour_bar(2 * (LEFT + side) + 24, side);
+    svg.0 += "</svg>\n";
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent)?;
     }
-    let n = maps.exact.1.nrows() as i32;
-    let cell = (SIDE / n).max(1);
-    let side = n * cell;
-    let (width, height) = (2 * (LEFT + side) + RIGHT, ABOVE + side + BELOW);
-    let root = SVGBackend::new(path, (width as u32, height as u32)).into_drawing_area();
-    root.fill(&WHITE)?;
-    text(&root, &maps.title, (LEFT, 22), 20, HPos::Left)?;
-    let excerpt: String = maps.text.chars().take(EXCERPT).map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
-    text(&root, &format!("“{}…”", excerpt.trim()), (LEFT, 46), 13, HPos::Left)?;
-    for (left, (name, weights)) in [(LEFT, &maps.exact), (2 * LEFT + side, &maps.linear)] {
-        text(&root, name, (left + side / 2, ABOVE - 16), 16, HPos::Center)?;
-        map(&root, weights, (left, ABOVE), cell)?;
-        axes(&root, (left, ABOVE), n, cell)?;
-    }
-    if let Some(near) = maps.near {
-        boundary(&root, near, (2 * LEFT + side, ABOVE), n, cell)?;
-    }
-    colour_bar(&root, (2 * (LEFT + side) + 24, ABOVE), side)?;
-    root.present()?;
-    Ok(())
+    Ok(std::fs::write(path, svg.0)?)
 }
 
-/// Runs of one shade in a row are one rectangle, which keeps the file small.
-fn map(root: &Area<'_>, weights: &Array2<f64>, (left, top): (i32, i32), cell: i32) -> Result<()> {
-    let side = weights.nrows() as i32 * cell;
-    root.draw(&Rectangle::new([(left, top), (left + side, top + side)], LATER.filled()))?;
-    for (i, row) in weights.outer_iter().enumerate() {
-        let shades: Vec<i32> = row.iter().take(i + 1).map(|&weight| shade(weight)).collect();
-        let mut start = 0;
-        for run in shades.chunk_by(|a, b| a == b) {
-            let (from, to) = (left + start * cell, left + (start + run.len() as i32) * cell);
-            let y = top + i as i32 * cell;
-            root.draw(&Rectangle::new([(from, y), (to, y + cell)], colour(run[0]).filled()))?;
-            start += run.len() as i32;
+struct Svg(String);
+
+impl Svg {
+    fn add(&mut self, element: std::fmt::Arguments<'_>) {
+        self.0.write_fmt(element).expect("a string takes everything");
+        self.0.push('\n');
+    }
+
+    /// With its middle, start or end and the middle of its letters at the point.
+    fn text(&mut self, (x, y): (usize, usize), size: usize, anchor: &str, text: impl Display) {
+        let text = text.to_string().replace('&', "&amp;").replace('<', "&lt;");
+        let y = y + size / 3;
+        self.add(format_args!("<text x=\"{x}\" y=\"{y}\" font-size=\"{size}\" text-anchor=\"{anchor}\">{text}</text>"));
+    }
+
+    /// One path per shade, one stroke per run of a shade in a row.
+    fn map(&mut self, weights: &Array2<f64>, left: usize, side: usize) {
+        let mut paths = vec![String::new(); shade(1.0) + 1];
+        for (i, row) in weights.outer_iter().enumerate() {
+            let shades: Vec<usize> = row.iter().take(i + 1).map(|&weight| shade(weight)).collect();
+            let mut start = 0;
+            for run in shades.chunk_by(|a, b| a == b) {
+                paths[run[0]] += &format!("M{start} {i}h{}", run.len());
+                start += run.len();
+            }
+        }
+        self.add(format_args!("<rect x=\"{left}\" y=\"{ABOVE}\" width=\"{side}\" height=\"{side}\" fill=\"#f3f3f3\"/>"));
+        let scale = side as f64 / weights.nrows() as f64;
+        self.add(format_args!(
+            "<g transform=\"translate({left} {ABOVE}) scale({scale}) translate(0 .5)\" fill=\"none\" shape-rendering=\"crispEdges\">"
+        ));
+        for (shade, path) in paths.iter().enumerate().filter(|(_, path)| !path.is_empty()) {
+            self.add(format_args!("<path stroke=\"{}\" d=\"{path}\"/>", colour(shade)));
+        }
+        self.0 += "</g>\n";
+    }
+
+    /// A frame, ticks at round positions, and what they count.
+    fn axes(&mut self, left: usize, n: usize, side: usize) {
+        let bottom = ABOVE + side;
+        self.add(format_args!("<rect x=\"{left}\" y=\"{ABOVE}\" width=\"{side}\" height=\"{side}\" fill=\"none\" stroke=\"{INK}\"/>"));
+        let step = [1, 2, 5, 10, 20, 50, 100, 200].into_iter().find(|step| n / step <= 6).unwrap_or(500);
+        for tick in (0..n).step_by(step) {
+            let at = tick * side / n + side / n / 2;
+            let (x, y) = (left + at, ABOVE + at);
+            self.add(format_args!("<path stroke=\"{INK}\" d=\"M{x} {bottom}v5M{left} {y}h-5\"/>"));
+            self.text((x, bottom + 15), 13, "middle", tick);
+            self.text((left - 9, y), 13, "end", tick);
+        }
+        self.text((left + side / 2, bottom + 40), 14, "middle", "key, position in the text in bytes");
+        let (x, y) = (left - 50, ABOVE + side / 2);
+        self.add(format_args!("<text transform=\"translate({x} {y}) rotate(-90)\" font-size=\"14\" text-anchor=\"middle\">query</text>"));
+    }
+
+    /// The line between the exact near part and what goes through the kernel.
+    fn boundary(&mut self, near: Near, left: usize, n: usize, side: usize) {
+        let mut path = String::new();
+        // Of each chunk of queries, the first key that is near.
+        for query in (0..n).step_by(near.chunk) {
+            let key = (query / near.chunk).saturating_sub(near.back) * near.chunk;
+            if key > 0 {
+                let (x, y, end) = (left + key * side / n, ABOVE + query * side / n, ABOVE + (query + near.chunk).min(n) * side / n);
+                path += &match path.is_empty() {
+                    true => format!("M{left} {y}H{x}V{end}"),
+                    false => format!("H{x}V{end}"),
+                };
+            }
+        }
+        for (width, colour) in [(3.0, "#000"), (1.4, "#fff")] {
+            self.add(format_args!("<path fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\" d=\"{path}\"/>"));
+        }
+        if !path.is_empty() {
+            let (x, y) = (left + side - 14, ABOVE + side / 5);
+            self.text((x, y), 13, "end", "right of the line: exact");
+            self.text((x, y + 19), 13, "end", "left of it: through the kernel");
         }
     }
-    Ok(())
-}
 
-/// Ticks at round positions, and what they count.
-fn axes(root: &Area<'_>, (left, top): (i32, i32), n: i32, cell: i32) -> Result<()> {
-    let side = n * cell;
-    root.draw(&Rectangle::new([(left, top), (left + side, top + side)], INK.stroke_width(1)))?;
-    let step = [1, 2, 4, 8, 16, 32, 64, 128, 256].into_iter().find(|step| n / step <= 6).unwrap_or(512);
-    for tick in (0..n).step_by(step as usize) {
-        let at = tick * cell + cell / 2;
-        root.draw(&PathElement::new([(left + at, top + side), (left + at, top + side + 5)], INK))?;
-        root.draw(&PathElement::new([(left - 5, top + at), (left, top + at)], INK))?;
-        text(root, &tick.to_string(), (left + at, top + side + 14), 13, HPos::Center)?;
-        text(root, &tick.to_string(), (left - 9, top + at), 13, HPos::Right)?;
+    fn colour_bar(&mut self, left: usize, height: usize) {
+        let shades = shade(1.0) + 1;
+        for shade in 0..shades {
+            let (top, bottom) = (ABOVE + height - (shade + 1) * height / shades, ABOVE + height - shade * height / shades);
+            let (tall, colour) = (bottom - top, colour(shade));
+            self.add(format_args!("<rect x=\"{left}\" y=\"{top}\" width=\"18\" height=\"{tall}\" fill=\"{colour}\"/>"));
+        }
+        self.add(format_args!("<rect x=\"{left}\" y=\"{ABOVE}\" width=\"18\" height=\"{height}\" fill=\"none\" stroke=\"{INK}\"/>"));
+        for power in LOWEST..=0 {
+            let (x, y) = (left + 18, ABOVE + height * power.unsigned_abs() as usize / LOWEST.unsigned_abs() as usize);
+            self.add(format_args!("<path stroke=\"{INK}\" d=\"M{x} {y}h5\"/>"));
+            let number = format!("{:.*}", power.unsigned_abs() as usize, 10_f64.powi(power));
+            self.text((x + 9, y), 13, "start", if power == LOWEST { format!("≤ {number}") } else { number });
+        }
+        self.text((left, ABOVE - 20), 14, "start", "weight");
     }
-    text(root, "key: position in the text, in bytes", (left + side / 2, top + side + 38), 14, HPos::Center)?;
-    let upright = TextStyle::from(("sans-serif", 14)).color(&INK).pos(Pos::new(HPos::Center, VPos::Center));
-    root.draw(&Text::new("query", (left - 52, top + side / 2), upright.transform(FontTransform::Rotate270)))?;
-    Ok(())
-}
-
-/// The line between the exact near part and what goes through the kernel.
-fn boundary(root: &Area<'_>, near: Near, (left, top): (i32, i32), n: i32, cell: i32) -> Result<()> {
-    let (chunk, back) = (near.chunk as i32, near.back as i32);
-    // First key of the near part of each chunk of queries.
-    let corners = (0..n).step_by(near.chunk).flat_map(|query| {
-        let key = left + (query / chunk - back).max(0) * chunk * cell;
-        [(key, top + query * cell), (key, top + (query + chunk).min(n) * cell)]
-    });
-    let line: Vec<(i32, i32)> = corners.filter(|&(key, _)| key > left).collect();
-    let Some(&(_, query)) = line.first() else { return Ok(()) };
-    let line: Vec<_> = std::iter::once((left, query)).chain(line).collect();
-    root.draw(&PathElement::new(line, WHITE.stroke_width(2)))?;
-    Ok(())
-}
-
-fn colour_bar(root: &Area<'_>, (left, top): (i32, i32), height: i32) -> Result<()> {
-    let last = shade(1.0);
-    let at = |shade: i32| top + height - (shade * height) / (last + 1);
-    for shade in 0..=last {
-        root.draw(&Rectangle::new([(left, at(shade + 1)), (left + 18, at(shade))], colour(shade).filled()))?;
-    }
-    root.draw(&Rectangle::new([(left, top), (left + 18, top + height)], INK.stroke_width(1)))?;
-    for power in LOWEST as i32..=0 {
-        let y = top + (f64::from(height) * f64::from(power) / LOWEST) as i32;
-        root.draw(&PathElement::new([(left + 18, y), (left + 23, y)], INK))?;
-        let label = match power {
-            0 => "1".to_owned(),
-            _ if power == LOWEST as i32 => format!("≤ {:.*}", -power as usize, 10_f64.powi(power)),
-            _ => format!("{:.*}", -power as usize, 10_f64.powi(power)),
-        };
-        text(root, &label, (left + 27, y), 13, HPos::Left)?;
-    }
-    text(root, "weight", (left + 9, top - 16), 14, HPos::Left)
-}
-
-fn text(root: &Area<'_>, text: &str, at: (i32, i32), size: i32, side: HPos) -> Result<()> {
-    let style = TextStyle::from(("sans-serif", size)).color(&INK).pos(Pos::new(side, VPos::Center));
-    root.draw(&Text::new(text.to_owned(), at, style))?;
-    Ok(())
 }
 
 /// The shade of a weight, from 0.
-fn shade(weight: f64) -> i32 {
-    ((weight.log10().clamp(LOWEST, 0.0) - LOWEST) * SHADES).round() as i32
+fn shade(weight: f64) -> usize {
+    ((weight.log10().clamp(f64::from(LOWEST), 0.0) - f64::from(LOWEST)) * f64::from(SHADES)).round() as usize
 }
 
 /// Dark to bright: equal steps look equal, in grey too.
-fn colour(shade: i32) -> RGBColor {
-    const STOPS: [(f64, f64, f64); 8] = [
-        (10.0, 8.0, 34.0),
-        (52.0, 16.0, 98.0),
-        (106.0, 23.0, 110.0),
-        (158.0, 42.0, 99.0),
-        (207.0, 68.0, 70.0),
-        (240.0, 112.0, 32.0),
-        (251.0, 175.0, 18.0),
-        (250.0, 252.0, 164.0),
+fn colour(shade: usize) -> String {
+    const STOPS: [[f64; 3]; 8] = [
+        [10.0, 8.0, 34.0],
+        [52.0, 16.0, 98.0],
+        [106.0, 23.0, 110.0],
+        [158.0, 42.0, 99.0],
+        [207.0, 68.0, 70.0],
+        [240.0, 112.0, 32.0],
+        [251.0, 175.0, 18.0],
+        [250.0, 252.0, 164.0],
     ];
-    let at = f64::from(shade) / (-LOWEST * SHADES) * (STOPS.len() - 1) as f64;
+    let at = shade as f64 / f64::from(-LOWEST * SHADES) * (STOPS.len() - 1) as f64;
     let stop = (at as usize).min(STOPS.len() - 2);
-    let (share, (a, b)) = (at - stop as f64, (STOPS[stop], STOPS[stop + 1]));
-    let mix = |a: f64, b: f64| (a + share * (b - a)).round() as u8;
-    RGBColor(mix(a.0, b.0), mix(a.1, b.1), mix(a.2, b.2))
+    let mixed = |part: usize| (STOPS[stop][part] + (at - stop as f64) * (STOPS[stop + 1][part] - STOPS[stop][part])).round() as u8;
+    format!("#{:02x}{:02x}{:02x}", mixed(0), mixed(1), mixed(2))
 }
