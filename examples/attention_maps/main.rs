@@ -56,10 +56,10 @@ struct Args {
     #[arg(long, value_name = "N", default_value_t = 256)]
     tokens: usize,
     /// The layer, counted from 0
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 2)]
     layer: usize,
     /// The query head, counted from 0
-    #[arg(long, value_name = "N", default_value_t = 2)]
+    #[arg(long, value_name = "N", default_value_t = 1)]
     head: usize,
     /// Tokens of a chunk of the near part, 0 for none
     #[arg(long, value_name = "N", default_value_t = 32)]
