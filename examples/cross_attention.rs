@@ -17,7 +17,7 @@ use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use dijiang::Result;
 use dijiang::attention::{ExactConfig, KeyMask, LinearAttention, LinearConfig};
 use dijiang::kernel::{DctMap, DctMapConfig, Envelope, Mixing, Radial};
-use ndarray::{Array, Array2, Array3, ArrayView2, ArrayView3, Axis};
+use ndarray::{Array, Array2, Array3, ArrayView2, Axis, s};
 use rand::SeedableRng;
 use rand::rngs::ChaCha12Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -59,7 +59,7 @@ fn main() -> Result<()> {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_header([
         "memory".to_owned(),
-        format!("error\npaper, m = {DIM}"),
+        format!("error\npaper's, m = {DIM}"),
         format!("error\nunbiased, m = {m}"),
         format!("error\n+ OPRF, m = {m}"),
         format!("all at once, µs\nlinear, m = {m}"),
@@ -67,55 +67,65 @@ fn main() -> Result<()> {
         format!("one by one, µs\nlinear, m = {m}"),
         "one by one, µs\nexact".to_owned(),
     ]);
-    let exact = ExactConfig::new(HEADS, DIM).build::<f32>()?;
     for n in memory {
         let k = normal((HEADS, n, DIM), 0.4) + &key_mean;
         let mut v = normal((HEADS, n, DIM), 0.2);
         v.outer_iter_mut().zip(k.outer_iter()).zip(mix.outer_iter()).for_each(|((mut v, k), mix)| v += &k.dot(&mix));
         // The last tenth is padding.
-        let valid: Vec<bool> = (0..n).map(|j| j < n.div_ceil(10) * 9).collect();
-        let mask = KeyMask::Valid(&valid);
-
-        let plain = DctMapConfig::new(DIM);
-        let normal_rows = plain.clone().with_blocks(features).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
-        let normal_rows = normal_rows.with_envelope(Envelope::Gaussian);
-        let expected = exact.full(&q, &k, &v, mask)?;
-        let mut row = vec![n.to_string()];
-        let (paper, unbiased) = (attention(&plain, &q, &k, false)?, attention(&normal_rows, &q, &k, false)?);
-        let linear = attention(&normal_rows, &q, &k, true)?;
-        for linear in [&paper, &unbiased, &linear] {
-            row.push(format!("{:.3}", error(&linear.full(&q, &k, &v, mask)?, &expected)));
-        }
-
-        let (mut out, mut workspace, mut exact_workspace) = (Array3::zeros(q.raw_dim()), linear.workspace(), exact.workspace());
-        let per_query = |seconds: f64| format!("{:.1}", 1e6 * seconds / queries as f64);
-        row.push(per_query(shortest(|| linear.full_into(&q, &k, &v, mask, &mut out, &mut workspace))?));
-        row.push(per_query(shortest(|| exact.full_into(&q, &k, &v, mask, &mut out, &mut exact_workspace))?));
-
-        // The memory once, without anybody to ask; then queries whose own keys are masked, which leaves the state as it is.
-        let (mut state, mut cache) = (linear.new_state(), exact.new_cache());
-        linear.prefill(&mut state, &Array3::zeros(k.raw_dim()), &k, &v, mask)?;
-        exact.extend(&mut cache, &k, &v, mask, &mut exact_workspace)?;
-        let nothing = Array3::zeros((HEADS, 1, DIM));
-        let mut one = nothing.clone();
-        let unseen = KeyMask::Valid(&[false]);
-        let mut each_query = |read: &mut dyn FnMut(ArrayView3<'_, f32>, &mut Array3<f32>) -> Result<()>| {
-            shortest(|| q.axis_chunks_iter(Axis(1), 1).try_for_each(|q| read(q, &mut one)))
-        };
-        row.push(per_query(each_query(&mut |q, out| {
-            linear.prefill_into(&mut state, &q, &nothing, &nothing, unseen, out, &mut workspace)
-        })?));
-        row.push(per_query(each_query(&mut |q, out| {
-            exact.prefill_into(&mut cache, &q, &nothing, &nothing, unseen, out, &mut exact_workspace)
-        })?));
-        table.add_row(row);
+        let valid = (0..n).map(|j| j < n.div_ceil(10) * 9).collect();
+        table.add_row([vec![n.to_string()], row(features, &q, &Memory { k, v, valid })?].concat());
     }
     for column in table.column_iter_mut() {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    println!("{queries} queries, {HEADS} heads of {DIM}, all threads, times per query\n{table}");
+    println!("{queries} queries, {HEADS} heads of {DIM}, all threads, centred maps, times per query\n{table}");
     println!("error: Σ|ô − o|² / Σ|o − ō|², o exact, ô linear; a plain mean of the values has about 1");
     Ok(())
+}
+
+/// What the encoder leaves behind: keys and values `[h, n, d]`, and which of them are no padding.
+struct Memory {
+    k: Array3<f32>,
+    v: Array3<f32>,
+    valid: Vec<bool>,
+}
+
+/// Errors and times of queries `[h, n, d]` over one memory.
+fn row(features: usize, q: &Array3<f32>, memory: &Memory) -> Result<Vec<String>> {
+    let Memory { k, v, valid } = memory;
+    let mask = KeyMask::Valid(valid);
+    let exact = ExactConfig::new(HEADS, DIM).build::<f32>()?;
+    let paper = DctMapConfig::new(DIM);
+    let normal_rows = paper.clone().with_blocks(features).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
+    let normal_rows = normal_rows.with_envelope(Envelope::Gaussian);
+    let linear = attention(&normal_rows, q, k, true)?;
+    let expected = exact.full(q, k, v, mask)?;
+    let mut row = Vec::new();
+    for linear in [&attention(&paper, q, k, false)?, &attention(&normal_rows, q, k, false)?, &linear] {
+        row.push(format!("{:.3}", error(&linear.full(q, k, v, mask)?, &expected)));
+    }
+
+    let (mut out, mut workspace, mut exact_workspace) = (Array3::zeros(q.raw_dim()), linear.workspace(), exact.workspace());
+    let mut add = |seconds: f64, queries: usize| row.push(format!("{:.1}", 1e6 * seconds / queries as f64));
+    add(shortest(|| linear.full_into(q, k, v, mask, &mut out, &mut workspace))?, q.len_of(Axis(1)));
+    add(shortest(|| exact.full_into(q, k, v, mask, &mut out, &mut exact_workspace))?, q.len_of(Axis(1)));
+
+    // The memory once, without anybody to ask; then queries whose own keys are masked, which leaves the state as it is.
+    let (mut state, mut cache) = (linear.new_state(), exact.new_cache());
+    linear.prefill(&mut state, &Array3::zeros(k.raw_dim()), k, v, mask)?;
+    exact.extend(&mut cache, k, v, mask, &mut exact_workspace)?;
+    let some = q.slice(s![.., ..q.len_of(Axis(1)).min(100), ..]);
+    let (nothing, mut one, unseen) = (Array3::zeros((HEADS, 1, DIM)), Array3::zeros((HEADS, 1, DIM)), KeyMask::Valid(&[false]));
+    let each = || some.axis_chunks_iter(Axis(1), 1);
+    let read = || each().try_for_each(|q| linear.prefill_into(&mut state, &q, &nothing, &nothing, unseen, &mut one, &mut workspace));
+    add(shortest(read)?, some.len_of(Axis(1)));
+    let read = || {
+        // A cache grows with masked keys as well.
+        let mut cache = cache.clone();
+        each().try_for_each(|q| exact.prefill_into(&mut cache, &q, &nothing, &nothing, unseen, &mut one, &mut exact_workspace))
+    };
+    add(shortest(read)?, some.len_of(Axis(1)));
+    Ok(row)
 }
 
 /// Attention by a map for every head, centred on its queries and keys; with OPRF weights if asked for.
