@@ -16,6 +16,9 @@ mod config;
 #[path = "convert_lm/error.rs"]
 mod error;
 #[allow(dead_code)]
+#[path = "convert_lm/evaluate.rs"]
+mod evaluate;
+#[allow(dead_code)]
 #[path = "convert_lm/llama.rs"]
 mod llama;
 #[path = "convert_lm/product.rs"]
@@ -33,12 +36,11 @@ use std::time::Duration;
 
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
-use dijiang::attention::{KeyMask, Near};
-use dijiang::layer::{
-    Attention, CalibrateOptions, ChooseOptions, ChooseReport, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention, Trial,
-};
-use ndarray::{Array2, Axis};
+use dijiang::attention::Near;
+use dijiang::layer::{CalibrateOptions, ChooseOptions, ChooseReport, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention, Trial};
+use ndarray::{Array2, ArrayView2};
 
+use crate::evaluate::output_error;
 use crate::llama::Llama;
 use crate::progress::Progress;
 use crate::text::Text;
@@ -90,15 +92,7 @@ fn run(args: &Args) -> Result<()> {
     let context = model.config().context;
     let inputs = |file: &str, windows: usize| -> Result<Vec<Array2<f32>>> {
         let text = Text::read(&args.model.join(file), context)?;
-        let windows: Vec<&[u8]> = text.spread(windows).collect();
-        let mut found = Vec::new();
-        model.each_attention_input(&windows, |l, inputs| {
-            if l == args.layer {
-                found = inputs.iter().map(|input| input.to_owned()).collect();
-            }
-            Ok(())
-        })?;
-        Ok(found)
+        Ok(model.attention_inputs(args.layer, &text.spread(windows).collect::<Vec<_>>())?)
     };
     let (samples, unseen) = (inputs("calibration.txt", args.windows.max(2))?, inputs("valid.txt", 4)?);
     let samples: Vec<_> = samples.iter().map(|sample| sample.view()).collect();
@@ -129,14 +123,14 @@ fn run(args: &Args) -> Result<()> {
     progress.finish();
     print(args, &report, budget, chosen.maps()[0].params().dim());
 
-    let figure = |layer: &DijiangAttention<f32>| error(softmax, layer, &unseen).map(|error| format!("{error:.4}"));
+    let figure = |layer: &DijiangAttention<f32>| output_error(softmax, layer, &unseen).map(|error| format!("{error:.4}"));
     println!("layer output on {} unseen windows of {context} bytes, relative error:", unseen.len());
     println!("  default structure {}, chosen {}", figure(&default)?, figure(&chosen)?);
     Ok(())
 }
 
 /// What the first of all structures takes per token here.
-fn time(softmax: &SoftmaxAttention<f32>, samples: &[ndarray::ArrayView2<'_, f32>], options: &ChooseOptions) -> Result<Duration> {
+fn time(softmax: &SoftmaxAttention<f32>, samples: &[ArrayView2<'_, f32>], options: &ChooseOptions) -> Result<Duration> {
     let nothing = CalibrateOptions::new().with_steps(0);
     let first = options.clone().with_near(vec![options.near[0]]).with_blocks(vec![options.blocks[0]]);
     let first = first.with_projections(vec![Fit::Keep]).with_trial(nothing.clone()).with_calibrate(nothing);
@@ -174,16 +168,4 @@ fn print(args: &Args, report: &ChooseReport, budget: Duration, dim: usize) {
         args.steps,
         report.calibration.after(),
     );
-}
-
-/// Squared difference of the layers' outputs over the variance of the first one's.
-fn error(softmax: &SoftmaxAttention<f32>, linear: &DijiangAttention<f32>, windows: &[Array2<f32>]) -> Result<f64> {
-    let (mut difference, mut variance) = (0.0, 0.0);
-    for x in windows {
-        let (expected, found) = (softmax.forward(x, KeyMask::All)?, linear.forward(x, KeyMask::All)?);
-        let mean = expected.sum_axis(Axis(0)) / expected.nrows() as f32;
-        difference += (found - &expected).iter().map(|d| f64::from(d * d)).sum::<f64>();
-        variance += (expected - &mean).iter().map(|d| f64::from(d * d)).sum::<f64>();
-    }
-    Ok(difference / variance)
 }

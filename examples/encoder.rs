@@ -19,6 +19,9 @@ mod config;
 #[path = "convert_lm/error.rs"]
 mod error;
 #[allow(dead_code)]
+#[path = "convert_lm/evaluate.rs"]
+mod evaluate;
+#[allow(dead_code)]
 #[path = "convert_lm/llama.rs"]
 mod llama;
 #[path = "convert_lm/product.rs"]
@@ -41,6 +44,7 @@ use dijiang::checkpoint::{Checkpoint, Tensors};
 use dijiang::layer::{Attention, CalibrateOptions, Causality, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention};
 use ndarray::{Array2, Array3, Axis, concatenate, s};
 
+use crate::evaluate::output_error;
 use crate::llama::Llama;
 use crate::progress::Progress;
 use crate::text::Text;
@@ -116,12 +120,12 @@ fn run(args: &Args) -> Result<()> {
         let (calibration, unseen) = states.split_at(states.len() - apart);
         let calibration: Vec<_> = calibration.iter().map(|x| x.view()).collect();
         let exchanged = DijiangAttention::from_softmax(softmax, DijiangOptions::new().with_blocks(args.blocks))?;
-        let mut row = vec![l.to_string(), format!("{:.3}", error(softmax, &exchanged, unseen)?)];
+        let mut row = vec![l.to_string(), format!("{:.3}", output_error(softmax, &exchanged, unseen)?)];
         for (steps, projection) in [(0, Fit::Keep), (args.steps, Fit::Keep), (args.steps, Fit::Train)] {
             let options = CalibrateOptions::new().with_steps(steps).with_projection(projection);
             let mut linear = exchanged.clone();
             linear.calibrate(&calibration, &options, |_| ControlFlow::Continue(()))?;
-            row.push(format!("{:.3}", error(softmax, &linear, unseen)?));
+            row.push(format!("{:.3}", output_error(softmax, &linear, unseen)?));
             kept = Some(linear);
             progress.tick();
         }
@@ -190,18 +194,6 @@ fn padding(linear: &DijiangAttention<f32>, states: &[Array2<f32>]) -> Result<()>
     let difference = (&padded.slice(s![1, ..short, ..]) - &alone).iter().fold(0.0_f32, |most, d| most.max(d.abs()));
     println!("a sequence of {short} tokens padded to {n} differs from the same one alone by at most {difference:.1e}");
     Ok(())
-}
-
-/// Squared difference of the layers' outputs over the variance of the first one's.
-fn error(softmax: &SoftmaxAttention<f32>, linear: &DijiangAttention<f32>, sequences: &[Array2<f32>]) -> dijiang::Result<f64> {
-    let (mut difference, mut variance) = (0.0, 0.0);
-    for x in sequences {
-        let (expected, found) = (softmax.forward(x, KeyMask::All)?, linear.forward(x, KeyMask::All)?);
-        let mean = expected.sum_axis(Axis(0)) / expected.nrows() as f32;
-        difference += (found - &expected).iter().map(|d| f64::from(d * d)).sum::<f64>();
-        variance += (expected - &mean).iter().map(|d| f64::from(d * d)).sum::<f64>();
-    }
-    Ok(difference / variance)
 }
 
 /// The fastest of three runs.

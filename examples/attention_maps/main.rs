@@ -32,7 +32,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use dijiang::attention::Near;
 use dijiang::kernel::{DctMap, FeatureMap};
-use dijiang::layer::{CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention};
+use dijiang::layer::{Attention, CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use dijiang::reference;
 use ndarray::{Array2, Axis, Zip};
 
@@ -101,29 +101,19 @@ fn run(args: &Args) -> Result<()> {
     if args.tokens < 2 {
         return Err(format!("--tokens must be at least 2, found {}", args.tokens).into());
     }
-    let inputs = |windows: &[&[u8]]| -> Result<Vec<Array2<f32>>> {
-        let mut found = Vec::new();
-        model.each_attention_input(windows, |l, inputs| {
-            if l == args.layer {
-                found = inputs.iter().map(|x| x.to_owned()).collect();
-            }
-            Ok(())
-        })?;
-        Ok(found)
-    };
     let path = args.text.clone().unwrap_or_else(|| args.model.join("valid.txt"));
     let text = Text::read(&path, args.tokens)?;
     if args.window >= text.windows() {
         return Err(format!("--window must be below {}, found {}", text.windows(), args.window).into());
     }
     let shown = text.input(args.window);
-    let x = inputs(&[shown])?.remove(0);
+    let x = model.attention_inputs(args.layer, &[shown])?.remove(0);
 
     let softmax = &model.attention()[args.layer];
     let near = (args.chunk > 0).then(|| Near::new(args.chunk, 1));
     let mut linear = DijiangAttention::from_softmax(softmax, DijiangOptions::new().with_blocks(args.blocks).with_near(near))?;
     let calibration = Text::read(&args.model.join("calibration.txt"), model.config().context)?;
-    let samples = inputs(&calibration.spread(args.windows.max(2)).collect::<Vec<_>>())?;
+    let samples = model.attention_inputs(args.layer, &calibration.spread(args.windows.max(2)).collect::<Vec<_>>())?;
     let samples: Vec<_> = samples.iter().map(|sample| sample.view()).collect();
     linear.calibrate(&samples, &CalibrateOptions::new().with_steps(args.steps), |_| ControlFlow::Continue(()))?;
 
@@ -144,7 +134,6 @@ fn run(args: &Args) -> Result<()> {
 
 /// Query heads, and those that share a key-value head.
 fn heads(layer: &SoftmaxAttention<f32>) -> (usize, usize) {
-    use dijiang::layer::Attention;
     (layer.config().heads, layer.config().heads / layer.config().kv_heads)
 }
 
@@ -158,7 +147,7 @@ fn weights(
     let (q, k, _) = softmax.project(x)?;
     let kv_head = head / heads(softmax).1;
     // √σ each, σ = 1/√d unless the model has another scale.
-    let scale = dijiang::layer::Attention::config(softmax).scale.unwrap_or(1.0).sqrt();
+    let scale = softmax.config().scale.unwrap_or(1.0).sqrt();
     let [x, y] = [q.index_axis(Axis(0), head), k.index_axis(Axis(0), kv_head)].map(|rows| rows.mapv(|z| scale * f64::from(z)));
     let map = DctMap::<f64>::from_params(linear.maps()[kv_head].params().clone())?;
     let scores = reference::scores(&x, &y)?;
