@@ -74,7 +74,10 @@ impl LinearConfig {
         Self { log_decay, ..self }
     }
 
-    /// Checks everything and precomputes: one map per key-value head.
+    /// Checks everything: one map per key-value head.
+    ///
+    /// # Cost
+    /// A pass over the maps. Keeps them; states and workspaces are made when they are asked for.
     ///
     /// # Errors
     /// [`Error::Empty`] without maps, [`Error::Shape`] for maps of different d or m, [`Error::NotDivisible`] for heads

@@ -302,6 +302,9 @@ impl<T: Real> DijiangAttention<T> {
     /// Replaces the maps, one per key-value head: calibrated elsewhere, or loaded from a file. States made before mean
     /// something else to the new maps: start new ones.
     ///
+    /// # Cost
+    /// None beside the maps' own: they are moved in.
+    ///
     /// # Errors
     /// [`Error::Length`] for another number of maps, [`Error::Foreign`] for a map of another head dimension. After an error the
     /// layer is unchanged.

@@ -45,7 +45,7 @@ pub struct PublishedWeights<T> {
 }
 
 impl<T: Real> PublishedWeights<T> {
-    /// Everything that is trained, with as many groups as radii and ε = 10⁻⁵.
+    /// Everything that is trained, with as many groups as radii and ε = 10⁻⁵. Checked by the layer's constructor.
     ///
     /// # Shapes
     /// - `radii`: `[d]`, `log_decay`: `[h]`, `gate`: `[D, D]`, `norm_scale` and `norm_shift`: `[D]`
@@ -53,7 +53,7 @@ impl<T: Real> PublishedWeights<T> {
         Self { groups: radii.len(), radii, log_decay, gate, norm_scale, norm_shift, epsilon: 1e-5 }
     }
 
-    /// The decays that the code gives `heads` heads: γ = 1 − 2^−a, a from 5 to 9 in equal steps.
+    /// The decays log γ, `[heads]`, that the code gives its heads: γ = 1 − 2^−a, a from 5 to 9 in equal steps.
     pub fn decays(heads: usize) -> Vec<f64> {
         let step = 4.0 / heads.saturating_sub(1).max(1) as f64;
         (0..heads).map(|h| (-(-(5.0 + step * h as f64)).exp2()).ln_1p()).collect()
@@ -158,7 +158,10 @@ impl<T: Real> PartialEq for PublishedState<T> {
 }
 
 impl<T: Real> PublishedAttention<T> {
-    /// Checks config and weights.
+    /// Checks config and weights. Both may be given as they are or behind an `Arc`, which is then shared.
+    ///
+    /// # Cost
+    /// A pass over the weights, and a `[d, d]` matrix; weights are moved or shared, not copied.
     ///
     /// # Errors
     /// Whatever [`AttentionConfig::check`] and [`AttentionWeights::check`] find; [`Error::Value`] for grouped queries, heads whose
