@@ -123,7 +123,7 @@ fn run(args: &Args) -> Result<()> {
     progress.finish();
     print(args, &report, budget, chosen.maps()[0].params().dim());
 
-    let figure = |layer: &DijiangAttention<f32>| output_error(softmax, layer, &unseen).map(|error| format!("{error:.4}"));
+    let figure = |layer: &DijiangAttention<f32>| output_error(softmax, layer, &unseen).map(|error| format!("{error:.1e}"));
     println!("layer output on {} unseen windows of {context} bytes, relative error:", unseen.len());
     println!("  default structure {}, chosen {}", figure(&default)?, figure(&chosen)?);
     Ok(())
@@ -144,7 +144,7 @@ fn print(args: &Args, report: &ChooseReport, budget: Duration, dim: usize) {
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_header(["near part, tokens", "features m", "projection", "µs per token", "error"]);
     for Trial { near: tried, blocks, projection: fit, time, error, .. } in &report.trials {
-        let error = error.map_or("over budget".to_owned(), |error| format!("{error:.4}"));
+        let error = error.map_or("over budget".to_owned(), |error| format!("{error:.1e}"));
         table.add_row([near(*tried), (blocks * dim).to_string(), projection(*fit).to_owned(), microseconds(*time), error]);
     }
     for column in table.column_iter_mut() {
@@ -160,7 +160,7 @@ fn print(args: &Args, report: &ChooseReport, budget: Duration, dim: usize) {
     println!("a costlier structure must lower the error by 2 %; error: of head outputs on held-out windows, relative to their variance\n");
     let projections: Vec<_> = report.projections.iter().map(|&fit| projection(fit)).collect();
     println!(
-        "chosen: near part {}, m = {}, projections by head {}, {} µs per token; after {} steps error {:.4}",
+        "chosen: near part {}, m = {}, projections by head {}, {} µs per token; after {} steps error {:.1e}",
         near(report.near),
         report.blocks * dim,
         projections.join(" "),
