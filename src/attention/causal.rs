@@ -6,7 +6,7 @@ use std::ops::Range;
 use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3, s};
 
 use crate::attention::Head;
-use crate::attention::pages::Page;
+use crate::attention::pages::SEGMENT;
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise, tokens_fit};
 use crate::attention::state::HeadState;
 use crate::attention::workspace::Scratch;
@@ -56,40 +56,14 @@ pub(super) fn causal<T: Real, M: FeatureMap<T>>(
     true
 }
 
-/// The key half of one block of [`causal`], the one at `start`; returns where it ends, or `None` for elements out of range.
-pub(super) fn write_page<T: Real, M: FeatureMap<T>>(
-    head: &Head<'_, T, M>,
-    state: &mut HeadState<T>,
-    position: usize,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-    valid: Valid<'_>,
-    start: usize,
-    page: &mut Page<T>,
-    scratch: &mut Scratch<T>,
-) -> Option<usize> {
-    state.settle(head.ops);
-    let end = keys(head, state, position, k, v, valid, start, scratch)?;
-    page.key_width = width_of(start, k.nrows());
-    page.state.copy_read(state);
-    accumulate(head, state, start..end, k.nrows(), scratch, None);
-    Some(end)
-}
-
-/// The query half of one block of [`causal`]; returns whether all elements were in range.
-pub(super) fn read_page<T: Real, M: FeatureMap<T>>(
-    head: &Head<'_, T, M>,
-    page: &Page<T>,
-    q: ArrayView3<'_, T>,
-    out: ArrayViewMut3<'_, T>,
-    scratch: &mut Scratch<T>,
-) -> bool {
-    queries(head, &page.state, q, out, page.key_width, scratch, None)
+/// Tokens of the block that begins at `start`, if no key cuts it short.
+fn block_at(start: usize, n: usize) -> Range<usize> {
+    start..n.min(start + BLOCK.min(SEGMENT - start % SEGMENT))
 }
 
 /// Columns of the key panel of a block that begins at `start`.
 fn width_of(start: usize, n: usize) -> usize {
-    padded((n - start).min(BLOCK))
+    padded(block_at(start, n).len())
 }
 
 /// The block's keys and values in `scratch` join the state.
@@ -121,7 +95,7 @@ fn keys<T: Real, M: FeatureMap<T>>(
     scratch: &mut Scratch<T>,
 ) -> Option<usize> {
     let Scratch { y, b, v: values, column, top, feature, map, zeros, .. } = scratch;
-    let block = start..k.nrows().min(start + BLOCK);
+    let block = block_at(start, k.nrows());
     let (tokens, width) = (block.len(), padded(block.len()));
     let b = &mut b[..head.features * width];
     let (column, top) = (&mut column[..width], &mut top[..width]);

@@ -7,7 +7,7 @@ use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut
 
 use crate::attention::checks::{check_scale, check_shapes, check_size, check_tokens};
 use crate::attention::near::Ring;
-use crate::attention::pages::Pages;
+use crate::attention::pages::{Pages, SEGMENT};
 use crate::attention::prefill::Stretch;
 use crate::attention::state::Shape;
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
@@ -20,9 +20,6 @@ use crate::threads;
 
 /// Largest near part, in tokens: beyond it the ring of keys would be no constant-size state any more.
 const MAX_NEAR: usize = 1 << 20;
-
-/// Up to so many tokens, a prefill neither keeps a snapshot to roll back to nor puts several threads on one head.
-const SHORT: usize = 256;
 
 /// How [`LinearAttention`] is to be built.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -351,7 +348,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         check_shapes(self.heads, self.maps.len(), self.sizes, q, k, v, mask, out)?;
         // Elements are looked at as they are read: to do so first would take them through the cache twice. There must be a
         // state to go back to; for a few tokens it would cost more than it saves.
-        let (fresh, long) = (state.position == 0, n > SHORT);
+        let (fresh, long) = (state.position == 0, n > SEGMENT);
         if !fresh && long {
             workspace.keep(&state.heads);
         } else if !fresh {

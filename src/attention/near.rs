@@ -3,7 +3,7 @@
 
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3, s};
 
-use crate::attention::pages::Page;
+use crate::attention::pages::SEGMENT;
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::state::HeadState;
 use crate::attention::workspace::{BLOCK, Scratch};
@@ -213,40 +213,6 @@ pub(super) fn near<T: Real, M: FeatureMap<T>>(
     fits
 }
 
-/// The key half of one block of [`near`], the one at `start`; returns where it ends, or `None` for elements out of range.
-pub(super) fn write_page<T: Real, M: FeatureMap<T>>(
-    head: &Head<'_, T, M>,
-    state: &mut HeadState<T>,
-    position: usize,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
-    valid: Valid<'_>,
-    start: usize,
-    page: &mut Page<T>,
-    scratch: &mut Scratch<T>,
-) -> Option<usize> {
-    let Some(mut ring) = state.ring.take() else { return Some(k.nrows()) };
-    let end = keys(head, state, &mut ring, position, k, v, valid, start, scratch);
-    page.position = position + start;
-    page.state.copy_read(state);
-    if let Some(kept) = &mut page.state.ring {
-        kept.copy(&ring);
-    }
-    state.ring = Some(ring);
-    end
-}
-
-/// The query half of one block of [`near`]; returns whether all elements were in range.
-pub(super) fn read_page<T: Real, M: FeatureMap<T>>(
-    head: &Head<'_, T, M>,
-    page: &Page<T>,
-    q: ArrayView3<'_, T>,
-    out: ArrayViewMut3<'_, T>,
-    scratch: &mut Scratch<T>,
-) -> bool {
-    page.state.ring.as_ref().is_none_or(|ring| queries(head, &page.state, ring, page.position, q, out, scratch, None))
-}
-
 /// The block of keys and values at `start` goes to the ring, after the oldest chunk has left it for the state, if it must;
 /// returns where the block ends, or `None` for elements out of range.
 fn keys<T: Real, M: FeatureMap<T>>(
@@ -261,7 +227,7 @@ fn keys<T: Real, M: FeatureMap<T>>(
     scratch: &mut Scratch<T>,
 ) -> Option<usize> {
     let (chunk, within) = ((position + start) / ring.chunk, (position + start) % ring.chunk);
-    let end = k.nrows().min(start + BLOCK.min(ring.chunk - within));
+    let end = k.nrows().min(start + BLOCK.min(ring.chunk - within).min(SEGMENT - start % SEGMENT));
     let width = padded(end - start);
     if within == 0 {
         retire(head, state, ring, chunk, scratch);

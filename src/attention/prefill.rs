@@ -1,8 +1,9 @@
 //! The next tokens of a sequence, head by head.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3};
+use ndarray::{Array3, ArrayView2, ArrayView3, ArrayViewMut3, s};
 
 use crate::attention::linear::Head;
 use crate::attention::pages::Pages;
@@ -50,24 +51,28 @@ impl Stretch<'_> {
         out: ArrayViewMut3<'_, T>,
         pages: &mut Pages<T>,
     ) -> bool {
-        let (clean, valid) = (AtomicBool::new(true), self.mask.valid());
+        let clean = AtomicBool::new(true);
+        let segment =
+            |tokens: Range<usize>, state: &mut HeadState<T>, q: ArrayView3<'_, T>, out: ArrayViewMut3<'_, T>, scratch: &mut Scratch<T>| {
+                let mask = self.mask.valid().map_or(KeyMask::All, |valid| KeyMask::Valid(&valid[tokens.clone()]));
+                let stretch = Stretch { position: self.position + tokens.start, mask, ..*self };
+                let rows = s![tokens, ..];
+                let fits = stretch.prefill(head, state, q, k.slice(rows.clone()), v.slice(rows), out, scratch);
+                clean.fetch_and(fits, Ordering::Relaxed);
+                fits
+            };
+        let e = v.ncols();
         pages.run(
             q,
             out,
-            |start, page, scratch| {
-                let end = match self.near {
-                    Some(_) => near::write_page(head, state, self.position, k, v, valid, start, page, scratch),
-                    None => causal::write_page(head, state, self.position, k, v, valid, start, page, scratch),
-                };
-                clean.fetch_and(end.is_some(), Ordering::Relaxed);
-                end
+            |tokens, page, scratch| {
+                page.copy(state);
+                let nobody = q.slice(s![..0, tokens.clone(), ..]);
+                let mut nothing = Array3::zeros((0, tokens.len(), e));
+                segment(tokens, state, nobody, nothing.view_mut(), scratch)
             },
-            |page, q, out, scratch| {
-                let fits = match self.near {
-                    Some(_) => near::read_page(head, page, q, out, scratch),
-                    None => causal::read_page(head, page, q, out, scratch),
-                };
-                clean.fetch_and(fits, Ordering::Relaxed);
+            |tokens, page, q, out, scratch| {
+                segment(tokens, page, q, out, scratch);
             },
         );
         clean.into_inner()

@@ -192,15 +192,6 @@ impl<T: Real> HeadState<T> {
         }
     }
 
-    /// Takes over what queries read of another state of this shape without pending keys.
-    pub(super) fn copy_read(&mut self, from: &Self) {
-        self.sums.copy_from_slice(&from.sums);
-        self.norm.copy_from_slice(&from.norm);
-        self.reference.copy_from_slice(&from.reference);
-        self.reference_position = from.reference_position;
-        self.started = from.started;
-    }
-
     /// Takes over the sums and frame of another state of this shape, without its near part.
     pub(super) fn copy_sums(&mut self, ops: &Ops<T>, from: &Self) {
         self.copy_far(from);

@@ -1,5 +1,7 @@
 //! [`Ahead`]: what will be read next.
 
+use std::marker::PhantomData;
+
 use ndarray::ArrayView2;
 
 use super::lane::Simd;
@@ -17,17 +19,19 @@ const RUNS: usize = 8;
 /// a time, so that memory is read while the arithmetic goes on. Without this, long sequences wait for memory for a sixth of
 /// their time (8192 tokens, 8 heads of 64 in f32, measured 2026-11 on one core of an AMD EPYC of the fifth generation).
 pub(crate) struct Ahead<T> {
-    runs: [Run<T>; RUNS],
+    runs: [Run; RUNS],
     /// Runs in use.
     len: usize,
     /// The run being fetched; those before it are.
     at: usize,
+    element: PhantomData<T>,
 }
 
-/// Rows of one array.
-#[derive(Clone, Copy)]
-struct Run<T> {
-    first: *const T,
+/// Rows of one array, by addresses, which are never accessed.
+#[derive(Clone, Copy, Default)]
+struct Run {
+    first: usize,
+    /// Bytes between rows.
     stride: isize,
     rows: usize,
     /// Cache lines of a row.
@@ -35,22 +39,22 @@ struct Run<T> {
     /// Rows asked for at a time.
     at_once: usize,
     /// The rows to come.
-    next: *const T,
+    next: usize,
     left: usize,
 }
 
-impl<T: Copy> Ahead<T> {
+impl<T> Ahead<T> {
     /// Fetches rows of these arrays, those needed first coming first; of the first few, if there are very many.
     pub(crate) fn of<'a>(arrays: impl IntoIterator<Item = ArrayView2<'a, T>>) -> Self
     where
         T: 'a,
     {
-        let null = Run { first: std::ptr::null(), stride: 0, rows: 0, lines: 0, at_once: 0, next: std::ptr::null(), left: 0 };
-        let mut ahead = Self { runs: [null; RUNS], len: 0, at: 0 };
+        let mut ahead = Self { runs: [Run::default(); RUNS], len: 0, at: 0, element: PhantomData };
         for (run, array) in ahead.runs.iter_mut().zip(arrays) {
             let lines = if array.strides()[1] == 1 { (array.ncols() * size_of::<T>()).div_ceil(LINE) } else { 0 };
-            let (first, stride, rows) = (array.as_ptr(), array.strides()[0], array.nrows());
-            *run = Run { first, stride, rows, lines, at_once: LINES.div_ceil(lines.max(1)), ..null };
+            let stride = array.strides()[0] * size_of::<T>() as isize;
+            let (first, rows, at_once) = (array.as_ptr().addr(), array.nrows(), LINES.div_ceil(lines.max(1)));
+            *run = Run { first, stride, rows, lines, at_once, next: 0, left: 0 };
             ahead.len += 1;
         }
         ahead
@@ -59,7 +63,7 @@ impl<T: Copy> Ahead<T> {
     /// Turns to `rows` rows from `start` on, as far as there are any.
     pub(crate) fn aim(&mut self, start: usize, rows: usize) {
         for run in &mut self.runs[..self.len] {
-            run.next = run.first.wrapping_offset(start as isize * run.stride);
+            run.next = run.first.wrapping_add_signed(run.stride.wrapping_mul(start as isize));
             run.left = rows.min(run.rows.saturating_sub(start));
         }
         self.at = 0;
@@ -73,9 +77,9 @@ impl<T: Copy> Ahead<T> {
             let rows = run.left.min(run.at_once);
             for _ in 0..rows {
                 for line in 0..run.lines {
-                    simd.prefetch(run.next.wrapping_add(line * (LINE / size_of::<T>())));
+                    simd.prefetch(std::ptr::without_provenance(run.next.wrapping_add(line * LINE)));
                 }
-                run.next = run.next.wrapping_offset(run.stride);
+                run.next = run.next.wrapping_add_signed(run.stride);
             }
             run.left -= rows;
             self.at += usize::from(run.left == 0);
