@@ -22,6 +22,7 @@ mod far;
 mod full;
 mod linear;
 mod near;
+mod packed;
 mod pages;
 mod prefill;
 mod rows;
@@ -30,10 +31,14 @@ mod state;
 mod tape;
 mod workspace;
 
+use std::ops::Range;
+
 use linear::Head;
 
 pub use backward::{AttentionGradients, StateGradients};
 pub(crate) use far::FarPart;
+
+pub(crate) use packed::{check_offsets, check_offsets_of, ranges};
 
 pub use linear::{LinearAttention, LinearConfig};
 pub use softmax::{ExactAttention, ExactConfig, KvCache};
@@ -60,6 +65,14 @@ impl<'a> KeyMask<'a> {
         match self {
             KeyMask::All => None,
             KeyMask::Valid(valid) => Some(valid),
+        }
+    }
+
+    /// The mask of some of the keys.
+    pub(crate) fn of(self, keys: Range<usize>) -> Self {
+        match self {
+            KeyMask::All => KeyMask::All,
+            KeyMask::Valid(valid) => KeyMask::Valid(&valid[keys]),
         }
     }
 }

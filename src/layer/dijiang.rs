@@ -9,11 +9,11 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayRef1, ArrayRef2};
 
-use crate::attention::{CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace};
+use crate::attention::{CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace, check_offsets, check_offsets_of};
 use crate::error::{Error, Result, check_elements, check_len};
 use crate::kernel::{DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides};
 use crate::layer::config::{AttentionConfig, Causality};
-use crate::layer::projection::{Projected, Projections, StepScratch};
+use crate::layer::projection::{Projected, Projections, Runs, StepScratch};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
 use crate::layer::{Attention, check_causal};
@@ -477,6 +477,35 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
         check_causal(self.config(), "prefill")?;
         self.projections.run(x, mask, state.position(), |q, k, v, out| {
             self.linear.prefill_into(&mut state.causal, q, k, v, mask, out, &mut self.linear.workspace())
+        })
+    }
+
+    fn forward_packed(&self, x: &ArrayRef2<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array2<T>> {
+        let sequences = check_offsets("offsets", offsets, x.nrows())?;
+        let (starts, mut workspace) = (vec![0; sequences], self.linear.workspace());
+        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| match self.config().causality {
+            Causality::Causal => {
+                let mut states = vec![self.linear.new_state(); sequences];
+                let mut states: Vec<_> = states.iter_mut().collect();
+                self.linear.prefill_packed_into(&mut states, q, k, v, offsets, mask, out, &mut workspace)
+            }
+            Causality::Bidirectional => self.linear.full_packed_into(q, k, v, offsets, offsets, mask, out, &mut workspace),
+        })
+    }
+
+    fn prefill_packed(
+        &self,
+        states: &mut [&mut DijiangState<T>],
+        x: &ArrayRef2<T>,
+        offsets: &[usize],
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>> {
+        check_causal(self.config(), "prefill")?;
+        check_offsets_of(states.len(), offsets, x.nrows())?;
+        let starts: Vec<_> = states.iter().map(|state| state.position()).collect();
+        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
+            let mut states: Vec<_> = states.iter_mut().map(|state| &mut state.causal).collect();
+            self.linear.prefill_packed_into(&mut states, q, k, v, offsets, mask, out, &mut self.linear.workspace())
         })
     }
 
