@@ -23,6 +23,7 @@ const MAX_NEAR: usize = 1 << 20;
 
 /// How [`LinearAttention`] is to be built.
 #[derive(Debug, Clone, PartialEq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct LinearConfig {
     /// Query heads h. Default: one per map. A multiple of the number of maps (grouped queries: one map, one state and

@@ -21,6 +21,7 @@ mod decode;
 mod far;
 mod full;
 mod linear;
+mod merge;
 mod near;
 mod packed;
 mod pages;
@@ -85,6 +86,7 @@ impl<'a> KeyMask<'a> {
 ///
 /// Chunks are aligned to absolute positions, so prefill in any pieces and decoding agree exactly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct Near {
     /// Chunk length c in tokens. The drop-in layer's default: 64.

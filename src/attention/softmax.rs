@@ -16,6 +16,7 @@ use crate::threads;
 
 /// How [`ExactAttention`] is to be built.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct ExactConfig {
     /// Query heads h.

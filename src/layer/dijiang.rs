@@ -22,6 +22,7 @@ use crate::threads::{for_each, max_threads};
 
 /// How [`DijiangAttention::from_softmax`] sets up its maps. The defaults are those of [`DctMapConfig`].
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct DijiangOptions {
     /// Blocks G ≥ 1: m = G·d features, twice as many with antithetic pairs. Default: 1.
@@ -213,9 +214,15 @@ pub struct DijiangState<T> {
 }
 
 impl<T: Real> DijiangState<T> {
-    /// Tokens seen so far, masked ones included.
+    /// Position of the next token: but for segments made by [`new_state_at`](DijiangAttention::new_state_at), the number of tokens
+    /// seen so far, masked ones included.
     pub fn position(&self) -> usize {
         self.causal.position()
+    }
+
+    /// The attention's state, without the scratch memory: what is worth keeping. [`DijiangAttention::resume`] takes it back.
+    pub fn causal(&self) -> &CausalState<T> {
+        &self.causal
     }
 
     /// Bytes of state, the same at any position. The scratch memory beside it is not counted.
@@ -274,6 +281,48 @@ impl<T: Real> DijiangAttention<T> {
     #[cfg(feature = "states")]
     pub fn state_from_bytes(&self, bytes: &[u8]) -> Result<DijiangState<T>> {
         Ok(DijiangState { causal: self.linear.state_from_bytes(bytes)?, ..self.new_state() })
+    }
+
+    /// The layer's state with this state of its attention, put aside by [`DijiangState::causal`].
+    ///
+    /// # Errors
+    /// [`Error::Foreign`] for a state of a layer of another shape.
+    pub fn resume(&self, causal: CausalState<T>) -> Result<DijiangState<T>> {
+        let state = self.new_state();
+        self.linear.check_step(&causal, &state.workspace)?;
+        Ok(DijiangState { causal, ..state })
+    }
+
+    /// The empty state of a segment that begins at `position` of its sequence: see [`LinearAttention::new_state_at`].
+    ///
+    /// # Errors
+    /// As [`LinearAttention::new_state_at`].
+    pub fn new_state_at(&self, position: usize) -> Result<DijiangState<T>> {
+        self.resume(self.linear.new_state_at(position)?)
+    }
+
+    /// Tokens that nobody queries join a state: [`prefill`](Attention::prefill) without outputs, at less than half the cost. The state
+    /// becomes the same, bit for bit.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, D]`, `mask`: n keys.
+    ///
+    /// # Errors
+    /// As [`prefill`](Attention::prefill), but the queries are not looked at.
+    pub fn extend(&self, state: &mut DijiangState<T>, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<()> {
+        check_causal(self.config(), "extend")?;
+        self.projections.check_sequence("x", x)?;
+        let (k, v) = self.projections.project_keys(x, state.position());
+        let (k, v) = (self.projections.heads(&k), self.projections.heads(&v));
+        self.linear.extend(&mut state.causal, &k, &v, mask, &mut self.linear.workspace())
+    }
+
+    /// `state` becomes that of its own segment and the next one: see [`LinearAttention::merge`].
+    ///
+    /// # Errors
+    /// As [`LinearAttention::merge`].
+    pub fn merge(&self, state: &mut DijiangState<T>, next: &DijiangState<T>) -> Result<()> {
+        self.linear.merge(&mut state.causal, &next.causal, &mut state.workspace)
     }
 
     /// The projection weights.

@@ -32,6 +32,10 @@
 //! 20 tokens lie within the exact near part of the linear layer (two chunks of 64), so here it equals softmax attention; older
 //! tokens go through its DCT maps, which [`DijiangAttention::calibrate`] fits to your own hidden states.
 //!
+//! Many sequences at once, each with the bits it has alone: [`Attention::prefill_packed`] and [`Attention::prefill_padded`] for prompts,
+//! [`StatePool`] and [`DijiangAttention::step_batch`] for the tokens after them. A clone of a state is a prefix to continue many times,
+//! or the way back from a rejected draft. [`DijiangAttention::merge`] puts the states of a sequence's segments together.
+//!
 //! With the feature `safetensors`, layers and calibrated maps go to files and come back with the same bits:
 //! `DijiangAttention::{to_safetensors, from_safetensors}` and `{save_maps, load_maps}` for one layer, `save_layers`, `load_layers`,
 //! `save_maps` and `load_maps` for a model.
@@ -70,7 +74,7 @@ pub use weights::AttentionWeights;
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3};
 
 use crate::attention::{KeyMask, check_offsets, check_offsets_of};
-use crate::error::{Error, Result, check_elements, check_shape};
+use crate::error::{Error, Result, check_elements, check_len, check_shape};
 use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 
@@ -214,6 +218,7 @@ pub trait Attention<T: Real>: Send + Sync {
     /// # Errors
     /// As [`prefill_packed`](Self::prefill_packed) and [`forward_padded`](Self::forward_padded). After an error no state is changed.
     fn prefill_padded(&self, states: &mut [&mut Self::State], x: &ArrayRef3<T>, lengths: &[usize], padding: Padding) -> Result<Array3<T>> {
+        check_len("lengths", states.len(), lengths.len())?;
         packed::padded(self.config().model_dim, x, lengths, padding, |x, offsets| self.prefill_packed(states, x, offsets, KeyMask::All))
     }
 }

@@ -8,6 +8,7 @@ use crate::real::Real;
 
 /// On which side of its tokens a sequence is padded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Padding {
     /// The tokens come first.
     #[default]

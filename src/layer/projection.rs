@@ -257,6 +257,17 @@ impl<T: Real> Projections<T> {
         projected
     }
 
+    /// The projections of checked hidden states that others query: k and v of [`project`](Self::project).
+    pub(crate) fn project_keys(&self, x: &ArrayRef2<T>, start: usize) -> (Array2<T>, Array2<T>) {
+        let (weights, x) = (&*self.weights, x.as_standard_layout());
+        let zeros = |weight: &Array2<T>| Array2::zeros((x.nrows(), weight.nrows()));
+        let (mut k, mut v) = (zeros(&weights.k), zeros(&weights.v));
+        let key = Linear { weight: &weights.k, bias: weights.k_bias.as_ref(), rotary: self.rotary.as_ref() };
+        let value = Linear { weight: &weights.v, bias: weights.v_bias.as_ref(), rotary: None };
+        apply(Runs { offsets: &[0, x.nrows()], starts: &[start] }, x.view(), &mut [(key, &mut k), (value, &mut v)]);
+        (k, v)
+    }
+
     /// Turns rows `[n, h·d]` of a whole sequence back by the rotary embedding.
     pub(crate) fn unrotate(&self, rows: &mut Array2<T>) {
         let width = rows.ncols();
