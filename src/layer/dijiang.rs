@@ -7,7 +7,7 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayRef1, ArrayRef2};
+use ndarray::{Array2, ArrayRef1, ArrayRef2, Axis};
 
 use crate::attention::{CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace, check_offsets, check_offsets_of};
 use crate::error::{Error, Result, check_elements, check_len};
@@ -450,7 +450,6 @@ impl<T: Real> DijiangAttention<T> {
         if states.is_empty() {
             return Err(Error::Empty { argument: "states" });
         }
-        let (d, config) = (self.projections.head_dim(), self.config());
         for state in states.iter() {
             self.linear.check_step(&state.causal, &state.workspace)?;
         }
@@ -460,15 +459,13 @@ impl<T: Real> DijiangAttention<T> {
             for (argument, rows) in [("q", q), ("k", k), ("v", v)] {
                 check_elements(argument, rows)?;
             }
-            let rows = |rows: &Array2<T>, i: usize, heads: usize| rows.row(i).into_shape_with_order((heads, d)).map(|row| row.to_owned());
-            let sequences = states.iter_mut().zip(o.outer_iter_mut()).enumerate();
+            let [q, k, v] = [q, k, v].map(|rows| self.projections.heads(rows));
+            let mut o = self.projections.heads_mut(o);
+            let tokens = q.axis_iter(Axis(1)).zip(k.axis_iter(Axis(1)).zip(v.axis_iter(Axis(1)))).zip(o.axis_iter_mut(Axis(1)));
             let threads = max_threads().min(positions.len());
             let mut results = vec![Ok(()); positions.len()];
-            for_each(&mut vec![(); threads], sequences.zip(&mut results), |(), ((i, (state, out)), result)| {
-                let parts = rows(q, i, config.heads).and_then(|q| Ok((q, rows(k, i, config.kv_heads)?, rows(v, i, config.kv_heads)?)));
-                let (Ok((q, k, v)), Ok(mut out)) = (parts, out.into_shape_with_order((config.heads, d))) else {
-                    unreachable!("rows lie one after another")
-                };
+            let sequences = states.iter_mut().zip(tokens).zip(&mut results);
+            for_each(&mut vec![(); threads], sequences, |(), ((state, ((q, (k, v)), mut out)), result)| {
                 *result = self.linear.step(&mut state.causal, &q, &k, &v, &mut out, &mut state.workspace);
             });
             results.into_iter().collect()
