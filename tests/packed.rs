@@ -48,9 +48,9 @@ fn packed_prefills_are_those_of_each_sequence() {
         for valid in masks(n) {
             // Sequences that have just begun, and others that go on.
             let mut states: Vec<_> = LENGTHS.iter().map(|_| attention.empty()).collect();
-            let earlier = setup.inputs(40, 40).cast();
+            let earlier = setup.inputs(200, 200).cast();
             for (i, state) in states.iter_mut().enumerate().skip(2) {
-                attention.prefill_of(state, &earlier.part(0..11 * i % 40 + 1), KeyMask::All).unwrap();
+                attention.prefill_of(state, &earlier.part(0..67 * i % 200 + 1), KeyMask::All).unwrap();
             }
             let (inputs, mut alone) = (setup.inputs(n, n).cast::<T>(), states.clone());
             let mut out = Array3::from_elem((setup.heads, n, setup.e), T::from_f64(f64::NAN));
