@@ -134,6 +134,12 @@ fn forged_bytes_are_refused() {
         }
         assert!(matches!(forged(at, new), Err(Error::Format { .. } | Error::Foreign { .. })), "{what}");
     }
+    // A checksum that fits bytes of another length.
+    for body in [&bytes[..bytes.len() - 5], &bytes[..100], &[&bytes[..], &[0; 8]].concat()] {
+        let forged = [body, &crc32fast::hash(body).to_le_bytes()].concat();
+        assert!(matches!(attention.state_from_bytes(&forged), Err(Error::Format { .. })), "{} bytes", forged.len());
+        assert!(matches!(CausalState::<f64>::from_bytes(&forged), Err(Error::Format { .. })), "{} bytes", forged.len());
+    }
     // Without an operator to compare with, sizes are believed only as far as the bytes go.
     for at in (20..68).step_by(8) {
         for size in [0, 1, 1 << 20, 1 << 40, u64::MAX] {
