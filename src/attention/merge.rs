@@ -50,7 +50,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         check_key_shapes(self.maps().len(), self.sizes, k, v, mask)?;
         check_keys(k, v, mask)?;
         let n = k.shape()[1];
-        let stretch = Stretch { position: state.position, mask, near: self.near(), unchecked: false };
+        let stretch = Stretch { position: state.position, mask, near: self.near() };
         // Of no query heads.
         let nobody = |dim: usize| Array3::zeros((0, n, dim));
         let queries = nobody(self.sizes.dim);

@@ -261,7 +261,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             state.heads.iter_mut().map(move |head| (position, head))
         });
         for_each_part(packed, out, &mut workspace.scratches, heads, |part, (position, state), scratch| {
-            let stretch = Stretch { position, mask: part.mask, near: self.near(), unchecked: false };
+            let stretch = Stretch { position, mask: part.mask, near: self.near() };
             stretch.prefill(&self.head(part.head), state, part.q, part.k, part.v, part.out, scratch);
         });
         states.iter_mut().zip(ranges(offsets)).for_each(|(state, tokens)| state.position += tokens.len());
