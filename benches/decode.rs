@@ -1,5 +1,5 @@
 //! One more token after n: a state of constant size against a cache of keys and values. Time is for all 8 heads. And one more token
-//! of each of many sequences.
+//! of each of many sequences, and short prompts of many.
 #![allow(missing_docs)]
 
 mod common;
@@ -49,19 +49,25 @@ fn decode(c: &mut Criterion) {
     token::<f64>(c, 256, 64);
 }
 
-/// A token of each of 32 sequences, through the layer: together, and one sequence after another. On one thread.
-fn batch(c: &mut Criterion) {
-    const SLOTS: usize = 32;
+/// A layer of [`HEADS`] heads of 64.
+fn layer(near: Option<Near>) -> DijiangAttention<f32> {
     let width = 64 * HEADS;
     let matrix = |seed| gaussian::<f32>(seed, (1, width, width)).index_axis_move(Axis(0), 0) / (width as f32).sqrt();
     let weights = AttentionWeights::new(matrix(1), matrix(2), matrix(3), matrix(4));
     let softmax = SoftmaxAttention::new(AttentionConfig::new(width, HEADS), weights).expect("valid weights");
+    DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near)).expect("a causal layer")
+}
+
+/// A token of each of 32 sequences, through the layer: together, and one sequence after another. On one thread.
+fn batch(c: &mut Criterion) {
+    const SLOTS: usize = 32;
+    let width = 64 * HEADS;
     let x = gaussian::<f32>(5, (1, SLOTS, width)).index_axis_move(Axis(0), 0);
     let mut out = Array2::zeros((SLOTS, width));
     let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
     let mut group = c.benchmark_group("step_batch");
     for (name, near) in [("pure", None), ("near", Some(Near::new(64, 1)))] {
-        let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near)).expect("a causal layer");
+        let layer = layer(near);
         let mut states: Vec<_> = (0..SLOTS).map(|_| layer.new_state()).collect();
         group.bench_function(format!("{name}/separate/{SLOTS}"), |b| {
             b.iter(|| {
@@ -78,5 +84,29 @@ fn batch(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, decode, batch);
+/// Prompts of 20 tokens of 32 sequences, through the layer: packed, and one after another. On one thread.
+fn packed(c: &mut Criterion) {
+    const SLOTS: usize = 32;
+    const TOKENS: usize = 20;
+    let layer = layer(Some(Near::new(64, 1)));
+    let x = gaussian::<f32>(6, (1, SLOTS * TOKENS, 64 * HEADS)).index_axis_move(Axis(0), 0);
+    let offsets: Vec<usize> = (0..=SLOTS).map(|i| i * TOKENS).collect();
+    let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
+    let mut group = c.benchmark_group("forward_packed");
+    group.bench_function(format!("separate/{SLOTS}x{TOKENS}"), |b| {
+        one_thread.install(|| {
+            b.iter(|| {
+                for x in x.axis_chunks_iter(Axis(0), TOKENS) {
+                    black_box(layer.forward(&x, KeyMask::All).expect("valid input"));
+                }
+            });
+        });
+    });
+    group.bench_function(format!("together/{SLOTS}x{TOKENS}"), |b| {
+        one_thread.install(|| b.iter(|| layer.forward_packed(black_box(&x), &offsets, KeyMask::All).expect("valid input")));
+    });
+    group.finish();
+}
+
+criterion_group!(benches, decode, batch, packed);
 criterion_main!(benches);

@@ -160,6 +160,43 @@ fn prefill_into_and_full_into_do_not_allocate() {
     });
 }
 
+#[test]
+fn packed_sequences_and_merging_do_not_allocate() {
+    fn check<T: Real>(setup: &Setup) {
+        let (linear, exact) = (setup.build::<T>(), setup.build_exact::<T>());
+        let (n, offsets) = (400, [0, 100, 100, 101, 400]);
+        let Inputs { q, k, v }: Inputs<T> = setup.inputs(n, n).cast();
+        let mut out = Array3::zeros((setup.heads, n, setup.e));
+        let (mut states, mut workspace) = (vec![linear.new_state(); 4], linear.workspace());
+        let mut all: Vec<_> = states.iter_mut().collect();
+        let mut calls = |what: &str, work: &mut dyn FnMut(&mut Array3<T>)| {
+            let (calls, _) = measure(|| work(&mut out));
+            assert_eq!(calls, 0, "{setup:?}, {}: {what}", T::NAME);
+        };
+        calls("prefill_packed_into", &mut |out| {
+            linear.prefill_packed_into(&mut all, &q, &k, &v, &offsets, KeyMask::All, out, &mut workspace).unwrap();
+        });
+        if setup.is_pure() {
+            calls("full_packed_into", &mut |out| {
+                linear.full_packed_into(&q, &k, &v, &offsets, &offsets, KeyMask::All, out, &mut workspace).unwrap();
+            });
+        }
+        let mut next = linear.new_state_at(100).unwrap();
+        calls("extend", &mut |_| linear.extend(&mut next, &k, &v, KeyMask::All, &mut workspace).unwrap());
+        calls("merge", &mut |_| linear.merge(&mut states[0], &next, &mut workspace).unwrap());
+        let mut workspace = exact.workspace();
+        calls("exact causal_packed_into", &mut |out| {
+            exact.causal_packed_into(&q, &k, &v, &offsets, KeyMask::All, out, &mut workspace).unwrap();
+        });
+    }
+    on_one_thread(|| {
+        for setup in setups() {
+            check::<f32>(&setup);
+            check::<f64>(&setup);
+        }
+    });
+}
+
 /// Rows that are not contiguous are no reason to allocate.
 #[test]
 fn strided_arguments_do_not_allocate() {

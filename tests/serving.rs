@@ -6,21 +6,25 @@ mod common;
 use common::{Random, argument, assert_same_bits, cast};
 use dijiang::attention::{KeyMask, Near};
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions, Rotary, SoftmaxAttention, StatePool,
+    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions, DijiangState, Padding, Rotary,
+    SoftmaxAttention, StatePool,
 };
 use dijiang::{Error, Real};
-use ndarray::{Array1, Array2, Axis, s};
+use ndarray::{Array1, Array2, Array3, ArrayRef1, ArrayRef2, Axis, s};
 
 /// Four query heads of 5 on two key-value heads, in a model of width 23.
 fn layer<T: Real>(near: Option<Near>, causality: Causality) -> DijiangAttention<T> {
+    DijiangAttention::from_softmax(&softmax(causality), DijiangOptions::new().with_near(near)).unwrap()
+}
+
+fn softmax<T: Real>(causality: Causality) -> SoftmaxAttention<T> {
     let mut random = Random::new(3);
     let mut matrix = |rows, columns| cast::<T, _>(&random.normals((rows, columns), 0.3));
     let weights = AttentionWeights::new(matrix(24, 23), matrix(12, 23), matrix(12, 23), matrix(23, 24));
     let bias = |len| cast::<T, _>(&Random::new(len as u64).normals(len, 0.3));
     let weights = weights.with_biases(bias(24), bias(12), bias(12), bias(23));
     let config = AttentionConfig::new(23, 4).with_kv_heads(2).with_head_dim(6).with_rotary(Rotary::new(100.0)).with_causality(causality);
-    let softmax = SoftmaxAttention::new(config, weights).unwrap();
-    DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near)).unwrap()
+    SoftmaxAttention::new(config, weights).unwrap()
 }
 
 fn text<T: Real>(n: usize, seed: u64) -> Array2<T> {
@@ -165,5 +169,265 @@ fn a_prefix_serves_many() {
         let mut out = Array2::zeros((3, 23));
         layer.step_batch(&mut states.iter_mut().collect::<Vec<_>>(), &rows, &mut out).unwrap();
         assert!(out.outer_iter().all(|row| (&row - &whole.row(i)).iter().all(|d| d.abs() < 1e-4)));
+    }
+}
+
+const LENGTHS: [usize; 6] = [3, 0, 70, 1, 129, 64];
+
+/// The tokens of each sequence, and each one by itself, as many as `LENGTHS` says.
+fn sequences<T: Real>(seed: u64) -> Vec<Array2<T>> {
+    LENGTHS.iter().enumerate().map(|(i, &n)| text(n, seed + i as u64)).collect()
+}
+
+/// All rows, one sequence after another, and where each begins.
+fn pack<T: Real>(sequences: &[Array2<T>]) -> (Array2<T>, Vec<usize>) {
+    let mut offsets = vec![0];
+    offsets.extend(sequences.iter().scan(0, |end, x| {
+        *end += x.nrows();
+        Some(*end)
+    }));
+    let views: Vec<_> = sequences.iter().map(|x| x.view()).collect();
+    (ndarray::concatenate(Axis(0), &views).unwrap(), offsets)
+}
+
+/// `[b, n, D]` with NaN in the padding.
+fn pad(sequences: &[Array2<f32>], n: usize, padding: Padding) -> Array3<f32> {
+    let mut padded = Array3::from_elem((sequences.len(), n, 23), f32::NAN);
+    for (x, mut padded) in sequences.iter().zip(padded.outer_iter_mut()) {
+        padded.slice_mut(s![place(x.nrows(), n, padding), ..]).assign(x);
+    }
+    padded
+}
+
+fn place(length: usize, n: usize, padding: Padding) -> std::ops::Range<usize> {
+    if padding == Padding::Left { n - length..n } else { 0..length }
+}
+
+fn check_packed<T: Real, L: Attention<T>>(layer: &L)
+where
+    L::State: PartialEq,
+{
+    let (earlier, now) = (sequences::<T>(40), sequences::<T>(50));
+    let mut states: Vec<_> = LENGTHS.iter().map(|_| layer.new_state()).collect();
+    for (state, x) in states.iter_mut().zip(&earlier).filter(|(_, x)| x.nrows() > 0).take(3) {
+        layer.prefill(state, x, KeyMask::All).unwrap();
+    }
+    let (x, offsets) = pack(&now);
+    let valid: Vec<bool> = (0..x.nrows()).map(|i| i % 5 != 2).collect();
+    for masked in [false, true] {
+        let mask = |tokens: std::ops::Range<usize>| if masked { KeyMask::Valid(&valid[tokens]) } else { KeyMask::All };
+        let mut alone = states.clone();
+        let out = layer.prefill_packed(&mut states.iter_mut().collect::<Vec<_>>(), &x, &offsets, mask(0..x.nrows())).unwrap();
+        let whole = layer.forward_packed(&x, &offsets, mask(0..x.nrows())).unwrap();
+        for (i, (x, state)) in now.iter().zip(&mut alone).enumerate().filter(|(_, (x, _))| x.nrows() > 0) {
+            let tokens = offsets[i]..offsets[i + 1];
+            let expected = layer.prefill(state, x, mask(tokens.clone())).unwrap();
+            assert_same_bits(format!("prefill, {i}"), &out.slice(s![tokens.clone(), ..]).to_owned(), &expected);
+            let expected = layer.forward(x, mask(tokens.clone())).unwrap();
+            assert_same_bits(format!("forward, {i}"), &whole.slice(s![tokens, ..]).to_owned(), &expected);
+        }
+        assert!(states == alone);
+    }
+}
+
+#[test]
+fn packed_sequences_are_each_alone() {
+    for near in nears() {
+        let layer = layer::<f32>(near, Causality::Causal);
+        check_packed(&layer);
+        check_packed(&Plain(layer));
+    }
+    check_packed(&self::layer::<f64>(Some(Near::new(5, 1)), Causality::Causal));
+    check_packed(&softmax::<f32>(Causality::Causal));
+}
+
+/// A layer with nothing of its own: what the trait provides.
+#[derive(Clone)]
+struct Plain<L>(L);
+
+impl<T: Real, L: Attention<T>> Attention<T> for Plain<L> {
+    type State = L::State;
+
+    fn config(&self) -> &AttentionConfig {
+        self.0.config()
+    }
+    fn new_state(&self) -> L::State {
+        self.0.new_state()
+    }
+    fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> dijiang::Result<Array2<T>> {
+        self.0.forward(x, mask)
+    }
+    fn prefill(&self, state: &mut L::State, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> dijiang::Result<Array2<T>> {
+        self.0.prefill(state, x, mask)
+    }
+    fn step(&self, state: &mut L::State, x: &ArrayRef1<T>, out: &mut ArrayRef1<T>) -> dijiang::Result<()> {
+        self.0.step(state, x, out)
+    }
+}
+
+/// New requests' prompts are read together, in whatever slots they have.
+#[test]
+fn a_pool_reads_prompts_together() {
+    let layer = layer::<f32>(Some(Near::new(5, 1)), Causality::Causal);
+    let mut pool = StatePool::new(&layer, 9).unwrap();
+    let mut slots: Vec<_> = LENGTHS.iter().map(|_| pool.take().unwrap()).collect();
+    slots.reverse();
+    let prompts = sequences(20);
+    let x = pad(&prompts, 129, Padding::Right);
+    layer.prefill_padded(&mut pool.get_each_mut(&slots).unwrap(), &x, &LENGTHS, Padding::Right).unwrap();
+    for (slot, prompt) in slots.iter().zip(&prompts) {
+        let mut state = layer.new_state();
+        if prompt.nrows() > 0 {
+            layer.prefill(&mut state, prompt, KeyMask::All).unwrap();
+        }
+        assert!(*pool.get(*slot).unwrap() == state);
+    }
+    slots.push(slots[0]);
+    assert_eq!(argument(&pool.get_each_mut(&slots).unwrap_err()), "slots");
+    pool.release(slots[0]).unwrap();
+    assert_eq!(argument(&pool.get_each_mut(&slots[..1]).unwrap_err()), "slot");
+}
+
+#[test]
+fn bidirectional_layers_pack_too() {
+    fn check<L: Attention<f32>>(layer: &L) {
+        let sequences = sequences(60);
+        let (x, offsets) = pack(&sequences);
+        let out = layer.forward_packed(&x, &offsets, KeyMask::All).unwrap();
+        for (i, x) in sequences.iter().enumerate().filter(|(_, x)| x.nrows() > 0) {
+            let expected = layer.forward(x, KeyMask::All).unwrap();
+            assert_same_bits(i, &out.slice(s![offsets[i]..offsets[i + 1], ..]).to_owned(), &expected);
+        }
+        let error = layer.prefill_packed(&mut [&mut layer.new_state()], &x, &[0, x.nrows()], KeyMask::All).unwrap_err();
+        assert!(matches!(error, Error::Conflict { .. }));
+    }
+    check(&layer::<f32>(None, Causality::Bidirectional));
+    check(&softmax::<f32>(Causality::Bidirectional));
+}
+
+/// The same whichever side the padding is on, and whatever it holds; and the states go on as if there had been none.
+#[test]
+fn padded_sequences_are_each_alone() {
+    fn check<L: Attention<f32>>(layer: &L)
+    where
+        L::State: PartialEq,
+    {
+        for padding in [Padding::Left, Padding::Right] {
+            let (first, next) = (sequences(70), sequences(80));
+            let mut states: Vec<_> = LENGTHS.iter().map(|_| layer.new_state()).collect();
+            let mut alone = states.clone();
+            for (n, sequences) in [(129, &first), (140, &next)] {
+                let x = pad(sequences, n, padding);
+                let out = layer.prefill_padded(&mut states.iter_mut().collect::<Vec<_>>(), &x, &LENGTHS, padding).unwrap();
+                let whole = layer.forward_padded(&x, &LENGTHS, padding).unwrap();
+                for (i, (x, state)) in sequences.iter().zip(&mut alone).enumerate() {
+                    let mut expected = [Array2::zeros((n, 23)), Array2::zeros((n, 23))];
+                    if x.nrows() > 0 {
+                        let own = s![place(x.nrows(), n, padding), ..];
+                        expected[0].slice_mut(own).assign(&layer.prefill(state, x, KeyMask::All).unwrap());
+                        expected[1].slice_mut(own).assign(&layer.forward(x, KeyMask::All).unwrap());
+                    }
+                    for (out, expected) in [&out, &whole].into_iter().zip(&expected) {
+                        assert_same_bits(format!("{padding:?}, {i}"), &out.index_axis(Axis(0), i).to_owned(), expected);
+                    }
+                }
+                assert!(states == alone);
+            }
+        }
+    }
+    for near in nears() {
+        check(&layer::<f32>(near, Causality::Causal));
+    }
+    check(&softmax::<f32>(Causality::Causal));
+}
+
+#[test]
+fn bad_packs_change_nothing() {
+    fn check<L: Attention<f32>>(layer: &L)
+    where
+        L::State: PartialEq,
+    {
+        let x = text::<f32>(6, 1);
+        let mut states = [layer.new_state(), layer.new_state()];
+        let mut prefill = |x: &Array2<f32>, offsets: &[usize], mask| {
+            let error = layer.prefill_packed(&mut states.each_mut(), x, offsets, mask).unwrap_err();
+            assert!(states.iter().all(|state| *state == layer.new_state()), "{error:?}");
+            argument(&error).to_owned()
+        };
+        for offsets in [&[0, 6][..], &[], &[1, 3, 6], &[0, 7, 6], &[0, 3, 7], &[0, 3, 5]] {
+            assert_eq!(prefill(&x, offsets, KeyMask::All), "offsets", "{offsets:?}");
+        }
+        assert_eq!(prefill(&x, &[0, 3, 6], KeyMask::Valid(&[true; 5])), "mask");
+        assert_eq!(prefill(&text(0, 1), &[0, 0, 0], KeyMask::All), "x");
+        let mut bad = x.clone();
+        bad[[5, 2]] = f32::NAN;
+        assert_eq!(prefill(&bad, &[0, 3, 6], KeyMask::All), "x");
+        assert_eq!(argument(&layer.forward_packed(&x, &[0, 5], KeyMask::All).unwrap_err()), "offsets");
+        assert_eq!(argument(&layer.forward_packed(&x, &[], KeyMask::All).unwrap_err()), "offsets");
+
+        let x = Array3::zeros((2, 4, 23));
+        let padded = |x: &Array3<f32>, lengths: &[usize]| argument(&layer.forward_padded(x, lengths, Padding::Left).unwrap_err());
+        assert_eq!(padded(&x, &[4]), "lengths");
+        assert_eq!(padded(&x, &[4, 5]), "lengths");
+        assert_eq!(padded(&x, &[4, usize::MAX]), "lengths");
+        assert_eq!(padded(&x, &[0, 0]), "x");
+        assert_eq!(padded(&Array3::zeros((2, 4, 22)), &[4, 4]), "x");
+        assert_eq!(padded(&Array3::zeros((0, 4, 23)), &[]), "x");
+        let error = layer.prefill_padded(&mut [], &x, &[4, 4], Padding::Right).unwrap_err();
+        assert_eq!(argument(&error), "lengths");
+    }
+    let near = layer::<f32>(Some(Near::new(4, 1)), Causality::Causal);
+    check(&near);
+    check(&softmax::<f32>(Causality::Causal));
+    check(&Plain(near));
+}
+
+/// Drafted tokens are tried out in one call and taken back; the state goes on as if they had never been.
+#[test]
+fn speculation_leaves_no_trace() {
+    for near in nears() {
+        let layer = layer::<f32>(near, Causality::Causal);
+        let (x, draft) = (text::<f32>(60, 4), text::<f32>(9, 5));
+        let (mut state, mut plain) = (layer.new_state(), layer.new_state());
+        let mut kept = layer.new_state();
+        let step = |state: &mut DijiangState<f32>, x: &ArrayRef1<f32>| {
+            let mut out = Array1::zeros(23);
+            layer.step(state, x, &mut out).unwrap();
+            out
+        };
+        for (t, x) in x.outer_iter().enumerate() {
+            // Rejected drafts of every length, by steps and at once.
+            kept.copy_from(&state).unwrap();
+            let mut tried = state.clone();
+            for draft in draft.outer_iter().take(t % 9) {
+                step(&mut state, &draft);
+            }
+            layer.prefill(&mut tried, &draft.slice(s![..t % 8 + 1, ..]), KeyMask::All).unwrap();
+            state.copy_from(&kept).unwrap();
+            assert_same_bits(format!("{near:?}, token {t}"), &step(&mut state, &x), &step(&mut plain, &x));
+            assert!(state == plain);
+        }
+    }
+}
+
+/// One state of a prompt, continued many times by clones of it: what the prompt and the continuation give from the beginning.
+#[test]
+fn a_cached_prefix_is_the_prefix_itself() {
+    for near in nears() {
+        let layer = layer::<f32>(near, Causality::Causal);
+        let prompt = text::<f32>(37, 6);
+        let fresh = || {
+            let mut state = layer.new_state();
+            layer.prefill(&mut state, &prompt, KeyMask::All).unwrap();
+            state
+        };
+        let cached = fresh();
+        for seed in 0..5 {
+            let tail = text::<f32>(20 + seed as usize, 90 + seed);
+            let (mut clone, mut own) = (cached.clone(), fresh());
+            let expected = layer.prefill(&mut own, &tail, KeyMask::All).unwrap();
+            assert_same_bits(seed, &layer.prefill(&mut clone, &tail, KeyMask::All).unwrap(), &expected);
+            assert!(clone == own && cached == fresh(), "the cached state stays");
+        }
     }
 }

@@ -6,7 +6,7 @@ mod common;
 use common::linear::Setup;
 use common::stream::Stream;
 use common::{assert_close, assert_same_bits};
-use dijiang::attention::{KeyMask, Storage};
+use dijiang::attention::{CausalState, KeyMask, Storage};
 use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array2, s};
@@ -40,6 +40,7 @@ fn exact_bytes_continue_bit_for_bit() {
         for mut state in states(&attention, setup) {
             let mut read = attention.state_from_bytes(&state.to_bytes(Storage::Exact)).unwrap();
             assert!(read == state, "{setup:?}");
+            assert!(CausalState::from_bytes(&state.to_bytes(Storage::Exact)).unwrap() == state);
             let [expected, got] = [&mut state, &mut read].map(|state| {
                 let mut outs = vec![attention.steps(state, &later.part(0..5))];
                 outs.push(attention.prefill_of(state, &later.part(5..99), KeyMask::All).unwrap());
@@ -85,8 +86,10 @@ fn every_flipped_bit_is_found() {
         let mut flipped = bytes.clone();
         flipped[bit / 8] ^= 1 << (bit % 8);
         assert!(attention.state_from_bytes(&flipped).is_err(), "bit {bit}");
+        assert!(CausalState::<f32>::from_bytes(&flipped).is_err(), "bit {bit}");
     }
     for len in 0..bytes.len() {
+        assert!(matches!(CausalState::<f32>::from_bytes(&bytes[..len]), Err(Error::Format { .. })), "{len} bytes");
         assert!(matches!(attention.state_from_bytes(&bytes[..len]), Err(Error::Format { .. })), "{len} bytes");
     }
     let longer = [&bytes[..], &[0; 4]].concat();
@@ -98,7 +101,9 @@ fn every_flipped_bit_is_found() {
 fn forged_bytes_are_refused() {
     let setup = Setup::new(7).sizes(2, 2, 1);
     let attention = setup.build::<f64>();
-    let bytes = states(&attention, &setup).remove(2).to_bytes(Storage::Exact);
+    let state = states(&attention, &setup).remove(2);
+    let bytes_of = |state: &CausalState<f64>| state.to_bytes(Storage::Exact);
+    let bytes = bytes_of(&state);
     let forged = |at: usize, new: &[u8]| {
         let mut bytes = bytes[..bytes.len() - 4].to_vec();
         bytes[at..at + new.len()].copy_from_slice(new);
@@ -107,14 +112,16 @@ fn forged_bytes_are_refused() {
         attention.state_from_bytes(&bytes)
     };
     assert!(forged(0, b"dijiang\0").is_ok());
-    let payload = 8 + 12 + 56;
-    let cases: [(&str, usize, &[u8]); 10] = [
+    let payload = 8 + 12 + 64;
+    let cases: [(&str, usize, &[u8]); 12] = [
         ("magic", 0, b"DIJIANG\0"),
         ("version", 8, &[2]),
         ("type", 12, &[4]),
         ("storage", 16, &[9]),
         ("heads", 20, &[0xff; 8]),
-        ("a position before the frame's", 68, &[0; 8]),
+        ("a start after the position", 68, &[0xff, 0]),
+        ("a position before the frame's", 76, &[0; 8]),
+        ("a position that cannot be counted on", 76, &[0xff; 8]),
         ("a frame after the position", payload, &[0xff; 8]),
         ("started", payload + 8, &[2]),
         ("pending keys", payload + 9, &[17]),
@@ -126,6 +133,25 @@ fn forged_bytes_are_refused() {
             continue;
         }
         assert!(matches!(forged(at, new), Err(Error::Format { .. } | Error::Foreign { .. })), "{what}");
+    }
+    // A checksum that fits bytes of another length.
+    for body in [&bytes[..bytes.len() - 5], &bytes[..100], &[&bytes[..], &[0; 8]].concat()] {
+        let forged = [body, &crc32fast::hash(body).to_le_bytes()].concat();
+        assert!(matches!(attention.state_from_bytes(&forged), Err(Error::Format { .. })), "{} bytes", forged.len());
+        assert!(matches!(CausalState::<f64>::from_bytes(&forged), Err(Error::Format { .. })), "{} bytes", forged.len());
+    }
+    // Without an operator to compare with, sizes are believed only as far as the bytes go.
+    for at in (20..68).step_by(8) {
+        for size in [0, 1, 1 << 20, 1 << 40, u64::MAX] {
+            let mut bytes = bytes[..bytes.len() - 4].to_vec();
+            bytes[at..at + 8].copy_from_slice(&size.to_le_bytes());
+            bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
+            // A size that takes no room, such as d without a near part, may be another operator's.
+            match CausalState::<f64>::from_bytes(&bytes) {
+                Ok(read) => assert!(size <= 1 && bytes_of(&read) == bytes, "{size} at {at}"),
+                Err(error) => assert!(matches!(error, Error::Format { .. }), "{size} at {at}"),
+            }
+        }
     }
     for other in
         [Setup::new(7).sizes(3, 2, 1), Setup::new(7).sizes(2, 3, 1), Setup::new(7).sizes(2, 2, 2), Setup::new(7).sizes(2, 2, 1).near(4, 1)]
@@ -152,4 +178,7 @@ fn layers_have_them_too() {
     });
     assert_same_bits("step", &got, &expected);
     assert!(layer.state_from_bytes(&[]).is_err());
+    assert!(layer.resume(CausalState::from_bytes(&state.to_bytes(Storage::Exact)).unwrap()).unwrap() == state);
+    let other = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(None)).unwrap();
+    assert!(matches!(other.resume(state.causal().clone()), Err(Error::Foreign { argument: "state", .. })));
 }

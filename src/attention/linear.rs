@@ -23,6 +23,7 @@ const MAX_NEAR: usize = 1 << 20;
 
 /// How [`LinearAttention`] is to be built.
 #[derive(Debug, Clone, PartialEq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct LinearConfig {
     /// Query heads h. Default: one per map. A multiple of the number of maps (grouped queries: one map, one state and
@@ -263,12 +264,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         out: &mut ArrayRef3<T>,
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
-        if self.near.is_some() {
-            return Err(Error::Conflict { argument: "full attention", other: "a near part" });
-        }
-        if self.log_decay.iter().any(|&decay| decay != 0.0) {
-            return Err(Error::Conflict { argument: "full attention", other: "decay" });
-        }
+        self.check_full()?;
         workspace.check(self.sizes)?;
         self.check(q, k, v, mask, out)?;
         self.for_each_head(q, k, v, out, workspace, (0..).map(|h| (h, ())), |head, (), q, k, v, out, scratch| {
@@ -426,13 +422,24 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         workspace.check(self.sizes)
     }
 
+    /// Full attention has neither a near part nor decay.
+    pub(super) fn check_full(&self) -> Result<()> {
+        if self.near.is_some() {
+            return Err(Error::Conflict { argument: "full attention", other: "a near part" });
+        }
+        if self.log_decay.iter().any(|&decay| decay != 0.0) {
+            return Err(Error::Conflict { argument: "full attention", other: "decay" });
+        }
+        Ok(())
+    }
+
     pub(super) fn shape(&self) -> Shape {
         let Sizes { dim, features, value_dim, .. } = self.sizes;
         Shape { heads: self.maps.len(), dim, features, value_dim, near: self.near }
     }
 
     /// Memory for the outputs, once the queries are known to fit.
-    fn output(&self, q: &ArrayRef3<T>) -> Result<Array3<T>> {
+    pub(super) fn output(&self, q: &ArrayRef3<T>) -> Result<Array3<T>> {
         let n = q.shape()[1];
         check_shape("q", q, &[self.heads, n, self.sizes.dim])?;
         Ok(Array3::zeros((self.heads, n, self.sizes.value_dim)))

@@ -24,7 +24,9 @@ mod decode;
 mod far;
 mod full;
 mod linear;
+mod merge;
 mod near;
+mod packed;
 mod pages;
 mod prefill;
 mod rows;
@@ -33,10 +35,14 @@ mod state;
 mod tape;
 mod workspace;
 
+use std::ops::Range;
+
 use linear::Head;
 
 pub use backward::{AttentionGradients, StateGradients};
 pub(crate) use far::FarPart;
+
+pub(crate) use packed::{check_offsets, check_offsets_of, ranges};
 
 pub use linear::{LinearAttention, LinearConfig};
 pub use softmax::{ExactAttention, ExactConfig, KvCache};
@@ -65,6 +71,14 @@ impl<'a> KeyMask<'a> {
             KeyMask::Valid(valid) => Some(valid),
         }
     }
+
+    /// The mask of some of the keys.
+    pub(crate) fn of(self, keys: Range<usize>) -> Self {
+        match self {
+            KeyMask::All => KeyMask::All,
+            KeyMask::Valid(valid) => KeyMask::Valid(&valid[keys]),
+        }
+    }
 }
 
 /// The near part: the query's own chunk and the `back` chunks before it are exact softmax attention.
@@ -75,6 +89,7 @@ impl<'a> KeyMask<'a> {
 ///
 /// Chunks are aligned to absolute positions, so prefill in any pieces and decoding agree exactly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct Near {
     /// Chunk length c in tokens. The drop-in layer's default: 64.

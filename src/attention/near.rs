@@ -69,12 +69,6 @@ impl<T: Real> Ring<T> {
         self.slots.iter_mut().map(|slot| &mut slot.valid[..])
     }
 
-    /// Number of [`valid`](Self::valid) tokens' places.
-    #[cfg(feature = "states")]
-    pub(super) fn flags(&self) -> usize {
-        self.slots.iter().map(|slot| slot.valid.len()).sum()
-    }
-
     /// Takes over another ring; without allocating if it is of this shape.
     pub(super) fn copy(&mut self, from: &Self) {
         self.chunk = from.chunk;
@@ -173,6 +167,17 @@ impl<T: Real> Ring<T> {
 }
 
 impl<T: Real> Slot<T> {
+    /// Takes over the tokens of another slot for chunks of `length`, from the one at `first` on.
+    fn copy_from(&mut self, from: &Self, first: usize, length: usize) {
+        let stride = padded(length);
+        for (keys, from) in self.keys.chunks_exact_mut(stride).zip(from.keys.chunks_exact(stride)) {
+            keys[first..].copy_from_slice(&from[first..]);
+        }
+        let value = first * (self.values.len() / length);
+        self.values[value..].copy_from_slice(&from.values[value..]);
+        self.valid[first..].copy_from_slice(&from.valid[first..]);
+    }
+
     fn clear(&mut self) {
         self.keys.fill(T::zero());
         self.values.fill(T::zero());
@@ -285,24 +290,56 @@ pub(super) fn retire<T: Real, M: FeatureMap<T>>(
     chunk: usize,
     scratch: &mut Scratch<T>,
 ) {
-    let (length, slots) = (ring.chunk, ring.slots.len());
-    let slot = ring.slot_mut(chunk);
-    if chunk >= slots {
-        let first = (chunk - slots) * length;
-        let stride = padded(length);
-        for start in (0..length).step_by(BLOCK) {
-            let tokens = BLOCK.min(length - start);
-            let width = padded(tokens);
-            for (y, keys) in scratch.y.chunks_exact_mut(width).zip(slot.keys.chunks_exact(stride)) {
-                y[..tokens].copy_from_slice(&keys[start..start + tokens]);
-                y[tokens..].fill(T::zero());
-            }
-            let values = &slot.values[start * head.value_stride..(start + tokens) * head.value_stride];
-            let valid = Some(&slot.valid[start..start + tokens]);
-            state.absorb(head, first + start, tokens, valid, values, scratch, None);
-        }
+    if chunk >= ring.slots.len() {
+        absorb(head, state, ring, chunk - ring.slots.len(), scratch);
     }
-    slot.clear();
+    ring.slot_mut(chunk).clear();
+}
+
+/// The keys of a chunk in the ring join the state.
+fn absorb<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    ring: &Ring<T>,
+    chunk: usize,
+    scratch: &mut Scratch<T>,
+) {
+    let (length, slot, stride) = (ring.chunk, ring.slot(chunk), padded(ring.chunk));
+    for start in (0..length).step_by(BLOCK) {
+        let tokens = BLOCK.min(length - start);
+        let width = padded(tokens);
+        for (y, keys) in scratch.y.chunks_exact_mut(width).zip(slot.keys.chunks_exact(stride)) {
+            y[..tokens].copy_from_slice(&keys[start..start + tokens]);
+            y[tokens..].fill(T::zero());
+        }
+        let values = &slot.values[start * head.value_stride..(start + tokens) * head.value_stride];
+        let valid = Some(&slot.valid[start..start + tokens]);
+        state.absorb(head, chunk * length + start, tokens, valid, values, scratch, None);
+    }
+}
+
+/// A segment that ends at `cut` is followed by one whose end is at `position` > `cut`, with the near part `next`: chunks of `ring` that
+/// are no longer near there join the state, and the next one's tokens join the ring.
+pub(super) fn hand_over<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    ring: &mut Ring<T>,
+    cut: usize,
+    next: &Ring<T>,
+    position: usize,
+    scratch: &mut Scratch<T>,
+) {
+    let (length, slots) = (ring.chunk, ring.slots.len());
+    let first_near = |position: usize| position.div_ceil(length).saturating_sub(slots);
+    let kept = first_near(position);
+    for chunk in first_near(cut)..cut.div_ceil(length).min(kept) {
+        absorb(head, state, ring, chunk, scratch);
+        ring.slot_mut(chunk).clear();
+    }
+    for chunk in kept.max(cut / length)..position.div_ceil(length) {
+        let first = cut.saturating_sub(chunk * length);
+        ring.slot_mut(chunk).copy_from(next.slot(chunk), first, length);
+    }
 }
 
 /// Sums and normalisers of the queries `scratch.x`, the first at `position`, over the near keys and the state, into

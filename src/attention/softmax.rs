@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
+use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
 
 use crate::attention::checks::{check_key_shapes, check_keys, check_scale, check_shapes, check_size, check_tokens};
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
@@ -16,6 +16,7 @@ use crate::threads;
 
 /// How [`ExactAttention`] is to be built.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct ExactConfig {
     /// Query heads h.
@@ -99,15 +100,15 @@ pub struct ExactAttention<T> {
 /// The keys and values of every token so far: what [`ExactAttention`] needs to decode. Grows with every token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvCache<T> {
-    heads: Vec<HeadCache<T>>,
-    position: usize,
+    pub(super) heads: Vec<HeadCache<T>>,
+    pub(super) position: usize,
     dim: usize,
     value_dim: usize,
 }
 
 /// Keys and values of one key-value head, in blocks of BLOCK tokens.
 #[derive(Debug, Clone, PartialEq)]
-struct HeadCache<T> {
+pub(super) struct HeadCache<T> {
     /// Scaled keys, `[blocks, d, BLOCK]`: a panel per block.
     keys: Vec<T>,
     /// Values, `[blocks, BLOCK, e_padded]`.
@@ -189,9 +190,7 @@ impl<T: Real> ExactAttention<T> {
         out: &mut ArrayRef3<T>,
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
-        if self.config.near.is_some() {
-            return Err(Error::Conflict { argument: "full attention", other: "a near part" });
-        }
+        self.check_full()?;
         self.check(q, k, v, mask, out, workspace)?;
         self.pass(q, k, v, mask, false, out, workspace);
         Ok(())
@@ -348,13 +347,21 @@ impl<T: Real> ExactAttention<T> {
     }
 
     /// Memory for the outputs, once the queries are known to fit.
-    fn output(&self, q: &ArrayRef3<T>) -> Result<Array3<T>> {
+    pub(super) fn output(&self, q: &ArrayRef3<T>) -> Result<Array3<T>> {
         let n = q.shape()[1];
         check_shape("q", q, &[self.config.heads, n, self.config.dim])?;
         Ok(Array3::zeros((self.config.heads, n, self.config.value_dim)))
     }
 
-    fn check(
+    /// Full attention has no near part.
+    pub(super) fn check_full(&self) -> Result<()> {
+        match self.config.near {
+            Some(_) => Err(Error::Conflict { argument: "full attention", other: "a near part" }),
+            None => Ok(()),
+        }
+    }
+
+    pub(super) fn check(
         &self,
         q: &ArrayRef3<T>,
         k: &ArrayRef3<T>,
@@ -368,7 +375,7 @@ impl<T: Real> ExactAttention<T> {
         check_tokens(q, k, v, mask)
     }
 
-    fn check_cache(&self, cache: &KvCache<T>) -> Result<()> {
+    pub(super) fn check_cache(&self, cache: &KvCache<T>) -> Result<()> {
         let ExactConfig { kv_heads, dim, value_dim, .. } = self.config;
         let pairs = [
             ("number of heads", kv_heads, cache.heads.len()),
@@ -398,20 +405,33 @@ impl<T: Real> ExactAttention<T> {
         workspace: &mut Workspace<T>,
     ) {
         let group = self.config.heads / self.config.kv_heads;
-        let (n_k, valid) = (k.shape()[1], mask.valid());
         let items = q.outer_iter().zip(out.outer_iter_mut()).enumerate();
-        threads::for_each(&mut workspace.scratches, items, |scratch, (h, (q, mut out))| {
+        threads::for_each(&mut workspace.scratches, items, |scratch, (h, (q, out))| {
             let (k, v) = (k.index_axis(Axis(0), h / group), v.index_axis(Axis(0), h / group));
-            for start in (0..q.nrows()).step_by(BLOCK) {
-                let rows = start..(start + BLOCK).min(q.nrows());
-                let visible = |i: usize| if causal { self.window(i) } else { 0..n_k };
-                self.tiles(Keys::Rows { k, v, valid }, q, rows.clone(), visible, scratch);
-                for i in rows.clone() {
-                    let sums = &scratch.o[(i - start) * padded(self.config.value_dim)..];
-                    normalise(sums, scratch.total[i - start], out.row_mut(i));
-                }
-            }
+            self.pass_head(q, k, v, mask.valid(), causal, out, scratch);
         });
+    }
+
+    /// One query head of [`pass`](Self::pass).
+    pub(super) fn pass_head(
+        &self,
+        q: ArrayView2<'_, T>,
+        k: ArrayView2<'_, T>,
+        v: ArrayView2<'_, T>,
+        valid: Valid<'_>,
+        causal: bool,
+        mut out: ArrayViewMut2<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) {
+        for start in (0..q.nrows()).step_by(BLOCK) {
+            let rows = start..(start + BLOCK).min(q.nrows());
+            let visible = |i: usize| if causal { self.window(i) } else { 0..k.nrows() };
+            self.tiles(Keys::Rows { k, v, valid }, q, rows.clone(), visible, scratch);
+            for i in rows.clone() {
+                let sums = &scratch.o[(i - start) * padded(self.config.value_dim)..];
+                normalise(sums, scratch.total[i - start], out.row_mut(i));
+            }
+        }
     }
 
     /// Keys that the causal query at position i sees.
@@ -421,7 +441,7 @@ impl<T: Real> ExactAttention<T> {
     }
 
     /// The next tokens of one key-value head and its group of query heads, through the cache.
-    fn continue_head(
+    pub(super) fn continue_head(
         &self,
         cache: &mut HeadCache<T>,
         position: usize,

@@ -33,6 +33,7 @@ use crate::simd::{DctTables, Product, padded, supports_dct};
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct DctMapConfig {
     /// Head dimension d ≥ 1.

@@ -19,6 +19,7 @@ const MAX_ELEMENTS: usize = 1 << 27;
 
 /// How the Gaussian rows ω_f of [`FavorMap`] depend on each other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum FavorRows {
     /// Orthogonal within every block of d rows, with the lengths of independent Gaussian vectors: lower variance.
     #[default]
@@ -38,6 +39,7 @@ pub enum FavorRows {
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct FavorConfig {
     /// Head dimension d ≥ 1.

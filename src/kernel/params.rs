@@ -6,6 +6,7 @@ use crate::real::Real;
 
 /// Law F of the radii t = F⁻¹(u).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Radial {
     /// Standard normal: the paper and its code.
     #[default]
@@ -16,6 +17,7 @@ pub enum Radial {
 
 /// Where the u in (0, 1) come from that the radii are the quantiles of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Points {
     /// An Owen-scrambled Sobol sequence: quasi-Monte Carlo.
     #[default]
@@ -26,6 +28,7 @@ pub enum Points {
 
 /// The envelope p(z) of the log-features.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Envelope {
     /// p(z) = 0: the paper's φ_WDCF.
     #[default]
@@ -36,6 +39,7 @@ pub enum Envelope {
 
 /// How many features one projected coordinate u_f yields.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Pairing {
     /// One, +u: m = G·d.
     #[default]
@@ -46,6 +50,7 @@ pub enum Pairing {
 
 /// Whether queries and keys may have scales and radii of their own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Sides {
     /// They may. A map that was just built has equal ones; calibration changes them apart.
     #[default]
@@ -56,6 +61,7 @@ pub enum Sides {
 
 /// Initial input scales s.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum InputScales {
     /// Ones for the first block, random signs for every further one.
     #[default]
@@ -67,6 +73,7 @@ pub enum InputScales {
 
 /// What stands in place of the single transform C.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Mixing {
     /// Nothing: C.
     #[default]

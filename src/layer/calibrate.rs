@@ -62,6 +62,7 @@ const HELD_OUT: usize = 8;
 
 /// Whether calibration fits something that it could also leave.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Fit {
     /// It stays.
     #[default]
@@ -72,6 +73,7 @@ pub enum Fit {
 
 /// How [`DijiangAttention::calibrate`] searches.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct CalibrateOptions {
     /// Steps by gradient after the closed form; 0 for the closed form alone. Default: 60.

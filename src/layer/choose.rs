@@ -29,6 +29,7 @@ const REPEATS: usize = 9;
 
 /// What [`DijiangAttention::choose`] may choose from, and how long it may look.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct ChooseOptions {
     /// Longest time per token that attention of all heads may take on one thread of this machine in a long prefill, projections

@@ -5,6 +5,7 @@ use crate::layer::rotary::Rotary;
 
 /// What a token may look at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Causality {
     /// Itself and the tokens before it (language models).
     #[default]
@@ -27,6 +28,7 @@ pub enum Causality {
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
 #[non_exhaustive]
 pub struct AttentionConfig {
     /// Model dimension D: the width of a hidden state.

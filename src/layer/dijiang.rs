@@ -7,13 +7,13 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayRef1, ArrayRef2};
+use ndarray::{Array2, ArrayRef1, ArrayRef2, Axis};
 
-use crate::attention::{CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace};
+use crate::attention::{CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace, check_offsets, check_offsets_of};
 use crate::error::{Error, Result, check_elements, check_len};
 use crate::kernel::{DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides};
 use crate::layer::config::{AttentionConfig, Causality};
-use crate::layer::projection::{Projected, Projections, StepScratch};
+use crate::layer::projection::{Projected, Projections, Runs, StepScratch};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
 use crate::layer::{Attention, check_causal};
@@ -22,6 +22,7 @@ use crate::threads::{for_each, max_threads};
 
 /// How [`DijiangAttention::from_softmax`] sets up its maps. The defaults are those of [`DctMapConfig`].
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct DijiangOptions {
     /// Blocks G ≥ 1: m = G·d features, twice as many with antithetic pairs. Default: 1.
@@ -213,9 +214,15 @@ pub struct DijiangState<T> {
 }
 
 impl<T: Real> DijiangState<T> {
-    /// Tokens seen so far, masked ones included.
+    /// Position of the next token: but for segments made by [`new_state_at`](DijiangAttention::new_state_at), the number of tokens
+    /// seen so far, masked ones included.
     pub fn position(&self) -> usize {
         self.causal.position()
+    }
+
+    /// The attention's state, without the scratch memory: what is worth keeping. [`DijiangAttention::resume`] takes it back.
+    pub fn causal(&self) -> &CausalState<T> {
+        &self.causal
     }
 
     /// Bytes of state, the same at any position. The scratch memory beside it is not counted.
@@ -277,6 +284,48 @@ impl<T: Real> DijiangAttention<T> {
     #[cfg(feature = "states")]
     pub fn state_from_bytes(&self, bytes: &[u8]) -> Result<DijiangState<T>> {
         Ok(DijiangState { causal: self.linear.state_from_bytes(bytes)?, ..self.new_state() })
+    }
+
+    /// The layer's state with this state of its attention, put aside by [`DijiangState::causal`].
+    ///
+    /// # Errors
+    /// [`Error::Foreign`] for a state of a layer of another shape.
+    pub fn resume(&self, causal: CausalState<T>) -> Result<DijiangState<T>> {
+        let state = self.new_state();
+        self.linear.check_step(&causal, &state.workspace)?;
+        Ok(DijiangState { causal, ..state })
+    }
+
+    /// The empty state of a segment that begins at `position` of its sequence: see [`LinearAttention::new_state_at`].
+    ///
+    /// # Errors
+    /// As [`LinearAttention::new_state_at`].
+    pub fn new_state_at(&self, position: usize) -> Result<DijiangState<T>> {
+        self.resume(self.linear.new_state_at(position)?)
+    }
+
+    /// Tokens that nobody queries join a state: [`prefill`](Attention::prefill) without outputs, at less than half the cost. The state
+    /// becomes the same, bit for bit.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, D]`, `mask`: n keys.
+    ///
+    /// # Errors
+    /// As [`prefill`](Attention::prefill), but the queries are not looked at.
+    pub fn extend(&self, state: &mut DijiangState<T>, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<()> {
+        check_causal(self.config(), "extend")?;
+        self.projections.check_sequence("x", x)?;
+        let (k, v) = self.projections.project_keys(x, state.position());
+        let (k, v) = (self.projections.heads(&k), self.projections.heads(&v));
+        self.linear.extend(&mut state.causal, &k, &v, mask, &mut self.linear.workspace())
+    }
+
+    /// `state` becomes that of its own segment and the next one: see [`LinearAttention::merge`].
+    ///
+    /// # Errors
+    /// As [`LinearAttention::merge`].
+    pub fn merge(&self, state: &mut DijiangState<T>, next: &DijiangState<T>) -> Result<()> {
+        self.linear.merge(&mut state.causal, &next.causal, &mut state.workspace)
     }
 
     /// The projection weights.
@@ -407,7 +456,6 @@ impl<T: Real> DijiangAttention<T> {
         if states.is_empty() {
             return Err(Error::Empty { argument: "states" });
         }
-        let (d, config) = (self.projections.head_dim(), self.config());
         for state in states.iter() {
             self.linear.check_step(&state.causal, &state.workspace)?;
         }
@@ -417,15 +465,13 @@ impl<T: Real> DijiangAttention<T> {
             for (argument, rows) in [("q", q), ("k", k), ("v", v)] {
                 check_elements(argument, rows)?;
             }
-            let rows = |rows: &Array2<T>, i: usize, heads: usize| rows.row(i).into_shape_with_order((heads, d)).map(|row| row.to_owned());
-            let sequences = states.iter_mut().zip(o.outer_iter_mut()).enumerate();
+            let [q, k, v] = [q, k, v].map(|rows| self.projections.heads(rows));
+            let mut o = self.projections.heads_mut(o);
+            let tokens = q.axis_iter(Axis(1)).zip(k.axis_iter(Axis(1)).zip(v.axis_iter(Axis(1)))).zip(o.axis_iter_mut(Axis(1)));
             let threads = max_threads().min(positions.len());
             let mut results = vec![Ok(()); positions.len()];
-            for_each(&mut vec![(); threads], sequences.zip(&mut results), |(), ((i, (state, out)), result)| {
-                let parts = rows(q, i, config.heads).and_then(|q| Ok((q, rows(k, i, config.kv_heads)?, rows(v, i, config.kv_heads)?)));
-                let (Ok((q, k, v)), Ok(mut out)) = (parts, out.into_shape_with_order((config.heads, d))) else {
-                    unreachable!("rows lie one after another")
-                };
+            let sequences = states.iter_mut().zip(tokens).zip(&mut results);
+            for_each(&mut vec![(); threads], sequences, |(), ((state, ((q, (k, v)), mut out)), result)| {
                 *result = self.linear.step(&mut state.causal, &q, &k, &v, &mut out, &mut state.workspace);
             });
             results.into_iter().collect()
@@ -483,6 +529,35 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
         check_causal(self.config(), "prefill")?;
         self.projections.run(x, mask, state.position(), |q, k, v, out| {
             self.linear.prefill_into(&mut state.causal, q, k, v, mask, out, &mut self.linear.workspace())
+        })
+    }
+
+    fn forward_packed(&self, x: &ArrayRef2<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array2<T>> {
+        let sequences = check_offsets("offsets", offsets, x.nrows())?;
+        let (starts, mut workspace) = (vec![0; sequences], self.linear.workspace());
+        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| match self.config().causality {
+            Causality::Causal => {
+                let mut states = vec![self.linear.new_state(); sequences];
+                let mut states: Vec<_> = states.iter_mut().collect();
+                self.linear.prefill_packed_into(&mut states, q, k, v, offsets, mask, out, &mut workspace)
+            }
+            Causality::Bidirectional => self.linear.full_packed_into(q, k, v, offsets, offsets, mask, out, &mut workspace),
+        })
+    }
+
+    fn prefill_packed(
+        &self,
+        states: &mut [&mut DijiangState<T>],
+        x: &ArrayRef2<T>,
+        offsets: &[usize],
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>> {
+        check_causal(self.config(), "prefill")?;
+        check_offsets_of(states.len(), offsets, x.nrows())?;
+        let starts: Vec<_> = states.iter().map(|state| state.position()).collect();
+        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
+            let mut states: Vec<_> = states.iter_mut().map(|state| &mut state.causal).collect();
+            self.linear.prefill_packed_into(&mut states, q, k, v, offsets, mask, out, &mut self.linear.workspace())
         })
     }
 

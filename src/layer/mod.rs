@@ -32,6 +32,10 @@
 //! 20 tokens lie within the exact near part of the linear layer (two chunks of 64), so here it equals softmax attention; older
 //! tokens go through its DCT maps, which [`DijiangAttention::calibrate`] fits to your own hidden states.
 //!
+//! Many sequences at once, each with the bits it has alone: [`Attention::prefill_packed`] and [`Attention::prefill_padded`] for prompts,
+//! [`StatePool`] and [`DijiangAttention::step_batch`] for the tokens after them. A clone of a state is a prefix to continue many times,
+//! or the way back from a rejected draft. [`DijiangAttention::merge`] puts the states of a sequence's segments together.
+//!
 //! With the feature `safetensors`, layers and calibrated maps go to files and come back with the same bits:
 //! `DijiangAttention::{to_safetensors, from_safetensors}` and `{save_maps, load_maps}` for one layer, `save_layers`, `load_layers`,
 //! `save_maps` and `load_maps` for a model.
@@ -43,6 +47,7 @@ mod config;
 mod descent;
 mod dijiang;
 mod judge;
+mod packed;
 mod pool;
 mod projection;
 mod published;
@@ -57,6 +62,7 @@ pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, H
 pub use choose::{ChooseOptions, ChooseProgress, ChooseReport, Trial};
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
+pub use packed::Padding;
 pub use pool::{Slot, StatePool};
 pub use published::{PublishedAttention, PublishedState, PublishedWeights};
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
@@ -67,8 +73,8 @@ pub use weights::AttentionWeights;
 
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3};
 
-use crate::attention::KeyMask;
-use crate::error::{Error, Result, check_elements, check_shape};
+use crate::attention::{KeyMask, check_offsets, check_offsets_of};
+use crate::error::{Error, Result, check_elements, check_len, check_shape};
 use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 
@@ -154,6 +160,66 @@ pub trait Attention<T: Real>: Send + Sync {
         });
         results.into_iter().collect::<Result<()>>()?;
         Ok(out)
+    }
+
+    /// [`forward`](Self::forward) of several sequences, packed one after another; each one is what `forward` gives for it alone, bit
+    /// for bit. Sequence i is tokens `offsets[i]..offsets[i + 1]` and may have none.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, D]` with all sequences' tokens, `offsets`: one more than sequences, `mask`: n keys; returns `[n, D]`.
+    ///
+    /// # Cost
+    /// The layers of this crate project all tokens in one matrix product.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); [`Error::Value`] for offsets that do not begin with 0, fall, or do not end with n.
+    fn forward_packed(&self, x: &ArrayRef2<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array2<T>> {
+        check_offsets("offsets", offsets, x.nrows())?;
+        packed::each(x, offsets, mask, |_, x, mask| self.forward(x, mask))
+    }
+
+    /// The next tokens of several sequences, packed one after another: [`prefill`](Self::prefill) of each, bit for bit. Sequence i is
+    /// tokens `offsets[i]..offsets[i + 1]`; if it has none, its state stays as it is.
+    ///
+    /// # Shapes
+    /// - `states`: b, `offsets`: b + 1; `x`: `[n, D]` with all sequences' tokens, `mask`: n keys; returns `[n, D]`.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill), for any of the sequences, and for offsets as [`forward_packed`](Self::forward_packed);
+    /// [`Error::Length`] unless there is one offset more than states. After an error no state is changed.
+    fn prefill_packed(&self, states: &mut [&mut Self::State], x: &ArrayRef2<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array2<T>> {
+        check_offsets_of(states.len(), offsets, x.nrows())?;
+        let mut next: Vec<Self::State> = states.iter().map(|state| (*state).clone()).collect();
+        let out = packed::each(x, offsets, mask, |i, x, mask| self.prefill(&mut next[i], x, mask))?;
+        states.iter_mut().zip(next).for_each(|(state, next)| **state = next);
+        Ok(out)
+    }
+
+    /// [`forward`](Self::forward) of several sequences of different lengths, padded to one; each is what `forward` gives for it alone,
+    /// bit for bit, whichever side the padding is on: positions count from a sequence's first own token.
+    ///
+    /// # Shapes
+    /// - `x`: `[b, n, D]`, `lengths`: b numbers of at most n; returns `[b, n, D]`, zeros in the padding. What `x` holds there is never
+    ///   looked at.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); [`Error::Length`] for another number of lengths, [`Error::TooLarge`] for one beyond n,
+    /// [`Error::Empty`] if all are 0.
+    fn forward_padded(&self, x: &ArrayRef3<T>, lengths: &[usize], padding: Padding) -> Result<Array3<T>> {
+        packed::padded(self.config().model_dim, x, lengths, padding, |x, offsets| self.forward_packed(x, offsets, KeyMask::All))
+    }
+
+    /// The next tokens of several sequences, as many as `lengths` says, padded to one length: [`prefill`](Self::prefill) of each, bit
+    /// for bit. The padding leaves no trace in the states, which afterwards step together, say.
+    ///
+    /// # Shapes
+    /// As [`forward_padded`](Self::forward_padded); `states`: b.
+    ///
+    /// # Errors
+    /// As [`prefill_packed`](Self::prefill_packed) and [`forward_padded`](Self::forward_padded). After an error no state is changed.
+    fn prefill_padded(&self, states: &mut [&mut Self::State], x: &ArrayRef3<T>, lengths: &[usize], padding: Padding) -> Result<Array3<T>> {
+        check_len("lengths", states.len(), lengths.len())?;
+        packed::padded(self.config().model_dim, x, lengths, padding, |x, offsets| self.prefill_packed(states, x, offsets, KeyMask::All))
     }
 }
 

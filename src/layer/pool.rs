@@ -131,6 +131,17 @@ impl<T: Real> StatePool<T> {
         Ok(&mut self.states[index])
     }
 
+    /// The states in several slots, to prefill them [packed](Attention::prefill_packed) or [padded](Attention::prefill_padded).
+    ///
+    /// # Errors
+    /// [`Error::Value`] for slots that are not taken or not all different.
+    pub fn get_each_mut(&mut self, slots: &[Slot]) -> Result<Vec<&mut DijiangState<T>>> {
+        let indices = slots.iter().map(|&slot| self.index(slot)).collect::<Result<Vec<usize>>>()?;
+        let mut all: Vec<Option<&mut DijiangState<T>>> = self.states.iter_mut().map(Some).collect();
+        let repeated = |index: usize| Error::Value { argument: "slots", expected: "all different", got: index as f64 };
+        indices.into_iter().map(|index| all[index].take().ok_or_else(|| repeated(index))).collect()
+    }
+
     /// A further slot with a copy of the state in `slot`; `None` if all are taken. Does not allocate.
     ///
     /// # Errors
@@ -169,11 +180,7 @@ impl<T: Real> StatePool<T> {
     /// [`Error::Value`] for slots that are not taken or not all different, and those of [`DijiangAttention::step_batch`]. After an
     /// error no state is changed.
     pub fn step(&mut self, layer: &DijiangAttention<T>, slots: &[Slot], x: &ArrayRef2<T>, out: &mut ArrayRef2<T>) -> Result<()> {
-        let indices = slots.iter().map(|&slot| self.index(slot)).collect::<Result<Vec<usize>>>()?;
-        let mut all: Vec<Option<&mut DijiangState<T>>> = self.states.iter_mut().map(Some).collect();
-        let repeated = |index: usize| Error::Value { argument: "slots", expected: "all different", got: index as f64 };
-        let states = indices.into_iter().map(|index| all[index].take().ok_or_else(|| repeated(index)));
-        layer.step_batch(&mut states.collect::<Result<Vec<_>>>()?, x, out)
+        layer.step_batch(&mut self.get_each_mut(slots)?, x, out)
     }
 
     /// The place of a slot that is taken.

@@ -1,5 +1,6 @@
 //! What both layers have in common: hidden states → rotated queries, keys and values → (attention) → hidden states.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use ndarray::{
@@ -35,6 +36,14 @@ pub(crate) struct Projected<T> {
     pub(crate) q: Array2<T>,
     pub(crate) k: Array2<T>,
     pub(crate) v: Array2<T>,
+}
+
+/// Rows of several sequences, one after another: rows `offsets[i]..offsets[i + 1]` are those of a sequence from position `starts[i]` on.
+/// Checked.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Runs<'a> {
+    pub(crate) offsets: &'a [usize],
+    pub(crate) starts: &'a [usize],
 }
 
 /// Everything [`Projections::step`] writes to besides its output. Contents are garbage before and after.
@@ -85,11 +94,22 @@ impl<T: Real> Projections<T> {
         start: usize,
         attend: impl FnOnce(&ArrayRef3<T>, &ArrayRef3<T>, &ArrayRef3<T>, &mut ArrayRef3<T>) -> Result<()>,
     ) -> Result<Array2<T>> {
+        self.run_packed(x, mask, Runs { offsets: &[0, x.nrows()], starts: &[start] }, attend)
+    }
+
+    /// [`run`](Self::run) over several sequences at once.
+    pub(crate) fn run_packed(
+        &self,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+        runs: Runs<'_>,
+        attend: impl FnOnce(&ArrayRef3<T>, &ArrayRef3<T>, &ArrayRef3<T>, &mut ArrayRef3<T>) -> Result<()>,
+    ) -> Result<Array2<T>> {
         self.check_sequence("x", x)?;
         if let KeyMask::Valid(valid) = mask {
             check_len("mask", x.nrows(), valid.len())?;
         }
-        let Projected { q, k, v } = self.project(x, start);
+        let Projected { q, k, v } = self.project_packed(x, runs);
         let mut o = Array2::zeros(q.raw_dim());
         attend(&self.heads(&q), &self.heads(&k), &self.heads(&v), &mut self.heads_mut(&mut o))?;
         drop((q, k, v));
@@ -100,7 +120,7 @@ impl<T: Real> Projections<T> {
     pub(crate) fn output(&self, o: &Array2<T>) -> Array2<T> {
         let mut y = Array2::zeros((o.nrows(), self.config.model_dim));
         let output = Linear { weight: &self.weights.o, bias: self.weights.o_bias.as_ref(), rotary: None };
-        apply(0, o.view(), &mut [(output, &mut y)]);
+        apply(Runs { offsets: &[], starts: &[] }, o.view(), &mut [(output, &mut y)]);
         y
     }
 
@@ -215,13 +235,18 @@ impl<T: Real> Projections<T> {
 
     /// The three projections of checked hidden states whose first row is at position `start`.
     pub(crate) fn project(&self, x: &ArrayRef2<T>, start: usize) -> Projected<T> {
+        self.project_packed(x, Runs { offsets: &[0, x.nrows()], starts: &[start] })
+    }
+
+    /// [`project`](Self::project) of several sequences at once.
+    fn project_packed(&self, x: &ArrayRef2<T>, runs: Runs<'_>) -> Projected<T> {
         let weights = &*self.weights;
         let zeros = |weight: &Array2<T>| Array2::zeros((x.nrows(), weight.nrows()));
         let mut projected = Projected { q: zeros(&weights.q), k: zeros(&weights.k), v: zeros(&weights.v) };
         let rotary = self.rotary.as_ref();
         let x = x.as_standard_layout();
         apply(
-            start,
+            runs,
             x.view(),
             &mut [
                 (Linear { weight: &weights.q, bias: weights.q_bias.as_ref(), rotary }, &mut projected.q),
@@ -230,6 +255,17 @@ impl<T: Real> Projections<T> {
             ],
         );
         projected
+    }
+
+    /// The projections of checked hidden states that others query: k and v of [`project`](Self::project).
+    pub(crate) fn project_keys(&self, x: &ArrayRef2<T>, start: usize) -> (Array2<T>, Array2<T>) {
+        let (weights, x) = (&*self.weights, x.as_standard_layout());
+        let zeros = |weight: &Array2<T>| Array2::zeros((x.nrows(), weight.nrows()));
+        let (mut k, mut v) = (zeros(&weights.k), zeros(&weights.v));
+        let key = Linear { weight: &weights.k, bias: weights.k_bias.as_ref(), rotary: self.rotary.as_ref() };
+        let value = Linear { weight: &weights.v, bias: weights.v_bias.as_ref(), rotary: None };
+        apply(Runs { offsets: &[0, x.nrows()], starts: &[start] }, x.view(), &mut [(key, &mut k), (value, &mut v)]);
+        (k, v)
     }
 
     /// Turns rows `[n, h·d]` of a whole sequence back by the rotary embedding.
@@ -267,8 +303,8 @@ struct Linear<'a, T> {
 }
 
 impl<T: Real> Linear<'_, T> {
-    /// At most [`ROWS`] rows, the first one at position `start`.
-    fn block(&self, start: usize, x: ArrayView2<'_, T>, mut y: ArrayViewMut2<'_, T>) {
+    /// At most [`ROWS`] of the rows of `runs`, the first of them being row `first`.
+    fn block(&self, runs: Runs<'_>, first: usize, x: ArrayView2<'_, T>, mut y: ArrayViewMut2<'_, T>) {
         let n = x.nrows();
         if n == ROWS {
             product(x, self.weight.t(), y.view_mut(), false);
@@ -282,22 +318,37 @@ impl<T: Real> Linear<'_, T> {
             y += bias;
         }
         if let (Some(rotary), width, Some(rows)) = (self.rotary, y.ncols(), y.as_slice_mut()) {
-            rotary.rotate(rows, width, start, &mut rotary.angles());
+            let mut angles = rotary.angles();
+            for (own, position) in runs.within(first..first + n) {
+                rotary.rotate(&mut rows[own.start * width..own.end * width], width, position, &mut angles);
+            }
         }
     }
 }
 
-/// Applies every linear map to `x` (rows one after another), on all threads. The first row is at position `start`.
-fn apply<T: Real>(start: usize, x: ArrayView2<'_, T>, outputs: &mut [(Linear<'_, T>, &mut Array2<T>)]) {
+impl Runs<'_> {
+    /// The sequences of these rows: which of `rows` are theirs, counted from the first one, and its position.
+    fn within(&self, rows: Range<usize>) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let skipped = self.offsets.partition_point(|&offset| offset <= rows.start).saturating_sub(1);
+        let runs = self.offsets.windows(2).zip(self.starts).skip(skipped);
+        runs.take_while(move |(pair, _)| pair[0] < rows.end).map(move |(pair, start)| {
+            let (first, end) = (pair[0].max(rows.start), pair[1].clamp(rows.start, rows.end));
+            (first - rows.start..end.max(first) - rows.start, start + first - pair[0])
+        })
+    }
+}
+
+/// Applies every linear map to `x` (rows one after another), on all threads.
+fn apply<T: Real>(runs: Runs<'_>, x: ArrayView2<'_, T>, outputs: &mut [(Linear<'_, T>, &mut Array2<T>)]) {
     let blocks: Vec<_> = outputs
         .iter_mut()
         .flat_map(|(linear, y)| {
             let pairs = x.axis_chunks_iter(Axis(0), ROWS).zip(y.axis_chunks_iter_mut(Axis(0), ROWS));
-            pairs.enumerate().map(|(i, (x, y))| (&*linear, start + i * ROWS, x, y))
+            pairs.enumerate().map(|(i, (x, y))| (&*linear, i * ROWS, x, y))
         })
         .collect();
     let mut threads = vec![(); max_threads().min(blocks.len())];
-    for_each(&mut threads, blocks.into_iter(), |(), (linear, start, x, y)| linear.block(start, x, y));
+    for_each(&mut threads, blocks.into_iter(), |(), (linear, first, x, y)| linear.block(runs, first, x, y));
 }
 
 /// y = W x + b for W `[out, in]`, row after row. Allocates nothing.

@@ -14,6 +14,7 @@ use crate::real::Real;
 
 /// Which coordinates are turned together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum RotaryPairing {
     /// i and i + r/2: GPT-NeoX, and LLaMA in the Hugging Face layout.
     #[default]
@@ -24,6 +25,7 @@ pub enum RotaryPairing {
 
 /// How the frequencies are stretched for contexts longer than the training one.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum RotaryScaling {
     /// Not at all.
@@ -51,6 +53,7 @@ pub enum RotaryScaling {
 /// Rotary position embedding of queries and keys. Checked with the [`AttentionConfig`](crate::layer::AttentionConfig) it belongs to:
 /// `dims` even, at least 2 and at most d; `base` and every factor finite and positive.
 #[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
 #[non_exhaustive]
 pub struct Rotary {
     /// Base of the frequencies, `rope_theta` in Hugging Face configs. Usual: 10000.

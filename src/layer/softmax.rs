@@ -8,10 +8,10 @@ use std::sync::Arc;
 
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2};
 
-use crate::attention::{ExactAttention, ExactConfig, KeyMask, KvCache, Near, Workspace};
+use crate::attention::{ExactAttention, ExactConfig, KeyMask, KvCache, Near, Workspace, check_offsets, check_offsets_of};
 use crate::error::{Error, Result, check_elements};
 use crate::layer::config::{AttentionConfig, Causality};
-use crate::layer::projection::{Projected, Projections, StepScratch};
+use crate::layer::projection::{Projected, Projections, Runs, StepScratch};
 use crate::layer::weights::AttentionWeights;
 use crate::layer::{Attention, check_causal};
 use crate::real::Real;
@@ -159,6 +159,31 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
         check_causal(self.config(), "prefill")?;
         self.projections.run(x, mask, state.position(), |q, k, v, out| {
             self.exact.prefill_into(&mut state.cache, q, k, v, mask, out, &mut state.workspace)
+        })
+    }
+
+    fn forward_packed(&self, x: &ArrayRef2<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array2<T>> {
+        let sequences = check_offsets("offsets", offsets, x.nrows())?;
+        let (starts, mut workspace) = (vec![0; sequences], self.exact.workspace());
+        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| match self.config().causality {
+            Causality::Causal => self.exact.causal_packed_into(q, k, v, offsets, mask, out, &mut workspace),
+            Causality::Bidirectional => self.exact.full_packed_into(q, k, v, offsets, offsets, mask, out, &mut workspace),
+        })
+    }
+
+    fn prefill_packed(
+        &self,
+        states: &mut [&mut SoftmaxState<T>],
+        x: &ArrayRef2<T>,
+        offsets: &[usize],
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>> {
+        check_causal(self.config(), "prefill")?;
+        check_offsets_of(states.len(), offsets, x.nrows())?;
+        let starts: Vec<_> = states.iter().map(|state| state.position()).collect();
+        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
+            let mut caches: Vec<_> = states.iter_mut().map(|state| &mut state.cache).collect();
+            self.exact.prefill_packed_into(&mut caches, q, k, v, offsets, mask, out, &mut self.exact.workspace())
         })
     }
 

@@ -51,6 +51,17 @@ pub trait Stream<T: Real>: Debug + Sync {
         out: &mut ArrayRef2<T>,
         workspace: &mut Workspace<T>,
     ) -> Result<()>;
+    fn full_packed(&self, inputs: &Inputs<T>, q_offsets: &[usize], k_offsets: &[usize], mask: KeyMask<'_>) -> Result<Array3<T>>;
+    fn causal_packed(&self, inputs: &Inputs<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array3<T>>;
+    fn prefill_packed_into(
+        &self,
+        states: &mut [&mut Self::State],
+        inputs: &Inputs<T>,
+        offsets: &[usize],
+        mask: KeyMask<'_>,
+        out: &mut ArrayRef3<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()>;
 
     /// All tokens one by one, outputs `[h, n, e]`.
     fn steps(&self, state: &mut Self::State, inputs: &Inputs<T>) -> Array3<T> {
@@ -126,6 +137,23 @@ macro_rules! stream {
                 workspace: &mut Workspace<T>,
             ) -> Result<()> {
                 self.step(state, q, k, v, out, workspace)
+            }
+            fn full_packed(&self, inputs: &Inputs<T>, q_offsets: &[usize], k_offsets: &[usize], mask: KeyMask<'_>) -> Result<Array3<T>> {
+                self.full_packed(&inputs.q, &inputs.k, &inputs.v, q_offsets, k_offsets, mask)
+            }
+            fn causal_packed(&self, inputs: &Inputs<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array3<T>> {
+                self.causal_packed(&inputs.q, &inputs.k, &inputs.v, offsets, mask)
+            }
+            fn prefill_packed_into(
+                &self,
+                states: &mut [&mut $state<T>],
+                inputs: &Inputs<T>,
+                offsets: &[usize],
+                mask: KeyMask<'_>,
+                out: &mut ArrayRef3<T>,
+                workspace: &mut Workspace<T>,
+            ) -> Result<()> {
+                self.prefill_packed_into(states, &inputs.q, &inputs.k, &inputs.v, offsets, mask, out, workspace)
             }
         }
     };

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! magic "dijiang\0", then little-endian u32: format version 1, bytes per number of the layer, storage;
-//! u64: heads, d, m, e, near chunk, near back (0, 0 for none), position
+//! u64: heads, d, m, e, near chunk, near back (0, 0 for none), start, position
 //! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of z;
 //!            S, what rounding kept out of S; pending weights and values; near keys, values, and one byte each for validity
 //! CRC-32 of everything before it, u32
@@ -10,22 +10,24 @@
 
 use half::bf16;
 
-use super::{CausalState, HeadState, PENDING, Shape};
-use crate::attention::LinearAttention;
-use crate::error::{Error, Result};
+use super::{CausalState, HeadState, MAX_POSITION, PENDING, Shape};
+use crate::attention::{LinearAttention, Near};
+use crate::error::Result;
 use crate::files::{elements, fault};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
+use crate::simd::padded;
 
 const MAGIC: &[u8; 8] = b"dijiang\0";
 const VERSION: u32 = 1;
-/// Bytes of the magic, three u32 and seven u64.
-const HEADER: usize = 8 + 3 * 4 + 7 * 8;
+/// Bytes of the magic, three u32 and eight u64.
+const HEADER: usize = 8 + 3 * 4 + 8 * 8;
 const CHECKSUM: usize = 4;
 
 /// In how many bytes a state's sums, keys and values are kept. Normalisers and exponents always keep the layer's own type: they
 /// are few, and everything is relative to them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Storage {
     /// In the layer's own type: the state continues bit for bit.
     #[default]
@@ -57,19 +59,19 @@ impl Storage {
 
 impl<T: Real> CausalState<T> {
     /// The state as bytes, versioned and with a checksum that finds every flipped bit.
-    /// [`LinearAttention::state_from_bytes`] reads them.
+    /// [`LinearAttention::state_from_bytes`] reads them, and [`from_bytes`](Self::from_bytes).
     ///
     /// # Cost
     /// One pass over the state; one allocation of its size, or less of it with another storage than [`Storage::Exact`].
     pub fn to_bytes(&self, storage: Storage) -> Vec<u8> {
         let near = self.shape.near.map_or([0, 0], |near| [near.chunk, near.back]);
         let Shape { heads, dim, features, value_dim, .. } = self.shape;
-        let mut out = Vec::with_capacity(length::<T>(&self.heads, storage));
+        let mut out = Vec::with_capacity(length::<T>(self.shape, storage) as usize);
         out.extend_from_slice(MAGIC);
         for number in [VERSION, size_of::<T>() as u32, storage.code()] {
             out.extend_from_slice(&number.to_le_bytes());
         }
-        for number in [heads, dim, features, value_dim, near[0], near[1], self.position] {
+        for number in [heads, dim, features, value_dim, near[0], near[1], self.start, self.position] {
             out.extend_from_slice(&(number as u64).to_le_bytes());
         }
         for head in &self.heads {
@@ -86,6 +88,27 @@ impl<T: Real> CausalState<T> {
         out.extend_from_slice(&checksum.to_le_bytes());
         out
     }
+
+    /// The state that [`to_bytes`](Self::to_bytes) wrote, of whatever shape it is: an operator finds out whether it is its own when
+    /// it is used. [`LinearAttention::state_from_bytes`] finds out at once.
+    ///
+    /// # Cost
+    /// One pass over the bytes. Memory is taken for a state of these bytes only, at most four times their number, after length, header
+    /// and checksum have been found to be right.
+    ///
+    /// # Errors
+    /// [`Error::Format`](crate::Error::Format) for bytes that are no state, of another version or element type, cut short, too long or
+    /// damaged.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
+        let header = Header::read::<T>(bytes)?;
+        let Shape { heads, dim, features, value_dim, near } = header.shape;
+        let near = near.unwrap_or(Near::new(1, 0));
+        let sizes = [heads, dim, features, value_dim, near.chunk, near.back.max(1)];
+        match sizes.into_iter().find(|size| !(1..=bytes.len()).contains(size)) {
+            Some(size) => Err(fault("state size", format!("from 1 to {}", bytes.len()), size)),
+            None => header.state(bytes),
+        }
+    }
 }
 
 impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
@@ -96,16 +119,32 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// be right.
     ///
     /// # Errors
-    /// [`Error::Foreign`] for the state of an operator of another shape, [`Error::Format`] for bytes that are no state, of another
-    /// version or element type, cut short, too long or damaged.
+    /// [`Error::Foreign`](crate::Error::Foreign) for the state of an operator of another shape,
+    /// [`Error::Format`](crate::Error::Format) for bytes that are no state, of another version or element type, cut short, too long or
+    /// damaged.
     pub fn state_from_bytes(&self, bytes: &[u8]) -> Result<CausalState<T>> {
+        let header = Header::read::<T>(bytes)?;
+        self.shape().check(header.shape)?;
+        header.state(bytes)
+    }
+}
+
+/// What bytes say of themselves, not believed yet.
+struct Header {
+    storage: Storage,
+    shape: Shape,
+    start: u64,
+    position: u64,
+}
+
+impl Header {
+    fn read<T: Real>(bytes: &[u8]) -> Result<Self> {
         let short = || fault("state", "at least a header", format!("{} bytes", bytes.len()));
         let (header, _) = bytes.split_at_checked(HEADER).ok_or_else(short)?;
         if header[..8] != MAGIC[..] {
             return Err(fault("state", "to begin with \"dijiang\"", "something else"));
         }
         let words: Vec<u32> = elements(&header[8..20], u32::from_le_bytes);
-        let numbers: Vec<u64> = elements(&header[20..], u64::from_le_bytes);
         if words[0] != VERSION {
             return Err(fault("state version", VERSION, words[0]));
         }
@@ -114,58 +153,53 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         }
         let storage = [Storage::Exact, Storage::F32, Storage::Bf16].into_iter().find(|storage| storage.code() == words[2]);
         let storage = storage.ok_or_else(|| fault("state storage", "0, 1 or 2", words[2]))?;
-        let shape = self.shape();
-        let near = shape.near.map_or([0, 0], |near| [near.chunk, near.back]);
-        let expected = [
-            ("number of heads", shape.heads),
-            ("head dimension", shape.dim),
-            ("number of features", shape.features),
-            ("value dimension", shape.value_dim),
-            ("near chunk", near[0]),
-            ("near back", near[1]),
-        ];
-        for ((what, expected), &got) in expected.into_iter().zip(&numbers) {
-            if got != expected as u64 {
-                let got = usize::try_from(got).unwrap_or(usize::MAX);
-                return Err(Error::Foreign { argument: "state", what, expected, got });
-            }
+        let numbers: Vec<u64> = elements(&header[20..], u64::from_le_bytes);
+        let size = |i: usize| usize::try_from(numbers[i]).unwrap_or(usize::MAX);
+        let near = (numbers[4..6] != [0, 0]).then(|| Near::new(size(4), size(5)));
+        let shape = Shape { heads: size(0), dim: size(1), features: size(2), value_dim: size(3), near };
+        Ok(Self { storage, shape, start: numbers[6], position: numbers[7] })
+    }
+
+    /// The state in `bytes`, of a shape whose sizes are those of something in memory.
+    fn state<T: Real>(self, bytes: &[u8]) -> Result<CausalState<T>> {
+        let Self { storage, shape, start, position } = self;
+        let place = |position: u64| usize::try_from(position).ok().filter(|&position| position <= MAX_POSITION);
+        let (Some(start), Some(position)) = (place(start), place(position).filter(|_| start <= position)) else {
+            return Err(fault("state position", format!("from its start to {MAX_POSITION}"), format!("{start} to {position}")));
+        };
+        let whole = length::<T>(shape, storage);
+        if bytes.len() as u128 != whole {
+            return Err(fault("state", format!("{whole} bytes"), bytes.len()));
         }
-        let position = usize::try_from(numbers[6]).map_err(|_| fault("state position", "a number of tokens", numbers[6]))?;
-        let (body, checksum) = bytes.split_at(bytes.len().saturating_sub(CHECKSUM));
+        let (body, checksum) = bytes.split_at(bytes.len() - CHECKSUM);
         if checksum != crc32fast::hash(body).to_le_bytes() {
             return Err(fault("state checksum", "that of the bytes", "another"));
         }
-        let mut state = self.new_state();
-        let whole = length::<T>(&state.heads, storage);
-        if bytes.len() != whole {
-            return Err(fault("state", format!("{whole} bytes"), bytes.len()));
-        }
+        let mut state = CausalState { start, position, ..CausalState::new(shape) };
         let mut reader = Reader { bytes: &body[HEADER..], storage, sound: true };
         for head in &mut state.heads {
             read_head(head, &mut reader);
             reader.sound &= head.reference_position <= position && head.pending.len <= PENDING;
         }
-        if !reader.sound {
-            return Err(fault("state", "made of finite numbers and counts in range", "others"));
-        }
-        state.position = position;
-        Ok(state)
+        if reader.sound { Ok(state) } else { Err(fault("state", "made of finite numbers and counts in range", "others")) }
     }
 }
 
-/// Bytes of a state with heads like these.
-fn length<T: Real>(heads: &[HeadState<T>], storage: Storage) -> usize {
-    let head = |head: &HeadState<T>| {
-        let own = head.reference.len() + head.norm.len() + head.norm_rest.len();
-        let mut stored = head.sums.len() + head.sums_rest.len() + head.pending.weights.len() + head.pending.values.len();
-        let mut flags = 0;
-        if let Some(ring) = &head.ring {
-            stored += ring.len();
-            flags = ring.flags();
+/// Bytes of a state of this shape, whose sizes are those of something in memory.
+fn length<T: Real>(shape: Shape, storage: Storage) -> u128 {
+    let [heads, dim, features] = [shape.heads, shape.dim, shape.features].map(|size| size as u128);
+    let row = padded(shape.value_dim) as u128;
+    let (mut stored, mut flags) = (2 * features * row, 0);
+    match shape.near {
+        Some(near) => {
+            let (chunk, slots) = (near.chunk as u128, near.back as u128 + 1);
+            stored += slots * (dim * padded(near.chunk) as u128 + chunk * row);
+            flags = slots * chunk;
         }
-        8 + 2 + own * size_of::<T>() + stored * storage.width::<T>() + flags
-    };
-    HEADER + heads.iter().map(head).sum::<usize>() + CHECKSUM
+        None => stored += PENDING as u128 * (features + row),
+    }
+    let head = 8 + 2 + 3 * features * size_of::<T>() as u128 + stored * storage.width::<T>() as u128 + flags;
+    HEADER as u128 + heads * head + CHECKSUM as u128
 }
 
 fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>) {

@@ -2,6 +2,8 @@
 
 #[cfg(feature = "states")]
 mod bytes;
+#[cfg(feature = "serde")]
+mod serial;
 
 #[cfg(feature = "states")]
 pub use bytes::Storage;
@@ -24,9 +26,13 @@ use crate::simd::{Ahead, Ops, Product, padded};
 #[derive(Debug, Clone, PartialEq)]
 pub struct CausalState<T> {
     pub(super) heads: Vec<HeadState<T>>,
+    start: usize,
     pub(super) position: usize,
     shape: Shape,
 }
+
+/// Largest position a state may begin at: exact as an f64, and later ones can still be counted.
+pub(super) const MAX_POSITION: usize = 1 << 52;
 
 /// What a state must share with the operator it is used by.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,10 +46,23 @@ pub(super) struct Shape {
 
 impl<T: Real> CausalState<T> {
     pub(super) fn new(shape: Shape) -> Self {
-        Self { heads: vec![HeadState::new(shape); shape.heads], position: 0, shape }
+        Self { heads: vec![HeadState::new(shape); shape.heads], start: 0, position: 0, shape }
     }
 
-    /// Tokens seen so far, masked ones included.
+    pub(super) fn at(shape: Shape, position: usize) -> Result<Self> {
+        if position > MAX_POSITION {
+            return Err(Error::TooLarge { argument: "position", limit: MAX_POSITION, got: position });
+        }
+        Ok(Self { start: position, position, ..Self::new(shape) })
+    }
+
+    /// Position of the first token seen; 0 but for segments made by
+    /// [`new_state_at`](crate::attention::LinearAttention::new_state_at).
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
+    /// Position of the next token: with a [`start`](Self::start) of 0, the number of tokens seen so far, masked ones included.
     pub fn position(&self) -> usize {
         self.position
     }
@@ -59,14 +78,14 @@ impl<T: Real> CausalState<T> {
     /// [`Error::Foreign`] for a state of an operator of another shape; this one is unchanged then.
     pub fn copy_from(&mut self, from: &Self) -> Result<()> {
         from.check(self.shape)?;
-        self.position = from.position;
+        (self.start, self.position) = (from.start, from.position);
         self.heads.iter_mut().zip(&from.heads).for_each(|(head, from)| head.copy(from));
         Ok(())
     }
 
-    /// Back to the empty state, without allocating.
+    /// Back to the empty state of a whole sequence, without allocating.
     pub fn reset(&mut self) {
-        self.position = 0;
+        (self.start, self.position) = (0, 0);
         for head in &mut self.heads {
             head.reset();
         }
@@ -74,14 +93,21 @@ impl<T: Real> CausalState<T> {
 
     /// Whether this state was made by an operator of this shape.
     pub(super) fn check(&self, shape: Shape) -> Result<()> {
-        let near = |shape: Shape| shape.near.map_or((0, 0), |near| (near.chunk, near.back));
+        shape.check(self.shape)
+    }
+}
+
+impl Shape {
+    /// Whether a state of the other shape is one of this shape.
+    fn check(self, got: Self) -> Result<()> {
+        let near = |shape: Self| shape.near.map_or((0, 0), |near| (near.chunk, near.back));
         let pairs = [
-            ("number of heads", shape.heads, self.shape.heads),
-            ("head dimension", shape.dim, self.shape.dim),
-            ("number of features", shape.features, self.shape.features),
-            ("value dimension", shape.value_dim, self.shape.value_dim),
-            ("near chunk", near(shape).0, near(self.shape).0),
-            ("near back", near(shape).1, near(self.shape).1),
+            ("number of heads", self.heads, got.heads),
+            ("head dimension", self.dim, got.dim),
+            ("number of features", self.features, got.features),
+            ("value dimension", self.value_dim, got.value_dim),
+            ("near chunk", near(self).0, near(got).0),
+            ("near back", near(self).1, near(got).1),
         ];
         match pairs.into_iter().find(|(_, expected, got)| expected != got) {
             Some((what, expected, got)) => Err(Error::Foreign { argument: "state", what, expected, got }),
@@ -257,6 +283,29 @@ impl<T: Real> HeadState<T> {
         }
         self.reference_position = position;
         self.started = true;
+    }
+
+    /// Adds the sums of another state, one without pending keys. `candidate` is scratch.
+    pub(super) fn join(&mut self, ops: &Ops<T>, log_decay: f64, other: &Self, candidate: &mut [T]) {
+        if !other.started {
+            return;
+        }
+        if !self.started {
+            return self.copy_far(other);
+        }
+        let position = self.reference_position.max(other.reference_position);
+        let decay = other.decay(log_decay, position);
+        candidate.iter_mut().zip(&other.reference).for_each(|(candidate, &c)| *candidate = c + decay);
+        self.rebase(ops, log_decay, position, candidate);
+        let stride = self.sums.len() / self.norm.len();
+        for (f, &candidate) in candidate.iter().enumerate() {
+            let factor = (candidate - self.reference[f]).exp();
+            self.norm_rest[f] += factor * (other.norm[f] + other.norm_rest[f]);
+            let row = f * stride..(f + 1) * stride;
+            let sums = other.sums[row.clone()].iter().zip(&other.sums_rest[row.clone()]);
+            self.sums_rest[row].iter_mut().zip(sums).for_each(|(own, (&sum, &rest))| *own += factor * (sum + rest));
+        }
+        self.fold(ops);
     }
 
     /// First token of a panel of log-features whose exponent leaves the frame; `exponents` holds −λ(p_j − p₀), or −∞

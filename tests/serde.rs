@@ -1,0 +1,79 @@
+//! States and configs through serde: JSON stands for any format.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+use common::linear::Setup;
+use common::stream::Stream;
+use dijiang::attention::{CausalState, ExactConfig, KeyMask, LinearConfig, Near, Storage};
+use dijiang::kernel::{DctMapConfig, FavorConfig, Mixing};
+use dijiang::layer::{AttentionConfig, CalibrateOptions, Causality, ChooseOptions, DijiangOptions, Padding, Rotary, RotaryScaling};
+use serde::de::value::{BytesDeserializer, Error as ValueError};
+use serde::de::{Deserialize, DeserializeOwned};
+use serde::ser::Serialize;
+use std::fmt::Debug;
+
+fn state(setup: &Setup) -> CausalState<f32> {
+    let attention = setup.build::<f32>();
+    let mut state = attention.new_state();
+    attention.prefill_of(&mut state, &setup.inputs(30, 30).cast(), KeyMask::All).unwrap();
+    state
+}
+
+#[test]
+fn a_state_comes_back() {
+    for setup in [Setup::new(1), Setup::new(2).near(4, 1)] {
+        let state = state(&setup);
+        let json = serde_json::to_string(&state).unwrap();
+        assert!(serde_json::from_str::<CausalState<f32>>(&json).unwrap() == state);
+        let bytes = state.to_bytes(Storage::Exact);
+        let read = CausalState::deserialize(BytesDeserializer::<ValueError>::new(&bytes)).unwrap();
+        assert!(state == read);
+    }
+}
+
+#[test]
+fn an_unsound_state_does_not() {
+    let mut bytes = state(&Setup::new(1)).to_bytes(Storage::Exact);
+    bytes[100] ^= 4;
+    let json = serde_json::to_string(&bytes).unwrap();
+    let error = serde_json::from_str::<CausalState<f32>>(&json).unwrap_err();
+    assert!(error.to_string().contains("checksum"), "{error}");
+    for json in ["[]", "[1, 2, 300]", "[1.5]", "{}", "\"dijiang\"", "null"] {
+        assert!(serde_json::from_str::<CausalState<f32>>(json).is_err(), "{json}");
+    }
+    let f64s = serde_json::to_string(&state(&Setup::new(1))).unwrap();
+    assert!(serde_json::from_str::<CausalState<f64>>(&f64s).is_err());
+}
+
+#[test]
+fn configs_come_back() {
+    fn check<C: Serialize + DeserializeOwned + PartialEq + Debug>(config: C) {
+        let json = serde_json::to_value(&config).unwrap();
+        assert_eq!(serde_json::from_value::<C>(json.clone()).unwrap(), config);
+        if let serde_json::Value::Object(mut fields) = json {
+            fields.insert("misspelt".into(), 1.into());
+            assert!(serde_json::from_value::<C>(fields.into()).is_err(), "{config:?}: an unknown field");
+        }
+    }
+    let scaling = RotaryScaling::Linear { factor: 2.0 };
+    let rotary = Rotary::new(5e5).with_scaling(scaling).with_dims(8);
+    check(AttentionConfig::new(64, 4).with_kv_heads(2).with_rotary(rotary).with_causality(Causality::Bidirectional));
+    check(DijiangOptions::new().with_blocks(3).with_near(Some(Near::new(32, 2))).with_mixing(Mixing::Mixed).with_seed(u64::MAX));
+    check(LinearConfig::new().with_near(Near::new(5, 1)).with_log_decay(vec![-0.1, 0.0]));
+    check(ExactConfig::new(4, 16));
+    check(DctMapConfig::new(16).with_blocks(2));
+    check(FavorConfig::new(16, 32));
+    check(CalibrateOptions::new());
+    check(ChooseOptions::new());
+    check(Padding::Left);
+    check(Storage::Bf16);
+}
+
+/// Hand-written files name what they change.
+#[test]
+fn options_have_their_defaults() {
+    let options: DijiangOptions = serde_json::from_str(r#"{ "blocks": 2, "near": null }"#).unwrap();
+    assert_eq!(options, DijiangOptions::new().with_blocks(2).with_near(None));
+    assert_eq!(serde_json::from_str::<LinearConfig>("{}").unwrap(), LinearConfig::new());
+}
