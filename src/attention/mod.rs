@@ -30,6 +30,7 @@ mod state;
 mod tape;
 mod workspace;
 
+pub(crate) use checks::check_state_size;
 use linear::Head;
 
 pub use backward::{AttentionGradients, StateGradients};

@@ -22,6 +22,8 @@ const VERSION: u32 = 1;
 /// Bytes of the magic, three u32 and seven u64.
 const HEADER: usize = 8 + 3 * 4 + 7 * 8;
 const CHECKSUM: usize = 4;
+/// No sequence is longer, so that positions never overflow.
+const LONGEST: u64 = 1 << 53;
 
 /// In how many bytes a state's sums, keys and values are kept. Normalisers and exponents always keep the layer's own type: they
 /// are few, and everything is relative to them.
@@ -130,7 +132,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
                 return Err(Error::Foreign { argument: "state", what, expected, got });
             }
         }
-        let position = usize::try_from(numbers[6]).map_err(|_| fault("state position", "a number of tokens", numbers[6]))?;
+        let position = usize::try_from(numbers[6]).ok().filter(|&position| position as u64 <= LONGEST);
+        let position = position.ok_or_else(|| fault("state position", "at most 2⁵³ tokens", numbers[6]))?;
         let (body, checksum) = bytes.split_at(bytes.len().saturating_sub(CHECKSUM));
         if checksum != crc32fast::hash(body).to_le_bytes() {
             return Err(fault("state checksum", "that of the bytes", "another"));
@@ -143,7 +146,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         let mut reader = Reader { bytes: &body[HEADER..], storage, sound: true };
         for head in &mut state.heads {
             read_head(head, &mut reader);
-            reader.sound &= head.reference_position <= position && head.pending.len <= PENDING;
+            // The next key to join the sums must not lie before the frame.
+            let next = head.ring.as_ref().map_or(position, |ring| ring.first(position));
+            reader.sound &= head.reference_position <= next && head.pending.len <= PENDING;
         }
         if !reader.sound {
             return Err(fault("state", "made of finite numbers and counts in range", "others"));
