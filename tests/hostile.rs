@@ -114,7 +114,11 @@ fn repeated_rows_are_rows() {
     // Keys and values of one memory, and a column that is one number.
     let column = row.slice(s![.., ..1]).to_owned();
     let flat = column.broadcast((70, 8)).unwrap();
-    assert_same_bits("flat", &linear(None).forward(&flat, KeyMask::All).unwrap(), &linear(None).forward(&flat.to_owned(), KeyMask::All).unwrap());
+    assert_same_bits(
+        "flat",
+        &linear(None).forward(&flat, KeyMask::All).unwrap(),
+        &linear(None).forward(&flat.to_owned(), KeyMask::All).unwrap(),
+    );
 }
 
 /// One size beyond memory after the other, each of which must be refused before anything is taken.
@@ -174,7 +178,13 @@ fn strongest_decay_over_masked_keys() {
 #[test]
 fn published_gates_beyond_the_range() {
     let base = published();
-    let weights = PublishedWeights::new(vec![1.0; 4], PublishedWeights::<f32>::decays(2), matrix(3, 8, 8) * 1e14, Array1::from_elem(8, 1e15), Array1::ones(8));
+    let weights = PublishedWeights::new(
+        vec![1.0; 4],
+        PublishedWeights::<f32>::decays(2),
+        matrix(3, 8, 8) * 1e14,
+        Array1::from_elem(8, 1e15),
+        Array1::ones(8),
+    );
     let layer = PublishedAttention::new(base.config().clone(), base.weights().clone(), weights).unwrap();
     let mut state = layer.new_state();
     let x = text(5) * 1e12;
@@ -205,7 +215,8 @@ fn callbacks_that_panic() {
     }
     let options = ChooseOptions::new().with_near(vec![Some(Near::new(8, 1))]).with_blocks(vec![1]);
     let softmax = softmax();
-    let run = catch_unwind(AssertUnwindSafe(|| DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| panic!("the callback's own"))));
+    let run =
+        catch_unwind(AssertUnwindSafe(|| DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| panic!("the callback's own"))));
     assert!(run.is_err());
     DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| ControlFlow::Continue(())).unwrap();
     // So does the panic of a loss, and threads go on working.

@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::{ArrayRef3, ArrayView1, ArrayView2};
 
-use crate::attention::{KeyMask, Near};
 use crate::attention::rows::{Valid, is_valid};
 use crate::attention::workspace::Sizes;
+use crate::attention::{KeyMask, Near};
 use crate::error::{Error, Result, check_len, check_positive, check_shape, within};
 use crate::real::Real;
 use crate::simd::LANES;

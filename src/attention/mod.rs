@@ -11,7 +11,8 @@
 //! O(n²) and with a cache that grows.
 //!
 //! Elements of q, k and v must be numbers of at most [`Real::LIMIT`](crate::Real::LIMIT) in magnitude: everything else
-//! is refused at the door, before anything is changed. Within it no NaN and no infinity can arise.
+//! is refused at the door, before anything is changed. Within it no NaN and no infinity can arise, but for one case: with decay,
+//! log-features so large (10⁸ and more in `f32`) that their rounding is more than what decays over a block.
 
 mod backward;
 mod causal;

@@ -111,7 +111,12 @@ impl DctGradients {
             radii: vec![0.0; side.radii.len()],
             rows: vec![0.0; rows],
         };
-        Self { query: side(&params.query, query_rows), key: side(&params.key, key_rows), log_weight: vec![0.0; params.log_weight.len()], log_mix: 0.0 }
+        Self {
+            query: side(&params.query, query_rows),
+            key: side(&params.key, key_rows),
+            log_weight: vec![0.0; params.log_weight.len()],
+            log_mix: 0.0,
+        }
     }
 
     /// Adds the gradients of another pass through a map of the same shape; numbers one of them lacks are left alone.

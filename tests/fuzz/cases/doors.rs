@@ -118,7 +118,9 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let mut options = CalibrateOptions::new().with_steps(if source.chance(0.5) { 1 } else { usize::MAX });
     (options.learning_rate, options.batch, options.seconds) = (source.number(), source.choose(&[0, 1, usize::MAX]), Some(source.number()));
     options.decay = source.choose(&[Fit::Keep, Fit::Train]);
-    tally.record(layer.clone().calibrate(&[samples[0].view()], &options, |_| source.choose(&[ControlFlow::Continue(()), ControlFlow::Break(())])));
+    tally.record(
+        layer.clone().calibrate(&[samples[0].view()], &options, |_| source.choose(&[ControlFlow::Continue(()), ControlFlow::Break(())])),
+    );
     let choose = ChooseOptions::new().with_blocks(vec![blocks.max(1 << 28)]).with_near(vec![Some(Near::new(chunk, back)), None]);
     tally.record(DijiangAttention::choose(&softmax, &[samples[0].view()], &choose, |_| ControlFlow::Continue(())).map(|_| ()));
 }
@@ -141,8 +143,17 @@ fn maps<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
             Projection::Mixed { signs } => signs,
             Projection::Dense { query, key } => source.choose(&[true, false]).then_some(query).unwrap_or(key),
         };
-        let lists =
-            [&mut query.center, &mut query.scale, &mut query.radii, &mut key.center, &mut key.scale, &mut key.radii, log_weight, of_projection, &mut rows];
+        let lists = [
+            &mut query.center,
+            &mut query.scale,
+            &mut query.radii,
+            &mut key.center,
+            &mut key.scale,
+            &mut key.radii,
+            log_weight,
+            of_projection,
+            &mut rows,
+        ];
         let which = source.below(lists.len());
         let list = &mut *lists[which];
         match source.below(4) {
@@ -164,7 +175,11 @@ fn maps<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     tally.record(map.key_log_features(&x));
     let radii: Vec<f64> = (0..d).map(|_| if source.chance(0.1) { source.number() } else { source.normal() }).collect();
     if let Some(features) = tally.record(published_features(&x, &radii)) {
-        assert!(x.iter().any(|x| x.abs().to_f64() > 1e10) || radii.iter().any(|t| t.abs() > 1e10) || features.iter().all(|x| x.to_f64().is_finite()));
+        assert!(
+            x.iter().any(|x| x.abs().to_f64() > 1e10)
+                || radii.iter().any(|t| t.abs() > 1e10)
+                || features.iter().all(|x| x.to_f64().is_finite())
+        );
     }
 }
 
@@ -173,7 +188,8 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let (kv_heads, group, d, e) = (source.upto(2), source.upto(2), source.upto(9), source.upto(5));
     let mut config = LinearConfig::new().with_heads(kv_heads * group).with_value_dim(e);
     config.near = source.chance(0.5).then(|| Near::new(source.upto(9), source.below(3)));
-    if source.chance(0.4) {
+    let decays = source.chance(0.4);
+    if decays {
         config.log_decay = (0..kv_heads).map(|_| source.choose(&[0.0, -0.1, -1e3, -1e15])).collect();
     }
     let build = |config: LinearConfig, d: usize| -> Result<_> {
@@ -186,19 +202,30 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let (q, k, v) = (shape(source, h, d), shape(source, kv_heads, d), shape(source, kv_heads, e));
     let (q, k, v) = (tensor::<T, _, _>(source, q), tensor::<T, _, _>(source, k), tensor::<T, _, _>(source, v));
     let valid = mask(source, k.shape()[1]);
+    // The documented exception: exponents so large that their rounding is more than a decay over a block.
+    let tame = !decays || q.iter().chain(&k).all(|x| x.abs().to_f64() < 1e4);
     let (mut state, mut foreign) = (attention.new_state(), other.new_state());
     for _ in 0..2 {
         let before = state.clone();
         match tally.record(attention.prefill(&mut state, &q, &k, &v, key_mask(&valid))) {
-            Some(out) => assert_finite(&out),
+            Some(out) if tame => assert_finite(&out),
+            Some(_) => {}
             None => assert!(state == before, "a refused call changed the state"),
         }
         if state != before {
             let flat = |x: &Array3<T>, i: usize| x.index_axis(ndarray::Axis(1), i).to_owned();
             let before = state.clone();
             let mut out = Array2::zeros((axis(source, h), axis(source, e)));
-            match tally.record(attention.step(&mut state, &flat(&q, 0), &flat(&k, 0), &flat(&v, 0), &mut out, &mut attention.step_workspace())) {
-                Some(()) => assert_finite(&out),
+            match tally.record(attention.step(
+                &mut state,
+                &flat(&q, 0),
+                &flat(&k, 0),
+                &flat(&v, 0),
+                &mut out,
+                &mut attention.step_workspace(),
+            )) {
+                Some(()) if tame => assert_finite(&out),
+                Some(()) => {}
                 None => assert!(state == before, "a refused step changed the state"),
             }
         }

@@ -7,8 +7,8 @@ use std::sync::OnceLock;
 use dijiang::attention::{KeyMask, Near};
 use dijiang::checkpoint::{Checkpoint, Tensors};
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, PublishedAttention, Rotary, SoftmaxAttention, load_layers,
-    load_maps, save_layers, save_maps,
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, PublishedAttention, Rotary, SoftmaxAttention,
+    load_layers, load_maps, save_layers, save_maps,
 };
 use ndarray::Array2;
 

@@ -69,7 +69,8 @@ impl<'a> Source<'a> {
     /// A number that nobody should send.
     pub fn number(&mut self) -> f64 {
         let normal = self.normal();
-        let numbers = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e30, -1e30, 1e-42, -1e-310, 0.0, -0.0, 1e15, -1e15, 1e100, 1e300, -1e300];
+        let numbers =
+            [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e30, -1e30, 1e-42, -1e-310, 0.0, -0.0, 1e15, -1e15, 1e100, 1e300, -1e300];
         if self.chance(0.7) { self.choose(&numbers) } else { normal }
     }
 }
