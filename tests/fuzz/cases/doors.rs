@@ -210,7 +210,7 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
         match tally.record(attention.prefill(&mut state, &q, &k, &v, key_mask(&valid))) {
             Some(out) if tame => assert_finite(&out),
             Some(_) => {}
-            None => assert!(state == before, "a refused call changed the state"),
+            None => assert!(state == before || !tame, "a refused call changed the state"),
         }
         if state != before {
             let flat = |x: &Array3<T>, i: usize| x.index_axis(ndarray::Axis(1), i).to_owned();
@@ -226,7 +226,7 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
             )) {
                 Some(()) if tame => assert_finite(&out),
                 Some(()) => {}
-                None => assert!(state == before, "a refused step changed the state"),
+                None => assert!(state == before || !tame, "a refused step changed the state"),
             }
         }
     }
