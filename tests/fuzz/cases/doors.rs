@@ -141,7 +141,13 @@ fn maps<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
         let of_projection = match projection {
             Projection::Dct => &mut none,
             Projection::Mixed { signs } => signs,
-            Projection::Dense { query, key } => source.choose(&[true, false]).then_some(query).unwrap_or(key),
+            Projection::Dense { query, key } => {
+                if source.chance(0.5) {
+                    query
+                } else {
+                    key
+                }
+            }
         };
         let lists = [
             &mut query.center,
