@@ -111,7 +111,7 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
         tally.record(DijiangAttention::from_softmax(&softmax, options));
     }
     let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(None)).unwrap_or_else(|error| panic!("{error}"));
-    if small(&[capacity]) || capacity > 1 << 20 {
+    if capacity <= 64 || capacity > 1 << 20 {
         tally.record(StatePool::new(&layer, capacity));
     }
     let samples = [Array2::from_shape_fn((12, 8), |(i, j)| T::from_f64(((3 * i + 5 * j) % 7) as f64 - 3.0))];

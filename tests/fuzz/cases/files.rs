@@ -109,7 +109,7 @@ fn replace_number(source: &mut Source<'_>, text: &str) -> String {
         return text.to_owned();
     }
     let at = source.choose(&starts);
-    let from = text[..at].rfind(|c: char| !c.is_ascii_digit()).map_or(0, |before| before + 1);
+    let from = text.as_bytes()[..at].iter().rposition(|byte| !byte.is_ascii_digit()).map_or(0, |before| before + 1);
     let to = text[at..].find(|c: char| !c.is_ascii_digit()).map_or(text.len(), |len| at + len);
     format!("{}{}{}", &text[..from], absurd(source), &text[to..])
 }
