@@ -624,7 +624,7 @@ fn impossible_configs_are_refused() {
     assert_eq!(DctMapConfig::new(usize::MAX).params().unwrap_err(), too_large("dim", limit, usize::MAX));
     assert_eq!(DctMapConfig::new(1).with_blocks(limit + 1).params().unwrap_err(), too_large("blocks", limit, limit + 1));
     assert_eq!(DctMapConfig::new(8).with_blocks(usize::MAX).params().unwrap_err(), too_large("blocks", limit / 8, usize::MAX));
-    assert_eq!(FavorConfig::new(usize::MAX, 1).params().unwrap_err(), too_large("dim", 1 << 27, usize::MAX));
+    assert_eq!(FavorConfig::new(usize::MAX, 1).params().unwrap_err(), too_large("dim", limit, usize::MAX));
     assert_eq!(FavorConfig::new(64, usize::MAX).params().unwrap_err(), too_large("features", 1 << 21, usize::MAX));
 }
 
