@@ -70,7 +70,7 @@ pub enum Error {
         /// The value that was given.
         got: usize,
     },
-    /// A size is beyond what can be represented or allocated.
+    /// A size, or the elements of something, are beyond what can be represented or allocated.
     #[error("{argument} must be at most {limit}, got {got}")]
     TooLarge {
         /// The argument's name.
@@ -147,6 +147,17 @@ pub(crate) fn check_shape<T, D: Dimension>(argument: &'static str, array: &Array
 /// A count that must be at least one.
 pub(crate) fn check_positive(argument: &'static str, got: usize) -> Result<()> {
     if got > 0 { Ok(()) } else { Err(Error::Value { argument, expected: "at least 1", got: 0.0 }) }
+}
+
+/// There is room for `sizes[0]·sizes[1]·…` elements: an axis without stride costs its owner nothing, and what is made of it
+/// must not bring the process down. The room is asked for and given back at once.
+pub(crate) fn check_room<T>(argument: &'static str, sizes: &[usize]) -> Result<()> {
+    let elements = sizes.iter().fold(1, |product: usize, &size| product.saturating_mul(size));
+    let mut room = Vec::<T>::new();
+    let fits = room.try_reserve_exact(elements).is_ok();
+    std::hint::black_box(&room); // or the compiler takes the room for granted
+    // How much less there would be room for, nobody knows.
+    if fits { Ok(()) } else { Err(Error::TooLarge { argument, limit: elements - 1, got: elements }) }
 }
 
 /// A single parameter that must be finite.

@@ -34,7 +34,7 @@ use std::f64::consts::PI;
 
 use ndarray::{Array2, ArrayRef2};
 
-use crate::error::{Result, check_len, check_positive, check_shape};
+use crate::error::{Result, check_len, check_positive, check_room, check_shape};
 
 /// The orthonormal DCT-II as a matrix; `C·x` is the transform of x, `Cᵀ·x` (DCT-III) its inverse.
 ///
@@ -47,6 +47,9 @@ use crate::error::{Result, check_len, check_positive, check_shape};
 ///
 /// # Cost
 /// O(d²).
+///
+/// # Panics
+/// If there is no room for d² numbers.
 ///
 /// # Examples
 /// ```
@@ -133,6 +136,9 @@ pub struct PlainMap {
 
 impl PlainMap {
     /// One block of dimension `d`: t = s = 1, centres 0, w = −ln d, g = 0, no pairing, no envelope.
+    ///
+    /// # Panics
+    /// If there is no room for d numbers.
     #[must_use]
     pub fn new(d: usize) -> Self {
         let side = PlainSide { center: vec![0.0; d], scale: Array2::ones((1, d)), radii: vec![1.0; d] };
@@ -218,6 +224,7 @@ impl PlainMap {
             check_len("center", d, side.center.len())?;
             check_len("radii", blocks * d, side.radii.len())?;
         }
+        check_room::<f64>("log-features", &[z.nrows(), self.features()])?;
         check_len("log_weight", self.features(), self.log_weight.len())
     }
 }
@@ -243,6 +250,7 @@ impl PlainMap {
 /// ```
 pub fn scores(x: &ArrayRef2<f64>, y: &ArrayRef2<f64>) -> Result<Array2<f64>> {
     check_shape("y", y, &[y.nrows(), x.ncols()])?;
+    check_room::<f64>("scores", &[x.nrows(), y.nrows()])?;
     Ok(Array2::from_shape_fn((x.nrows(), y.nrows()), |(i, j)| (0..x.ncols()).map(|l| x[[i, l]] * y[[j, l]]).sum()))
 }
 
@@ -267,6 +275,7 @@ pub fn scores(x: &ArrayRef2<f64>, y: &ArrayRef2<f64>) -> Result<Array2<f64>> {
 /// ```
 pub fn log_kernel(a: &ArrayRef2<f64>, b: &ArrayRef2<f64>) -> Result<Array2<f64>> {
     check_shape("b", b, &[b.nrows(), a.ncols()])?;
+    check_room::<f64>("log_kernel", &[a.nrows(), b.nrows()])?;
     let m = a.ncols();
     Ok(Array2::from_shape_fn((a.nrows(), b.nrows()), |(i, j)| {
         let mut top = f64::NEG_INFINITY;
@@ -398,6 +407,7 @@ pub fn linear_attention(
     check_shape("log_kernel", log_kernel, &[n_q, n_k])?;
     check_shape("v", v, &[n_k, v.ncols()])?;
     pairs.check(n_k)?;
+    check_room::<f64>("outputs", &[n_q, v.ncols()])?;
     Ok(attend(
         (n_q, n_k),
         v,
@@ -440,6 +450,7 @@ pub fn softmax_attention(scores: &ArrayRef2<f64>, v: &ArrayRef2<f64>, pairs: &Pa
     let (n_q, n_k) = scores.dim();
     check_shape("v", v, &[n_k, v.ncols()])?;
     pairs.check(n_k)?;
+    check_room::<f64>("outputs", &[n_q, v.ncols()])?;
     let windowed = |i, j| pairs.near.is_none() || pairs.is_near(i, j);
     Ok(attend((n_q, n_k), v, |i, j| scores[[i, j]], |i, j| pairs.allowed(i, j) && windowed(i, j)))
 }
@@ -473,6 +484,7 @@ pub fn softmax_attention(scores: &ArrayRef2<f64>, v: &ArrayRef2<f64>, pairs: &Pa
 pub fn published_features(x: &ArrayRef2<f64>, radii: &[f64]) -> Result<Array2<f64>> {
     let (n, d) = x.dim();
     check_len("radii", d, radii.len())?;
+    check_room::<f64>("features", &[n, d])?;
     let c = dct_matrix(d);
     let mut out = Array2::zeros((n, d));
     for row in 0..n {

@@ -165,7 +165,7 @@ impl<T: Gemm> Bench<T> {
     /// Nanoseconds per vector of the query map of this dimension: by the transform, and by the matrix it stands for.
     fn feature_map(&mut self, dim: usize) -> Result<MapRow, dijiang::Error> {
         let map = DctMapConfig::new(dim).build::<T>()?;
-        let matrix = DctMap::<T>::from_params(map.params().to_dense())?;
+        let matrix = DctMap::<T>::from_params(map.params().to_dense()?)?;
         let x = gaussian::<T>(&mut self.rng, (1, dim, CHUNK));
         let x = x.as_slice_memory_order().unwrap_or_default();
         let mut out = vec![T::from_f64(0.0); dim * CHUNK];

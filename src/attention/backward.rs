@@ -9,7 +9,7 @@ use crate::attention::rows::{Valid, is_valid};
 use crate::attention::state::HeadState;
 use crate::attention::tape::{Order, Stretch, Tape, Targets, Upstream};
 use crate::attention::{CausalState, KeyMask, LinearAttention};
-use crate::error::{Error, Result, check_elements, check_shape};
+use crate::error::{Error, Result, check_elements, check_room, check_shape};
 use crate::kernel::DifferentiableMap;
 use crate::real::Real;
 use crate::simd::padded;
@@ -176,6 +176,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         grad_out: &ArrayRef3<T>,
     ) -> Result<()> {
         check_shape("grad_out", grad_out, &[self.heads(), q.shape()[1], self.sizes.value_dim])?;
+        let tokens = q.shape()[1].max(k.shape()[1]);
+        check_room::<T>("gradients", &[self.heads() + 2 * self.maps().len(), tokens, self.sizes.dim + self.sizes.value_dim])?;
         self.check(q, k, v, mask, grad_out)?;
         check_elements("grad_out", grad_out)
     }

@@ -4,15 +4,20 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::ArrayRef3;
 
-use crate::attention::KeyMask;
 use crate::attention::rows::{Valid, tokens_fit};
 use crate::attention::workspace::Sizes;
+use crate::attention::{KeyMask, Near};
 use crate::error::{Error, Result, check_len, check_positive, check_shape, within};
 use crate::real::Real;
+use crate::simd::LANES;
 use crate::threads::{for_each, max_threads};
 
 /// Largest dimension or number of heads: beyond it nothing of the kind could be allocated.
 const MAX_SIZE: usize = 1 << 20;
+/// Most elements of a state, all heads: 4 GiB in f32.
+const MAX_STATE: usize = 1 << 30;
+/// Largest σ·d. With it no product of an element in range by another, scaled and summed over d, overflows an f32.
+const MAX_SCALE: f64 = 1e6;
 
 /// A size from 1 to [`MAX_SIZE`].
 pub(super) fn check_size(argument: &'static str, got: usize) -> Result<()> {
@@ -20,13 +25,25 @@ pub(super) fn check_size(argument: &'static str, got: usize) -> Result<()> {
     if got > MAX_SIZE { Err(Error::TooLarge { argument, limit: MAX_SIZE, got }) } else { Ok(()) }
 }
 
-/// The softmax scale must be a positive number.
-pub(super) fn check_scale(scale: f64) -> Result<()> {
-    if scale.is_finite() && scale > 0.0 {
+/// The softmax scale must be a positive number, and so small that no score of elements in range overflows.
+pub(super) fn check_scale(scale: f64, dim: usize) -> Result<()> {
+    if scale > 0.0 && scale * dim as f64 <= MAX_SCALE {
         Ok(())
     } else {
-        Err(Error::Value { argument: "scale", expected: "finite and positive", got: scale })
+        Err(Error::Value { argument: "scale", expected: "positive and at most 10⁶/d", got: scale })
     }
+}
+
+/// Whether a state of this shape, all heads, and the scratch for one can be made at all.
+pub(crate) fn check_state_size(heads: usize, dim: usize, features: usize, value_dim: usize, near: Option<Near>) -> Result<()> {
+    let padded = |n: usize| n.saturating_add(LANES);
+    let ring = near.map_or(0, |near| near.back.saturating_add(1).saturating_mul(padded(near.chunk)));
+    // Sums and what rounding keeps out of them, normaliser, reference and pending keys; and the keys and values of the ring.
+    let far = features.saturating_mul(2 * padded(value_dim) + 32);
+    let near = ring.saturating_mul(padded(dim).saturating_add(padded(value_dim)));
+    let got = heads.saturating_mul(far.saturating_add(near));
+    let limit = MAX_STATE;
+    if got > limit { Err(Error::TooLarge { argument: "elements of a state", limit, got }) } else { Ok(()) }
 }
 
 /// Whether the arguments of a pass over many tokens fit each other.

@@ -120,8 +120,10 @@ fn read_near<T: Real, M: FeatureMap<T>>(
     if state.started {
         query_exponents(head, state, x, a, map);
         let decay = state.decay(head.log_decay, position);
-        top = top.max((head.ops.slice_max)(&a[..padded(m)]) + decay);
-        (head.ops.exp_sum)(&mut a[..padded(m)], decay - top);
+        let largest = (head.ops.slice_max)(&a[..padded(m)]);
+        let far = largest + decay;
+        top = top.max(far);
+        (head.ops.exp_sum)(&mut a[..padded(m)], (far - top) - largest);
         (head.ops.vecmat)(&a[..m], &state.sums, false, &mut o[..stride]);
     } else {
         o[..stride].fill(T::ZERO);

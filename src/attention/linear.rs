@@ -5,14 +5,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
 
-use crate::attention::checks::{check_scale, check_shapes, check_size, check_tokens};
+use crate::attention::checks::{check_scale, check_shapes, check_size, check_state_size, check_tokens};
 use crate::attention::near::Ring;
 use crate::attention::pages::{Pages, SEGMENT};
 use crate::attention::prefill::Stretch;
 use crate::attention::state::Shape;
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{CausalState, KeyMask, Near, Workspace, decode, full};
-use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_shape};
+use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_room, check_shape};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
 use crate::simd::{Ops, padded};
@@ -31,11 +31,11 @@ pub struct LinearConfig {
     pub heads: Option<usize>,
     /// Value dimension e. Default: the maps' dimension d.
     pub value_dim: Option<usize>,
-    /// Softmax scale σ. Default: 1/√d.
+    /// Softmax scale σ, at most 10⁶/d. Default: 1/√d.
     pub scale: Option<f64>,
     /// The exact near part of causal attention. Default: none.
     pub near: Option<Near>,
-    /// log γ ≤ 0 per token, one per map, causal attention only. Default: empty, which stands for zeros (γ = 1).
+    /// log γ ≤ 0 per token (and at least −[`Real::LIMIT`]), one per map, causal attention only. Default: empty, which stands for zeros (γ = 1).
     pub log_decay: Vec<f64>,
 }
 
@@ -82,7 +82,8 @@ impl LinearConfig {
     ///
     /// # Errors
     /// [`Error::Empty`] without maps, [`Error::Shape`] for maps of different d or m, [`Error::NotDivisible`] for heads
-    /// that are no multiple of the maps, [`Error::Value`] and [`Error::Length`] for the numbers.
+    /// that are no multiple of the maps, [`Error::Value`] and [`Error::Length`] for the numbers, [`Error::TooLarge`] for dimensions
+    /// and near parts beyond 2²⁰ and a state of more than 2³⁰ elements.
     pub fn build<T: Real, M: FeatureMap<T>>(self, maps: Vec<M>) -> Result<LinearAttention<T, M>> {
         let Some(first) = maps.first() else { return Err(Error::Empty { argument: "maps" }) };
         let (dim, features, kv_heads) = (first.dim(), first.features(), maps.len());
@@ -103,16 +104,17 @@ impl LinearConfig {
         let value_dim = self.value_dim.unwrap_or(dim);
         check_size("value_dim", value_dim)?;
         let scale = self.scale.unwrap_or(1.0 / (dim as f64).sqrt());
-        check_scale(scale)?;
+        check_scale(scale, dim)?;
         if let Some(near) = self.near {
             near.check()?;
         }
+        check_state_size(kv_heads, dim, features, value_dim, self.near)?;
         let log_decay = if self.log_decay.is_empty() { vec![0.0; kv_heads] } else { self.log_decay };
         check_len("log_decay", kv_heads, log_decay.len())?;
         for &decay in &log_decay {
             check_finite("log_decay", decay)?;
-            if decay > 0.0 {
-                return Err(Error::Value { argument: "log_decay", expected: "at most 0", got: decay });
+            if decay > 0.0 || decay < -T::LIMIT {
+                return Err(Error::Value { argument: "log_decay", expected: "at most 0 and at least -Real::LIMIT", got: decay });
             }
         }
         let sizes = Sizes {
@@ -240,7 +242,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     ///
     /// # Errors
     /// [`Error::Conflict`] with a near part or decay, [`Error::Shape`] and [`Error::Length`] for arguments that do not
-    /// fit, [`Error::Empty`] without queries or keys, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`] (masked
+    /// fit, [`Error::Empty`] without queries or keys, [`Error::TooLarge`] for outputs there is no room for, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`] (masked
     /// keys and their values are not looked at).
     pub fn full(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
         let mut out = self.output(q)?;
@@ -442,6 +444,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     pub(super) fn output(&self, q: &ArrayRef3<T>) -> Result<Array3<T>> {
         let n = q.shape()[1];
         check_shape("q", q, &[self.heads, n, self.sizes.dim])?;
+        check_room::<T>("outputs", &[self.heads, n, self.sizes.value_dim])?;
         Ok(Array3::zeros((self.heads, n, self.sizes.value_dim)))
     }
 

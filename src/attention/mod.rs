@@ -14,7 +14,8 @@
 //! equation 5; running maxima as in the online softmax of Milakov and Gimelshein 2018; the near part is this crate's.
 //!
 //! Elements of q, k and v must be numbers of at most [`Real::LIMIT`](crate::Real::LIMIT) in magnitude: everything else
-//! is refused at the door, before anything is changed. Within it no NaN and no infinity can arise.
+//! is refused at the door, before anything is changed. Within it no NaN and no infinity can arise, but for one case: with decay,
+//! log-features so large (10⁸ and more in `f32`) that their rounding is more than what decays over a block.
 
 mod backward;
 mod causal;
@@ -37,6 +38,7 @@ mod workspace;
 
 use std::ops::Range;
 
+pub(crate) use checks::check_state_size;
 use linear::Head;
 
 pub use backward::{AttentionGradients, StateGradients};

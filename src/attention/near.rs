@@ -100,11 +100,16 @@ impl<T: Real> Ring<T> {
         self.chunk
     }
 
+    /// Position of the first token that has not left for the state when `position` tokens have been seen.
+    pub(super) fn first(&self, position: usize) -> usize {
+        // Chunk i leaves when chunk i + slots begins, not when it is about to.
+        position.div_ceil(self.chunk).saturating_sub(self.slots.len()) * self.chunk
+    }
+
     /// What the tokens before `position` left here: the position of the first one, scaled keys `[tokens, d]`, values
     /// `[tokens, e]`, and which tokens may be attended to.
     pub(super) fn tokens(&self, position: usize, value_dim: usize) -> (usize, Array2<T>, Array2<T>, Vec<bool>) {
-        // Chunk i leaves when chunk i + slots begins, not when it is about to.
-        let first = position.div_ceil(self.chunk).saturating_sub(self.slots.len()) * self.chunk;
+        let first = self.first(position);
         let (stride, value_stride) = (padded(self.chunk), padded(value_dim));
         let at = |j: usize| (self.slot((first + j) / self.chunk), (first + j) % self.chunk);
         let dim = self.slots[0].keys.len() / stride;
@@ -400,8 +405,10 @@ fn sums<T: Real, M: FeatureMap<T>>(
         (head.ops.column_max)(a, &state.reference, column);
         for (i, (shift, top)) in column.iter_mut().zip(top.iter_mut()).enumerate() {
             let decay = state.decay(head.log_decay, position + i);
-            *top = top.max(*shift + decay);
-            *shift = decay - *top;
+            let far = *shift + decay;
+            *top = top.max(far);
+            // decay − top, so that nothing of a strong decay's rounding is left where far keys are all there is.
+            *shift = (far - *top) - *shift;
         }
         state.read(head.ops, a, tokens, column, total, o, ahead.as_deref_mut());
     } else {

@@ -9,7 +9,7 @@ use crate::attention::checks::{check_key_shapes, check_keys, check_scale, check_
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{KeyMask, Near, Workspace};
-use crate::error::{Error, Result, check_elements, check_shape};
+use crate::error::{Error, Result, check_elements, check_room, check_shape};
 use crate::real::Real;
 use crate::simd::{LANES, Ops, Product, padded};
 use crate::threads;
@@ -75,7 +75,7 @@ impl ExactConfig {
         if !self.heads.is_multiple_of(self.kv_heads) {
             return Err(Error::NotDivisible { argument: "heads", divisor: "kv_heads", divisor_value: self.kv_heads, got: self.heads });
         }
-        check_scale(self.scale)?;
+        check_scale(self.scale, self.dim)?;
         if let Some(near) = self.near {
             near.check()?;
         }
@@ -292,6 +292,8 @@ impl<T: Real> ExactAttention<T> {
         self.check_cache(cache)?;
         workspace.check(self.sizes())?;
         check_key_shapes(self.config.kv_heads, self.sizes(), k, v, mask)?;
+        let ExactConfig { kv_heads, dim, value_dim, .. } = self.config;
+        check_room::<T>("the cache", &[kv_heads, k.shape()[1], dim + padded(value_dim)])?;
         check_keys(k, v, mask)?;
         let (position, scale) = (cache.position, self.root_scale());
         let items = cache.heads.iter_mut().zip(k.outer_iter().zip(v.outer_iter()));
@@ -350,6 +352,7 @@ impl<T: Real> ExactAttention<T> {
     pub(super) fn output(&self, q: &ArrayRef3<T>) -> Result<Array3<T>> {
         let n = q.shape()[1];
         check_shape("q", q, &[self.config.heads, n, self.config.dim])?;
+        check_room::<T>("outputs", &[self.config.heads, n, self.config.value_dim])?;
         Ok(Array3::zeros((self.config.heads, n, self.config.value_dim)))
     }
 

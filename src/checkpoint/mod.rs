@@ -37,6 +37,9 @@ use crate::real::Real;
 use config::Config;
 pub use tensors::Tensors;
 
+/// Largest JSON file that is read, in bytes.
+const MAX_JSON: u64 = 100_000_000;
+
 /// The families of models whose attention can be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -133,6 +136,11 @@ fn io_error(path: &Path, error: &std::io::Error) -> Error {
 
 /// The JSON file at `path`.
 fn read_json<J: for<'de> serde::Deserialize<'de>>(path: &Path) -> Result<J> {
+    let metadata = std::fs::metadata(path).map_err(|error| io_error(path, &error))?;
+    if !metadata.is_file() || metadata.len() > MAX_JSON {
+        let got = if metadata.is_file() { format!("{} bytes", metadata.len()) } else { "something else".to_owned() };
+        return Err(fault(path.display(), format!("a file of at most {MAX_JSON} bytes"), got));
+    }
     let text = std::fs::read(path).map_err(|error| io_error(path, &error))?;
     serde_json::from_slice(&text).map_err(|error| fault(path.display(), "the expected JSON", error))
 }

@@ -104,13 +104,19 @@ pub struct DctGradients {
 impl DctGradients {
     /// All zeros, for parameters of this shape.
     pub fn zeros(params: &DctParams) -> Self {
-        let side = |side: &SideParams| SideGradients {
+        let (query_rows, key_rows) = dense(params).map_or((0, 0), |(query, key)| (query.len(), key.len()));
+        let side = |side: &SideParams, rows: usize| SideGradients {
             center: vec![0.0; side.center.len()],
             scale: vec![0.0; side.scale.len()],
             radii: vec![0.0; side.radii.len()],
-            rows: vec![0.0; if dense(params).is_some() { side.radii.len() * side.center.len() } else { 0 }],
+            rows: vec![0.0; rows],
         };
-        Self { query: side(&params.query), key: side(&params.key), log_weight: vec![0.0; params.log_weight.len()], log_mix: 0.0 }
+        Self {
+            query: side(&params.query, query_rows),
+            key: side(&params.key, key_rows),
+            log_weight: vec![0.0; params.log_weight.len()],
+            log_mix: 0.0,
+        }
     }
 
     /// Adds the gradients of another pass through a map of the same shape; numbers one of them lacks are left alone.

@@ -10,7 +10,7 @@
 use super::FeatureMap;
 use super::dct_map::DctMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, Sides};
-use super::sampler::{Purpose, normals};
+use super::sampler::{MAX_POINTS, Purpose, normals};
 use crate::error::{Error, Result, check_positive};
 use crate::real::Real;
 
@@ -85,12 +85,12 @@ impl FavorConfig {
     ///
     /// # Errors
     /// [`Error::Value`] for `dim` = 0, `features` = 0 or an OPRF φ that is negative or not finite;
-    /// [`Error::TooLarge`] beyond 2²⁷ matrix elements m·d.
+    /// [`Error::TooLarge`] beyond 2²⁷ matrix elements m·d, or a `dim` of 2²⁴.
     pub fn params(&self) -> Result<DctParams> {
         check_positive("dim", self.dim)?;
         check_positive("features", self.features)?;
-        if self.dim > MAX_ELEMENTS {
-            return Err(Error::TooLarge { argument: "dim", limit: MAX_ELEMENTS, got: self.dim });
+        if self.dim > MAX_POINTS {
+            return Err(Error::TooLarge { argument: "dim", limit: MAX_POINTS, got: self.dim });
         }
         if self.features > MAX_ELEMENTS / self.dim {
             return Err(Error::TooLarge { argument: "features", limit: MAX_ELEMENTS / self.dim, got: self.features });

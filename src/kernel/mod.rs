@@ -64,9 +64,9 @@ pub(crate) use published::{published_projection, softmax_rows};
 
 use std::fmt::Debug;
 
-use ndarray::{Array2, ArrayRef2};
+use ndarray::{Array2, ArrayRef2, Axis};
 
-use crate::error::{Error, Result, check_elements};
+use crate::error::{Error, Result, check_elements, check_room};
 use crate::real::Real;
 use crate::simd::{LANES, padded};
 
@@ -111,6 +111,9 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     ///
     /// # Shapes
     /// - `x`: `[d]`, `out`: `[m]`, `scratch`: at least [`token_scratch_len`](Self::token_scratch_len) elements.
+    ///
+    /// # Panics
+    /// If a slice is shorter than that.
     fn query_token(&self, x: &[T], out: &mut [T], scratch: &mut [T]) {
         token(self.features(), x, out, scratch, |width, x, out, scratch| self.query_panel(width, x, out, scratch));
     }
@@ -126,9 +129,10 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     /// - `x`: `[n, d]`, returns `[n, m]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless `x` has d columns; [`Error::NonFinite`] for elements beyond [`Real::LIMIT`].
+    /// [`Error::Shape`] unless `x` has d columns; [`Error::NonFinite`] for elements beyond [`Real::LIMIT`]; [`Error::TooLarge`] for
+    /// results there is no room for.
     fn query_log_features(&self, x: &ArrayRef2<T>) -> Result<Array2<T>> {
-        rows(self.dim(), self.features(), self.scratch_len(padded(x.nrows())), x, "x", |w, x, o, s| self.query_panel(w, x, o, s))
+        rows(self.dim(), self.features(), self.scratch_len(ROWS), x, "x", |w, x, o, s| self.query_panel(w, x, o, s))
     }
 
     /// Log-features b_f(y) of scaled keys, rows are tokens. Allocates.
@@ -139,7 +143,7 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     /// # Errors
     /// As [`query_log_features`](Self::query_log_features).
     fn key_log_features(&self, y: &ArrayRef2<T>) -> Result<Array2<T>> {
-        rows(self.dim(), self.features(), self.scratch_len(padded(y.nrows())), y, "y", |w, y, o, s| self.key_panel(w, y, o, s))
+        rows(self.dim(), self.features(), self.scratch_len(ROWS), y, "y", |w, y, o, s| self.key_panel(w, y, o, s))
     }
 }
 
@@ -153,6 +157,9 @@ fn token<T: Real>(features: usize, x: &[T], out: &mut [T], scratch: &mut [T], pa
     out.iter_mut().zip(output.chunks_exact(LANES)).for_each(|(out, row)| *out = row[0]);
 }
 
+/// Rows that go through a panel together.
+const ROWS: usize = 64;
+
 /// Runs a panel method on rows: transposes in, transposes out.
 fn rows<T: Real>(
     dim: usize,
@@ -165,18 +172,22 @@ fn rows<T: Real>(
     if rows.ncols() != dim {
         return Err(Error::Shape { argument, axis: 1, expected: dim, got: rows.ncols() });
     }
+    check_room::<T>("log-features", &[rows.nrows(), features])?;
     check_elements(argument, rows)?;
-    let (n, width) = (rows.nrows(), padded(rows.nrows()));
-    if n == 0 {
-        return Ok(Array2::zeros((0, features)));
-    }
-    let mut x = vec![T::zero(); dim * width];
-    for (j, row) in rows.outer_iter().enumerate() {
-        for (i, &value) in row.iter().enumerate() {
-            x[i * width + j] = value;
+    let mut features_of = Array2::zeros((rows.nrows(), features));
+    let (mut x, mut out) = (vec![T::ZERO; dim * ROWS], vec![T::ZERO; features * ROWS]);
+    let mut scratch = vec![T::ZERO; scratch_len];
+    for (rows, mut features_of) in rows.axis_chunks_iter(Axis(0), ROWS).zip(features_of.axis_chunks_iter_mut(Axis(0), ROWS)) {
+        let width = padded(rows.nrows());
+        let (x, out) = (&mut x[..dim * width], &mut out[..features * width]);
+        x.fill(T::ZERO);
+        for (j, row) in rows.outer_iter().enumerate() {
+            for (i, &value) in row.iter().enumerate() {
+                x[i * width + j] = value;
+            }
         }
+        panel(width, x, out, &mut scratch);
+        features_of.indexed_iter_mut().for_each(|((j, f), value)| *value = out[f * width + j]);
     }
-    let mut out = vec![T::zero(); features * width];
-    panel(width, &x, &mut out, &mut vec![T::zero(); scratch_len]);
-    Ok(Array2::from_shape_fn((n, features), |(j, f)| out[f * width + j]))
+    Ok(features_of)
 }

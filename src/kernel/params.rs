@@ -1,7 +1,8 @@
 //! The numbers a DCT feature map is made of, and the choices behind them.
 
 use super::dct_map::projection_matrix;
-use crate::error::{Error, Result, check_len};
+use super::sampler::MAX_POINTS;
+use crate::error::{Error, Result, check_len, check_room};
 use crate::real::Real;
 
 /// Law F of the radii t = F⁻¹(u).
@@ -154,8 +155,9 @@ pub struct DctParams {
 impl DctParams {
     /// One plain block: the DCT itself, t = s = 1, centres 0, w = −ln d, g = 0.
     ///
-    /// `dim` = 0 gives empty parameters, which no map can be built from.
+    /// `dim` = 0 gives empty parameters, which no map can be built from, and so does a `dim` beyond 2²⁴.
     pub fn new(dim: usize) -> Self {
+        let dim = if dim > MAX_POINTS { 0 } else { dim };
         let side = SideParams { center: vec![0.0; dim], scale: vec![1.0; dim], radii: vec![1.0; dim] };
         Self {
             projection: Projection::Dct,
@@ -172,19 +174,22 @@ impl DctParams {
     /// The same map with its projection written out: one matrix W for each side, which a backward pass has gradients of. It
     /// can express more, and costs O(m·d) per token instead of O(m·log d).
     ///
-    /// Parameters that fit each other are needed, as [`DctMap::params`](super::DctMap::params) are.
-    #[must_use]
-    pub fn to_dense(&self) -> Self {
+    /// # Errors
+    /// Those of [`DctMap::from_params`](super::DctMap::from_params) for parameters that do not fit each other, and
+    /// [`Error::TooLarge`] for matrices there is no room for.
+    pub fn to_dense(&self) -> Result<Self> {
+        self.check::<f64>()?;
         if matches!(self.projection, Projection::Dense { .. }) {
-            return self.clone();
+            return Ok(self.clone());
         }
+        check_room::<f64>("projection", &[2, self.rows(), self.dim()])?;
         let rows = |side: &SideParams| {
             let side = SideParams { radii: vec![1.0; side.radii.len()], ..side.clone() };
             projection_matrix(self, &side, &[])
         };
         let projection = Projection::Dense { query: rows(&self.query), key: rows(&self.key) };
         let side = |side: &SideParams| SideParams { scale: vec![1.0; self.dim()], ..side.clone() };
-        Self { projection, query: side(&self.query), key: side(&self.key), ..self.clone() }
+        Ok(Self { projection, query: side(&self.query), key: side(&self.key), ..self.clone() })
     }
 
     /// Head dimension d.

@@ -11,7 +11,7 @@ use ndarray::{Array2, ArrayRef2, ArrayViewMut2};
 
 use super::params::check_limit;
 use super::transform::DctPlan;
-use crate::error::{Error, Result, check_elements};
+use crate::error::{Error, Result, check_elements, check_room};
 use crate::real::Real;
 
 /// Features of the code published with the paper, rows are tokens.
@@ -28,7 +28,7 @@ use crate::real::Real;
 ///
 /// # Errors
 /// [`Error::Empty`] for d = 0, [`Error::Shape`] unless `x` has as many columns as there are radii,
-/// [`Error::NonFinite`] for elements or radii beyond [`Real::LIMIT`].
+/// [`Error::NonFinite`] for elements or radii beyond [`Real::LIMIT`], [`Error::TooLarge`] for features there is no room for.
 ///
 /// # Examples
 /// ```
@@ -47,6 +47,7 @@ pub fn published_features<T: Real>(x: &ArrayRef2<T>, radii: &[f64]) -> Result<Ar
         return Err(Error::Shape { argument: "x", axis: 1, expected: radii.len(), got: x.ncols() });
     }
     check_limit("radii", radii, T::LIMIT)?;
+    check_room::<T>("features", &[x.nrows(), x.ncols()])?;
     check_elements("x", x)?;
     let radii: Vec<T> = radii.iter().map(|&t| T::from_f64(t)).collect();
     let plan = DctPlan::<T>::new(radii.len());

@@ -503,10 +503,10 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         let moved = Moved { mix: self.near, centers: self.options.centers == Fit::Train, decay: self.options.decay == Fit::Train };
         let row_variance: Vec<f64> = (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
         let first = |found: &Found| match self.options.projection {
-            Fit::Keep => found.head.clone(),
-            Fit::Train => Head { params: found.head.params.to_dense(), ..found.head },
+            Fit::Keep => Ok(found.head.clone()),
+            Fit::Train => Ok(Head { params: found.head.params.to_dense()?, ..found.head }),
         };
-        let mut descents: Vec<Descent> = found.iter().map(|found| Descent::new(first(found), moved)).collect();
+        let mut descents = found.iter().map(|found| Ok(Descent::new(first(found)?, moved))).collect::<Result<Vec<Descent>>>()?;
         let mut deck = Deck::new(self.options.seed, self.train.clone());
         let mut made = 0;
         for step in 0..steps {

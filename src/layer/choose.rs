@@ -324,7 +324,7 @@ impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
         let options = self.options.map.clone().with_near(near).with_blocks(blocks);
         let mut layer = DijiangAttention::from_softmax(self.layer, options)?;
         if projection == Fit::Train {
-            let maps = layer.maps().iter().map(|map| DctMap::from_params(map.params().to_dense()));
+            let maps = layer.maps().iter().map(|map| map.params().to_dense().and_then(DctMap::from_params));
             layer.set_maps(maps.collect::<Result<_>>()?)?;
         }
         let time = time_per_token(&layer)?;

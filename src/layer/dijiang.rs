@@ -9,7 +9,9 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayRef1, ArrayRef2, Axis};
 
-use crate::attention::{CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace, check_offsets, check_offsets_of};
+use crate::attention::{
+    CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace, check_offsets, check_offsets_of, check_state_size,
+};
 use crate::error::{Error, Result, check_elements, check_len};
 use crate::kernel::{DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides};
 use crate::layer::config::{AttentionConfig, Causality};
@@ -272,6 +274,9 @@ impl<T: Real> DijiangAttention<T> {
         let heads = projections.config().kv_heads;
         let near = options.near.filter(|_| projections.config().causality == Causality::Causal);
         let log_decay = vec![options.log_decay; heads];
+        let d = projections.head_dim();
+        let features = options.blocks.saturating_mul(d).saturating_mul(if options.pairing == Pairing::Antithetic { 2 } else { 1 });
+        check_state_size(heads, d, features, d, near)?;
         let maps = (0..heads).map(|head| options.map(projections.head_dim(), head).build()).collect::<Result<_>>()?;
         let linear = linear(&projections, maps, near, log_decay)?;
         Ok(Self { projections, linear })

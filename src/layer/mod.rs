@@ -74,7 +74,7 @@ pub use weights::AttentionWeights;
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3};
 
 use crate::attention::{KeyMask, check_offsets, check_offsets_of};
-use crate::error::{Error, Result, check_elements, check_len, check_shape};
+use crate::error::{Error, Result, check_elements, check_len, check_room, check_shape};
 use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 
@@ -104,7 +104,8 @@ pub trait Attention<T: Real>: Send + Sync {
     ///
     /// # Errors
     /// - [`Error::Empty`] for n = 0, [`Error::Shape`] unless `x` has D columns, [`Error::Length`] for a mask of another length;
-    /// - [`Error::NonFinite`] for elements of `x`, or of the queries, keys and values made from it, beyond [`Real::LIMIT`].
+    /// - [`Error::NonFinite`] for elements of `x`, or of the queries, keys and values made from it, beyond [`Real::LIMIT`];
+    /// - [`Error::TooLarge`] for more tokens than there is room for.
     fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>>;
 
     /// The next n tokens of a sequence. Calling it for pieces of a sequence gives what [`forward`](Self::forward) gives for the whole.
@@ -142,6 +143,7 @@ pub trait Attention<T: Real>: Send + Sync {
         if b == 0 || n == 0 {
             return Err(Error::Empty { argument: "x" });
         }
+        check_room::<T>("hidden states", &[b, n, self.config().model_dim])?;
         check_elements("x", x)?;
         let valid = match masks {
             Some(masks) => {

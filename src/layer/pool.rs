@@ -2,7 +2,7 @@
 
 use ndarray::ArrayRef2;
 
-use crate::error::{Error, Result, check_positive};
+use crate::error::{Error, Result, check_positive, check_room};
 use crate::layer::Attention;
 use crate::layer::dijiang::{DijiangAttention, DijiangState};
 use crate::real::Real;
@@ -75,14 +75,16 @@ impl<T: Real> StatePool<T> {
     /// `capacity` times the bytes of a state and of the scratch memory of a step.
     ///
     /// # Errors
-    /// [`Error::Value`] for a capacity of 0, [`Error::TooLarge`] for one beyond 2²⁰, [`Error::Conflict`] for a bidirectional layer.
+    /// [`Error::Value`] for a capacity of 0, [`Error::TooLarge`] for one beyond 2²⁰ or without room for it, [`Error::Conflict`] for a bidirectional layer.
     pub fn new(layer: &DijiangAttention<T>, capacity: usize) -> Result<Self> {
         check_positive("capacity", capacity)?;
         if capacity > MOST {
             return Err(Error::TooLarge { argument: "capacity", limit: MOST, got: capacity });
         }
         super::check_causal(layer.config(), "a pool of states")?;
-        Ok(Self { states: vec![layer.new_state(); capacity], generations: vec![0; capacity], free: (0..capacity).rev().collect() })
+        let state = layer.new_state();
+        check_room::<u8>("bytes of a pool", &[capacity, state.bytes()])?;
+        Ok(Self { states: vec![state; capacity], generations: vec![0; capacity], free: (0..capacity).rev().collect() })
     }
 
     /// Sequences there is room for.

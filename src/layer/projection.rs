@@ -8,7 +8,7 @@ use ndarray::{
 };
 
 use crate::attention::KeyMask;
-use crate::error::{Error, Result, check_elements, check_len, check_shape};
+use crate::error::{Error, Result, check_elements, check_len, check_room, check_shape};
 use crate::layer::config::AttentionConfig;
 use crate::layer::rotary::{Angles, RotaryTable};
 use crate::layer::weights::AttentionWeights;
@@ -224,12 +224,15 @@ impl<T: Real> Projections<T> {
         Ok(())
     }
 
-    /// x is a sequence of hidden states of this model: `[n ≥ 1, D]`, finite.
+    /// x is a sequence of hidden states of this model: `[n ≥ 1, D]`, finite, and there is room for its projections.
     pub(crate) fn check_sequence(&self, argument: &'static str, x: &ArrayRef2<T>) -> Result<()> {
         check_shape(argument, x, &[x.nrows(), self.config.model_dim])?;
         if x.nrows() == 0 {
             return Err(Error::Empty { argument });
         }
+        let Self { config, head_dim, .. } = self;
+        let heads = 2 * (config.heads + config.kv_heads);
+        check_room::<T>("hidden states and what is made of them", &[x.nrows(), heads * head_dim + config.model_dim])?;
         check_elements(argument, x)
     }
 

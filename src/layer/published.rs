@@ -23,6 +23,8 @@ use crate::threads::{for_each, max_threads};
 
 /// Tokens worked on at a time.
 const BLOCK: usize = 64;
+/// Most heads.
+const MOST_HEADS: usize = 1 << 20;
 
 /// What the published layer has beside the projections of every attention layer.
 #[derive(Debug, Clone, PartialEq)]
@@ -53,8 +55,10 @@ impl<T: Real> PublishedWeights<T> {
         Self { groups: radii.len(), radii, log_decay, gate, norm_scale, norm_shift, epsilon: 1e-5 }
     }
 
-    /// The decays log γ, `[heads]`, that the code gives its heads: γ = 1 − 2^−a, a from 5 to 9 in equal steps.
+    /// The decays log γ, `[heads]`, that the code gives its heads: γ = 1 − 2^−a, a from 5 to 9 in equal steps. None for more than 2²⁰
+    /// heads, which no layer has.
     pub fn decays(heads: usize) -> Vec<f64> {
+        let heads = if heads > MOST_HEADS { 0 } else { heads };
         let step = 4.0 / heads.saturating_sub(1).max(1) as f64;
         (0..heads).map(|h| (-(-(5.0 + step * h as f64)).exp2()).ln_1p()).collect()
     }
@@ -326,8 +330,11 @@ impl<T: Real> Attention<T> for PublishedAttention<T> {
             for (argument, rows) in [("q", q), ("k", k), ("v", v)] {
                 check_elements(argument, rows)?;
             }
-            self.attend(&mut state.sums, q, k, v, mask, out);
+            let mut sums = state.sums.clone();
+            self.attend(&mut sums, q, k, v, mask, out);
             self.normalise(x.view(), out);
+            check_elements("gated outputs", out)?;
+            state.sums = sums;
             Ok(())
         })?;
         state.position += x.nrows();
@@ -343,8 +350,11 @@ impl<T: Real> Attention<T> for PublishedAttention<T> {
             }
             let token = |rows: &ArrayRef2<T>| rows.view().insert_axis(Axis(1)).into_owned();
             let mut o = o.view_mut().insert_axis(Axis(1));
-            self.attend(sums, &token(q), &token(k), &token(v), KeyMask::All, &mut o);
+            let mut next = sums.clone();
+            self.attend(&mut next, &token(q), &token(k), &token(v), KeyMask::All, &mut o);
             self.normalise(x.view().insert_axis(Axis(0)), &mut o);
+            check_elements("gated outputs", &o)?;
+            *sums = next;
             Ok(())
         })?;
         *position += 1;

@@ -14,10 +14,11 @@ pub(crate) struct Mapped(Mmap);
 impl Mapped {
     /// Maps the file at `path`.
     pub(crate) fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        if !file.metadata()?.is_file() {
+        // Before it is opened: opening a pipe waits for a writer.
+        if !std::fs::metadata(path)?.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
+        let file = File::open(path)?;
         // SAFETY: the map is private to this value and only read. As with every map of a file, whoever truncates the file
         // while the map lives ends the process, and whoever writes to it changes what is read; the caller of
         // `Checkpoint::open` is told so.

@@ -179,7 +179,9 @@ impl Header {
         let mut reader = Reader { bytes: &body[HEADER..], storage, sound: true };
         for head in &mut state.heads {
             read_head(head, &mut reader);
-            reader.sound &= head.reference_position <= position && head.pending.len <= PENDING;
+            // The next key to join the sums must not lie before the frame.
+            let next = head.ring.as_ref().map_or(position, |ring| ring.first(position));
+            reader.sound &= head.reference_position <= next && head.pending.len <= PENDING;
         }
         if reader.sound { Ok(state) } else { Err(fault("state", "made of finite numbers and counts in range", "others")) }
     }
