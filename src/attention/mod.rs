@@ -17,7 +17,6 @@ mod backward;
 mod causal;
 mod checks;
 mod decode;
-#[allow(dead_code, reason = "gradient calibration is built on it")]
 mod far;
 mod full;
 mod linear;

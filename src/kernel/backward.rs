@@ -114,7 +114,12 @@ impl DctGradients {
             projection: vec![0.0; of_side.len()],
         };
         let (query, key) = params.projection.sides();
-        Self { query: side(&params.query, query), key: side(&params.key, key), log_weight: vec![0.0; params.log_weight.len()], log_mix: 0.0 }
+        Self {
+            query: side(&params.query, query),
+            key: side(&params.key, key),
+            log_weight: vec![0.0; params.log_weight.len()],
+            log_mix: 0.0,
+        }
     }
 
     /// Adds the gradients of another pass through a map of the same shape; numbers one of them lacks are left alone.
@@ -139,6 +144,14 @@ fn add(to: &mut [f64], from: &[f64]) {
 pub struct DctSums<T> {
     query: SideSums<T>,
     key: SideSums<T>,
+}
+
+impl<T: Real> DctSums<T> {
+    /// Adds the sums over other tokens, through a map of the same shape.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.query.add(&other.query);
+        self.key.add(&other.key);
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -180,6 +193,14 @@ impl<T: Real> SideSums<T> {
             }
             self.panels = 0;
         }
+    }
+
+    fn add(&mut self, other: &Self) {
+        for (all, last) in [(&mut self.all_moments, &other.moments), (&mut self.all_rows, &other.rows)] {
+            all.iter_mut().zip(last).for_each(|(all, last)| *all += last.to_f64());
+        }
+        add(&mut self.all_moments, &other.all_moments);
+        add(&mut self.all_rows, &other.all_rows);
     }
 
     /// (M `[m, d]`, r `[m]`) of all panels.
@@ -323,7 +344,8 @@ fn deep_side(params: &DctParams, own: &SideParams, of_side: &[f64], moments: &[f
     }
     for (g, moments) in moments.chunks_exact(dim * dim).enumerate() {
         let (block, outer) = (g * dim..(g + 1) * dim, 2 * g * dim..2 * (g + 1) * dim);
-        let (radii, scale, of_outer) = deep_gradients(&own.radii[block.clone()], &own.scale[block.clone()], &of_side[outer.clone()], moments);
+        let (radii, scale, of_outer) =
+            deep_gradients(&own.radii[block.clone()], &own.scale[block.clone()], &of_side[outer.clone()], moments);
         add(&mut out.radii[block.clone()], &radii);
         add(&mut out.scale[block], &scale);
         add(&mut out.projection[outer], &of_outer);

@@ -30,7 +30,7 @@ use ndarray::ArrayView2;
 
 use crate::attention::Order;
 use crate::error::{Error, Result, check_positive};
-use crate::kernel::DctMap;
+use crate::kernel::{DctMap, DctParams};
 use crate::layer::config::Causality;
 use crate::layer::descent::{Descent, Moved};
 use crate::layer::dijiang::{DijiangAttention, mixed};
@@ -70,6 +70,29 @@ pub enum Fit {
     Train,
 }
 
+/// What a map's projection is fitted as: each can express more than the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ProjectionFit {
+    /// What it is: of a plain one its scales and radii.
+    #[default]
+    Keep,
+    /// With two more transforms: see [`DctParams::to_deep`].
+    Deep,
+    /// Every element of it: see [`DctParams::to_dense`].
+    Dense,
+}
+
+impl ProjectionFit {
+    /// The same map, its projection written so that it can be fitted this way.
+    pub(super) fn prepare(self, params: &DctParams) -> DctParams {
+        match self {
+            ProjectionFit::Keep => params.clone(),
+            ProjectionFit::Deep => params.to_deep(),
+            ProjectionFit::Dense => params.to_dense(),
+        }
+    }
+}
+
 /// How [`DijiangAttention::calibrate`] searches.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -84,9 +107,8 @@ pub struct CalibrateOptions {
     pub decay: Fit,
     /// The centres by gradient; from the means they start in any case. Default: [`Fit::Keep`].
     pub centers: Fit,
-    /// The projection itself, every element of it: see [`DctParams::to_dense`](crate::kernel::DctParams::to_dense) for what that costs
-    /// per token. Default: [`Fit::Keep`].
-    pub projection: Fit,
+    /// What the projection is fitted as. Default: [`ProjectionFit::Keep`].
+    pub projection: ProjectionFit,
     /// Seconds after which the steps end, their lengths having fallen to 0 by then; the closed form always finishes.
     /// With it the result depends on the machine and its load. Default: none.
     pub seconds: Option<f64>,
@@ -102,7 +124,7 @@ impl Default for CalibrateOptions {
             batch: 8,
             decay: Fit::Keep,
             centers: Fit::Keep,
-            projection: Fit::Keep,
+            projection: ProjectionFit::Keep,
             seconds: None,
             seed: 0,
         }
@@ -145,9 +167,9 @@ impl CalibrateOptions {
         Self { centers, ..self }
     }
 
-    /// Whether to fit the projection itself.
+    /// What the projection is fitted as.
     #[must_use]
-    pub fn with_projection(self, projection: Fit) -> Self {
+    pub fn with_projection(self, projection: ProjectionFit) -> Self {
         Self { projection, ..self }
     }
 
@@ -500,10 +522,7 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         let CalibrateOptions { steps, batch, learning_rate, .. } = *self.options;
         let moved = Moved { mix: self.near, centers: self.options.centers == Fit::Train, decay: self.options.decay == Fit::Train };
         let row_variance: Vec<f64> = (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
-        let first = |found: &Found| match self.options.projection {
-            Fit::Keep => found.head.clone(),
-            Fit::Train => Head { params: found.head.params.to_dense(), ..found.head },
-        };
+        let first = |found: &Found| Head { params: self.options.projection.prepare(&found.head.params), ..found.head };
         let mut descents: Vec<Descent> = found.iter().map(|found| Descent::new(first(found), moved)).collect();
         let mut deck = Deck::new(self.options.seed, self.train.clone());
         let mut made = 0;
