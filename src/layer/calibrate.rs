@@ -24,7 +24,7 @@
 //! error on them did not fall keeps its old numbers.
 
 use std::ops::{ControlFlow, Range};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ndarray::ArrayView2;
 
@@ -109,8 +109,9 @@ pub struct CalibrateOptions {
     pub centers: Fit,
     /// What the projection is fitted as. Default: [`ProjectionFit::Keep`].
     pub projection: ProjectionFit,
-    /// Seconds after which the steps end, their lengths having fallen to 0 by then; the closed form always finishes.
-    /// With it the result depends on the machine and its load. Default: none.
+    /// Seconds after which it should end: so many less what the last search of the mix will take, as far as the one before the steps
+    /// tells, the steps end, their lengths having fallen to 0 by then. The closed form always finishes. With a limit the result depends
+    /// on the machine and its load. Default: none.
     pub seconds: Option<f64>,
     /// Seed of the order in which samples are taken. Default: 0.
     pub seed: u64,
@@ -445,13 +446,15 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         self.tell(&found)?;
 
         if self.options.steps > 0 {
+            let (mut search, start) = (Duration::ZERO, Instant::now());
             if self.near {
                 let heads = found.iter().map(|found| found.head.clone()).collect();
                 let heads = self.fit_mix(judge, heads, &found, |_, far| far.is_below_least_squares())?;
                 let errors = judge.errors(&heads, self.held.clone(), &held_variance);
                 learn(&mut found, &heads, &errors);
+                search = start.elapsed();
             }
-            let steps = self.descend(judge, &mut found, &held_variance)?;
+            let steps = self.descend(judge, &mut found, &held_variance, search)?;
             if self.near {
                 let share = CLOSED_FORM_SHARE + (TRAINED_SHARE - CLOSED_FORM_SHARE) * (steps as f64 / TRAINED).min(1.0);
                 let heads = found.iter().map(|found| found.head.clone()).collect();
@@ -517,8 +520,8 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         Ok(heads)
     }
 
-    /// Adam, from the best numbers so far; returns the number of steps made.
-    fn descend<T: Real>(&mut self, judge: &mut Judge<'_, T>, found: &mut [Found], variance: &[f64]) -> Result<usize> {
+    /// Adam, from the best numbers so far, until `rest` before the limit of time; returns the number of steps made.
+    fn descend<T: Real>(&mut self, judge: &mut Judge<'_, T>, found: &mut [Found], variance: &[f64], rest: Duration) -> Result<usize> {
         let CalibrateOptions { steps, batch, learning_rate, .. } = *self.options;
         let moved = Moved { mix: self.near, centers: self.options.centers == Fit::Train, decay: self.options.decay == Fit::Train };
         let row_variance: Vec<f64> = (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
@@ -527,7 +530,8 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         let mut deck = Deck::new(self.options.seed, self.train.clone());
         let mut made = 0;
         for step in 0..steps {
-            let passed = self.options.seconds.map_or(0.0, |seconds| self.start.elapsed().as_secs_f64() / seconds);
+            let share = |seconds: f64| self.start.elapsed().as_secs_f64() / (seconds - rest.as_secs_f64()).max(f64::MIN_POSITIVE);
+            let passed = self.options.seconds.map_or(0.0, share);
             let passed = passed.max(step as f64 / steps as f64);
             let last = passed >= 1.0 || step + 1 == steps;
             if passed < 1.0 {
