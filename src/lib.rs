@@ -1,4 +1,4 @@
-//! DCT-kernelized linear attention.
+#![doc = include_str!("../README.md")]
 
 pub mod attention;
 #[cfg(feature = "safetensors")]
@@ -6,6 +6,7 @@ pub mod checkpoint;
 pub mod error;
 #[cfg(any(feature = "safetensors", feature = "states"))]
 mod files;
+pub mod guide;
 pub mod kernel;
 pub mod layer;
 mod low;

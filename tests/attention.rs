@@ -298,6 +298,30 @@ fn full_equals_the_reference_on_random_configurations() {
     }
 }
 
+/// Cross attention whose queries come one by one: the keys once into a state, then every query with a masked key of its own.
+#[test]
+fn a_state_of_keys_answers_queries_and_stays_as_it_is() {
+    let (n_q, n_k) = (19, 77);
+    let setup = Setup::new(41).heads(4, 2).sizes(16, 12, 24);
+    let inputs = setup.inputs(n_q, n_k);
+    let valid: Vec<bool> = (0..n_k).map(|j| j % 7 != 3).collect();
+    let (linear, exact) = (setup.build::<f64>(), setup.build_exact::<f64>());
+    let (mut state, mut cache) = (linear.new_state(), exact.new_cache());
+    let nobody = Array3::zeros((4, n_k, 16));
+    linear.prefill(&mut state, &nobody, &inputs.k, &inputs.v, KeyMask::Valid(&valid)).unwrap();
+    exact.prefill(&mut cache, &nobody, &inputs.k, &inputs.v, KeyMask::Valid(&valid)).unwrap();
+    let all = linear.full(&inputs.q, &inputs.k, &inputs.v, KeyMask::Valid(&valid)).unwrap();
+    let all_exact = exact.full(&inputs.q, &inputs.k, &inputs.v, KeyMask::Valid(&valid)).unwrap();
+    let (key, value) = (Array3::from_elem((2, 1, 16), 9.0), Array3::from_elem((2, 1, 12), 9.0));
+    for i in 0..n_q {
+        let query = inputs.q.slice(s![.., i..i + 1, ..]);
+        let found = linear.prefill(&mut state, &query, &key, &value, KeyMask::Valid(&[false])).unwrap();
+        assert_close(("linear", i), &found, &all.slice(s![.., i..i + 1, ..]), 1e-11);
+        let found = exact.prefill(&mut cache, &query, &key, &value, KeyMask::Valid(&[false])).unwrap();
+        assert_close(("exact", i), &found, &all_exact.slice(s![.., i..i + 1, ..]), 1e-11);
+    }
+}
+
 #[test]
 fn exact_equals_the_reference_on_random_configurations() {
     for seed in 2000..2100 {

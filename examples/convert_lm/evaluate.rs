@@ -1,10 +1,11 @@
-//! Bits per byte, and the comparison with golden logits.
+//! Bits per byte, the comparison with golden logits, and that of two layers.
 
 use std::path::Path;
 
+use dijiang::attention::KeyMask;
 use dijiang::checkpoint::Tensors;
 use dijiang::layer::Attention;
-use ndarray::{ArrayView1, s};
+use ndarray::{Array2, ArrayView1, Axis, s};
 use rayon::prelude::*;
 
 use crate::error::{Error, Result};
@@ -61,4 +62,17 @@ pub(crate) fn check_logits<A: Attention<f32>>(model: &Llama<A>, directory: &Path
         true => Ok(Some(found)),
         false => Err(Error::Golden { path, limit: GOLDEN_LIMIT, found }),
     }
+}
+
+/// How far a layer's outputs are from another one's on the same hidden states: Σ|ŷ − y|² / Σ|y − ȳ|², 1 for a plain mean.
+#[allow(dead_code, reason = "for encoder and choose_structure")]
+pub(crate) fn output_error(exact: &impl Attention<f32>, other: &impl Attention<f32>, sequences: &[Array2<f32>]) -> dijiang::Result<f64> {
+    let (mut difference, mut variance) = (0.0, 0.0);
+    for x in sequences {
+        let (expected, found) = (exact.forward(x, KeyMask::All)?, other.forward(x, KeyMask::All)?);
+        let mean = expected.sum_axis(Axis(0)) / expected.nrows() as f32;
+        difference += (found - &expected).iter().map(|d| f64::from(d * d)).sum::<f64>();
+        variance += (expected - &mean).iter().map(|d| f64::from(d * d)).sum::<f64>();
+    }
+    Ok(difference / variance)
 }

@@ -120,6 +120,17 @@ impl<A: Attention<f32>> Llama<A> {
         rms_norm(x, &self.body.blocks[l].attention_norm, self.body.config.norm_epsilon)
     }
 
+    /// What the attention layer of block `l` is given for each of `samples`.
+    #[allow(dead_code, reason = "for choose_structure and attention_maps")]
+    pub(crate) fn attention_inputs(&self, l: usize, samples: &[&[u8]]) -> Result<Vec<Array2<f32>>> {
+        let input = |sample: &&[u8]| {
+            let mut x = self.embed(sample);
+            (0..l).try_for_each(|before| self.block(before, &mut x))?;
+            Ok(self.attention_input(l, &x))
+        };
+        samples.par_iter().map(input).collect()
+    }
+
     /// Calls `visit` for every layer with its index and with what it is given for each of `samples`.
     ///
     /// Goes block by block, so that the hidden states of one block are all it has to hold.

@@ -77,7 +77,10 @@ impl LinearConfig {
         Self { log_decay, ..self }
     }
 
-    /// Checks everything and precomputes: one map per key-value head.
+    /// Checks everything: one map per key-value head.
+    ///
+    /// # Cost
+    /// A pass over the maps. Keeps them; states and workspaces are made when they are asked for.
     ///
     /// # Errors
     /// [`Error::Empty`] without maps, [`Error::Shape`] for maps of different d or m, [`Error::NotDivisible`] for heads
@@ -224,6 +227,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
 
     /// Every query sees every allowed key (bidirectional and cross attention). Allocates.
     ///
+    /// Where queries come one by one over the same keys, [`prefill`](Self::prefill) a state with the keys once, and then with each
+    /// query and a masked key: that reads the state, leaves it as it is, and costs the same at any number of keys.
+    ///
     /// ```text
     /// o_i = Σ_j K(x_i, y_j) v_j / Σ_j K(x_i, y_j)
     /// ```
@@ -245,6 +251,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     }
 
     /// [`full`](Self::full) into the caller's memory, without allocating.
+    ///
+    /// # Shapes
+    /// - as [`full`](Self::full), `out`: `[h, n_q, e]`.
     ///
     /// # Errors
     /// As [`full`](Self::full), and [`Error::Foreign`] for a workspace of another shape.
@@ -273,13 +282,22 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
 
     /// A whole sequence, each query seeing the keys up to its own: [`prefill`](Self::prefill) from the empty state.
     ///
+    /// # Shapes
+    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries; returns `[h, n, e]`.
+    ///
+    /// # Cost
+    /// As [`prefill_into`](Self::prefill_into), and allocates the output, a state and a workspace.
+    ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into).
     pub fn causal(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
         self.prefill(&mut self.new_state(), q, k, v, mask)
     }
 
-    /// The next n tokens of a sequence; returns `[h, n, e]`. Allocates.
+    /// The next n tokens of a sequence. Allocates the output and a workspace.
+    ///
+    /// # Shapes
+    /// - as [`prefill_into`](Self::prefill_into); returns `[h, n, e]`.
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into).

@@ -10,6 +10,9 @@
 //! [`LinearAttention`] computes it in O(n); [`ExactAttention`] is softmax attention (near(i, j) for every pair), in
 //! O(n²) and with a cache that grows.
 //!
+//! Sources: sums over features: Katharopoulos et al. 2020, *Transformers are RNNs*, equations 8 to 12; decay: Sun et al. 2023, *RetNet*,
+//! equation 5; running maxima as in the online softmax of Milakov and Gimelshein 2018; the near part is this crate's.
+//!
 //! Elements of q, k and v must be numbers of at most [`Real::LIMIT`](crate::Real::LIMIT) in magnitude: everything else
 //! is refused at the door, before anything is changed. Within it no NaN and no infinity can arise.
 

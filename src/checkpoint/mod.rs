@@ -63,6 +63,9 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Opens `directory` and checks its config and the headers of its weight files. No weight is read yet.
     ///
+    /// # Cost
+    /// Reads the config and the headers, some kilobytes a file; the rest is mapped. Files stay open as long as this lives.
+    ///
     /// # Errors
     /// [`Error::Io`] for files that cannot be read, [`Error::Format`] for those that are damaged, of another family, or say something
     /// impossible.
@@ -102,6 +105,9 @@ impl Checkpoint {
     }
 
     /// The attention layer with index `layer` as it was trained.
+    ///
+    /// # Cost
+    /// As [`attention_weights`](Self::attention_weights); the layer keeps these weights, without another copy.
     ///
     /// # Errors
     /// As [`attention_weights`](Self::attention_weights).

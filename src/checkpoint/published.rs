@@ -13,6 +13,13 @@ impl<T: Real> PublishedAttention<T> {
     ///
     /// Radii and decays come from `proj_matrix` and `D1`, which that code keeps in f32: outputs agree with it to about 10⁻⁶.
     ///
+    /// # Shapes
+    /// - `query_key_value.weight`: `[3·D, D]`, query, key and value of each head together; `dense.weight`, `W_G`: `[D, D]`; biases
+    ///   `[3·D]`, `[D]`; `group_norm.*`: `[D]`; `proj_matrix`: `[d, d]`; `D1`: `[1, h, positions, 1]`.
+    ///
+    /// # Cost
+    /// One pass over the tensors, and the memory of the weights in `T`.
+    ///
     /// # Errors
     /// [`Error::Format`](crate::Error::Format) for tensors that are missing or do not fit `config`, and what
     /// [`new`](PublishedAttention::new) finds.

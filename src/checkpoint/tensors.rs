@@ -91,7 +91,10 @@ impl Tensors {
         Some(&shard.metadata.info(name)?.shape)
     }
 
-    /// The tensor of two axes called `name`.
+    /// The tensor of two axes called `name`, `[rows, columns]`.
+    ///
+    /// # Cost
+    /// One pass over its bytes, which come from the disk if nobody has looked at them yet, and the memory of its elements in `T`.
     ///
     /// # Errors
     /// [`Error::Format`] for a tensor that is missing, of another shape or type, or with elements beyond [`Real::LIMIT`]. No memory is
@@ -101,7 +104,7 @@ impl Tensors {
         Array2::from_shape_vec((rows, columns), values).map_err(|error| fault_in(&self.root, name, "a matrix", error))
     }
 
-    /// The tensor of one axis called `name`.
+    /// The tensor of one axis called `name`, `[len]`. Costs what [`matrix`](Self::matrix) costs.
     ///
     /// # Errors
     /// As [`matrix`](Self::matrix).
@@ -109,7 +112,7 @@ impl Tensors {
         Ok(self.numbers(name, &[len])?.into())
     }
 
-    /// The numbers of the tensor of this shape, row-major.
+    /// The numbers of the tensor of this shape, row-major. Costs what [`matrix`](Self::matrix) costs.
     ///
     /// # Errors
     /// As [`matrix`](Self::matrix).

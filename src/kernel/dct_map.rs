@@ -280,6 +280,10 @@ const TOKEN_MATRIX: usize = 1 << 15;
 impl<T: Real> DctMap<T> {
     /// Builds the map that `params` describe.
     ///
+    /// # Cost
+    /// Tables of O(m + d·log d) numbers for a transform; a matrix `[P, d]` a side for a dense projection, and where d is below 256
+    /// and no power of two from 8 on. Maps of equal d share their cosines.
+    ///
     /// # Errors
     /// [`Error::Empty`], [`Error::NotDivisible`] and [`Error::Length`] for lengths that do not fit each other,
     /// [`Error::NonFinite`] for numbers that are not finite or beyond [`Real::LIMIT`], [`Error::Conflict`] for

@@ -17,6 +17,9 @@
 //! with radii t, input scales s, log-weights w, centres μ, envelope p and mix g. The centres cancel exactly: with
 //! p(z) = −|z|²/2 the map estimates exp(x·y) whatever they are, and they change its error only.
 //!
+//! Sources: φ_WDCF of Chen et al. 2024, arXiv 2403.19928, with w = log D²; the envelope as in Choromanski et al. 2021; centres, mix
+//! and separate sides are this crate's.
+//!
 //! # What the maps converge to
 //!
 //! * With one transform per block ([`Mixing::None`]), normal radii, s = 1, no envelope and w = −ln m the kernel tends to

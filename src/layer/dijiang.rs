@@ -254,6 +254,9 @@ impl<T: Real> DijiangAttention<T> {
     /// Exchanges the attention of `layer` and keeps its weights (shared, not copied), rotary embedding, heads and scale. A
     /// [`near`](SoftmaxAttention::with_near) restriction of `layer` is not taken over: `options` has its own.
     ///
+    /// # Cost
+    /// Draws and tabulates the maps, O(m·d) a key-value head at most. Nothing is measured on data: [`calibrate`](Self::calibrate).
+    ///
     /// # Errors
     /// - [`Error::Value`], [`Error::TooLarge`]: impossible `options`, see [`DctMapConfig::build`] and [`LinearConfig::build`];
     /// - [`Error::Conflict`]: a decay in a bidirectional layer.
@@ -299,6 +302,9 @@ impl<T: Real> DijiangAttention<T> {
     /// Replaces the maps, one per key-value head: calibrated elsewhere, or loaded from a file. States made before mean
     /// something else to the new maps: start new ones.
     ///
+    /// # Cost
+    /// None beside the maps' own: they are moved in.
+    ///
     /// # Errors
     /// [`Error::Length`] for another number of maps, [`Error::Foreign`] for a map of another head dimension. After an error the
     /// layer is unchanged.
@@ -312,7 +318,7 @@ impl<T: Real> DijiangAttention<T> {
         Ok(())
     }
 
-    /// [`set_maps`](Self::set_maps) as a constructor.
+    /// [`set_maps`](Self::set_maps) as a constructor. Weights are shared, not copied, here and below.
     ///
     /// # Errors
     /// As [`set_maps`](Self::set_maps).

@@ -162,6 +162,9 @@ impl<T: Real> StatePool<T> {
     /// # Shapes
     /// - `slots`: b different ones; `x` and `out`: `[b, D]`.
     ///
+    /// # Cost
+    /// As [`DijiangAttention::step_batch`], and a pointer per slot of the pool.
+    ///
     /// # Errors
     /// [`Error::Value`] for slots that are not taken or not all different, and those of [`DijiangAttention::step_batch`]. After an
     /// error no state is changed.

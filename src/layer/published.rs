@@ -45,7 +45,7 @@ pub struct PublishedWeights<T> {
 }
 
 impl<T: Real> PublishedWeights<T> {
-    /// Everything that is trained, with as many groups as radii and ε = 10⁻⁵.
+    /// Everything that is trained, with as many groups as radii and ε = 10⁻⁵. Checked by the layer's constructor.
     ///
     /// # Shapes
     /// - `radii`: `[d]`, `log_decay`: `[h]`, `gate`: `[D, D]`, `norm_scale` and `norm_shift`: `[D]`
@@ -53,7 +53,7 @@ impl<T: Real> PublishedWeights<T> {
         Self { groups: radii.len(), radii, log_decay, gate, norm_scale, norm_shift, epsilon: 1e-5 }
     }
 
-    /// The decays that the code gives `heads` heads: γ = 1 − 2^−a, a from 5 to 9 in equal steps.
+    /// The decays log γ, `[heads]`, that the code gives its heads: γ = 1 − 2^−a, a from 5 to 9 in equal steps.
     pub fn decays(heads: usize) -> Vec<f64> {
         let step = 4.0 / heads.saturating_sub(1).max(1) as f64;
         (0..heads).map(|h| (-(-(5.0 + step * h as f64)).exp2()).ln_1p()).collect()
@@ -90,18 +90,24 @@ impl<T: Real> PublishedWeights<T> {
 
 /// The attention layer of the code published with the paper.
 ///
-/// For models that were trained with that code. For anything else use [`DijiangAttention`](crate::layer::DijiangAttention): it
-/// starts from the weights of a softmax layer and is close to it after seconds of calibration, while this one has a gate and a
-/// norm that no softmax layer has, and has to be trained.
+/// **Which one to use.** This one for models that were trained with that code, and for nothing else: it computes what they
+/// computed. To exchange the attention of a trained softmax model take [`DijiangAttention`](crate::layer::DijiangAttention): it
+/// starts from the weights of the softmax layer and is close to it after seconds of calibration, while this one has a gate and a
+/// norm that no softmax layer has, so it means nothing before it has been trained, for about as many tokens as the paper's models.
 ///
-/// What differs from the paper's formula, and from `DijiangAttention`:
+/// What differs from the paper's formula:
 ///
-/// * features are softmaxed over f, so they sum to one; the paper weighs `exp(t_f·[Cx]_f)` by D_f;
+/// * features are softmaxed over f, so they sum to one; the paper weighs `exp(t_f·[Cx]_f)` by D_f, and there is no D here;
 /// * the transform is a DCT-III (Cᵀ), the paper's a DCT-II (C);
 /// * queries and keys are not scaled by 1/√d;
-/// * there is no normaliser: GroupNorm over the channels takes its place, and a SiLU gate of the layer's input follows;
-/// * every head decays, by a fixed γ;
-/// * there is no exact near part.
+/// * the radii t are independent normal numbers, the paper's quasi-Monte Carlo points; all heads, queries and keys share them;
+/// * there is no normaliser `Σ_j φ(q_i)·φ(k_j)`: GroupNorm over the channels of a token takes its place, over groups of h
+///   channels that are no heads;
+/// * a SiLU gate of the layer's input multiplies what comes out of the norm;
+/// * every head decays, by a γ that is not trained.
+///
+/// What `DijiangAttention` has beside the paper's formula and this layer has not: the exact near part, centres and mix, any
+/// number of features, calibration, gradients, grouped queries, bidirectional attention, a batched step, files of its own.
 ///
 /// What differs from that code: decay is applied as exp((i − j)·log γ), where the code multiplies γⁱ by γ^−j, which overflows on
 /// long sequences; time is O(n), where the code computes n×n scores; and [`step`](Attention::step) agrees with the whole pass,
@@ -152,7 +158,10 @@ impl<T: Real> PartialEq for PublishedState<T> {
 }
 
 impl<T: Real> PublishedAttention<T> {
-    /// Checks config and weights.
+    /// Checks config and weights. Both may be given as they are or behind an `Arc`, which is then shared.
+    ///
+    /// # Cost
+    /// A pass over the weights, and a `[d, d]` matrix; weights are moved or shared, not copied.
     ///
     /// # Errors
     /// Whatever [`AttentionConfig::check`] and [`AttentionWeights::check`] find; [`Error::Value`] for grouped queries, heads whose

@@ -5,6 +5,7 @@
 //! ```
 //!
 //! r is the number of rotated coordinates. Angles, sines and cosines are computed in `f64`, for any position.
+//! [Su et al. 2021, *RoFormer*, equation 34; the first r coordinates alone: Black et al. 2022, *GPT-NeoX-20B*]
 
 use std::f64::consts::TAU;
 

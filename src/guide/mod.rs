@@ -1,0 +1,10 @@
+//! Pages to read beside the reference.
+
+#[doc = include_str!("coming_from_softmax.md")]
+pub mod coming_from_softmax {}
+
+#[doc = include_str!("features.md")]
+pub mod features {}
+
+#[doc = include_str!("structures.md")]
+pub mod structures {}
