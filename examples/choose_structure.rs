@@ -37,7 +37,9 @@ use std::time::Duration;
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use dijiang::attention::Near;
-use dijiang::layer::{CalibrateOptions, ChooseOptions, ChooseReport, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention, Trial};
+use dijiang::layer::{
+    CalibrateOptions, ChooseOptions, ChooseReport, DijiangAttention, DijiangOptions, ProjectionFit, SoftmaxAttention, Trial,
+};
 use ndarray::{Array2, ArrayView2};
 
 use crate::evaluate::output_error;
@@ -133,14 +135,18 @@ fn run(args: &Args) -> Result<()> {
 fn time(softmax: &SoftmaxAttention<f32>, samples: &[ArrayView2<'_, f32>], options: &ChooseOptions) -> Result<Duration> {
     let nothing = CalibrateOptions::new().with_steps(0);
     let first = options.clone().with_near(vec![options.near[0]]).with_blocks(vec![options.blocks[0]]);
-    let first = first.with_projections(vec![Fit::Keep]).with_trial(nothing.clone()).with_calibrate(nothing);
+    let first = first.with_projections(vec![ProjectionFit::Keep]).with_trial(nothing.clone()).with_calibrate(nothing);
     Ok(DijiangAttention::choose(softmax, &samples[..1], &first, |_| ControlFlow::Continue(()))?.1.time)
 }
 
 fn print(args: &Args, report: &ChooseReport, budget: Duration, dim: usize) {
     let microseconds = |time: Duration| format!("{:.2}", 1e6 * time.as_secs_f64());
     let near = |near: Option<Near>| near.map_or("none".to_owned(), |near| format!("{} × {}", near.back + 1, near.chunk));
-    let projection = |fit: Fit| if fit == Fit::Train { "dense" } else { "DCT" };
+    let projection = |fit: ProjectionFit| match fit {
+        ProjectionFit::Keep => "DCT",
+        ProjectionFit::Deep => "deep",
+        ProjectionFit::Dense => "dense",
+    };
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_header(["near part, tokens", "features m", "projection", "µs per token", "error"]);
     for Trial { near: tried, blocks, projection: fit, time, error, .. } in &report.trials {

@@ -41,7 +41,7 @@ use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use dijiang::attention::KeyMask;
 use dijiang::checkpoint::{Checkpoint, Tensors};
-use dijiang::layer::{Attention, CalibrateOptions, Causality, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention};
+use dijiang::layer::{Attention, CalibrateOptions, Causality, DijiangAttention, DijiangOptions, ProjectionFit, SoftmaxAttention};
 use ndarray::{Array2, Array3, Axis, concatenate, s};
 
 use crate::evaluate::output_error;
@@ -121,7 +121,7 @@ fn run(args: &Args) -> Result<()> {
         let calibration: Vec<_> = calibration.iter().map(|x| x.view()).collect();
         let exchanged = DijiangAttention::from_softmax(softmax, DijiangOptions::new().with_blocks(args.blocks))?;
         let mut row = vec![l.to_string(), format!("{:.3}", output_error(softmax, &exchanged, unseen)?)];
-        for (steps, projection) in [(0, Fit::Keep), (args.steps, Fit::Keep), (args.steps, Fit::Train)] {
+        for (steps, projection) in [(0, ProjectionFit::Keep), (args.steps, ProjectionFit::Keep), (args.steps, ProjectionFit::Dense)] {
             let options = CalibrateOptions::new().with_steps(steps).with_projection(projection);
             let mut linear = exchanged.clone();
             linear.calibrate(&calibration, &options, |_| ControlFlow::Continue(()))?;

@@ -58,8 +58,8 @@ impl Problem {
     /// The tensors of head `h` that a gradient is taken with respect to, by name.
     fn tensors(&mut self, h: usize) -> Vec<(&'static str, &mut [f64])> {
         let map = &mut self.maps[h];
-        let (query_rows, key_rows): (&mut [f64], &mut [f64]) = match &mut map.projection {
-            Projection::Dense { query, key } => (query, key),
+        let (of_query, of_key): (&mut [f64], &mut [f64]) = match &mut map.projection {
+            Projection::Dense { query, key } | Projection::Deep { query, key } => (query, key),
             Projection::Dct | Projection::Mixed { .. } => (&mut [], &mut []),
         };
         vec![
@@ -72,8 +72,8 @@ impl Problem {
             ("key_scale", &mut map.key.scale),
             ("query_radii", &mut map.query.radii),
             ("key_radii", &mut map.key.radii),
-            ("query_rows", query_rows),
-            ("key_rows", key_rows),
+            ("query_projection", of_query),
+            ("key_projection", of_key),
             ("log_weight", &mut map.log_weight),
             ("log_mix", std::slice::from_mut(&mut map.log_mix)),
             ("log_decay", std::slice::from_mut(&mut self.log_decay[h])),
@@ -95,8 +95,8 @@ fn by_name<T: Real>(gradients: &Gradients<T>, h: usize, name: &str) -> Vec<f64> 
         "key_scale" => map.key.scale.clone(),
         "query_radii" => map.query.radii.clone(),
         "key_radii" => map.key.radii.clone(),
-        "query_rows" => map.query.rows.clone(),
-        "key_rows" => map.key.rows.clone(),
+        "query_projection" => map.query.projection.clone(),
+        "key_projection" => map.key.projection.clone(),
         "log_weight" => map.log_weight.clone(),
         "log_mix" => vec![map.log_mix],
         "log_decay" => vec![gradients.log_decay[h]],
@@ -152,7 +152,7 @@ fn golden_gradients<T: Real>(tolerance: f64) {
         for case in CASES {
             let mut problem = golden_problem(&golden, tag, case);
             let gradients = problem.gradients::<T>();
-            let names: Vec<&str> = problem.tensors(0).iter().map(|(name, _)| *name).filter(|name| !name.ends_with("rows")).collect();
+            let names: Vec<&str> = problem.tensors(0).iter().map(|(name, _)| *name).filter(|name| !name.ends_with("projection")).collect();
             for name in names.into_iter().filter(|&name| name != "log_decay" || case.ends_with("decay")) {
                 let expected: Vec<f64> = golden.array::<ndarray::IxDyn>(&format!("{tag}.{case}.grad.{name}")).into_iter().collect();
                 let got = by_name(&gradients, 0, name);
@@ -212,10 +212,12 @@ fn random_problem(seed: u64) -> Problem {
 fn random_map(random: &mut Random, d: usize, seed: u64) -> DctParams {
     // All heads have the same number of features, 2·d.
     let envelope = random.choose(&[Envelope::None, Envelope::Gaussian]);
-    let mut map = match random.below(4) {
+    let mut map = match random.below(6) {
         0 => DctMapConfig::new(d).with_blocks(2).params().unwrap(),
         1 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap(),
         2 => DctMapConfig::new(d).with_blocks(2).with_mixing(Mixing::Mixed).with_seed(seed).params().unwrap(),
+        3 => DctMapConfig::new(d).with_blocks(2).params().unwrap().to_deep(),
+        4 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap().to_deep(),
         _ => FavorConfig::new(d, 2 * d).with_seed(seed).params().unwrap(),
     };
     map.envelope = envelope;
@@ -223,6 +225,9 @@ fn random_map(random: &mut Random, d: usize, seed: u64) -> DctParams {
         side.center.iter_mut().for_each(|x| *x += 0.3 * random.normal());
         side.scale.iter_mut().for_each(|x| *x += 0.3 * random.normal());
         side.radii.iter_mut().for_each(|x| *x += 0.3 * random.normal());
+    }
+    if let Projection::Deep { query, key } = &mut map.projection {
+        query.iter_mut().chain(key).for_each(|x| *x += 0.3 * random.normal());
     }
     map.log_weight.iter_mut().for_each(|x| *x += 0.2 * random.normal());
     map.log_mix = -0.4;

@@ -13,7 +13,7 @@ use dijiang::attention::Near;
 use dijiang::kernel::{DctParams, Pairing, Projection, Sides};
 use dijiang::layer::{
     AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateReport, Causality, ChooseOptions, ChooseReport, DijiangAttention,
-    DijiangOptions, Fit, SoftmaxAttention,
+    DijiangOptions, Fit, ProjectionFit, SoftmaxAttention,
 };
 use ndarray::{Array2, ArrayView2};
 
@@ -128,17 +128,25 @@ fn centres_move_only_when_asked() {
 }
 
 #[test]
-fn projections_become_matrices_only_when_asked() {
+fn projections_change_only_when_asked() {
     let samples = texts();
     let options = CalibrateOptions::new().with_steps(100);
-    let (mut plain, mut dense) = (layer(near()), layer(near()));
-    let of_plain = calibrate(&mut plain, &samples, &options);
-    let of_dense = calibrate(&mut dense, &samples, &options.with_projection(Fit::Train));
-    let is_dense =
-        |layer: &DijiangAttention<f64>| layer.maps().iter().all(|map| matches!(map.params().projection, Projection::Dense { .. }));
-    assert!(!is_dense(&plain) && is_dense(&dense));
-    assert_eq!(of_dense.before(), of_plain.before());
-    assert!(of_dense.after() < 0.95 * of_plain.after(), "{of_dense:?}, {of_plain:?}");
+    let fitted = |fit| {
+        let mut layer = layer(near());
+        let report = calibrate(&mut layer, &samples, &options.clone().with_projection(fit));
+        (layer, report)
+    };
+    let all = |layer: &DijiangAttention<f64>, fits: fn(&Projection) -> bool| layer.maps().iter().all(|map| fits(&map.params().projection));
+    let (layer, plain) = fitted(ProjectionFit::Keep);
+    assert!(all(&layer, |projection| *projection == Projection::Dct));
+    let (layer, deep) = fitted(ProjectionFit::Deep);
+    assert!(all(&layer, |projection| matches!(projection, Projection::Deep { .. })));
+    let (layer, dense) = fitted(ProjectionFit::Dense);
+    assert!(all(&layer, |projection| matches!(projection, Projection::Dense { .. })));
+    assert_eq!((deep.before(), dense.before()), (plain.before(), plain.before()));
+    for better in [deep, dense] {
+        assert!(better.after() < 0.97 * plain.after(), "{better:?}, {plain:?}");
+    }
 }
 
 /// Whatever the steps are like, the layer is never worse than it was given.
@@ -279,14 +287,22 @@ fn choice() -> ChooseOptions {
 fn a_choice_without_limits_takes_what_lowers_the_error() {
     let (layer, report) = choose(Causality::Causal, &choice()).unwrap();
     let trials = &report.trials;
-    assert_eq!(trials.len(), 4, "two near parts, two numbers of blocks, two projections: {trials:?}");
+    assert_eq!(trials.len(), 5, "two near parts, two numbers of blocks, three projections: {trials:?}");
     assert!(trials[1].error < trials[0].error, "{trials:?}");
     assert_eq!((layer.near(), report.near), (Some(Near::new(16, 1)), Some(Near::new(16, 1))));
     assert_eq!(layer.maps()[0].params().features(), 8 * report.blocks);
     for (map, projection) in layer.maps().iter().zip(&report.projections) {
-        assert_eq!(matches!(map.params().projection, Projection::Dense { .. }), *projection == Fit::Train, "{report:?}");
+        let found = match map.params().projection {
+            Projection::Deep { .. } => ProjectionFit::Deep,
+            Projection::Dense { .. } => ProjectionFit::Dense,
+            Projection::Dct | Projection::Mixed { .. } => ProjectionFit::Keep,
+        };
+        assert_eq!(found, *projection, "{report:?}");
     }
-    assert!(report.projections.contains(&Fit::Train), "more numbers on the same samples should have helped: {report:?}");
+    assert!(
+        report.projections.iter().any(|&projection| projection != ProjectionFit::Keep),
+        "more numbers on the same samples should have helped: {report:?}"
+    );
     let best = trials.iter().filter_map(|trial| trial.error).fold(f64::INFINITY, f64::min);
     assert!(report.calibration.after() <= best, "{report:?}");
     // Without a budget nothing depends on the clock, nor on threads.
@@ -307,7 +323,7 @@ fn a_budget_is_kept() {
 #[test]
 fn a_choice_for_other_layers() {
     let (layer, report) = choose(Causality::Bidirectional, &choice()).unwrap();
-    assert_eq!((layer.near(), report.trials.len()), (None, 3));
+    assert_eq!((layer.near(), report.trials.len()), (None, 4));
     // Without a near part the decay is fitted, whatever the options say.
     let (layer, _) = choose(Causality::Causal, &choice().with_near(vec![None])).unwrap();
     assert!(layer.log_decay().iter().any(|&decay| decay < 0.0));

@@ -40,6 +40,11 @@ fn dct(x: &[f64]) -> Vec<f64> {
     (0..d).map(|f| (0..d).map(|i| cosine(d, f, i) * x[i]).sum()).collect()
 }
 
+/// DCT-III, its transpose.
+fn dct3(x: &[f64]) -> Vec<f64> {
+    (0..x.len()).map(|i| (0..x.len()).map(|f| cosine(x.len(), f, i) * x[f]).sum()).collect()
+}
+
 fn times(a: &[f64], b: &[f64]) -> Vec<f64> {
     a.iter().zip(b).map(|(a, b)| a * b).collect()
 }
@@ -48,8 +53,8 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
-/// u_f of one vector, both signs if paired.
-fn literal_u(params: &DctParams, side: &SideParams, dense: &[f64], z: &[f64]) -> Vec<f64> {
+/// u_f of one vector, both signs if paired; `own` is what only this side has of the projection.
+fn literal_u(params: &DctParams, side: &SideParams, own: &[f64], z: &[f64]) -> Vec<f64> {
     let d = z.len();
     let mut u = Vec::new();
     match &params.projection {
@@ -60,7 +65,13 @@ fn literal_u(params: &DctParams, side: &SideParams, dense: &[f64], z: &[f64]) ->
                 u.extend(dct(&times(d1, &dct(&times(d2, &dct(&times(d3, &times(scale, z))))))));
             }
         }
-        Projection::Dense { .. } => u.extend(dense.chunks(d).map(|row| dot(row, &times(&side.scale, z)))),
+        Projection::Deep { .. } => {
+            for (s, outer) in side.scale.chunks(d).zip(own.chunks(2 * d)) {
+                let (p, r) = outer.split_at(d);
+                u.extend(dct(&times(s, &dct3(&times(r, &dct(&times(p, z)))))));
+            }
+        }
+        Projection::Dense { .. } => u.extend(own.chunks(d).map(|row| dot(row, &times(&side.scale, z)))),
     }
     let mut u = times(&side.radii, &u);
     if params.pairing == Pairing::Antithetic {
@@ -80,18 +91,18 @@ fn literal_envelope(params: &DctParams, z: &[f64]) -> f64 {
 fn literal_query(params: &DctParams, x: &[f64]) -> Vec<f64> {
     let (mu_q, mu_k) = (&params.query.center, &params.key.center);
     let z: Vec<f64> = x.iter().zip(mu_q).map(|(x, mu)| x - mu).collect();
-    let dense = if let Projection::Dense { query, .. } = &params.projection { &query[..] } else { &[] };
+    let own = if let Projection::Dense { query, .. } | Projection::Deep { query, .. } = &params.projection { &query[..] } else { &[] };
     let rest = literal_envelope(params, &z) + dot(x, mu_k) - dot(mu_q, mu_k) + params.log_mix;
-    literal_u(params, &params.query, dense, &z).iter().map(|u| u + rest).collect()
+    literal_u(params, &params.query, own, &z).iter().map(|u| u + rest).collect()
 }
 
 /// b_f(y).
 fn literal_key(params: &DctParams, y: &[f64]) -> Vec<f64> {
     let (mu_q, mu_k) = (&params.query.center, &params.key.center);
     let z: Vec<f64> = y.iter().zip(mu_k).map(|(y, mu)| y - mu).collect();
-    let dense = if let Projection::Dense { key, .. } = &params.projection { &key[..] } else { &[] };
+    let own = if let Projection::Dense { key, .. } | Projection::Deep { key, .. } = &params.projection { &key[..] } else { &[] };
     let rest = literal_envelope(params, &z) + dot(mu_q, y);
-    literal_u(params, &params.key, dense, &z).iter().zip(&params.log_weight).map(|(u, w)| u + w + rest).collect()
+    literal_u(params, &params.key, own, &z).iter().zip(&params.log_weight).map(|(u, w)| u + w + rest).collect()
 }
 
 /// K(x_0, y_0) of a map.
@@ -154,8 +165,14 @@ fn shaken(mut params: DctParams, seed: u64) -> DctParams {
         shake(&mut params.key.scale, 0.3, seed + 6);
         shake(&mut params.key.radii, 0.3, seed + 7);
     }
-    if let Projection::Mixed { signs } = &mut params.projection {
-        shake(signs, 0.2, seed + 8);
+    match &mut params.projection {
+        Projection::Mixed { signs } => shake(signs, 0.2, seed + 8),
+        Projection::Deep { query, key } => {
+            shake(query, 0.3, seed + 9);
+            let own = if params.sides == Sides::Tied { seed + 9 } else { seed + 10 };
+            shake(key, 0.3, own);
+        }
+        Projection::Dct | Projection::Dense { .. } => {}
     }
     params.log_mix = -0.3 - 0.01 * d as f64;
     params
@@ -187,6 +204,9 @@ fn every_combination(dims: &[usize]) -> Vec<DctParams> {
                             let seed = all.len() as u64;
                             if sides == Sides::Untied && mixing == Mixing::None {
                                 all.push(shaken(dense(&params, blocks * d + 1, seed), seed));
+                            }
+                            if mixing == Mixing::None {
+                                all.push(shaken(params.to_deep(), seed));
                             }
                             all.push(shaken(params.clone(), seed));
                             all.push(params);
@@ -293,11 +313,14 @@ fn columns_do_not_depend_on_width_or_neighbours() {
 #[test]
 fn a_projection_written_out_is_the_same_map() {
     let x = Array2::from_shape_vec((9, 12), normals(9 * 12, 77)).unwrap();
-    for mixing in [Mixing::None, Mixing::Mixed] {
+    for (mixing, deep) in [(Mixing::None, false), (Mixing::None, true), (Mixing::Mixed, false)] {
         let config = DctMapConfig::new(12).with_blocks(3).with_mixing(mixing).with_pairing(Pairing::Antithetic);
         let mut params = config.with_envelope(Envelope::Gaussian).params().unwrap();
         for (side, seed) in [(&mut params.query, 78), (&mut params.key, 79)] {
             side.center.iter_mut().chain(&mut side.scale).zip(normals(48, seed)).for_each(|(number, by)| *number += by);
+        }
+        if deep {
+            params = shaken(params.to_deep(), 80);
         }
         let dense = params.to_dense().unwrap();
         assert!(matches!(dense.projection, Projection::Dense { .. }));
@@ -306,6 +329,22 @@ fn a_projection_written_out_is_the_same_map() {
         let close = |a: Array2<f64>, b: Array2<f64>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-11 * b.abs().max(1.0));
         assert!(close(dense.query_log_features(&x).unwrap(), plain.query_log_features(&x).unwrap()), "{mixing:?}");
         assert!(close(dense.key_log_features(&x).unwrap(), plain.key_log_features(&x).unwrap()), "{mixing:?}");
+    }
+}
+
+/// Two transforms that undo each other, whichever way they are computed.
+#[test]
+fn a_deep_projection_starts_as_the_plain_one() {
+    for d in [1, 8, 12, 64, 300] {
+        let x = Array2::from_shape_vec((5, d), normals(5 * d, 81)).unwrap();
+        let params = shaken(DctMapConfig::new(d).with_blocks(2).params().unwrap(), 82);
+        let deep = params.to_deep();
+        assert!(matches!(deep.projection, Projection::Deep { .. }));
+        assert_eq!(deep.to_deep(), deep);
+        let (plain, deep) = (DctMap::<f64>::from_params(params).unwrap(), DctMap::<f64>::from_params(deep).unwrap());
+        let close = |a: Array2<f64>, b: Array2<f64>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-11 * b.abs().max(1.0));
+        assert!(close(deep.query_log_features(&x).unwrap(), plain.query_log_features(&x).unwrap()), "d {d}");
+        assert!(close(deep.key_log_features(&x).unwrap(), plain.key_log_features(&x).unwrap()), "d {d}");
     }
 }
 
@@ -462,7 +501,7 @@ fn oprf_weights_follow_the_formula() {
             let mut unit = vec![0.0; params.dim()];
             unit[i] = 1.0;
             let (q, k) = match &params.projection {
-                Projection::Dense { query, key } => (&query[..], &key[..]),
+                Projection::Dense { query, key } | Projection::Deep { query, key } => (&query[..], &key[..]),
                 _ => (&[][..], &[][..]),
             };
             let sides = [literal_u(&params, &params.query, q, &unit), literal_u(&params, &params.key, k, &unit)];
@@ -642,6 +681,9 @@ fn wrong_lengths_are_refused() {
     assert_eq!(refused(|p| p.log_weight.push(0.0)), length("log_weight", 8, 9));
     assert_eq!(refused(|p| p.pairing = Pairing::Antithetic), length("log_weight", 16, 8));
     assert_eq!(refused(|p| p.projection = Projection::Mixed { signs: vec![1.0; 23] }), length("projection.signs", 24, 23));
+    let deep = |query, key| refused(move |p| p.projection = Projection::Deep { query: vec![1.0; query], key: vec![1.0; key] });
+    assert_eq!(deep(15, 16), length("projection.query", 16, 15));
+    assert_eq!(deep(16, 17), length("projection.key", 16, 17));
     let dense = |query, key| {
         refused(move |p| {
             p.projection = Projection::Dense { query: vec![0.0; query], key: vec![0.0; key] };

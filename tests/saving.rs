@@ -85,6 +85,20 @@ fn dense<T: Real>(mut layer: DijiangAttention<T>, heads: usize) -> DijiangAttent
     layer
 }
 
+/// Gives every map two more transforms per block.
+fn deep<T: Real>(mut layer: DijiangAttention<T>) -> DijiangAttention<T> {
+    let mut random = Random::new(8);
+    let maps = layer.maps().iter().map(|map| {
+        let mut params = map.params().to_deep();
+        let Projection::Deep { query, key } = &mut params.projection else { panic!("asked for two more transforms") };
+        query.iter_mut().chain(key).for_each(|x| *x += 0.3 * random.normal());
+        DctMap::from_params(params).unwrap()
+    });
+    let maps = maps.collect();
+    layer.set_maps(maps).unwrap();
+    layer
+}
+
 /// Near part of two chunks of 8.
 fn options() -> DijiangOptions {
     DijiangOptions::new().with_near(Some(Near::new(8, 1)))
@@ -120,6 +134,7 @@ fn kinds<T: Real>() -> Vec<(&'static str, DijiangAttention<T>)> {
         ("antithetic", plain(grouped(), options().with_pairing(Pairing::Antithetic).with_sides(Sides::Tied))),
         ("mixed", plain(grouped(), options().with_blocks(3).with_mixing(Mixing::Mixed))),
         ("Gaussian", plain(grouped(), options().with_envelope(Envelope::Gaussian))),
+        ("deep", deep(plain(grouped(), options().with_blocks(2)))),
         ("dense", dense(plain(grouped(), options().with_blocks(2)), 3)),
         ("dense beside mixed", dense(plain(grouped(), options().with_blocks(2).with_mixing(Mixing::Mixed)), 1)),
         ("bidirectional", plain(bidirectional, options())),

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use dijiang::attention::Near;
+use dijiang::layer::ProjectionFit;
 
 /// Exchange the softmax attention of a byte-level LLaMA-format model for DCT-kernelized linear attention and measure what it costs.
 #[derive(Debug, Parser)]
@@ -33,9 +34,12 @@ pub(crate) struct Args {
     /// Length of the first steps
     #[arg(long, value_name = "X", default_value_t = 0.1)]
     pub(crate) learning_rate: f64,
-    /// Fit the projections themselves, as dense matrices: better, and slower per token
+    /// Give the projections two more transforms each to fit: better, and slower per token
+    #[arg(long, conflicts_with = "dense")]
+    deep: bool,
+    /// Fit the projections as dense matrices: better, and slower per token
     #[arg(long)]
-    pub(crate) dense: bool,
+    dense: bool,
     /// Try other near parts, features and projections for every layer, and keep what lowers the error
     #[arg(long)]
     choose: bool,
@@ -81,6 +85,15 @@ pub(crate) struct Args {
 }
 
 impl Args {
+    /// What to fit the projections as.
+    pub(crate) fn projection(&self) -> ProjectionFit {
+        match (self.deep, self.dense) {
+            (true, _) => ProjectionFit::Deep,
+            (_, true) => ProjectionFit::Dense,
+            (false, false) => ProjectionFit::Keep,
+        }
+    }
+
     /// The text to measure on.
     pub(crate) fn text(&self) -> PathBuf {
         self.text.clone().unwrap_or_else(|| self.model.join("valid.txt"))

@@ -55,9 +55,8 @@ pub(crate) fn convert(
     })?;
 
     let start = Instant::now();
-    let projection = if args.dense { Fit::Train } else { Fit::Keep };
     let trained = closed
-        .with_projection(projection)
+        .with_projection(args.projection())
         .with_steps(args.steps())
         .with_batch(args.batch(samples.iter().map(|sample| sample.len()).max().unwrap_or(1)))
         .with_learning_rate(args.learning_rate)

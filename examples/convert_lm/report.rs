@@ -5,7 +5,7 @@ use std::io::Write;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use dijiang::attention::Near;
-use dijiang::layer::{CalibrateReport, ChooseReport, Fit, HeadReport, Trial};
+use dijiang::layer::{CalibrateReport, ChooseReport, HeadReport, ProjectionFit, Trial};
 use serde::Serialize;
 
 use crate::error::{Error, Result};
@@ -130,10 +130,11 @@ impl From<&ChooseReport> for ChoiceReport {
     }
 }
 
-fn name(projection: Fit) -> &'static str {
+fn name(projection: ProjectionFit) -> &'static str {
     match projection {
-        Fit::Keep => "plain",
-        Fit::Train => "dense",
+        ProjectionFit::Keep => "plain",
+        ProjectionFit::Deep => "deep",
+        ProjectionFit::Dense => "dense",
     }
 }
 

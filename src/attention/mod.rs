@@ -21,7 +21,6 @@ mod backward;
 mod causal;
 mod checks;
 mod decode;
-#[allow(dead_code, reason = "gradient calibration is built on it")]
 mod far;
 mod full;
 mod linear;
@@ -38,12 +37,11 @@ mod workspace;
 
 use std::ops::Range;
 
-pub(crate) use checks::check_state_size;
 use linear::Head;
 
 pub use backward::{AttentionGradients, StateGradients};
+pub(crate) use checks::check_state_size;
 pub(crate) use far::FarPart;
-
 pub(crate) use packed::{check_offsets, check_offsets_of, ranges};
 
 pub use linear::{LinearAttention, LinearConfig};

@@ -5,3 +5,6 @@ pub mod coming_from_softmax {}
 
 #[doc = include_str!("features.md")]
 pub mod features {}
+
+#[doc = include_str!("structures.md")]
+pub mod structures {}

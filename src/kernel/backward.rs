@@ -9,12 +9,14 @@
 //! μ̇   = −Aᵀr (+ Σ_f M_f with the Gaussian envelope)             ẇ_f = r_f        ġ = Σ_f r_f
 //! ```
 //!
+//! and with Ȧ = M the chain rule through the transforms, if the projection is deep.
+//!
 //! So the gradients cost one matrix product per panel of tokens, whatever the projection is made of.
 
 use std::fmt::Debug;
 
 use super::FeatureMap;
-use super::dct_map::{DctMap, projection_matrix};
+use super::dct_map::{DctMap, deep_gradients, projection_matrix};
 use super::favor::FavorMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, SideParams};
 use crate::real::Real;
@@ -83,8 +85,9 @@ pub struct SideGradients {
     pub scale: Vec<f64>,
     /// Of the radii t, as long as they.
     pub radii: Vec<f64>,
-    /// Of the rows of a dense projection, `[P, d]`; empty for other projections.
-    pub rows: Vec<f64>,
+    /// Of what only this side has of the projection: p and r of a deep one, `[G, 2, d]`, the matrix of a dense one, `[P, d]`; empty
+    /// for others.
+    pub projection: Vec<f64>,
 }
 
 /// The gradients with respect to [`DctParams`]. Both sides are told apart even where the map ties them.
@@ -104,16 +107,16 @@ pub struct DctGradients {
 impl DctGradients {
     /// All zeros, for parameters of this shape.
     pub fn zeros(params: &DctParams) -> Self {
-        let (query_rows, key_rows) = dense(params).map_or((0, 0), |(query, key)| (query.len(), key.len()));
-        let side = |side: &SideParams, rows: usize| SideGradients {
+        let side = |side: &SideParams, of_side: &[f64]| SideGradients {
             center: vec![0.0; side.center.len()],
             scale: vec![0.0; side.scale.len()],
             radii: vec![0.0; side.radii.len()],
-            rows: vec![0.0; rows],
+            projection: vec![0.0; of_side.len()],
         };
+        let (query, key) = params.projection.sides();
         Self {
-            query: side(&params.query, query_rows),
-            key: side(&params.key, key_rows),
+            query: side(&params.query, query),
+            key: side(&params.key, key),
             log_weight: vec![0.0; params.log_weight.len()],
             log_mix: 0.0,
         }
@@ -125,7 +128,7 @@ impl DctGradients {
             add(&mut to.center, &from.center);
             add(&mut to.scale, &from.scale);
             add(&mut to.radii, &from.radii);
-            add(&mut to.rows, &from.rows);
+            add(&mut to.projection, &from.projection);
         }
         add(&mut self.log_weight, &other.log_weight);
         self.log_mix += other.log_mix;
@@ -136,19 +139,19 @@ fn add(to: &mut [f64], from: &[f64]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
 }
 
-/// The matrices of a dense projection, queries and keys.
-fn dense(params: &DctParams) -> Option<(&[f64], &[f64])> {
-    match &params.projection {
-        Projection::Dense { query, key } => Some((query, key)),
-        Projection::Dct | Projection::Mixed { .. } => None,
-    }
-}
-
 /// What the gradients of a [`DctMap`] need to know of the tokens.
 #[derive(Debug, Clone)]
 pub struct DctSums<T> {
     query: SideSums<T>,
     key: SideSums<T>,
+}
+
+impl<T: Real> DctSums<T> {
+    /// Adds the sums over other tokens, through a map of the same shape.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.query.add(&other.query);
+        self.key.add(&other.key);
+    }
 }
 
 #[derive(Debug, Clone)]
@@ -192,6 +195,14 @@ impl<T: Real> SideSums<T> {
         }
     }
 
+    fn add(&mut self, other: &Self) {
+        for (all, last) in [(&mut self.all_moments, &other.moments), (&mut self.all_rows, &other.rows)] {
+            all.iter_mut().zip(last).for_each(|(all, last)| *all += last.to_f64());
+        }
+        add(&mut self.all_moments, &other.all_moments);
+        add(&mut self.all_rows, &other.all_rows);
+    }
+
     /// (M `[m, d]`, r `[m]`) of all panels.
     fn total(&self, dim: usize) -> (Vec<f64>, Vec<f64>) {
         let sum = |all: &[f64], last: &[T]| all.iter().zip(last).map(|(all, last)| all + last.to_f64()).collect::<Vec<f64>>();
@@ -221,20 +232,19 @@ pub(super) struct Tables<T> {
 
 impl<T: Real> Tables<T> {
     pub(super) fn new(params: &DctParams) -> Self {
-        let (query, key) = unit_projections(params);
-        Self { query: Table::new(params, &params.query, &params.key, &query), key: Table::new(params, &params.key, &params.query, &key) }
+        let (query, key) = params.projection.sides();
+        Self { query: Table::new(params, &params.query, &params.key, query), key: Table::new(params, &params.key, &params.query, key) }
     }
 }
 
 impl<T: Real> Table<T> {
-    fn new(params: &DctParams, own: &SideParams, other: &SideParams, unit: &[f64]) -> Self {
-        let dim = params.dim();
-        let plus = unit.chunks_exact(dim).enumerate().map(|(f, row)| (own.radii[f], scales(own, f), row));
-        let minus = plus.clone().map(|(t, s, row)| (-t, s, row));
+    fn new(params: &DctParams, own: &SideParams, other: &SideParams, of_side: &[f64]) -> Self {
+        let matrix = projection_matrix(params, own, of_side);
+        let plus = matrix.chunks_exact(params.dim()).map(|row| (1.0, row));
+        let minus = plus.clone().map(|(_, row)| (-1.0, row));
         let antithetic = params.pairing == Pairing::Antithetic;
         let rows = plus.chain(minus.filter(|_| antithetic));
-        let jacobian =
-            rows.flat_map(|(t, s, row)| row.iter().zip(s).zip(&other.center).map(move |((w, s), mu)| T::from_f64(t * w * s + mu)));
+        let jacobian = rows.flat_map(|(sign, row)| row.iter().zip(&other.center).map(move |(a, mu)| T::from_f64(sign * a + mu)));
         let cast = |values: &[f64]| values.iter().map(|&x| T::from_f64(x)).collect();
         Self {
             jacobian: jacobian.collect(),
@@ -286,38 +296,59 @@ fn scales(side: &SideParams, f: usize) -> &[f64] {
     &side.scale[block * dim..][..dim]
 }
 
-/// W of both sides, `[P, d]`: the projection with radii and scales of one.
+/// W of both sides, `[P, d]`: the projection with radii and scales of one; p and r of a deep one.
 fn unit_projections(params: &DctParams) -> (Vec<f64>, Vec<f64>) {
-    if let Some((query, key)) = dense(params) {
-        return (query.to_vec(), key.to_vec());
+    match &params.projection {
+        Projection::Dense { query, key } | Projection::Deep { query, key } => (query.clone(), key.clone()),
+        Projection::Dct | Projection::Mixed { .. } => {
+            let ones = vec![1.0; params.rows()];
+            let unit = projection_matrix(params, &SideParams { center: Vec::new(), scale: ones.clone(), radii: ones }, &[]);
+            (unit.clone(), unit)
+        }
     }
-    let ones = vec![1.0; params.rows()];
-    let unit = projection_matrix(params, &SideParams { center: Vec::new(), scale: ones.clone(), radii: ones }, &[]);
-    (unit.clone(), unit)
 }
 
 /// Turns one side's sums into gradients: of its own parameters, and of the other side's centre.
 fn side_gradients(params: &DctParams, own: &SideParams, unit: &[f64], moments: &[f64], rows: &[f64], out: &mut SideGradients) {
-    let dim = params.dim();
-    let paired = params.rows();
-    let antithetic = params.pairing == Pairing::Antithetic;
+    let (dim, paired) = (params.dim(), params.rows());
+    if params.envelope == Envelope::Gaussian {
+        add(&mut out.center, &column_sums(dim, moments));
+    }
+    // Feature P + f is that of −u_f.
+    let mut folded = (moments[..paired * dim].to_vec(), rows[..paired].to_vec());
+    folded.0.iter_mut().zip(&moments[paired * dim..]).for_each(|(plus, minus)| *plus -= minus);
+    folded.1.iter_mut().zip(&rows[paired..]).for_each(|(plus, minus)| *plus -= minus);
+    let (moments, rows) = folded;
+    if let Projection::Deep { .. } = params.projection {
+        return deep_side(params, own, unit, &moments, &rows, out);
+    }
     let one_block = own.scale.len() != own.radii.len();
-    for (f, unit) in unit.chunks_exact(dim).enumerate() {
+    for (f, (unit, moments)) in unit.chunks_exact(dim).zip(moments.chunks_exact(dim)).enumerate() {
         let (t, s) = (own.radii[f], scales(own, f));
-        let minus = |f: usize| f + paired;
-        let row = rows[f] - if antithetic { rows[minus(f)] } else { 0.0 };
         for i in 0..dim {
-            let moment = moments[f * dim + i] - if antithetic { moments[minus(f) * dim + i] } else { 0.0 };
-            out.radii[f] += unit[i] * s[i] * moment;
-            out.scale[if one_block { i } else { f / dim * dim + i }] += t * unit[i] * moment;
-            out.center[i] -= t * unit[i] * s[i] * row;
-            if let Some(to) = out.rows.get_mut(f * dim + i) {
-                *to += t * s[i] * moment;
+            out.radii[f] += unit[i] * s[i] * moments[i];
+            out.scale[if one_block { i } else { f / dim * dim + i }] += t * unit[i] * moments[i];
+            out.center[i] -= t * unit[i] * s[i] * rows[f];
+            if let Some(to) = out.projection.get_mut(f * dim + i) {
+                *to += t * s[i] * moments[i];
             }
         }
     }
-    if params.envelope == Envelope::Gaussian {
-        add(&mut out.center, &column_sums(dim, moments));
+}
+
+/// [`side_gradients`] for a deep projection.
+fn deep_side(params: &DctParams, own: &SideParams, of_side: &[f64], moments: &[f64], rows: &[f64], out: &mut SideGradients) {
+    let dim = params.dim();
+    for (row, &sum) in projection_matrix(params, own, of_side).chunks_exact(dim).zip(rows) {
+        out.center.iter_mut().zip(row).for_each(|(to, a)| *to -= a * sum);
+    }
+    for (g, moments) in moments.chunks_exact(dim * dim).enumerate() {
+        let (block, outer) = (g * dim..(g + 1) * dim, 2 * g * dim..2 * (g + 1) * dim);
+        let (radii, scale, of_outer) =
+            deep_gradients(&own.radii[block.clone()], &own.scale[block.clone()], &of_side[outer.clone()], moments);
+        add(&mut out.radii[block.clone()], &radii);
+        add(&mut out.scale[block], &scale);
+        add(&mut out.projection[outer], &of_outer);
     }
 }
 

@@ -257,7 +257,8 @@ enum TokenProjector<T> {
 enum Projector<T> {
     /// Batched transforms with tokens along the lanes, a chain of them (three if mixed) per block: d = 2^k, 8 to 256.
     Lanes(Vec<Vec<DctTables<T>>>),
-    /// A matrix `[P, d]`: other d up to 256, and rows that are no transform.
+    /// A matrix `[P, d]`: other d up to 256, rows that are no transform, and deep projections up to that d, for which batched
+    /// transforms there and back would be hardly faster.
     Matrix(Vec<T>),
     /// One transform per column by rustdct, between diagonals: larger d.
     Columns {
@@ -265,7 +266,7 @@ enum Projector<T> {
         /// Per block the diagonals that stand before each transform, `[G, chain, d]`.
         diagonals: Vec<T>,
         /// Transforms per block.
-        chain: usize,
+        chain: Chain,
         /// t, `[P]`.
         radii: Vec<T>,
     },
@@ -291,18 +292,15 @@ impl<T: Real> DctMap<T> {
     pub fn from_params(params: DctParams) -> Result<Self> {
         params.check::<T>()?;
         let dot: f64 = params.query.center.iter().zip(&params.key.center).map(|(q, k)| q * k).sum();
-        let (dense_query, dense_key) = match &params.projection {
-            Projection::Dense { query, key } => (&query[..], &key[..]),
-            Projection::Dct | Projection::Mixed { .. } => (&[][..], &[][..]),
-        };
+        let (of_query, of_key) = params.projection.sides();
         let query_row = vec![params.log_mix - dot; params.features()];
         Ok(Self {
             inner: Arc::new(Inner {
                 dim: params.dim(),
                 rows: params.rows(),
                 envelope: params.envelope == Envelope::Gaussian,
-                query: Side::new(&params, &params.query, &params.key, dense_query, &query_row),
-                key: Side::new(&params, &params.key, &params.query, dense_key, &params.log_weight),
+                query: Side::new(&params, &params.query, &params.key, of_query, &query_row),
+                key: Side::new(&params, &params.key, &params.query, of_key, &params.log_weight),
                 backward: OnceLock::new(),
                 params,
             }),
@@ -402,15 +400,15 @@ impl<T: Real> Inner<T> {
                 add_rows_and_column(plus, row, minus, mirror_row, column);
             }
             Projector::Columns { plan, diagonals, chain, radii } => {
-                let blocks = plus.chunks_exact_mut(self.dim * width).zip(diagonals.chunks_exact(chain * self.dim));
+                let blocks = plus.chunks_exact_mut(self.dim * width).zip(diagonals.chunks_exact(chain.len() * self.dim));
                 for ((block, diagonals), radii) in blocks.zip(radii.chunks_exact(self.dim)) {
                     block.copy_from_slice(x);
                     if let Some(center) = &side.center {
                         block.chunks_exact_mut(width).zip(center).for_each(|(row, &mu)| row.iter_mut().for_each(|z| *z -= mu));
                     }
-                    for diagonal in diagonals.chunks_exact(self.dim) {
+                    for (link, diagonal) in diagonals.chunks_exact(self.dim).enumerate() {
                         scale_rows(block, diagonal);
-                        plan.dct2_panel(width, block, scratch);
+                        chain.transform(link, plan, width, block, scratch);
                     }
                     scale_rows(block, radii);
                 }
@@ -459,26 +457,26 @@ impl<T: Real> Inner<T> {
 }
 
 impl<T: Real> Side<T> {
-    /// Tables of `own` side; `dense` is its matrix, if the projection is dense, `row` what is added per feature.
-    fn new(params: &DctParams, own: &SideParams, other: &SideParams, dense: &[f64], row: &[f64]) -> Self {
+    /// Tables of `own` side; `of_side` is what only it has of the projection, `row` what is added per feature.
+    fn new(params: &DctParams, own: &SideParams, other: &SideParams, of_side: &[f64], row: &[f64]) -> Self {
         let unless_zero = |center: &[f64]| center.iter().any(|&c| c != 0.0).then(|| cast(center));
         let (dim, rows) = (params.dim(), params.rows());
         let token = match params.projection {
             Projection::Dct if dim * dim <= TOKEN_MATRIX => {
                 Some(TokenProjector::Dct { matrix: shared_matrix(dim), scale: cast(&own.scale), radii: cast(&own.radii) })
             }
-            Projection::Mixed { .. } | Projection::Dense { .. } if rows * dim <= TOKEN_MATRIX => {
-                Some(TokenProjector::Matrix(transposed(&projection_matrix(params, own, dense), dim, dim)))
+            Projection::Mixed { .. } | Projection::Deep { .. } | Projection::Dense { .. } if rows * dim <= TOKEN_MATRIX => {
+                Some(TokenProjector::Matrix(transposed(&projection_matrix(params, own, of_side), dim, dim)))
             }
             _ => None,
         };
-        let projector = if dense.is_empty() && supports_dct(dim) {
-            Projector::Lanes(lane_tables(params, own))
-        } else if dense.is_empty() && dim > MATRIX_DIM {
-            let (diagonals, chain) = chain_diagonals(params, own);
-            Projector::Columns { plan: DctPlan::new(dim), diagonals: cast(&diagonals), chain, radii: cast(&own.radii) }
-        } else {
-            Projector::Matrix(cast(&projection_matrix(params, own, dense)))
+        let projector = match params.projection {
+            Projection::Dct | Projection::Mixed { .. } if supports_dct(dim) => Projector::Lanes(lane_tables(params, own)),
+            Projection::Dct | Projection::Mixed { .. } | Projection::Deep { .. } if dim > MATRIX_DIM => {
+                let (diagonals, chain) = chain_diagonals(params, own, of_side);
+                Projector::Columns { plan: DctPlan::new(dim), diagonals: cast(&diagonals), chain, radii: cast(&own.radii) }
+            }
+            _ => Projector::Matrix(cast(&projection_matrix(params, own, of_side))),
         };
         Self { center: unless_zero(&own.center), tilt: unless_zero(&other.center), row: cast(row), projector, token }
     }
@@ -541,9 +539,36 @@ fn lanes<T: Real>(
     }
 }
 
-/// Per block the diagonals before each transform, in the order they are applied, `[G, chain, d]`, and the chain's
-/// length: s, or D₃s, D₂, D₁.
-fn chain_diagonals(params: &DctParams, own: &SideParams) -> (Vec<f64>, usize) {
+/// The transforms of a block, in the order they are applied.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Chain {
+    /// C.
+    Plain,
+    /// C, C, C.
+    Mixed,
+    /// C, Cᵀ, C.
+    Deep,
+}
+
+impl Chain {
+    fn len(self) -> usize {
+        match self {
+            Chain::Plain => 1,
+            Chain::Mixed | Chain::Deep => 3,
+        }
+    }
+
+    /// Transform `link` of the columns of a panel.
+    fn transform<T: Real>(self, link: usize, plan: &DctPlan<T>, width: usize, panel: &mut [T], scratch: &mut [T]) {
+        match (self, link) {
+            (Chain::Deep, 1) => plan.dct3_panel(width, panel, scratch),
+            _ => plan.dct2_panel(width, panel, scratch),
+        }
+    }
+}
+
+/// Per block the diagonals before each transform, in the order they are applied, `[G, chain, d]`: s, or D₃s, D₂, D₁, or p, r, s.
+fn chain_diagonals(params: &DctParams, own: &SideParams, of_side: &[f64]) -> (Vec<f64>, Chain) {
     let dim = params.dim();
     match &params.projection {
         Projection::Mixed { signs } => {
@@ -553,49 +578,131 @@ fn chain_diagonals(params: &DctParams, own: &SideParams) -> (Vec<f64>, usize) {
                 let (second, third) = rest.split_at(dim);
                 third.iter().zip(scale).map(|(sign, s)| sign * s).chain(second.iter().copied()).chain(first.iter().copied())
             });
-            (diagonals.collect(), 3)
+            (diagonals.collect(), Chain::Mixed)
         }
-        Projection::Dct | Projection::Dense { .. } => (own.scale.clone(), 1),
+        Projection::Deep { .. } => {
+            let blocks = of_side.chunks_exact(2 * dim).zip(own.scale.chunks_exact(dim));
+            (blocks.flat_map(|(outer, scale)| outer.iter().chain(scale).copied()).collect(), Chain::Deep)
+        }
+        Projection::Dct | Projection::Dense { .. } => (own.scale.clone(), Chain::Plain),
     }
 }
 
 /// The batched transforms of every block: centre and first diagonal before the first, radii after the last.
 fn lane_tables<T: Real>(params: &DctParams, own: &SideParams) -> Vec<Vec<DctTables<T>>> {
     let dim = params.dim();
-    let (diagonals, chain) = chain_diagonals(params, own);
+    let (diagonals, chain) = chain_diagonals(params, own, &[]);
     let (ones, zeros) = (vec![1.0; dim], vec![0.0; dim]);
     let block = |(diagonals, radii): (&[f64], &[f64])| {
         let links = diagonals.chunks_exact(dim).enumerate().map(|(link, diagonal)| {
             let shift: Vec<f64> = diagonal.iter().zip(&own.center).map(|(s, mu)| -s * mu).collect();
-            DctTables::new(diagonal, if link == 0 { &shift } else { &zeros }, if link + 1 == chain { radii } else { &ones })
+            DctTables::new(diagonal, if link == 0 { &shift } else { &zeros }, if link + 1 == chain.len() { radii } else { &ones })
         });
         links.collect()
     };
-    diagonals.chunks_exact(chain * dim).zip(own.radii.chunks_exact(dim)).map(block).collect()
+    diagonals.chunks_exact(chain.len() * dim).zip(own.radii.chunks_exact(dim)).map(block).collect()
 }
 
 /// The projection as a matrix W `[P, d]`, u = W z: the transforms, run on the unit vectors in f64, or the dense rows.
-pub(super) fn projection_matrix(params: &DctParams, own: &SideParams, dense: &[f64]) -> Vec<f64> {
+pub(super) fn projection_matrix(params: &DctParams, own: &SideParams, of_side: &[f64]) -> Vec<f64> {
     let dim = params.dim();
-    if !dense.is_empty() {
+    if let Projection::Dense { .. } = params.projection {
         let row = |(w, &t): (&[f64], &f64)| -> Vec<f64> { w.iter().zip(&own.scale).map(|(w, s)| t * w * s).collect() };
-        return dense.chunks_exact(dim).zip(&own.radii).flat_map(row).collect();
+        return of_side.chunks_exact(dim).zip(&own.radii).flat_map(row).collect();
     }
-    let (diagonals, chain) = chain_diagonals(params, own);
-    let (plan, width) = (DctPlan::<f64>::new(dim), padded(dim));
-    let mut scratch = vec![0.0; plan.scratch_len(width)];
+    let (diagonals, chain) = chain_diagonals(params, own, of_side);
+    let mut square = Square::new(dim);
     let mut matrix = Vec::with_capacity(own.radii.len() * dim);
-    for (diagonals, radii) in diagonals.chunks_exact(chain * dim).zip(own.radii.chunks_exact(dim)) {
-        let mut panel = vec![0.0; dim * width];
-        (0..dim).for_each(|i| panel[i * width + i] = 1.0);
-        for diagonal in diagonals.chunks_exact(dim) {
+    for (diagonals, radii) in diagonals.chunks_exact(chain.len() * dim).zip(own.radii.chunks_exact(dim)) {
+        let mut panel = square.identity();
+        for (link, diagonal) in diagonals.chunks_exact(dim).enumerate() {
             scale_rows(&mut panel, diagonal);
-            plan.dct2_panel(width, &mut panel, &mut scratch);
+            chain.transform(link, &square.plan, square.width, &mut panel, &mut square.scratch);
         }
         scale_rows(&mut panel, radii);
-        matrix.extend(panel.chunks_exact(width).flat_map(|row| &row[..dim]));
+        matrix.extend(square.rows(&panel));
     }
     matrix
+}
+
+/// Transforms of the columns of d × d matrices in f64, for tables and gradients; rows padded to whole lane groups.
+struct Square {
+    plan: DctPlan<f64>,
+    dim: usize,
+    width: usize,
+    scratch: Vec<f64>,
+}
+
+impl Square {
+    fn new(dim: usize) -> Self {
+        let (plan, width) = (DctPlan::new(dim), padded(dim));
+        let scratch = vec![0.0; plan.scratch_len(width)];
+        Self { plan, dim, width, scratch }
+    }
+
+    fn identity(&self) -> Vec<f64> {
+        let mut panel = vec![0.0; self.dim * self.width];
+        (0..self.dim).for_each(|i| panel[i * self.width + i] = 1.0);
+        panel
+    }
+
+    /// The elements of a panel without its padding.
+    fn rows<'a>(&self, panel: &'a [f64]) -> impl Iterator<Item = &'a f64> + use<'a> {
+        let dim = self.dim;
+        panel.chunks_exact(self.width).flat_map(move |row| &row[..dim])
+    }
+
+    /// C X
+    fn dct2(&mut self, panel: &mut [f64]) {
+        self.plan.dct2_panel(self.width, panel, &mut self.scratch);
+    }
+
+    /// Cᵀ X
+    fn dct3(&mut self, panel: &mut [f64]) {
+        self.plan.dct3_panel(self.width, panel, &mut self.scratch);
+    }
+}
+
+/// The gradients of one block of a deep projection A = T C S Cᵀ R C P from that of its matrix, Ȧ `[d, d]`:
+///
+/// ```text
+/// X₁ = C P      X₂ = Cᵀ R X₁      X₃ = C S X₂      Ẋ₂ = S Cᵀ T Ȧ      Ẋ₁ = R C Ẋ₂
+/// ṫ_f = Ȧ_f·X₃_f      ṡ_i = (CᵀTȦ)_i·X₂_i      ṙ_f = (C Ẋ₂)_f·X₁_f      ṗ_i = (Cᵀ Ẋ₁)_ii
+/// ```
+///
+/// `outer` is p, r. Returns ṫ, ṡ, and ṗ, ṙ one after the other.
+pub(super) fn deep_gradients(radii: &[f64], scale: &[f64], outer: &[f64], matrix: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+    let dim = radii.len();
+    let (p, r) = outer.split_at(dim);
+    let mut square = Square::new(dim);
+    let width = square.width;
+    let dots = |a: &[f64], b: &[f64]| -> Vec<f64> {
+        let rows = a.chunks_exact(width).zip(b.chunks_exact(width));
+        rows.map(|(a, b)| a.iter().zip(b).map(|(a, b)| a * b).sum()).collect()
+    };
+    let mut first = square.identity();
+    scale_rows(&mut first, p);
+    square.dct2(&mut first);
+    let mut second = first.clone();
+    scale_rows(&mut second, r);
+    square.dct3(&mut second);
+    let mut third = second.clone();
+    scale_rows(&mut third, scale);
+    square.dct2(&mut third);
+
+    let mut slope = vec![0.0; dim * width];
+    slope.chunks_exact_mut(width).zip(matrix.chunks_exact(dim)).for_each(|(row, from)| row[..dim].copy_from_slice(from));
+    let of_radii = dots(&slope, &third);
+    scale_rows(&mut slope, radii);
+    square.dct3(&mut slope);
+    let of_scale = dots(&slope, &second);
+    scale_rows(&mut slope, scale);
+    square.dct2(&mut slope);
+    let of_r = dots(&slope, &first);
+    scale_rows(&mut slope, r);
+    square.dct3(&mut slope);
+    let of_p = (0..dim).map(|i| slope[i * width + i]);
+    (of_radii, of_scale, of_p.chain(of_r).collect())
 }
 
 /// Row f of `panel` times `factors[f]`.

@@ -105,6 +105,13 @@ pub enum Projection {
         /// The diagonals D₁, D₂, D₃ of every block, `[G, 3, d]`. Random signs at first; any numbers are accepted.
         signs: Vec<f64>,
     },
+    /// u = t ⊙ C(s ⊙ Cᵀ(r ⊙ C(p ⊙ z))), block by block: a transform between two more, which at r = p = 1 undo each other.
+    Deep {
+        /// p and r of the queries, `[G, 2, d]`.
+        query: Vec<f64>,
+        /// p and r of the keys, `[G, 2, d]`.
+        key: Vec<f64>,
+    },
     /// u = t ⊙ W (s ⊙ z) with one matrix for each side, one block.
     Dense {
         /// W of the queries, `[P, d]` row-major.
@@ -112,6 +119,24 @@ pub enum Projection {
         /// W of the keys, `[P, d]` row-major.
         key: Vec<f64>,
     },
+}
+
+impl Projection {
+    /// What only one side has of it, queries and keys: scales of a deep projection, the matrix of a dense one, nothing of others.
+    pub(crate) fn sides(&self) -> (&[f64], &[f64]) {
+        match self {
+            Projection::Dct | Projection::Mixed { .. } => (&[], &[]),
+            Projection::Deep { query, key } | Projection::Dense { query, key } => (query, key),
+        }
+    }
+
+    /// As [`sides`](Self::sides).
+    pub(crate) fn sides_mut(&mut self) -> (&mut [f64], &mut [f64]) {
+        match self {
+            Projection::Dct | Projection::Mixed { .. } => (&mut [], &mut []),
+            Projection::Deep { query, key } | Projection::Dense { query, key } => (query, key),
+        }
+    }
 }
 
 /// All parameters of a DCT feature map: readable, replaceable, checked when a map is built from them.
@@ -171,6 +196,22 @@ impl DctParams {
         }
     }
 
+    /// The same map with two more transforms per block, r = p = 1, which calibration can move away from each other: 2·d more numbers
+    /// per block and side than the plain projection has. Mixed, deep and dense projections stay what they are.
+    ///
+    /// Costs what [`to_dense`](Self::to_dense) costs for d ≤ 256, where a product with the matrix is what is computed;
+    /// O(m·log d) per token beyond.
+    #[must_use]
+    pub fn to_deep(&self) -> Self {
+        match self.projection {
+            Projection::Dct => {
+                let ones = vec![1.0; 2 * self.rows()];
+                Self { projection: Projection::Deep { query: ones.clone(), key: ones }, ..self.clone() }
+            }
+            Projection::Mixed { .. } | Projection::Deep { .. } | Projection::Dense { .. } => self.clone(),
+        }
+    }
+
     /// The same map with its projection written out: one matrix W for each side, which a backward pass has gradients of. It
     /// can express more, and costs O(m·d) per token instead of O(m·log d).
     ///
@@ -183,11 +224,12 @@ impl DctParams {
             return Ok(self.clone());
         }
         check_room::<f64>("projection", &[2, self.rows(), self.dim()])?;
-        let rows = |side: &SideParams| {
+        let rows = |side: &SideParams, of_side: &[f64]| {
             let side = SideParams { radii: vec![1.0; side.radii.len()], ..side.clone() };
-            projection_matrix(self, &side, &[])
+            projection_matrix(self, &side, of_side)
         };
-        let projection = Projection::Dense { query: rows(&self.query), key: rows(&self.key) };
+        let (query, key) = self.projection.sides();
+        let projection = Projection::Dense { query: rows(&self.query, query), key: rows(&self.key, key) };
         let side = |side: &SideParams| SideParams { scale: vec![1.0; self.dim()], ..side.clone() };
         Ok(Self { projection, query: side(&self.query), key: side(&self.key), ..self.clone() })
     }
@@ -232,7 +274,7 @@ impl DctParams {
             return Err(Error::Empty { argument: "query.radii" });
         }
         match &self.projection {
-            Projection::Dct | Projection::Mixed { .. } => {
+            Projection::Dct | Projection::Mixed { .. } | Projection::Deep { .. } => {
                 if rows % dim != 0 {
                     return Err(Error::NotDivisible { argument: "query.radii", divisor: "dim", divisor_value: dim, got: rows });
                 }
@@ -246,6 +288,10 @@ impl DctParams {
         match &self.projection {
             Projection::Dct => {}
             Projection::Mixed { signs } => check_len("projection.signs", rows.saturating_mul(3), signs.len())?,
+            Projection::Deep { query, key } => {
+                check_len("projection.query", rows.saturating_mul(2), query.len())?;
+                check_len("projection.key", rows.saturating_mul(2), key.len())?;
+            }
             Projection::Dense { query, key } => {
                 check_len("projection.query", rows.saturating_mul(dim), query.len())?;
                 check_len("projection.key", rows.saturating_mul(dim), key.len())?;
@@ -265,7 +311,7 @@ impl DctParams {
         match &self.projection {
             Projection::Dct => {}
             Projection::Mixed { signs } => check_limit("projection.signs", signs, limit)?,
-            Projection::Dense { query, key } => {
+            Projection::Deep { query, key } | Projection::Dense { query, key } => {
                 check_limit("projection.query", query, limit)?;
                 check_limit("projection.key", key, limit)?;
             }
@@ -275,13 +321,10 @@ impl DctParams {
     }
 
     fn check_ties(&self) -> Result<()> {
-        let same_rows = match &self.projection {
-            Projection::Dense { query, key } => query == key,
-            Projection::Dct | Projection::Mixed { .. } => true,
-        };
-        let same = same_rows && self.query.scale == self.key.scale && self.query.radii == self.key.radii;
+        let (query, key) = self.projection.sides();
+        let same = query == key && self.query.scale == self.key.scale && self.query.radii == self.key.radii;
         if self.sides == Sides::Tied && !same {
-            return Err(Error::Conflict { argument: "Sides::Tied", other: "scales, radii or rows that differ between the sides" });
+            return Err(Error::Conflict { argument: "Sides::Tied", other: "scales, radii or projections that differ between the sides" });
         }
         Ok(())
     }

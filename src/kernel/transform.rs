@@ -36,6 +36,23 @@ impl<T: Real> DctPlan<T> {
 
     /// Replaces every column of `panel`, `[len, width]`, by its DCT-II. Does not allocate.
     pub(super) fn dct2_panel(&self, width: usize, panel: &mut [T], scratch: &mut [T]) {
+        self.columns(width, panel, scratch, |row, scratch| {
+            (self.row.dct2)(row, scratch);
+            row[0] *= self.first;
+            for value in &mut row[1..] {
+                *value *= self.other;
+            }
+        });
+    }
+
+    /// Replaces every column of `panel`, `[len, width]`, by its DCT-III, with the scratch of [`dct2_panel`](Self::dct2_panel). Does
+    /// not allocate.
+    pub(super) fn dct3_panel(&self, width: usize, panel: &mut [T], scratch: &mut [T]) {
+        self.columns(width, panel, scratch, |row, scratch| self.dct3_row(row, scratch));
+    }
+
+    /// Replaces every column of `panel` by what `transform` makes of it.
+    fn columns(&self, width: usize, panel: &mut [T], scratch: &mut [T], transform: impl Fn(&mut [T], &mut [T])) {
         debug_assert_eq!(panel.len(), self.len * width);
         let (row, scratch) = scratch.split_at_mut(self.len);
         let scratch = &mut scratch[..self.row.scratch_len];
@@ -43,11 +60,7 @@ impl<T: Real> DctPlan<T> {
             for (value, element) in row.iter_mut().zip(panel[j..].iter().step_by(width)) {
                 *value = *element;
             }
-            (self.row.dct2)(row, scratch);
-            row[0] *= self.first;
-            for value in &mut row[1..] {
-                *value *= self.other;
-            }
+            transform(row, scratch);
             for (value, element) in row.iter().zip(panel[j..].iter_mut().step_by(width)) {
                 *element = *value;
             }

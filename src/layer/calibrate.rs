@@ -24,13 +24,13 @@
 //! error on them did not fall keeps its old numbers.
 
 use std::ops::{ControlFlow, Range};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use ndarray::ArrayView2;
 
 use crate::attention::Order;
 use crate::error::{Error, Result, check_positive};
-use crate::kernel::DctMap;
+use crate::kernel::{DctMap, DctParams};
 use crate::layer::config::Causality;
 use crate::layer::descent::{Descent, Moved};
 use crate::layer::dijiang::{DijiangAttention, mixed};
@@ -71,6 +71,30 @@ pub enum Fit {
     Train,
 }
 
+/// What a map's projection is fitted as: each can express more than the one before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum ProjectionFit {
+    /// What it is: of a plain one its scales and radii.
+    #[default]
+    Keep,
+    /// With two more transforms: see [`DctParams::to_deep`].
+    Deep,
+    /// Every element of it: see [`DctParams::to_dense`].
+    Dense,
+}
+
+impl ProjectionFit {
+    /// The same map, its projection written so that it can be fitted this way.
+    pub(super) fn prepare(self, params: &DctParams) -> Result<DctParams> {
+        match self {
+            ProjectionFit::Keep => Ok(params.clone()),
+            ProjectionFit::Deep => Ok(params.to_deep()),
+            ProjectionFit::Dense => params.to_dense(),
+        }
+    }
+}
+
 /// How [`DijiangAttention::calibrate`] searches.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
@@ -86,11 +110,11 @@ pub struct CalibrateOptions {
     pub decay: Fit,
     /// The centres by gradient; from the means they start in any case. Default: [`Fit::Keep`].
     pub centers: Fit,
-    /// The projection itself, every element of it: see [`DctParams::to_dense`](crate::kernel::DctParams::to_dense) for what that costs
-    /// per token. Default: [`Fit::Keep`].
-    pub projection: Fit,
-    /// Seconds after which the steps end, their lengths having fallen to 0 by then; the closed form always finishes.
-    /// With it the result depends on the machine and its load. Default: none.
+    /// What the projection is fitted as. Default: [`ProjectionFit::Keep`].
+    pub projection: ProjectionFit,
+    /// Seconds after which it should end: so many less what the last search of the mix will take, as far as the one before the steps
+    /// tells, the steps end, their lengths having fallen to 0 by then. The closed form always finishes. With a limit the result depends
+    /// on the machine and its load. Default: none.
     pub seconds: Option<f64>,
     /// Seed of the order in which samples are taken. Default: 0.
     pub seed: u64,
@@ -104,7 +128,7 @@ impl Default for CalibrateOptions {
             batch: 8,
             decay: Fit::Keep,
             centers: Fit::Keep,
-            projection: Fit::Keep,
+            projection: ProjectionFit::Keep,
             seconds: None,
             seed: 0,
         }
@@ -147,9 +171,9 @@ impl CalibrateOptions {
         Self { centers, ..self }
     }
 
-    /// Whether to fit the projection itself.
+    /// What the projection is fitted as.
     #[must_use]
-    pub fn with_projection(self, projection: Fit) -> Self {
+    pub fn with_projection(self, projection: ProjectionFit) -> Self {
         Self { projection, ..self }
     }
 
@@ -425,13 +449,15 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         self.tell(&found)?;
 
         if self.options.steps > 0 {
+            let (mut search, start) = (Duration::ZERO, Instant::now());
             if self.near {
                 let heads = found.iter().map(|found| found.head.clone()).collect();
                 let heads = self.fit_mix(judge, heads, &found, |_, far| far.is_below_least_squares())?;
                 let errors = judge.errors(&heads, self.held.clone(), &held_variance);
                 learn(&mut found, &heads, &errors);
+                search = start.elapsed();
             }
-            let steps = self.descend(judge, &mut found, &held_variance)?;
+            let steps = self.descend(judge, &mut found, &held_variance, search)?;
             if self.near {
                 let share = CLOSED_FORM_SHARE + (TRAINED_SHARE - CLOSED_FORM_SHARE) * (steps as f64 / TRAINED).min(1.0);
                 let heads = found.iter().map(|found| found.head.clone()).collect();
@@ -497,20 +523,18 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         Ok(heads)
     }
 
-    /// Adam, from the best numbers so far; returns the number of steps made.
-    fn descend<T: Real>(&mut self, judge: &mut Judge<'_, T>, found: &mut [Found], variance: &[f64]) -> Result<usize> {
+    /// Adam, from the best numbers so far, until `rest` before the limit of time; returns the number of steps made.
+    fn descend<T: Real>(&mut self, judge: &mut Judge<'_, T>, found: &mut [Found], variance: &[f64], rest: Duration) -> Result<usize> {
         let CalibrateOptions { steps, batch, learning_rate, .. } = *self.options;
         let moved = Moved { mix: self.near, centers: self.options.centers == Fit::Train, decay: self.options.decay == Fit::Train };
         let row_variance: Vec<f64> = (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
-        let first = |found: &Found| match self.options.projection {
-            Fit::Keep => Ok(found.head.clone()),
-            Fit::Train => Ok(Head { params: found.head.params.to_dense()?, ..found.head }),
-        };
+        let first = |found: &Found| Ok(Head { params: self.options.projection.prepare(&found.head.params)?, ..found.head });
         let mut descents = found.iter().map(|found| Ok(Descent::new(first(found)?, moved))).collect::<Result<Vec<Descent>>>()?;
         let mut deck = Deck::new(self.options.seed, self.train.clone());
         let mut made = 0;
         for step in 0..steps {
-            let passed = self.options.seconds.map_or(0.0, |seconds| self.start.elapsed().as_secs_f64() / seconds);
+            let share = |seconds: f64| self.start.elapsed().as_secs_f64() / (seconds - rest.as_secs_f64()).max(f64::MIN_POSITIVE);
+            let passed = self.options.seconds.map_or(0.0, share);
             let passed = passed.max(step as f64 / steps as f64);
             let last = passed >= 1.0 || step + 1 == steps;
             if passed < 1.0 {

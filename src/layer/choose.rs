@@ -14,7 +14,7 @@ use crate::attention::{KeyMask, LinearConfig, Near};
 use crate::error::{Error, Result};
 use crate::kernel::DctMap;
 use crate::layer::Attention;
-use crate::layer::calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, mean};
+use crate::layer::calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, ProjectionFit, mean};
 use crate::layer::config::Causality;
 use crate::layer::dijiang::{DijiangAttention, DijiangOptions, mixed};
 use crate::layer::softmax::SoftmaxAttention;
@@ -40,8 +40,8 @@ pub struct ChooseOptions {
     pub near: Vec<Option<Near>>,
     /// Blocks G of d features each, the cheapest first. Default: 1 and 2.
     pub blocks: Vec<usize>,
-    /// Projections, the cheapest first: [`Fit::Keep`] for the transform, [`Fit::Train`] for dense matrices. Default: both.
-    pub projections: Vec<Fit>,
+    /// Projections, the cheapest first. Default: all, [`ProjectionFit::Keep`] first.
+    pub projections: Vec<ProjectionFit>,
     /// Everything else about the maps. Default: [`DijiangOptions::new`].
     pub map: DijiangOptions,
     /// The calibration of a trial. Default: [`CalibrateOptions::new`] with 20 steps.
@@ -56,7 +56,7 @@ impl Default for ChooseOptions {
             budget: None,
             near: vec![Some(Near::new(64, 1)), Some(Near::new(128, 1))],
             blocks: vec![1, 2],
-            projections: vec![Fit::Keep, Fit::Train],
+            projections: vec![ProjectionFit::Keep, ProjectionFit::Deep, ProjectionFit::Dense],
             map: DijiangOptions::new(),
             trial: CalibrateOptions::new().with_steps(20),
             calibrate: CalibrateOptions::new(),
@@ -90,7 +90,7 @@ impl ChooseOptions {
 
     /// Projections, the cheapest first.
     #[must_use]
-    pub fn with_projections(self, projections: Vec<Fit>) -> Self {
+    pub fn with_projections(self, projections: Vec<ProjectionFit>) -> Self {
         Self { projections, ..self }
     }
 
@@ -142,7 +142,7 @@ pub struct Trial {
     /// Blocks G.
     pub blocks: usize,
     /// The projection.
-    pub projection: Fit,
+    pub projection: ProjectionFit,
     /// Time per token, all heads.
     pub time: Duration,
     /// Mean error on the held-out samples after the trial calibration; `None` if the time was beyond the budget.
@@ -160,7 +160,7 @@ pub struct ChooseReport {
     /// The blocks chosen.
     pub blocks: usize,
     /// The projection chosen for every key-value head.
-    pub projections: Vec<Fit>,
+    pub projections: Vec<ProjectionFit>,
     /// Time per token, all heads, as far as the trials tell.
     pub time: Duration,
     /// The calibration of what was chosen.
@@ -263,7 +263,7 @@ impl<T: Real> DijiangAttention<T> {
 struct Tried<T> {
     near: Option<Near>,
     blocks: usize,
-    projection: Fit,
+    projection: ProjectionFit,
     layer: DijiangAttention<T>,
     time: Duration,
     /// Errors of the heads.
@@ -320,13 +320,11 @@ struct Search<'a, T, F> {
 
 impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
     /// Calibrates one structure, if it is within the budget.
-    fn trial(&mut self, near: Option<Near>, blocks: usize, projection: Fit) -> Result<Option<Tried<T>>> {
+    fn trial(&mut self, near: Option<Near>, blocks: usize, projection: ProjectionFit) -> Result<Option<Tried<T>>> {
         let options = self.options.map.clone().with_near(near).with_blocks(blocks);
         let mut layer = DijiangAttention::from_softmax(self.layer, options)?;
-        if projection == Fit::Train {
-            let maps = layer.maps().iter().map(|map| map.params().to_dense().and_then(DctMap::from_params));
-            layer.set_maps(maps.collect::<Result<_>>()?)?;
-        }
+        let maps = layer.maps().iter().map(|map| projection.prepare(map.params()).and_then(DctMap::from_params));
+        layer.set_maps(maps.collect::<Result<_>>()?)?;
         let time = time_per_token(&layer)?;
         let mut trial = Trial { near, blocks, projection, time, error: None };
         if self.options.budget.is_some_and(|budget| time > budget) {
@@ -344,7 +342,7 @@ impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
         // Without a near part, decay is what a causal head needs most.
         let decay = if self.causal && layer.near().is_none() { Fit::Train } else { options.decay };
         let (trial, trials) = (self.made.len(), self.trials);
-        let options = options.clone().with_decay(decay).with_projection(Fit::Keep);
+        let options = options.clone().with_decay(decay).with_projection(ProjectionFit::Keep);
         layer.calibrate(self.samples, &options, |calibrate| (self.progress)(ChooseProgress { trial, trials, calibrate }))
     }
 }

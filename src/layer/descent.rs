@@ -4,10 +4,10 @@
 //! m ← β₁m + (1 − β₁)ġ     v ← β₂v + (1 − β₂)ġ²     θ ← θ − η (m/(1 − β₁ᵏ)) / (√(v/(1 − β₂ᵏ)) + ε)     [Kingma, Ba 2015]
 //! ```
 //!
-//! θ: scales and radii of both sides (of one, if they are tied), log-weights, the rows of a dense projection, and by
+//! θ: scales and radii of both sides (of one, if they are tied), log-weights, the numbers of a deep or dense projection, and by
 //! choice the mix g, the centres, and ρ with log γ = −e^ρ.
 
-use crate::kernel::{DctGradients, DctParams, Projection, Sides};
+use crate::kernel::{DctGradients, DctParams, Sides};
 use crate::layer::judge::{Head, Slope};
 
 const BETA: (f64, f64) = (0.9, 0.999);
@@ -71,9 +71,8 @@ impl Descent {
         if *sides == Sides::Tied {
             key.scale.clone_from(&query.scale);
             key.radii.clone_from(&query.radii);
-            if let Projection::Dense { query, key } = projection {
-                key.clone_from(query);
-            }
+            let (query, key) = projection.sides_mut();
+            key.copy_from_slice(query);
         }
     }
 
@@ -82,7 +81,7 @@ impl Descent {
         let Moved { mix, centers, decay } = self.moved;
         let DctGradients { query, key, log_weight, log_mix, .. } = &slope.params;
         let mut all = Vec::new();
-        for (query, key) in [(&query.scale, &key.scale), (&query.radii, &key.radii), (&query.rows, &key.rows)] {
+        for (query, key) in [(&query.scale, &key.scale), (&query.radii, &key.radii), (&query.projection, &key.projection)] {
             match self.head.params.sides {
                 Sides::Tied => all.extend(query.iter().zip(key).map(|(a, b)| a + b)),
                 Sides::Untied => all.extend(query.iter().chain(key)),
@@ -103,12 +102,8 @@ impl Descent {
 /// The numbers that move, but for decay.
 fn numbers(params: &mut DctParams, mix: bool, centers: bool) -> Vec<&mut [f64]> {
     let DctParams { projection, sides, query, key, log_weight, log_mix, .. } = params;
-    let rows: (&mut [f64], &mut [f64]) = match projection {
-        Projection::Dense { query, key } => (query, key),
-        Projection::Dct | Projection::Mixed { .. } => (&mut [], &mut []),
-    };
     let mut all: Vec<&mut [f64]> = Vec::new();
-    for (query, key) in [(&mut query.scale[..], &mut key.scale[..]), (&mut query.radii[..], &mut key.radii[..]), rows] {
+    for (query, key) in [(&mut query.scale[..], &mut key.scale[..]), (&mut query.radii[..], &mut key.radii[..]), projection.sides_mut()] {
         all.push(query);
         if *sides == Sides::Untied {
             all.push(key);

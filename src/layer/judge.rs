@@ -7,7 +7,7 @@ use ndarray::{Array2, ArrayRef1, ArrayView2, ArrayView3, Axis, s};
 
 use crate::attention::{FarPart, KeyMask, Order, Tape};
 use crate::error::Result;
-use crate::kernel::{DctGradients, DctMap, DctParams, DifferentiableMap};
+use crate::kernel::{DctGradients, DctMap, DctParams, DctSums, DifferentiableMap};
 use crate::layer::config::Causality;
 use crate::layer::projection::{Projected, Projections};
 use crate::layer::softmax::exact;
@@ -141,8 +141,8 @@ impl<T: Real> Part<'_, T> {
         share
     }
 
-    /// The gradient of Σ (ô − o)²·`weight`/2.
-    fn slope(&self, map: &DctMap<T>, log_decay: f64, weight: T, tape: &mut Tape<T>) -> Slope {
+    /// The gradient of Σ (ô − o)²·`weight`/2: sums for that of the map's parameters, and that of log γ.
+    fn slope(&self, map: &DctMap<T>, log_decay: f64, weight: T, tape: &mut Tape<T>) -> (DctSums<T>, f64) {
         let (mut sums, stride) = (map.new_sums(), self.far.value_stride());
         let loss = |h: usize, queries: Range<usize>, rows: &[T], grad: &mut [T]| {
             grad.fill(T::ZERO);
@@ -154,7 +154,7 @@ impl<T: Real> Part<'_, T> {
             }
         };
         let log_decay = self.far.backward(map, log_decay, tape, loss, &mut sums);
-        Slope { params: map.gradients(&sums), log_decay }
+        (sums, log_decay)
     }
 }
 
@@ -263,7 +263,7 @@ impl<'a, T: Real> Judge<'a, T> {
     /// The gradient of half the mean error per row over the samples `batch`, for every head; `None` where numbers make no map.
     pub(super) fn slopes(&mut self, heads: &[Head], batch: &[usize], row_variance: &[f64]) -> Vec<Option<Slope>> {
         let maps = maps(heads);
-        let mut slopes: Vec<Option<Slope>> = (0..heads.len() * batch.len()).map(|_| None).collect();
+        let mut slopes: Vec<Option<(DctSums<T>, f64)>> = (0..heads.len() * batch.len()).map(|_| None).collect();
         let parts = &self.parts;
         for_each(&mut self.tapes, slopes.iter_mut().enumerate(), |tape, (i, slope)| {
             let h = i / batch.len();
@@ -274,16 +274,17 @@ impl<'a, T: Real> Judge<'a, T> {
             }
         });
         let mut slopes = slopes.into_iter();
-        let sum = |_| {
+        let sum = |map: &Option<DctMap<T>>| {
             // Always in the order of the batch: the sum does not depend on threads.
-            slopes.by_ref().take(batch.len()).reduce(|sum, slope| {
-                let (mut sum, slope) = (sum?, slope?);
-                sum.params.add(&slope.params);
-                sum.log_decay += slope.log_decay;
-                Some(sum)
-            })?
+            let sum = slopes.by_ref().take(batch.len()).reduce(|sum, slope| {
+                let ((mut sums, log_decay), (others, other)) = (sum?, slope?);
+                sums.add(&others);
+                Some((sums, log_decay + other))
+            });
+            let ((sums, log_decay), map) = (sum??, map.as_ref()?);
+            Some(Slope { params: map.gradients(&sums), log_decay })
         };
-        (0..heads.len()).map(sum).collect()
+        maps.iter().map(sum).collect()
     }
 }
 

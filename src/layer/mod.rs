@@ -58,7 +58,7 @@ mod softmax;
 mod weights;
 
 pub use backward::LayerGradients;
-pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport};
+pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport, ProjectionFit};
 pub use choose::{ChooseOptions, ChooseProgress, ChooseReport, Trial};
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};

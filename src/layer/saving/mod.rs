@@ -4,7 +4,7 @@
 //! __metadata__   dijiang.version = 1, dijiang.layers (files of several layers)
 //! per layer      self_attn.{q,k,v,o}_proj.{weight,bias}                        the layer's own type
 //! per kv head    self_attn.dijiang.{h}.{query,key}.{center,scale,radii}        F64
-//!                self_attn.dijiang.{h}.{log_weight,log_mix,log_decay}, and .signs or .dense.{query,key}
+//!                self_attn.dijiang.{h}.{log_weight,log_mix,log_decay}, and .signs or .{deep,dense}.{query,key}
 //! ```
 //!
 //! Several layers are told apart by `model.layers.{l}.` before each name, as in Hugging Face files of the LLaMA family. Config and

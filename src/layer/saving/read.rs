@@ -207,11 +207,15 @@ impl<'a> File<'a> {
         let (projection, scales) = match self.note(&name("projection"))? {
             "dct" => (Projection::Dct, rows),
             "mixed" => (Projection::Mixed { signs: numbers("signs", &[rows / dim, 3, dim])? }, rows),
+            "deep" => {
+                let shape = [rows / dim, 2, dim];
+                (Projection::Deep { query: numbers("deep.query", &shape)?, key: numbers("deep.key", &shape)? }, rows)
+            }
             "dense" => {
                 let (query, key) = (numbers("dense.query", &[rows, dim])?, numbers("dense.key", &[rows, dim])?);
                 (Projection::Dense { query, key }, dim)
             }
-            other => return Err(fault(name("projection"), "dct, mixed or dense", quoted(other))),
+            other => return Err(fault(name("projection"), "dct, mixed, deep or dense", quoted(other))),
         };
         let side = |side: &str| {
             let (center, scale) = (numbers(&format!("{side}.center"), &[dim])?, numbers(&format!("{side}.scale"), &[scales])?);

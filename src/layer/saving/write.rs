@@ -90,6 +90,11 @@ impl<'a, T: Real> Writer<'a, T> {
                 self.params(format!("{place}signs"), &[params.blocks(), 3, dim], signs);
                 "mixed"
             }
+            Projection::Deep { query, key } => {
+                self.params(format!("{place}deep.query"), &[params.blocks(), 2, dim], query);
+                self.params(format!("{place}deep.key"), &[params.blocks(), 2, dim], key);
+                "deep"
+            }
             Projection::Dense { query, key } => {
                 self.params(format!("{place}dense.query"), &[rows, dim], query);
                 self.params(format!("{place}dense.key"), &[rows, dim], key);
