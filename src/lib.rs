@@ -1,6 +1,8 @@
 //! DCT-kernelized linear attention.
 
 pub mod attention;
+#[cfg(feature = "candle")]
+pub mod candle;
 #[cfg(feature = "safetensors")]
 pub mod checkpoint;
 pub mod error;

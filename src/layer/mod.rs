@@ -59,6 +59,8 @@ pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use pool::{Slot, StatePool};
 pub use published::{PublishedAttention, PublishedState, PublishedWeights};
+#[cfg(feature = "candle")]
+pub(crate) use rotary::RotaryTable;
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
 #[cfg(feature = "safetensors")]
 pub use saving::{load_layers, load_maps, save_layers, save_maps};
