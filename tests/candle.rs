@@ -276,7 +276,7 @@ fn layer<T: Real>(seed: u64, causality: Causality) -> DijiangAttention<T> {
     let weights = weights.with_qkv_biases(vector(heads * d), vector(kv_heads * d), vector(kv_heads * d));
     let softmax = SoftmaxAttention::new(config, weights).unwrap();
     let layer =
-        DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near((seed % 2 == 0).then(|| Near::new(8, 1)))).unwrap();
+        DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(seed.is_multiple_of(2).then(|| Near::new(8, 1)))).unwrap();
     let maps = layer.maps().iter().map(|map| {
         let mut params = map.params().clone();
         params.query.center.iter_mut().chain(&mut params.key.radii).for_each(|x| *x += 0.2 * random.normal());
