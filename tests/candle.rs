@@ -244,6 +244,8 @@ fn errors_name_the_argument() {
     fails(run(&zeros(&[1, 4, 5, 9], DType::F32), &k, &k, &options), "q: axis 3 must have length 8, got 9");
     fails(run(&zeros(&[1, 3, 5, 8], DType::F32), &k, &k, &options), "heads must be a multiple of");
     fails(run(&zeros(&[0, 4, 5, 8], DType::F32), &k, &k, &options), "q must not be empty");
+    fails(run(&zeros(&[1, 4, 0, 8], DType::F32), &k, &k, &options), "q must not be empty");
+    fails(full(&q, &zeros(&[1, 2, 0, 8], DType::F32), &k, &maps, &options), "k must not be empty");
     let swapped = options.with_layout(HeadLayout::TokensFirst);
     fails(run(&zeros(&[1, 5, 4, 8], DType::F32), &zeros(&[1, 6, 2, 8], DType::F32), &k, &swapped), "k: axis 1 must have length 5, got 6");
     let mask = zeros(&[1, 4], DType::U8);
@@ -358,6 +360,7 @@ fn steps_agree_with_the_whole() {
         fails(module.forward(&token.narrow(0, 0, 2).unwrap(), 34, Some(&mut again)), "batch is 3, this layer's is 2");
         fails(module.forward(&token.to_dtype(DType::F64).unwrap(), 34, Some(&mut again)), "x must be of the type of the weights, got F64");
         fails(module.forward(&token.narrow(2, 0, 23).unwrap(), 34, Some(&mut again)), "x: axis 2 must have length 24, got 23");
+        fails(module.forward(&token.narrow(1, 0, 0).unwrap(), 34, Some(&mut again)), "x must not be empty");
         // The last sequence is at fault; the others must not have moved on.
         let mut bad = array::<f32>(&x.narrow(1, 34, 2).unwrap());
         bad[[2, 0, 0]] = f32::NAN;

@@ -22,7 +22,7 @@ use crate::real::Real;
 /// A linear attention layer on candle's tensors: [`DijiangAttention`] as a module.
 ///
 /// Names below the [`VarBuilder`]'s prefix, usually `model.layers.{l}.self_attn`: `{q,k,v,o}_proj.weight`, `{q,k,v,o}_proj.bias` where there
-/// are any, and `dijiang.{h}.*` for the map of key-value head h, as [`DijiangAttention::to_safetensors`] writes them.
+/// are any, and `dijiang.{h}.*` for the map of key-value head h, as `DijiangAttention::to_safetensors` (feature `safetensors`) writes them.
 ///
 /// # Examples
 /// ```
@@ -224,8 +224,8 @@ impl CandleAttention {
     /// min(`log_decay`, 0), so that an optimizer may overshoot.
     ///
     /// # Errors
-    /// [`Error::Tensor`] and [`Error::Shape`] for `x`, [`Error::Value`] if `index_pos` is not where the state is, [`Error::Foreign`] for a
-    /// state of another batch or layer; those of [`causal`](super::causal). After an error the state is unchanged.
+    /// [`Error::Tensor`], [`Error::Shape`] and [`Error::Empty`] for `x`, [`Error::Value`] if `index_pos` is not where the state is,
+    /// [`Error::Foreign`] for a state of another batch; those of [`causal`](super::causal). After an error the state is unchanged.
     pub fn forward(&self, x: &Tensor, index_pos: usize, state: Option<&mut CandleState>) -> Result<Tensor> {
         self.run(x, index_pos, state, None)
     }
@@ -247,6 +247,9 @@ impl CandleAttention {
         };
         if got != model_dim {
             return Err(Error::Shape { argument: "x", axis: 2, expected: model_dim, got }.into());
+        }
+        if b == 0 || n == 0 {
+            return Err(Error::Empty { argument: "x" }.into());
         }
         if let Some(state) = &state {
             state.check(b, index_pos)?;

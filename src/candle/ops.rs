@@ -77,7 +77,8 @@ impl<'a> AttentionOptions<'a> {
 /// time of forward. Nothing is kept for it but q, k and v themselves.
 ///
 /// # Errors
-/// [`Error::Tensor`] for tensors of another rank, type or device, [`Error::Shape`] for sizes that do not fit, and those of
+/// [`Error::Tensor`] for tensors of another rank, type or device, [`Error::Shape`] for sizes that do not fit, [`Error::Empty`] for an
+/// empty batch, and those of
 /// [`LinearAttention::causal`] and [`DctMap::from_params`], all of them within a [`candle_core::Error::Wrapped`].
 pub fn causal(q: &Tensor, k: &Tensor, v: &Tensor, maps: &[MapTensors], options: &AttentionOptions<'_>) -> Result<Tensor> {
     attention(Causality::Causal, q, k, v, maps, options)
@@ -126,12 +127,15 @@ fn check_shapes(
 ) -> crate::Result<(Sizes, usize)> {
     let layout = options.layout;
     let sizes = Sizes::of("q", q, layout)?;
-    if sizes.batch == 0 {
+    if sizes.batch == 0 || sizes.tokens == 0 {
         return Err(Error::Empty { argument: "q" });
     }
     let Some(map) = maps.first() else { return Err(Error::Empty { argument: "maps" }) };
     sizes.check("q", Sizes { dim: map.query.center.elem_count(), ..sizes }, layout)?;
     let keys = Sizes::of("k", k, layout)?;
+    if keys.tokens == 0 {
+        return Err(Error::Empty { argument: "k" });
+    }
     let tokens = if causality == Causality::Causal { sizes.tokens } else { keys.tokens };
     keys.check("k", Sizes { heads: maps.len(), tokens, ..sizes }, layout)?;
     let values = Sizes::of("v", v, layout)?;

@@ -128,8 +128,8 @@ impl<T: Element> Sequences<T> {
         let [readings_q, readings_k, readings_v] = [("q", q), ("k", k), ("v", v)].map(|(name, x)| Reading::new(name, x, layout));
         let outputs = out.chunks_exact_mut((tokens * heads * dim).max(1)).enumerate();
         let single = tokens == 1 && valid.is_none();
-        // What may fail for one sequence must not have changed another.
-        let before = if single { Vec::new() } else { self.states.clone() };
+        // What fails for one sequence must not have changed another: single tokens are looked at first, and for many there is a copy.
+        let before = if single || batch == 1 { Vec::new() } else { self.states.clone() };
         if single {
             for (name, reading) in [("q", &readings_q), ("k", &readings_k), ("v", &readings_v)] {
                 (0..batch).try_for_each(|i| Ok::<_, candle_core::Error>(check_elements(name, &reading.sequence::<T>(i)?)?))?;
