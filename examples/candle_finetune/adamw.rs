@@ -25,18 +25,24 @@ pub(crate) struct AdamW {
 
 struct Parameter {
     name: String,
+    /// What the length of a step is multiplied by.
+    factor: f64,
     var: Var,
     first: Tensor,
     second: Tensor,
 }
 
 impl AdamW {
-    pub(crate) fn new(vars: Vec<(String, Var)>) -> Result<Self> {
-        let parameter = |(name, var): (String, Var)| Ok(Parameter { name, first: var.zeros_like()?, second: var.zeros_like()?, var });
+    /// Steps of the maps' numbers are `map_factor` times as long as those of the weights.
+    pub(crate) fn new(vars: Vec<(String, Var)>, map_factor: f64) -> Result<Self> {
+        let parameter = |(name, var): (String, Var)| {
+            let factor = if is_map(&name) { map_factor } else { 1.0 };
+            Ok(Parameter { name, factor, first: var.zeros_like()?, second: var.zeros_like()?, var })
+        };
         Ok(Self { parameters: vars.into_iter().map(parameter).collect::<Result<_>>()?, step: 0 })
     }
 
-    /// One step of length `rate`.
+    /// One step of length `rate`, shorter or longer where a parameter has a factor.
     pub(crate) fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<()> {
         self.step += 1;
         let mut squares = 0.0;
@@ -51,7 +57,7 @@ impl AdamW {
             parameter.first = ((&parameter.first * BETA.0)? + (&gradient * (1.0 - BETA.0))?)?;
             parameter.second = ((&parameter.second * BETA.1)? + (gradient.sqr()? * (1.0 - BETA.1))?)?;
             let step = ((&parameter.first * bias(BETA.0))? / ((&parameter.second * bias(BETA.1))?.sqrt()? + EPSILON)?)?;
-            let matrix = parameter.var.rank() == 2 && !parameter.name.contains("dijiang");
+            let (rate, matrix) = (rate * parameter.factor, parameter.var.rank() == 2 && !is_map(&parameter.name));
             let kept = if matrix { 1.0 - rate * WEIGHT_DECAY } else { 1.0 };
             parameter.var.set(&((parameter.var.as_tensor() * kept)? - (step * rate)?)?)?;
         }
@@ -60,7 +66,7 @@ impl AdamW {
 
     /// Everything a run goes on from: parameters by their names, moments below `adam.`.
     pub(crate) fn tensors(&self) -> HashMap<String, Tensor> {
-        let all = self.parameters.iter().flat_map(|Parameter { name, var, first, second }| {
+        let all = self.parameters.iter().flat_map(|Parameter { name, var, first, second, .. }| {
             [(name.clone(), var.as_tensor().clone()), (moment(name, 1), first.clone()), (moment(name, 2), second.clone())]
         });
         all.collect()
@@ -73,7 +79,7 @@ impl AdamW {
             Some(tensor) => candle_core::bail!("{name} must be {:?}, found {:?}", like.shape(), tensor.shape()),
             None => candle_core::bail!("no tensor {name}"),
         };
-        for Parameter { name, var, first, second } in &mut self.parameters {
+        for Parameter { name, var, first, second, .. } in &mut self.parameters {
             *first = found(&moment(name, 1), first)?;
             *second = found(&moment(name, 2), second)?;
             var.set(&found(name, var)?)?;
@@ -81,6 +87,10 @@ impl AdamW {
         self.step = step;
         Ok(())
     }
+}
+
+fn is_map(name: &str) -> bool {
+    name.contains(".dijiang.")
 }
 
 fn moment(name: &str, which: usize) -> String {

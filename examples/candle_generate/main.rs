@@ -34,7 +34,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use candle_core::Device;
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use dijiang::checkpoint::Checkpoint;
 use ndarray::aview1;
 use rand::rngs::ChaCha12Rng;
@@ -57,8 +57,8 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     weights: Option<PathBuf>,
     /// Whose text to generate
-    #[arg(long, value_name = "WHICH", default_value = "both", value_parser = ["linear", "softmax", "both"])]
-    attention: String,
+    #[arg(long, value_enum, default_value_t = Which::Both)]
+    attention: Which,
     /// What the text continues
     #[arg(long, value_name = "TEXT", default_value = "And it came to pass")]
     prompt: String,
@@ -80,6 +80,14 @@ struct Args {
     /// Print one JSON object instead of text
     #[arg(long)]
     json: bool,
+}
+
+/// Whose attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Which {
+    Linear,
+    Softmax,
+    Both,
 }
 
 /// What one model wrote.
@@ -111,7 +119,7 @@ fn run(args: &Args) -> Result<Vec<Generated>> {
     let softmax = llama::Llama::load(&args.model)?;
     let progress = Progress::new();
     let mut generated = Vec::new();
-    if args.attention != "softmax" {
+    if args.attention != Which::Softmax {
         let context = softmax.config().context;
         let calibration = Text::read(&args.model.join("calibration.txt"), context)?;
         let samples: Vec<&[u8]> = calibration.spread(args.samples).collect();
@@ -122,7 +130,7 @@ fn run(args: &Args) -> Result<Vec<Generated>> {
         }
         generated.push(continue_prompt("linear", &model, args, &progress)?);
     }
-    if args.attention != "linear" {
+    if args.attention != Which::Linear {
         let (attention, context) = (Checkpoint::open(&args.model)?.attention_config().clone(), args.prompt.len() + args.generate);
         let model = Llama::load(&args.model, softmax.config().clone(), |_, weights| Softmax::new(&attention, weights, context))?;
         generated.push(continue_prompt("softmax", &model, args, &progress)?);
