@@ -7,18 +7,24 @@ use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3, s};
 
 use crate::attention::Head;
 use crate::attention::pages::Page;
-use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
+use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise, tokens_fit};
 use crate::attention::state::HeadState;
-use crate::attention::workspace::{BLOCK, Scratch};
+use crate::attention::workspace::Scratch;
+
+/// Tokens of a block. Half of what the other loops work on: the products within a block grow with its length, and at 32 they
+/// are two fifths of those with the state.
+const BLOCK: usize = 32;
 use crate::kernel::FeatureMap;
 use crate::real::Real;
-use crate::simd::{LANES, Product, padded};
+use crate::simd::{Ahead, LANES, Product, padded};
 
 /// The next tokens of one key-value head and its group of query heads, without a near part.
 ///
 /// A block ends before the first key whose exponent leaves the state's frame, and the frame is moved with that key as
 /// the first of the next block. So the frame of a block depends on nothing after the block's first token, and no output
 /// can depend on later tokens, not by a bit.
+///
+/// Elements are looked at as they are read; returns false, leaving the state anywhere, if one is out of range.
 ///
 /// # Shapes
 /// - `q`: `[group, n, d]`, `k`: `[n, d]`, `v`: `[n, e]`, `out`: `[group, n, e]`.
@@ -32,20 +38,25 @@ pub(super) fn causal<T: Real, M: FeatureMap<T>>(
     valid: Valid<'_>,
     mut out: ArrayViewMut3<'_, T>,
     scratch: &mut Scratch<T>,
-) {
+) -> bool {
     let n = k.nrows();
     let mut start = 0;
+    let mut ahead = Ahead::of([k, v].into_iter().chain(q.outer_iter()).chain(out.view().outer_iter()));
     state.settle(head.ops);
     while start < n {
-        let end = keys(head, state, position, k, v, valid, start, scratch);
+        let Some(end) = keys(head, state, position, k, v, valid, start, scratch) else { return false };
         let share = s![.., start..end, ..];
-        queries(head, state, q.slice(share), out.slice_mut(share), width_of(start, n), scratch);
-        accumulate(head, state, start..end, n, scratch);
+        ahead.aim(end, BLOCK);
+        if !queries(head, state, q.slice(share), out.slice_mut(share), width_of(start, n), scratch, Some(&mut ahead)) {
+            return false;
+        }
+        accumulate(head, state, start..end, n, scratch, Some(&mut ahead));
         start = end;
     }
+    true
 }
 
-/// The key half of one block of [`causal`], the one at `start`; returns where it ends.
+/// The key half of one block of [`causal`], the one at `start`; returns where it ends, or `None` for elements out of range.
 pub(super) fn write_page<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &mut HeadState<T>,
@@ -56,24 +67,24 @@ pub(super) fn write_page<T: Real, M: FeatureMap<T>>(
     start: usize,
     page: &mut Page<T>,
     scratch: &mut Scratch<T>,
-) -> usize {
+) -> Option<usize> {
     state.settle(head.ops);
-    let end = keys(head, state, position, k, v, valid, start, scratch);
+    let end = keys(head, state, position, k, v, valid, start, scratch)?;
     page.key_width = width_of(start, k.nrows());
     page.state.copy_read(state);
-    accumulate(head, state, start..end, k.nrows(), scratch);
-    end
+    accumulate(head, state, start..end, k.nrows(), scratch, None);
+    Some(end)
 }
 
-/// The query half of one block of [`causal`].
+/// The query half of one block of [`causal`]; returns whether all elements were in range.
 pub(super) fn read_page<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     page: &Page<T>,
     q: ArrayView3<'_, T>,
     out: ArrayViewMut3<'_, T>,
     scratch: &mut Scratch<T>,
-) {
-    queries(head, &page.state, q, out, page.key_width, scratch);
+) -> bool {
+    queries(head, &page.state, q, out, page.key_width, scratch, None)
 }
 
 /// Columns of the key panel of a block that begins at `start`.
@@ -88,15 +99,17 @@ fn accumulate<T: Real, M: FeatureMap<T>>(
     block: Range<usize>,
     n: usize,
     scratch: &Scratch<T>,
+    ahead: Option<&mut Ahead<T>>,
 ) {
     if state.started {
         let width = width_of(block.start, n);
-        state.accumulate(head.ops, &scratch.b[..head.features * width], width, block.len(), &scratch.v);
+        let weights = &scratch.b[..head.features * width];
+        state.accumulate(head.ops, weights, &scratch.feature, width, block.len(), &scratch.v, ahead);
     }
 }
 
-/// Key weights of the block at `start`, in the state's frame, into `scratch.b`, its values into `scratch.v`; returns where
-/// the block ends.
+/// Key weights of the block at `start`, in the state's frame, into `scratch.b`, their sums into `scratch.feature`, its values
+/// into `scratch.v`; returns where the block ends, or `None` for elements out of range.
 fn keys<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &mut HeadState<T>,
@@ -106,13 +119,15 @@ fn keys<T: Real, M: FeatureMap<T>>(
     valid: Valid<'_>,
     start: usize,
     scratch: &mut Scratch<T>,
-) -> usize {
+) -> Option<usize> {
     let Scratch { y, b, v: values, column, top, feature, map, zeros, .. } = scratch;
     let block = start..k.nrows().min(start + BLOCK);
     let (tokens, width) = (block.len(), padded(block.len()));
     let b = &mut b[..head.features * width];
     let (column, top) = (&mut column[..width], &mut top[..width]);
-    gather(head.ops, k, block, valid, head.scale, y, zeros);
+    if !gather(head.ops, k, block.clone(), valid, head.scale, y, zeros) || !copy_rows(head.ops, v, block, valid, values) {
+        return None;
+    }
     head.map.key_panel(width, &y[..head.dim * width], b, map);
 
     let exponents = |state: &HeadState<T>, column: &mut [T]| {
@@ -128,14 +143,12 @@ fn keys<T: Real, M: FeatureMap<T>>(
     }
     let tokens = cut.unwrap_or(tokens);
     column[tokens..].fill(T::NEG_INFINITY);
-    feature.iter_mut().zip(&state.reference).for_each(|(negated, &c)| *negated = -c);
-    (head.ops.exp_panel)(b, feature, column);
-    copy_rows(v, start..start + tokens, valid, values);
-    start + tokens
+    (head.ops.weigh)(b, &state.reference, column, feature);
+    Some(start + tokens)
 }
 
 /// Outputs of a block's queries over the state and over the block's own keys in `scratch`, whose panel is `key_width`
-/// wide.
+/// wide. Returns whether all elements were in range.
 ///
 /// # Shapes
 /// - `q`: `[group, tokens, d]`, `out`: `[group, tokens, e]`.
@@ -146,20 +159,24 @@ fn queries<T: Real, M: FeatureMap<T>>(
     mut out: ArrayViewMut3<'_, T>,
     key_width: usize,
     scratch: &mut Scratch<T>,
-) {
+    mut ahead: Option<&mut Ahead<T>>,
+) -> bool {
+    let tokens = q.shape()[1];
     if !state.started {
         // Only masked keys so far.
         out.fill(T::zero());
-        return;
+        return q.outer_iter().all(|q| tokens_fit(q, 0..tokens, None));
     }
-    let tokens = q.shape()[1];
     for (q, mut out) in q.outer_iter().zip(out.outer_iter_mut()) {
-        gather(head.ops, q, 0..tokens, None, head.scale, &mut scratch.x, &scratch.zeros);
-        sums(head, state, tokens, padded(tokens), key_width, scratch);
+        if !gather(head.ops, q, 0..tokens, None, head.scale, &mut scratch.x, &scratch.zeros) {
+            return false;
+        }
+        sums(head, state, tokens, padded(tokens), key_width, scratch, ahead.as_deref_mut());
         for (i, out) in out.outer_iter_mut().enumerate() {
             normalise(&scratch.o[i * head.value_stride..], scratch.total[i], out);
         }
     }
+    true
 }
 
 /// Sums and normalisers of the queries `scratch.x` over the state and over the block's own keys, into `scratch.o` and
@@ -171,13 +188,14 @@ fn sums<T: Real, M: FeatureMap<T>>(
     width: usize,
     key_width: usize,
     scratch: &mut Scratch<T>,
+    mut ahead: Option<&mut Ahead<T>>,
 ) {
     let Scratch { x, a, b, v, p, o, column, top, total, map, .. } = scratch;
     let a = &mut a[..head.features * width];
     head.map.query_panel(width, &x[..head.dim * width], a, map);
     (head.ops.column_max)(a, &state.reference, &mut top[..width]);
     column.iter_mut().zip(&top[..width]).for_each(|(shift, &top)| *shift = -top);
-    state.read(head.ops, a, tokens, &column[..width], &mut total[..width], o);
+    state.read(head.ops, a, tokens, &column[..width], &mut total[..width], o, ahead.as_deref_mut());
 
     // Bands of LANES queries: band r needs the keys 0..(r + 1)·LANES only.
     for band in (0..tokens).step_by(LANES) {
@@ -193,7 +211,7 @@ fn sums<T: Real, M: FeatureMap<T>>(
             c_row: key_width,
             accumulate: false,
         };
-        (head.ops.matmul)(product, &a[band..], b, scores);
+        (head.ops.matmul_ahead)(product, &a[band..], b, scores, ahead.as_deref_mut());
         (head.ops.mask_triangle)(scores, key_width, band, &mut total[band..band + rows]);
         let stride = head.value_stride;
         let product = Product {
@@ -206,6 +224,6 @@ fn sums<T: Real, M: FeatureMap<T>>(
             c_row: stride,
             accumulate: true,
         };
-        (head.ops.matmul)(product, scores, v, &mut o[band * stride..]);
+        (head.ops.matmul_ahead)(product, scores, v, &mut o[band * stride..], ahead.as_deref_mut());
     }
 }

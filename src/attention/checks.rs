@@ -2,10 +2,10 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ndarray::{ArrayRef3, ArrayView1, ArrayView2};
+use ndarray::ArrayRef3;
 
 use crate::attention::KeyMask;
-use crate::attention::rows::{Valid, is_valid};
+use crate::attention::rows::{Valid, tokens_fit};
 use crate::attention::workspace::Sizes;
 use crate::error::{Error, Result, check_len, check_positive, check_shape, within};
 use crate::real::Real;
@@ -82,7 +82,7 @@ pub(super) fn check_keys<T: Real>(k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyM
 fn check_all<T: Real>(argument: &'static str, x: &ArrayRef3<T>, valid: Valid<'_>) -> Result<()> {
     let clean = AtomicBool::new(true);
     for_each(&mut vec![(); max_threads()], x.outer_iter(), |(), rows| {
-        if !tokens_fit(rows, valid) {
+        if !tokens_fit(rows, 0..rows.nrows(), valid) {
             clean.store(false, Ordering::Relaxed);
         }
     });
@@ -95,18 +95,5 @@ fn check_all<T: Real>(argument: &'static str, x: &ArrayRef3<T>, valid: Valid<'_>
     match bad.find(|(_, _, value)| !within(*value, limit)) {
         Some((row, i, value)) => Err(Error::NonFinite { argument, index: row * x.shape()[2] + i, limit: T::LIMIT, got: value.to_f64() }),
         None => Ok(()),
-    }
-}
-
-/// Whether every element of every valid token is in range.
-pub(super) fn tokens_fit<T: Real>(rows: ArrayView2<'_, T>, valid: Valid<'_>) -> bool {
-    let limit = T::from_f64(T::LIMIT);
-    let token_fits = |row: ArrayView1<'_, T>| match row.to_slice() {
-        Some(row) => (T::ops().all_within)(row, limit),
-        None => row.iter().all(|&x| within(x, limit)),
-    };
-    match (rows.to_slice(), valid) {
-        (Some(rows), None) => (T::ops().all_within)(rows, limit),
-        _ => rows.outer_iter().enumerate().all(|(j, row)| !is_valid(valid, j) || token_fits(row)),
     }
 }

@@ -8,7 +8,7 @@ use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut
 use crate::attention::checks::{check_scale, check_shapes, check_size, check_tokens};
 use crate::attention::near::Ring;
 use crate::attention::pages::Pages;
-use crate::attention::prefill::{SEGMENT, Stretch};
+use crate::attention::prefill::Stretch;
 use crate::attention::state::Shape;
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{CausalState, KeyMask, Near, Workspace, decode, full};
@@ -20,6 +20,9 @@ use crate::threads;
 
 /// Largest near part, in tokens: beyond it the ring of keys would be no constant-size state any more.
 const MAX_NEAR: usize = 1 << 20;
+
+/// Up to so many tokens, a prefill neither keeps a snapshot to roll back to nor puts several threads on one head.
+const SHORT: usize = 256;
 
 /// How [`LinearAttention`] is to be built.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -328,11 +331,12 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         let n = q.shape()[1];
         check_shape("k", k, &[self.maps.len(), n, self.sizes.dim])?;
         check_shapes(self.heads, self.maps.len(), self.sizes, q, k, v, mask, out)?;
-        // To look at all elements first would take long sequences through the cache twice.
-        let long = n > SEGMENT;
-        if long {
+        // Elements are looked at as they are read: to do so first would take them through the cache twice. There must be a
+        // state to go back to; for a few tokens it would cost more than it saves.
+        let (fresh, long) = (state.position == 0, n > SHORT);
+        if !fresh && long {
             workspace.keep(&state.heads);
-        } else {
+        } else if !fresh {
             check_tokens(q, k, v, mask)?;
         }
         if long && Pages::<T>::pay(self.maps.len()) {
@@ -341,20 +345,22 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         let clean = AtomicBool::new(true);
         let mut pages = std::mem::take(&mut workspace.pages);
         let shared = pages.iter_mut().filter(|_| long).map(Some).chain(std::iter::repeat_with(|| None));
-        let stretch = Stretch { position: state.position, mask, near: self.near, unchecked: long };
+        let stretch = Stretch { position: state.position, mask, near: self.near };
         let states = state.heads.iter_mut().zip(shared).enumerate();
         self.for_each_head(q, k, v, out, workspace, states, |head, (state, pages), q, k, v, out, scratch| {
             let fits = match pages {
                 Some(pages) => stretch.prefill_shared(head, state, q, k, v, out, pages),
                 None => stretch.prefill(head, state, q, k, v, out, scratch),
             };
-            if !fits {
-                clean.store(false, Ordering::Relaxed);
-            }
+            clean.fetch_and(fits, Ordering::Relaxed);
         });
         workspace.pages = pages;
         if !clean.into_inner() {
-            state.heads.iter_mut().zip(&workspace.snapshot).for_each(|(state, kept)| state.copy(kept));
+            if fresh {
+                state.reset();
+            } else {
+                state.heads.iter_mut().zip(&workspace.snapshot).for_each(|(state, kept)| state.copy(kept));
+            }
             return check_tokens(q, k, v, mask);
         }
         state.position += n;

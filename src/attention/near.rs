@@ -10,7 +10,7 @@ use crate::attention::workspace::{BLOCK, Scratch};
 use crate::attention::{Head, Near};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
-use crate::simd::{LANES, Ops, Product, padded};
+use crate::simd::{Ahead, LANES, Ops, Product, padded};
 
 /// The keys and values of the last `back + 1` chunks; chunk i lies in slot i mod (back + 1).
 #[derive(Debug, Clone, PartialEq)]
@@ -149,7 +149,7 @@ impl<T: Real> Ring<T> {
             width = at + columns;
             let product =
                 Product { m: 1, n: columns, k: x.len(), a_row: x.len(), a_col: 1, b_row: stride, c_row: stride, accumulate: false };
-            (ops.matmul)(product, x, &slot.keys, &mut p[at..]);
+            ops.matmul(product, x, &slot.keys, &mut p[at..]);
             p[at + keys..width].fill(T::NEG_INFINITY);
             for (score, _) in p[at..].iter_mut().zip(&slot.valid[..keys]).filter(|(_, valid)| !**valid) {
                 *score = T::NEG_INFINITY;
@@ -162,7 +162,7 @@ impl<T: Real> Ring<T> {
     pub(super) fn add_values(&self, ops: &Ops<T>, position: usize, stride: usize, p: &[T], o: &mut [T]) {
         for (slot, at, keys) in self.seen(position) {
             let product = Product { m: 1, n: stride, k: keys, a_row: keys, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
-            (ops.matmul)(product, &p[at..], &slot.values, o);
+            ops.matmul(product, &p[at..], &slot.values, o);
         }
     }
 
@@ -182,6 +182,8 @@ impl<T: Real> Slot<T> {
 
 /// The next tokens of one key-value head and its group of query heads.
 ///
+/// Elements are looked at as they are read; returns false, leaving the state anywhere, if one is out of range.
+///
 /// # Shapes
 /// - `q`: `[group, n, d]`, `k`: `[n, d]`, `v`: `[n, e]`, `out`: `[group, n, e]`.
 pub(super) fn near<T: Real, M: FeatureMap<T>>(
@@ -194,19 +196,24 @@ pub(super) fn near<T: Real, M: FeatureMap<T>>(
     valid: Valid<'_>,
     mut out: ArrayViewMut3<'_, T>,
     scratch: &mut Scratch<T>,
-) {
-    let Some(mut ring) = state.ring.take() else { return };
-    let mut start = 0;
-    while start < k.nrows() {
+) -> bool {
+    let Some(mut ring) = state.ring.take() else { return true };
+    let (mut start, mut fits) = (0, true);
+    let mut ahead = Ahead::of([k, v].into_iter().chain(q.outer_iter()).chain(out.view().outer_iter()));
+    while fits && start < k.nrows() {
         let end = keys(head, state, &mut ring, position, k, v, valid, start, scratch);
-        let share = s![.., start..end, ..];
-        queries(head, state, &ring, position + start, q.slice(share), out.slice_mut(share), scratch);
-        start = end;
+        fits = end.is_some_and(|end| {
+            let share = s![.., start..end, ..];
+            ahead.aim(end, BLOCK);
+            queries(head, state, &ring, position + start, q.slice(share), out.slice_mut(share), scratch, Some(&mut ahead))
+        });
+        start = end.unwrap_or(start);
     }
     state.ring = Some(ring);
+    fits
 }
 
-/// The key half of one block of [`near`], the one at `start`; returns where it ends.
+/// The key half of one block of [`near`], the one at `start`; returns where it ends, or `None` for elements out of range.
 pub(super) fn write_page<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &mut HeadState<T>,
@@ -217,8 +224,8 @@ pub(super) fn write_page<T: Real, M: FeatureMap<T>>(
     start: usize,
     page: &mut Page<T>,
     scratch: &mut Scratch<T>,
-) -> usize {
-    let Some(mut ring) = state.ring.take() else { return k.nrows() };
+) -> Option<usize> {
+    let Some(mut ring) = state.ring.take() else { return Some(k.nrows()) };
     let end = keys(head, state, &mut ring, position, k, v, valid, start, scratch);
     page.position = position + start;
     page.state.copy_read(state);
@@ -229,21 +236,19 @@ pub(super) fn write_page<T: Real, M: FeatureMap<T>>(
     end
 }
 
-/// The query half of one block of [`near`].
+/// The query half of one block of [`near`]; returns whether all elements were in range.
 pub(super) fn read_page<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     page: &Page<T>,
     q: ArrayView3<'_, T>,
     out: ArrayViewMut3<'_, T>,
     scratch: &mut Scratch<T>,
-) {
-    if let Some(ring) = &page.state.ring {
-        queries(head, &page.state, ring, page.position, q, out, scratch);
-    }
+) -> bool {
+    page.state.ring.as_ref().is_none_or(|ring| queries(head, &page.state, ring, page.position, q, out, scratch, None))
 }
 
 /// The block of keys and values at `start` goes to the ring, after the oldest chunk has left it for the state, if it must;
-/// returns where the block ends.
+/// returns where the block ends, or `None` for elements out of range.
 fn keys<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &mut HeadState<T>,
@@ -254,7 +259,7 @@ fn keys<T: Real, M: FeatureMap<T>>(
     valid: Valid<'_>,
     start: usize,
     scratch: &mut Scratch<T>,
-) -> usize {
+) -> Option<usize> {
     let (chunk, within) = ((position + start) / ring.chunk, (position + start) % ring.chunk);
     let end = k.nrows().min(start + BLOCK.min(ring.chunk - within));
     let width = padded(end - start);
@@ -262,19 +267,24 @@ fn keys<T: Real, M: FeatureMap<T>>(
         retire(head, state, ring, chunk, scratch);
     }
     let slot = ring.slot_mut(chunk);
-    gather(head.ops, k, start..end, valid, head.scale, &mut scratch.y, &scratch.zeros);
+    let values = &mut slot.values[within * head.value_stride..];
+    if !gather(head.ops, k, start..end, valid, head.scale, &mut scratch.y, &scratch.zeros)
+        || !copy_rows(head.ops, v, start..end, valid, values)
+    {
+        return None;
+    }
     let stride = padded(slot.valid.len());
     for (keys, y) in slot.keys.chunks_exact_mut(stride).zip(scratch.y.chunks_exact(width)) {
         keys[within..within + end - start].copy_from_slice(&y[..end - start]);
     }
-    copy_rows(v, start..end, valid, &mut slot.values[within * head.value_stride..]);
     for j in start..end {
         slot.valid[within + j - start] = is_valid(valid, j);
     }
-    end
+    Some(end)
 }
 
-/// Outputs of a block's queries, the first at `position`, over the near keys and the state.
+/// Outputs of a block's queries, the first at `position`, over the near keys and the state. Returns whether all elements were
+/// in range.
 ///
 /// # Shapes
 /// - `q`: `[group, tokens, d]`, `out`: `[group, tokens, e]`.
@@ -286,15 +296,19 @@ fn queries<T: Real, M: FeatureMap<T>>(
     q: ArrayView3<'_, T>,
     mut out: ArrayViewMut3<'_, T>,
     scratch: &mut Scratch<T>,
-) {
+    mut ahead: Option<&mut Ahead<T>>,
+) -> bool {
     let tokens = q.shape()[1];
     for (q, mut out) in q.outer_iter().zip(out.outer_iter_mut()) {
-        gather(head.ops, q, 0..tokens, None, head.scale, &mut scratch.x, &scratch.zeros);
-        sums(head, state, ring, position, tokens, scratch);
+        if !gather(head.ops, q, 0..tokens, None, head.scale, &mut scratch.x, &scratch.zeros) {
+            return false;
+        }
+        sums(head, state, ring, position, tokens, scratch, ahead.as_deref_mut());
         for (i, out) in out.outer_iter_mut().enumerate() {
             normalise(&scratch.o[i * head.value_stride..], scratch.total[i], out);
         }
     }
+    true
 }
 
 /// Before chunk `chunk` begins: the oldest chunk leaves its slot for the state.
@@ -318,7 +332,8 @@ pub(super) fn retire<T: Real, M: FeatureMap<T>>(
                 y[tokens..].fill(T::zero());
             }
             let values = &slot.values[start * head.value_stride..(start + tokens) * head.value_stride];
-            state.absorb(head, first + start, tokens, Some(&slot.valid[start..start + tokens]), values, scratch);
+            let valid = Some(&slot.valid[start..start + tokens]);
+            state.absorb(head, first + start, tokens, valid, values, scratch, None);
         }
     }
     slot.clear();
@@ -333,6 +348,7 @@ fn sums<T: Real, M: FeatureMap<T>>(
     position: usize,
     tokens: usize,
     scratch: &mut Scratch<T>,
+    mut ahead: Option<&mut Ahead<T>>,
 ) {
     let Scratch { x, a, p, o, column, top, total, map, .. } = scratch;
     let width = padded(tokens);
@@ -355,7 +371,7 @@ fn sums<T: Real, M: FeatureMap<T>>(
             let columns = if age == 0 { padded(within + band + rows) } else { slot_width };
             let product =
                 Product { m: rows, n: columns, k: head.dim, a_row: 1, a_col: width, b_row: slot_width, c_row: stride, accumulate: false };
-            (head.ops.matmul)(product, &x[band..], &slot.keys, &mut p[band * stride + at..]);
+            (head.ops.matmul_ahead)(product, &x[band..], &slot.keys, &mut p[band * stride + at..], ahead.as_deref_mut());
             for i in band..band + rows {
                 let row = &mut p[i * stride + at..][..slot_width];
                 let end = if age == 0 { within + i + 1 } else { ring.chunk };
@@ -384,7 +400,7 @@ fn sums<T: Real, M: FeatureMap<T>>(
             *top = top.max(*shift + decay);
             *shift = decay - *top;
         }
-        state.read(head.ops, a, tokens, column, total, o);
+        state.read(head.ops, a, tokens, column, total, o, ahead.as_deref_mut());
     } else {
         total.fill(T::zero());
         o[..tokens * stride_v].fill(T::zero());
@@ -405,7 +421,7 @@ fn sums<T: Real, M: FeatureMap<T>>(
             let keys = if age == 0 { within + band + rows } else { ring.chunk };
             let product =
                 Product { m: rows, n: stride_v, k: keys, a_row: stride, a_col: 1, b_row: stride_v, c_row: stride_v, accumulate: true };
-            (head.ops.matmul)(product, &p[band * stride + at..], &slot.values, &mut o[band * stride_v..]);
+            (head.ops.matmul_ahead)(product, &p[band * stride + at..], &slot.values, &mut o[band * stride_v..], ahead.as_deref_mut());
         }
     }
 }

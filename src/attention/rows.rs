@@ -2,8 +2,9 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView2, ArrayViewMut1};
+use ndarray::{ArrayView1, ArrayView2, ArrayViewMut1, s};
 
+use crate::error::within;
 use crate::real::Real;
 use crate::simd::{LANES, Ops, padded};
 
@@ -16,7 +17,7 @@ pub(super) fn is_valid(valid: Valid<'_>, j: usize) -> bool {
 }
 
 /// Rows `tokens` of `rows` become the columns of `panel` `[d, padded]`, multiplied by `scale`; masked tokens and the
-/// columns that fill up the last lane group become zeros.
+/// columns that fill up the last lane group become zeros. Returns whether every element taken is in range.
 pub(super) fn gather<T: Real>(
     ops: &Ops<T>,
     rows: ArrayView2<'_, T>,
@@ -25,9 +26,10 @@ pub(super) fn gather<T: Real>(
     scale: T,
     panel: &mut [T],
     zeros: &[T],
-) {
+) -> bool {
     let (d, width) = (rows.ncols(), padded(tokens.len()));
     let zeros = &zeros[..d];
+    let (mut squares, mut strided) = (T::ZERO, false);
     for group in (0..width).step_by(LANES) {
         let token = |lane: usize| Some(tokens.start + group + lane).filter(|&j| j < tokens.end && is_valid(valid, j));
         let mut contiguous = true;
@@ -38,8 +40,9 @@ pub(super) fn gather<T: Real>(
             }),
             None => zeros,
         });
-        (ops.gather)(&columns, scale, &mut panel[group..], width);
+        squares += (ops.gather)(&columns, scale, &mut panel[group..], width);
         if !contiguous {
+            strided = true;
             for (lane, j) in (0..LANES).filter_map(|lane| token(lane).map(|j| (lane, j))) {
                 for (i, &value) in rows.row(j).iter().enumerate() {
                     panel[i * width + group + lane] = value * scale;
@@ -47,21 +50,49 @@ pub(super) fn gather<T: Real>(
             }
         }
     }
+    !strided && proves::<T>(squares) || tokens_fit(rows, tokens, valid)
 }
 
-/// Rows `tokens` of `rows` one after the other in `out`, padded to whole lane groups; masked tokens become zeros.
-pub(super) fn copy_rows<T: Real>(rows: ArrayView2<'_, T>, tokens: Range<usize>, valid: Valid<'_>, out: &mut [T]) {
+/// Rows `tokens` of `rows` one after the other in `out`, padded to whole lane groups; masked tokens become zeros. Returns
+/// whether every element taken is in range.
+pub(super) fn copy_rows<T: Real>(ops: &Ops<T>, rows: ArrayView2<'_, T>, tokens: Range<usize>, valid: Valid<'_>, out: &mut [T]) -> bool {
     let (e, stride) = (rows.ncols(), padded(rows.ncols()));
-    for (out, j) in out.chunks_exact_mut(stride).zip(tokens) {
-        let (row, padding) = out.split_at_mut(e);
-        padding.fill(T::zero());
-        if !is_valid(valid, j) {
-            row.fill(T::zero());
-        } else if let Some(slice) = rows.row(j).to_slice() {
-            row.copy_from_slice(slice);
-        } else {
-            row.iter_mut().zip(rows.row(j)).for_each(|(to, &from)| *to = from);
+    let (mut squares, mut strided) = (T::ZERO, false);
+    match rows.slice(s![tokens.clone(), ..]).to_slice() {
+        Some(whole) if e == stride && valid.is_none() => squares = (ops.copy)(whole, &mut out[..whole.len()]),
+        _ => {
+            for (out, j) in out.chunks_exact_mut(stride).zip(tokens.clone()) {
+                let (row, padding) = out.split_at_mut(e);
+                padding.fill(T::zero());
+                if !is_valid(valid, j) {
+                    row.fill(T::zero());
+                } else if let Some(slice) = rows.row(j).to_slice() {
+                    squares += (ops.copy)(slice, row);
+                } else {
+                    strided = true;
+                    row.iter_mut().zip(rows.row(j)).for_each(|(to, &from)| *to = from);
+                }
+            }
         }
+    }
+    !strided && proves::<T>(squares) || tokens_fit(rows, tokens, valid)
+}
+
+/// Whether a sum of squares is too small for any element to be out of range.
+fn proves<T: Real>(squares: T) -> bool {
+    squares <= T::from_f64(T::LIMIT * T::LIMIT)
+}
+
+/// Whether every element of the valid tokens is in range.
+pub(super) fn tokens_fit<T: Real>(rows: ArrayView2<'_, T>, tokens: Range<usize>, valid: Valid<'_>) -> bool {
+    let limit = T::from_f64(T::LIMIT);
+    let token_fits = |row: ArrayView1<'_, T>| match row.to_slice() {
+        Some(row) => (T::ops().all_within)(row, limit),
+        None => row.iter().all(|&x| within(x, limit)),
+    };
+    match (rows.slice(s![tokens.clone(), ..]).to_slice(), valid) {
+        (Some(rows), None) => (T::ops().all_within)(rows, limit),
+        _ => tokens.filter(|&j| is_valid(valid, j)).all(|j| token_fits(rows.row(j))),
     }
 }
 

@@ -472,7 +472,7 @@ impl<T: Real> ExactAttention<T> {
                 Keys::Cached(cache) => cache.block(block, d, stride),
                 Keys::Rows { k, v, valid } => {
                     gather(ops, k, base..base + count, valid, self.root_scale(), y, zeros);
-                    copy_rows(v, base..base + count, valid, values);
+                    copy_rows(ops, v, base..base + count, valid, values);
                     (y, padded(count), values, valid.map(|valid| &valid[base..base + count]))
                 }
             };
@@ -486,7 +486,7 @@ impl<T: Real> ExactAttention<T> {
                 let scores = &mut p[band * BLOCK..];
                 let product =
                     Product { m: height, n: columns, k: d, a_row: 1, a_col: width, b_row: key_width, c_row: BLOCK, accumulate: false };
-                (ops.matmul)(product, &x[band..], keys, scores);
+                ops.matmul(product, &x[band..], keys, scores);
                 let whole = valid.is_none() && high.start <= base && low.end >= base + count && count == columns;
                 for i in 0..height {
                     let row = &mut scores[i * BLOCK..i * BLOCK + columns];
@@ -514,7 +514,7 @@ impl<T: Real> ExactAttention<T> {
                 }
                 let product =
                     Product { m: height, n: stride, k: count, a_row: BLOCK, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
-                (ops.matmul)(product, scores, values, &mut o[band * stride..]);
+                ops.matmul(product, scores, values, &mut o[band * stride..]);
             }
         }
     }
@@ -548,7 +548,7 @@ impl<T: Real> HeadCache<T> {
                 keys[within..within + end - start].copy_from_slice(&y[..end - start]);
             }
             let first = position + start;
-            copy_rows(v, start..end, valid, &mut self.values[first * stride..(first + end - start) * stride]);
+            copy_rows(ops, v, start..end, valid, &mut self.values[first * stride..(first + end - start) * stride]);
             for j in start..end {
                 self.valid[position + j] = is_valid(valid, j);
             }

@@ -309,7 +309,7 @@ fn product<T>(
     (c, c_row): (&mut [T], usize),
     accumulate: bool,
 ) {
-    (ops.matmul)(Product { m, n, k, a_row, a_col, b_row, c_row, accumulate }, a, b, c);
+    ops.matmul(Product { m, n, k, a_row, a_col, b_row, c_row, accumulate }, a, b, c);
 }
 
 /// Bands of LANES keys of a block of `tokens`: first key, keys. No query before the first key sees any of them.
@@ -367,7 +367,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let b = &mut b[..feature.len() * width];
         let (column, top) = (&mut column[..width], &mut top[..width]);
         gather(ops, stretch.k, keys.clone(), stretch.valid, stretch.key_scale, x, zeros);
-        copy_rows(stretch.v, keys, stretch.valid, v_rows);
+        copy_rows(ops, stretch.v, keys, stretch.valid, v_rows);
         stretch.map.key_panel(width, &x[..dim * width], b, map);
 
         let position = stretch.position + start;
@@ -423,8 +423,11 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
     /// The weighed keys of a block join the sums.
     fn join(&mut self, tokens: usize, width: usize) {
         if self.state.started {
-            let Buffers { b, v_rows, feature, .. } = &self.tape.block;
-            self.state.accumulate(T::ops(), &b[..feature.len() * width], width, tokens, v_rows);
+            let Buffers { b, v_rows, feature, .. } = &mut self.tape.block;
+            let b = &b[..feature.len() * width];
+            feature.fill(T::ZERO);
+            (T::ops().add_row_sums)(b, feature);
+            self.state.accumulate(T::ops(), b, feature, width, tokens, v_rows, None);
         }
     }
 
@@ -464,7 +467,9 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let stride = padded(self.stretch.v.ncols());
         let Buffers { g_rows, o, .. } = &mut self.tape.block;
         match &mut self.upstream {
-            Upstream::Rows(rows) => copy_rows(rows.index_axis(Axis(0), h), queries.clone(), None, g_rows),
+            Upstream::Rows(rows) => {
+                copy_rows(T::ops(), rows.index_axis(Axis(0), h), queries.clone(), None, g_rows);
+            }
             Upstream::Loss(loss) => {
                 loss(h, queries.clone(), &o[..queries.len() * stride], &mut g_rows[..queries.len() * stride]);
             }
@@ -726,7 +731,7 @@ fn load_near<T: Real, M>(stretch: &Stretch<'_, T, M>, keys: Range<usize>, near: 
     for (start, panel) in keys.clone().step_by(BLOCK).zip(near.y.chunks_exact_mut(dim * BLOCK)) {
         gather(T::ops(), stretch.k, start..keys.end.min(start + BLOCK), stretch.valid, stretch.key_scale, panel, zeros);
     }
-    copy_rows(stretch.v, keys, stretch.valid, &mut near.v);
+    copy_rows(T::ops(), stretch.v, keys, stretch.valid, &mut near.v);
 }
 
 /// Scores of the near keys (rows) for the queries (columns) of the panel `x`, whose first one belongs to key `query`;
@@ -850,7 +855,7 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         let (b, column) = (&mut b[..feature.len() * width], &mut column[..width]);
         gather(ops, stretch.k, keys.clone(), stretch.valid, stretch.key_scale, x, zeros);
         stretch.map.key_panel(width, &x[..dim * width], b, map);
-        copy_rows(stretch.v, keys.clone(), stretch.valid, v_rows);
+        copy_rows(ops, stretch.v, keys.clone(), stretch.valid, v_rows);
         v_rows[keys.len() * stride..width * stride].fill(T::ZERO);
         transpose(ops, stride, &v_rows[..width * stride], T::ONE, v);
         let reference = &self.tape.references[self.frame * feature.len()..][..feature.len()];
@@ -895,7 +900,9 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         delta[..tokens].copy_from_slice(&self.tape.deltas[at..at + tokens]);
         (ops.exp_panel)(a, &self.tape.references[self.frame * m..][..m], shift);
         match &self.upstream {
-            Some(rows) => copy_rows(rows.index_axis(Axis(0), h), queries, None, g_rows),
+            Some(rows) => {
+                copy_rows(ops, rows.index_axis(Axis(0), h), queries, None, g_rows);
+            }
             None => g_rows[..tokens * stride].copy_from_slice(&self.tape.upstream[at * stride..(at + tokens) * stride]),
         }
         let g_rows = &g_rows[..tokens * stride];

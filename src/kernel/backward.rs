@@ -175,7 +175,7 @@ impl<T: Real> SideSums<T> {
         let (m, stride) = (self.rows.len(), self.moments.len() / self.rows.len());
         (ops.add_row_sums)(grad, &mut self.rows);
         let product = Product { m, n: stride, k: width, a_row: width, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
-        (ops.matmul)(product, grad, z, &mut self.moments);
+        ops.matmul(product, grad, z, &mut self.moments);
         self.panels += 1;
         if self.panels == PANELS {
             for (all, last) in [(&mut self.all_moments, &mut self.moments), (&mut self.all_rows, &mut self.rows)] {
@@ -260,11 +260,11 @@ impl<T: Real> Table<T> {
         let Some(grad_x) = grad_x else { return };
         let m = grad.len() / width;
         let product = Product { m: dim, n: width, k: m, a_row: 1, a_col: dim, b_row: width, c_row: width, accumulate: true };
-        (ops.matmul)(product, &self.jacobian, grad, grad_x);
+        ops.matmul(product, &self.jacobian, grad, grad_x);
         if let Some(ones) = &self.ones {
             let total = &mut total[..width];
             let product = Product { m: 1, n: width, k: m, a_row: m, a_col: 1, b_row: width, c_row: width, accumulate: false };
-            (ops.matmul)(product, ones, grad, total);
+            ops.matmul(product, ones, grad, total);
             for (to, z) in grad_x.chunks_exact_mut(width).zip(centered.chunks_exact(width)) {
                 to.iter_mut().zip(z).zip(total.iter()).for_each(|((to, &z), &total)| *to -= z * total);
             }

@@ -393,7 +393,7 @@ impl<T: Real> Inner<T> {
             Projector::Matrix(matrix) => {
                 let z = side.centred(x, width, scratch);
                 let (m, n, k) = (self.rows, width, self.dim);
-                (T::ops().matmul)(Product { m, n, k, a_row: k, a_col: 1, b_row: n, c_row: n, accumulate: false }, matrix, z, plus);
+                T::ops().matmul(Product { m, n, k, a_row: k, a_col: 1, b_row: n, c_row: n, accumulate: false }, matrix, z, plus);
                 add_rows_and_column(plus, row, minus, mirror_row, column);
             }
             Projector::Columns { plan, diagonals, chain, radii } => {

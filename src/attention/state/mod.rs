@@ -13,7 +13,7 @@ use crate::attention::{Head, Near};
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
-use crate::simd::{Ops, Product, padded};
+use crate::simd::{Ahead, Ops, Product, padded};
 
 /// What one sequence leaves behind for its next tokens: constant size, whatever the number of tokens.
 ///
@@ -229,7 +229,7 @@ impl<T: Real> HeadState<T> {
                 self.norm_rest.iter_mut().zip(row).for_each(|(rest, &weight)| *rest += weight);
             }
             let product = Product { m, n: stride, k: len, a_row: 1, a_col: m, b_row: stride, c_row: stride, accumulate: true };
-            (ops.matmul)(product, &self.pending.weights, &self.pending.values, &mut self.sums_rest);
+            ops.matmul(product, &self.pending.weights, &self.pending.values, &mut self.sums_rest);
             self.fold(ops);
         }
     }
@@ -287,12 +287,22 @@ impl<T: Real> HeadState<T> {
         }
     }
 
-    /// Adds weights (a panel of `tokens` exponentials, `[m, width]`) times values `[tokens, e_padded]` to the sums.
-    pub(super) fn accumulate(&mut self, ops: &Ops<T>, weights: &[T], width: usize, tokens: usize, values: &[T]) {
+    /// Adds weights (a panel of `tokens` exponentials, `[m, width]`, and their row sums) times values `[tokens, e_padded]` to
+    /// the sums.
+    pub(super) fn accumulate(
+        &mut self,
+        ops: &Ops<T>,
+        weights: &[T],
+        row_sums: &[T],
+        width: usize,
+        tokens: usize,
+        values: &[T],
+        ahead: Option<&mut Ahead<T>>,
+    ) {
         let (m, stride) = (self.norm.len(), self.sums.len() / self.norm.len());
-        (ops.add_row_sums)(weights, &mut self.norm_rest);
+        self.norm_rest.iter_mut().zip(row_sums).for_each(|(rest, &sum)| *rest += sum);
         let product = Product { m, n: stride, k: tokens, a_row: width, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
-        (ops.matmul)(product, weights, values, &mut self.sums_rest);
+        (ops.matmul_ahead)(product, weights, values, &mut self.sums_rest, ahead);
         self.fold(ops);
     }
 
@@ -306,6 +316,7 @@ impl<T: Real> HeadState<T> {
         valid: Valid<'_>,
         values: &[T],
         scratch: &mut Scratch<T>,
+        ahead: Option<&mut Ahead<T>>,
     ) {
         let Scratch { y, b, column, top, feature, map, .. } = scratch;
         let width = padded(tokens);
@@ -323,17 +334,32 @@ impl<T: Real> HeadState<T> {
         } else if !self.started {
             return;
         }
-        feature.iter_mut().zip(&self.reference).for_each(|(negated, &c)| *negated = -c);
-        (head.ops.exp_panel)(b, feature, column);
-        self.accumulate(head.ops, b, width, tokens, values);
+        (head.ops.weigh)(b, &self.reference, column, feature);
+        self.accumulate(head.ops, b, feature, width, tokens, values, ahead);
     }
 
     /// Reads the sums for a panel of query log-features: on return `o` holds wᵀS and `total` wᵀz for every token, where
     /// w_f = exp(a_f + c_f + shift).
-    pub(super) fn read(&self, ops: &Ops<T>, a: &mut [T], tokens: usize, shift: &[T], total: &mut [T], o: &mut [T]) {
+    pub(super) fn read(
+        &self,
+        ops: &Ops<T>,
+        a: &mut [T],
+        tokens: usize,
+        shift: &[T],
+        total: &mut [T],
+        o: &mut [T],
+        ahead: Option<&mut Ahead<T>>,
+    ) {
         let (m, stride, width) = (self.norm.len(), self.sums.len() / self.norm.len(), shift.len());
+        if self.norm.iter().all(|&norm| norm == T::ZERO) {
+            // Nothing there yet, as in the first block of a sequence.
+            (ops.exp_panel)(a, &self.reference, shift);
+            total.fill(T::ZERO);
+            o[..tokens * stride].fill(T::ZERO);
+            return;
+        }
         (ops.exp_dot)(a, &self.reference, shift, &self.norm, total);
         let product = Product { m: tokens, n: stride, k: m, a_row: 1, a_col: width, b_row: stride, c_row: stride, accumulate: false };
-        (ops.matmul)(product, a, &self.sums, o);
+        (ops.matmul_ahead)(product, a, &self.sums, o, ahead);
     }
 }

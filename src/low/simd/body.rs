@@ -4,6 +4,7 @@
 //! Every column is computed from that column alone and in the same order whatever the width, so that a token's result
 //! never depends on its neighbours, not by one bit.
 
+use super::ahead::Ahead;
 pub(super) use super::dct::transform as dct;
 use super::lane::Simd;
 use crate::real::Real;
@@ -31,9 +32,9 @@ pub(crate) struct Product {
 }
 
 /// C (+)= A·B for operands that stay in the cache: no packing, no allocation. Every element of C is one chain of
-/// multiply-adds in the order of k.
+/// multiply-adds in the order of k. Between tiles it asks for some of the cache lines `ahead`.
 #[inline(always)]
-pub(super) fn matmul<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T], c: &mut [S::T]) {
+pub(super) fn matmul_ahead<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T], c: &mut [S::T], mut ahead: Option<&mut Ahead<S::T>>) {
     if p.m == 0 || p.n == 0 {
         return;
     }
@@ -69,6 +70,9 @@ pub(super) fn matmul<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T], c: &m
                     2 => rows::<S, 2>(simd, height, p, a, b, c),
                     _ => rows::<S, 1>(simd, height, p, a, b, c),
                 }
+            }
+            if let Some(ahead) = &mut ahead {
+                ahead.fetch(simd);
             }
             row += height;
         }
@@ -171,28 +175,55 @@ pub(super) fn all_within<S: Simd>(simd: S, x: &[S::T], limit: S::T) -> bool {
 }
 
 /// `panel[i, lane] = scale · rows[lane][i]` for one group of LANES tokens of a panel `width` wide, starting at the
-/// group's first column.
+/// group's first column. Returns the sum of squares of the rows.
 #[inline(always)]
-pub(super) fn gather<S: Simd>(simd: S, rows: &[&[S::T]; LANES], scale: S::T, panel: &mut [S::T], width: usize) {
+pub(super) fn gather<S: Simd>(simd: S, rows: &[&[S::T]; LANES], scale: S::T, panel: &mut [S::T], width: usize) -> S::T {
     let d = rows[0].len();
     assert!(rows.iter().all(|row| row.len() == d), "rows of one length");
     assert!(d == 0 || panel.len() >= (d - 1) * width + LANES, "panel");
     let pointers: [*const S::T; LANES] = std::array::from_fn(|lane| rows[lane].as_ptr());
     let whole = d / S::N * S::N;
+    let mut squares = simd.splat(S::T::ZERO);
     let mut i = 0;
     while i < whole {
         // SAFETY: i + N ≤ d, and the panel holds LANES elements in each of rows 0..d.
         unsafe {
             let rows: [*const S::T; LANES] = std::array::from_fn(|lane| pointers[lane].add(i));
-            simd.transpose(&rows, simd.splat(scale), panel.as_mut_ptr().add(i * width), width);
+            squares = simd.add(squares, simd.transpose(&rows, simd.splat(scale), panel.as_mut_ptr().add(i * width), width));
         }
         i += S::N;
     }
+    let mut rest = S::T::ZERO;
     for i in whole..d {
         for lane in 0..LANES {
-            panel[i * width + lane] = rows[lane][i] * scale;
+            let x = rows[lane][i];
+            rest += x * x;
+            panel[i * width + lane] = x * scale;
         }
     }
+    simd.sum(squares) + rest
+}
+
+/// `to = from`. Returns the sum of squares.
+#[inline(always)]
+pub(super) fn copy<S: Simd>(simd: S, from: &[S::T], to: &mut [S::T]) -> S::T {
+    assert!(from.len() == to.len(), "lengths");
+    let whole = from.len() / S::N * S::N;
+    let mut squares = [simd.splat(S::T::ZERO); 2];
+    for i in (0..whole).step_by(S::N) {
+        // SAFETY: i + N ≤ len.
+        unsafe {
+            let x = simd.load(from.as_ptr().add(i));
+            squares = [squares[1], simd.mul_add(x, x, squares[0])];
+            simd.store(to.as_mut_ptr().add(i), x);
+        }
+    }
+    let mut rest = S::T::ZERO;
+    for (to, &x) in to[whole..].iter_mut().zip(&from[whole..]) {
+        rest += x * x;
+        *to = x;
+    }
+    simd.sum(simd.add(squares[0], squares[1])) + rest
 }
 
 /// `out[j] = max_f (panel[f, j] + offset[f])`, −∞ for no rows.
@@ -203,12 +234,13 @@ pub(super) fn column_max<S: Simd>(simd: S, panel: &[S::T], offset: &[S::T], out:
     for j in (0..width).step_by(S::N) {
         // SAFETY: j + N ≤ width, in `out` and in every row of the panel.
         unsafe {
-            let mut top = simd.splat(S::T::NEG_INFINITY);
+            // Two chains, to hide the latency of the comparisons.
+            let mut top = [simd.splat(S::T::NEG_INFINITY); 2];
             for f in 0..m {
                 let sum = simd.add(simd.load(panel.as_ptr().add(f * width + j)), simd.splat(offset[f]));
-                top = simd.max(top, sum);
+                top = [top[1], simd.max(top[0], sum)];
             }
-            simd.store(out.as_mut_ptr().add(j), top);
+            simd.store(out.as_mut_ptr().add(j), simd.max(top[0], top[1]));
         }
     }
 }
@@ -307,15 +339,35 @@ pub(super) fn exp_panel<S: Simd>(simd: S, panel: &mut [S::T], offset: &[S::T], c
     let (m, width) = (offset.len(), column.len());
     assert!(width.is_multiple_of(LANES) && panel.len() == m * width, "panel");
     for f in 0..m {
-        let offset = simd.splat(offset[f]);
-        for j in (0..width).step_by(S::N) {
-            // SAFETY: j + N ≤ width.
-            unsafe {
-                let at = panel.as_mut_ptr().add(f * width + j);
-                simd.store(at, exp(simd, simd.add(simd.add(simd.load(at), offset), simd.load(column.as_ptr().add(j)))));
-            }
+        exp_row(simd, &mut panel[f * width..(f + 1) * width], offset[f], column);
+    }
+}
+
+/// `panel[f, j] = exp(panel[f, j] − reference[f] + column[j])` and `sums[f] = Σ_j panel[f, j]`.
+#[inline(always)]
+pub(super) fn weigh<S: Simd>(simd: S, panel: &mut [S::T], reference: &[S::T], column: &[S::T], sums: &mut [S::T]) {
+    let (m, width) = (reference.len(), column.len());
+    assert!(width.is_multiple_of(LANES) && panel.len() == m * width && sums.len() == m, "panel");
+    for f in 0..m {
+        sums[f] = simd.sum(exp_row(simd, &mut panel[f * width..(f + 1) * width], -reference[f], column));
+    }
+}
+
+/// `row[j] = exp(row[j] + offset + column[j])`, returns the sums of every N-th element.
+#[inline(always)]
+fn exp_row<S: Simd>(simd: S, row: &mut [S::T], offset: S::T, column: &[S::T]) -> S::V {
+    let offset = simd.splat(offset);
+    let mut total = simd.splat(S::T::ZERO);
+    for j in (0..row.len().min(column.len())).step_by(S::N) {
+        // SAFETY: j + N ≤ len, the lengths are multiples of LANES.
+        unsafe {
+            let at = row.as_mut_ptr().add(j);
+            let e = exp(simd, simd.add(simd.add(simd.load(at), offset), simd.load(column.as_ptr().add(j))));
+            simd.store(at, e);
+            total = simd.add(total, e);
         }
     }
+    total
 }
 
 /// `sums[f] += Σ_j panel[f, j]`.

@@ -8,7 +8,7 @@
 //! X_{2f} = DCT(a)_f          X_{2f+1} = DCT(b)_f + DCT(b)_{f+1}
 //! ```
 //!
-//! Each level is one pass over registers of tokens; the last sixteen (or eight) points stay in registers.
+//! Each level is one pass over registers of tokens, down to 32 points, which the compiler keeps in registers as far as they go.
 
 use std::mem::MaybeUninit;
 
@@ -92,7 +92,7 @@ pub(super) fn transform<S: Simd>(
     assert!(mirror.is_empty() || (mirror.len() == d * width && mirror_row.len() == d), "mirror panel");
     assert!(tables.twiddles.len() == d - 1 && tables.shift.len() == d && tables.post.len() == d, "tables");
     assert!(supports(d), "a power of two from 8 to 256");
-    let points = if d == 8 { 8 } else { 16 };
+    let points = if d < 32 { d } else { 32 };
     let twiddles = tables.twiddles.as_ptr();
     let input = Input { simd, x: x.as_ptr(), width, tables };
     let mut output = Output { simd, tables, width, row, out: out.as_mut_ptr(), mirror_row, mirror: mirror.as_mut_ptr() };
@@ -107,7 +107,7 @@ pub(super) fn transform<S: Simd>(
             let (mut from, mut to) = (here, there);
             // Down: n points become two blocks of n/2, until a block fits into registers.
             let (mut n, mut level) = (d, twiddles);
-            if d <= 16 {
+            if d <= points {
                 for i in 0..d {
                     from.add(i).write(input.at(i, j));
                 }
@@ -117,7 +117,7 @@ pub(super) fn transform<S: Simd>(
                 }
                 (n, level) = (d / 2, level.add(d / 2));
             }
-            while n > 16 {
+            while n > points {
                 for block in (0..d).step_by(n) {
                     let (from, to) = (from.add(block), to.add(block));
                     for i in 0..n / 2 {
@@ -140,7 +140,7 @@ pub(super) fn transform<S: Simd>(
                 (from, to) = (to, from);
             }
             let column = simd.load(column.as_ptr().add(j));
-            if d <= 16 {
+            if d <= points {
                 for f in 0..d {
                     output.put(f, j, *from.add(f), column, mirrored);
                 }
@@ -222,7 +222,7 @@ unsafe fn butterfly<S: Simd>(simd: S, x: S::V, y: S::V, twiddle: *const S::T, a:
     }
 }
 
-/// The transform of 8 or 16 registers, in place.
+/// The transform of 8, 16 or 32 registers, in place.
 ///
 /// # Safety
 /// `x` holds `points` registers, `twiddles` the levels `points`, `points`/2, …, 2.
@@ -231,7 +231,11 @@ unsafe fn leaf<S: Simd>(simd: S, points: usize, x: *mut S::V, twiddles: *const S
     // SAFETY: the caller's promise; the arrays hold what they say.
     unsafe {
         let twiddle = |i: usize| simd.splat(*twiddles.add(i));
-        if points == 16 {
+        if points == 32 {
+            let input: [S::V; 32] = std::array::from_fn(|i| *x.add(i));
+            let output = points32(simd, input, twiddle);
+            (0..32).for_each(|i| x.add(i).write(output[i]));
+        } else if points == 16 {
             let input: [S::V; 16] = std::array::from_fn(|i| *x.add(i));
             let output = points16(simd, input, twiddle);
             (0..16).for_each(|i| x.add(i).write(output[i]));
@@ -268,3 +272,4 @@ points!(points2, points1, 2, 1);
 points!(points4, points2, 4, 2);
 points!(points8, points4, 8, 4);
 points!(points16, points8, 16, 8);
+points!(points32, points16, 32, 16);

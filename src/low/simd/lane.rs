@@ -42,17 +42,26 @@ pub(super) trait Simd: Copy {
     fn sum(self, a: Self::V) -> Self::T;
     /// Largest lane.
     fn top(self, a: Self::V) -> Self::T;
+    /// Asks for the cache line of an address that need not exist.
+    #[inline(always)]
+    fn prefetch(self, _: *const Self::T) {}
 
-    /// Writes `scale`·rows as columns: `out[i·stride + lane] = scale · rows[lane][i]` for i in 0..N.
+    /// Writes `scale`·rows as columns: `out[i·stride + lane] = scale · rows[lane][i]` for i in 0..N. Returns the sums of
+    /// squares of rows[..][i].
     ///
     /// # Safety
     /// Every row is valid for reading N elements; `out` for writing LANES elements at each of N strides.
     #[inline(always)]
-    unsafe fn transpose(self, rows: &[*const Self::T; LANES], scale: Self::V, out: *mut Self::T, stride: usize) {
+    unsafe fn transpose(self, rows: &[*const Self::T; LANES], scale: Self::V, out: *mut Self::T, stride: usize) -> Self::V {
         let mut block = [Self::T::ZERO; LANES * LANES];
+        let mut squares = self.splat(Self::T::ZERO);
         for (lane, &row) in rows.iter().enumerate() {
             // SAFETY: the caller's promise; `block` holds LANES rows of N ≤ LANES elements.
-            unsafe { self.store(block.as_mut_ptr().add(lane * Self::N), self.mul(self.load(row), scale)) }
+            unsafe {
+                let x = self.load(row);
+                squares = self.mul_add(x, x, squares);
+                self.store(block.as_mut_ptr().add(lane * Self::N), self.mul(x, scale));
+            }
         }
         for i in 0..Self::N {
             for lane in 0..LANES {
@@ -60,6 +69,7 @@ pub(super) trait Simd: Copy {
                 unsafe { *out.add(i * stride + lane) = block[lane * Self::N + i] }
             }
         }
+        squares
     }
 }
 

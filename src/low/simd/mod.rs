@@ -4,6 +4,7 @@
 //! AVX-512; this file compiles the loops for each of them, puts them into tables and hands out the fastest table that
 //! the CPU can run.
 
+mod ahead;
 mod body;
 mod dct;
 mod lane;
@@ -15,6 +16,7 @@ mod x86;
 
 use std::marker::PhantomData;
 
+pub(crate) use ahead::Ahead;
 pub(crate) use body::Product;
 pub(crate) use dct::{DctTables, supports as supports_dct};
 pub(crate) use product::{Gemm, product};
@@ -83,14 +85,16 @@ macro_rules! ops {
 }
 
 ops! {
-    /// C (+)= A·B on operands that stay in the cache.
-    matmul: fn(p: Product, a: &[T], b: &[T], c: &mut [T]);
+    /// C (+)= A·B on operands that stay in the cache, while others come into it.
+    matmul_ahead: fn(p: Product, a: &[T], b: &[T], c: &mut [T], ahead: Option<&mut Ahead<T>>);
     /// u = post ⊙ C(pre ⊙ x + shift), the batched DCT-II; out = u + row + column, mirror = −u + mirror_row + column.
     dct: fn(tables: &DctTables<T>, x: &[T], column: &[T], row: &[T], out: &mut [T], mirror_row: &[T], mirror: &mut [T]);
     /// Every element is a number of at most this magnitude.
     all_within: fn(x: &[T], limit: T) -> bool;
-    /// LANES rows become LANES columns of a panel.
-    gather: fn(rows: &[&[T]; LANES], scale: T, panel: &mut [T], width: usize);
+    /// LANES rows become LANES columns of a panel; returns the sum of squares.
+    gather: fn(rows: &[&[T]; LANES], scale: T, panel: &mut [T], width: usize) -> T;
+    /// `to = from`; returns the sum of squares.
+    copy: fn(from: &[T], to: &mut [T]) -> T;
     /// `out[j] = max_f (panel[f, j] + offset[f])`
     column_max: fn(panel: &[T], offset: &[T], out: &mut [T]);
     /// `out[f] = max_j (panel[f, j] + column[j])`
@@ -99,6 +103,8 @@ ops! {
     exp_dot: fn(panel: &mut [T], offset: &[T], column: &[T], weight: &[T], dot: &mut [T]);
     /// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])`
     exp_panel: fn(panel: &mut [T], offset: &[T], column: &[T]);
+    /// `panel[f, j] = exp(panel[f, j] − reference[f] + column[j])`, `sums[f] = Σ_j panel[f, j]`
+    weigh: fn(panel: &mut [T], reference: &[T], column: &[T], sums: &mut [T]);
     /// `sums[j] += Σ_f a[f, j]·b[f, j]`
     column_dot: fn(a: &[T], b: &[T], sums: &mut [T]);
     /// `panel[f, j] = weight[f, j]·scale[j]·(panel[f, j] − row[f]·column[j])`, `sums[j] = Σ_f panel[f, j]`
@@ -119,6 +125,13 @@ ops! {
     scale: fn(a: T, x: &mut [T]);
     /// `out[t] += A·x[t]` for every token t, rows of A `[rows, k]` contiguous.
     matvec: fn(a: &[T], k: usize, x: &[T], out: &mut [T]);
+}
+
+impl<T> Ops<T> {
+    /// C (+)= A·B on operands that stay in the cache.
+    pub(crate) fn matmul(&self, p: Product, a: &[T], b: &[T], c: &mut [T]) {
+        (self.matmul_ahead)(p, a, b, c, None);
+    }
 }
 
 macro_rules! tables {

@@ -93,7 +93,7 @@ impl<T: Real> Suite<T> {
                     if !accumulate {
                         c.iter_mut().for_each(|c| *c = T::from_f64(f64::NAN));
                     }
-                    (self.ops.matmul)(Product { m, n, k, a_row, a_col, b_row, c_row, accumulate }, &a, &b, &mut c);
+                    self.ops.matmul(Product { m, n, k, a_row, a_col, b_row, c_row, accumulate }, &a, &b, &mut c);
                     for i in 0..m {
                         let start = |j: usize| if accumulate { before[i * c_row + j].to_f64() } else { 0.0 };
                         let sum = |j: usize| (0..k).map(|l| a[i * a_row + l * a_col].to_f64() * b[l * b_row + j].to_f64()).sum::<f64>();
@@ -158,6 +158,13 @@ impl<T: Real> Suite<T> {
                 let mut e = panel.clone();
                 (self.ops.exp_panel)(&mut e, &offset, &column);
                 self.close("exp_panel", &e, &exps, 16);
+
+                let (mut e, mut sums) = (panel.clone(), vec![T::from_f64(f64::NAN); m]);
+                let negated: Vec<T> = offset.iter().map(|&offset| -offset).collect();
+                (self.ops.weigh)(&mut e, &negated, &column, &mut sums);
+                self.close("weigh", &e, &exps, 16);
+                let expected: Vec<f64> = (0..m).map(|f| exps[f * width..(f + 1) * width].iter().sum()).collect();
+                self.close("weigh sums", &sums, &expected, 16 * width);
 
                 let mut sums = weight.clone();
                 (self.ops.add_row_sums)(&panel, &mut sums);
@@ -248,11 +255,23 @@ impl<T: Real> Suite<T> {
         for len in LENGTHS {
             let clean = self.random(len, 1.0);
             assert!((self.ops.all_within)(&clean, limit) && (self.ops.all_within)(&[], limit));
+            let (mut copied, squares) = (vec![T::from_f64(f64::NAN); len], clean.iter().map(|x| x.to_f64() * x.to_f64()).sum());
+            let got = (self.ops.copy)(&clean, &mut copied);
+            assert_eq!(copied, clean);
+            self.close("copy squares", &[got], &[squares], 16 * len);
             for i in 0..len {
                 for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 101.0, -101.0] {
                     let mut x = clean.clone();
                     x[i] = T::from_f64(bad);
                     assert!(!(self.ops.all_within)(&x, limit), "{} {bad} at {i} of {len}", self.ops.name);
+                    let copied = (self.ops.copy)(&x, &mut copied);
+                    let mut rows = [&clean[..]; LANES];
+                    rows[i % LANES] = &x;
+                    let gathered = (self.ops.gather)(&rows, T::ONE, &mut vec![T::ZERO; len * LANES], LANES);
+                    for squares in [copied, gathered] {
+                        let proves = squares <= limit * limit;
+                        assert!(!proves, "{} {bad} at {i} of {len}: {squares}", self.ops.name);
+                    }
                 }
             }
         }
@@ -263,7 +282,9 @@ impl<T: Real> Suite<T> {
             let width = 48;
             let rows: Vec<Vec<T>> = (0..LANES).map(|_| self.random(d, 1.0)).collect();
             let mut panel = vec![T::from_f64(f64::NAN); d * width];
-            (self.ops.gather)(&std::array::from_fn(|lane| &rows[lane][..]), T::from_f64(2.0), &mut panel[16..], width);
+            let squares = (self.ops.gather)(&std::array::from_fn(|lane| &rows[lane][..]), T::from_f64(2.0), &mut panel[16..], width);
+            let expected: f64 = rows.iter().flatten().map(|x| x.to_f64() * x.to_f64()).sum();
+            self.close("gather squares", &[squares], &[expected], 16 * d);
             for (i, columns) in panel.chunks_exact(width).enumerate() {
                 assert!((0..LANES).all(|lane| columns[16 + lane] == rows[lane][i] + rows[lane][i]), "{} d = {d}", self.ops.name);
                 assert!(columns[..16].iter().chain(&columns[32..]).all(|x| x.to_f64().is_nan()), "outside its columns");

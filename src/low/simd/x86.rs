@@ -68,6 +68,11 @@ macro_rules! arithmetic {
             // SAFETY: the token proves the instruction set.
             unsafe { $max(a, b) }
         }
+        #[inline(always)]
+        fn prefetch(self, p: *const $t) {
+            // SAFETY: a hint; no address is accessed.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+        }
     };
 }
 
@@ -121,14 +126,16 @@ impl Simd for Avx512F32 {
     }
 
     #[inline(always)]
-    unsafe fn transpose(self, rows: &[*const f32; LANES], scale: __m512, out: *mut f32, stride: usize) {
+    unsafe fn transpose(self, rows: &[*const f32; LANES], scale: __m512, out: *mut f32, stride: usize) -> __m512 {
         // SAFETY: the token proves the instruction set, the caller the pointers.
         unsafe {
             // Pairs of rows, then fours: b[4i + c] holds in its 128-bit lane l column 4l + c of rows 4i..4i + 4.
             let mut a = [_mm512_setzero_ps(); LANES];
             let mut b = [_mm512_setzero_pd(); LANES];
+            let mut squares = [_mm512_setzero_ps(); 2];
             for i in 0..8 {
                 let (even, odd) = (_mm512_loadu_ps(rows[2 * i]), _mm512_loadu_ps(rows[2 * i + 1]));
+                squares = [_mm512_fmadd_ps(even, even, squares[0]), _mm512_fmadd_ps(odd, odd, squares[1])];
                 let (even, odd) = (_mm512_mul_ps(even, scale), _mm512_mul_ps(odd, scale));
                 a[2 * i] = _mm512_unpacklo_ps(even, odd);
                 a[2 * i + 1] = _mm512_unpackhi_ps(even, odd);
@@ -151,6 +158,7 @@ impl Simd for Avx512F32 {
                 _mm512_storeu_ps(out.add((8 + c) * stride), _mm512_shuffle_f32x4::<0xdd>(even.0, even.1));
                 _mm512_storeu_ps(out.add((12 + c) * stride), _mm512_shuffle_f32x4::<0xdd>(odd.0, odd.1));
             }
+            _mm512_add_ps(squares[0], squares[1])
         }
     }
 }
