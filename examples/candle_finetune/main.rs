@@ -203,6 +203,10 @@ fn train(args: &Args) -> Result<Report> {
         }
     };
     say(format!("{:>9} tokens: {calibrated_bpb:.4} bits/byte on valid.txt, calibrated", 0));
+    if args.resume {
+        let tokens = optimizer.step * args.batch * context;
+        say(format!("{tokens:>9} tokens: going on from {}", args.checkpoint.display()));
+    }
 
     let order = order(text.windows(), steps * args.batch, args.seed);
     bar.set_length(steps as u64);
