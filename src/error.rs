@@ -120,6 +120,17 @@ pub enum Error {
         /// What the system says.
         message: String,
     },
+    /// A tensor of another library is not of a kind that can be worked with: its rank, element type or device.
+    #[cfg(feature = "candle")]
+    #[error("{argument} must be {expected}, got {got}")]
+    Tensor {
+        /// The argument's name.
+        argument: &'static str,
+        /// What would do, in words.
+        expected: &'static str,
+        /// What it is instead.
+        got: String,
+    },
     /// A progress callback asked to stop.
     #[error("cancelled by the caller; nothing was changed")]
     Cancelled,

@@ -1,6 +1,8 @@
 #![doc = include_str!("../README.md")]
 
 pub mod attention;
+#[cfg(feature = "candle")]
+pub mod candle;
 #[cfg(feature = "safetensors")]
 pub mod checkpoint;
 pub mod error;

@@ -5,81 +5,12 @@ mod common;
 
 #[cfg(feature = "rayon")]
 use common::assert_same_bits;
-use common::{Golden, Inputs, Random, argument, assert_close, cast};
+use common::gradients::{CASES, Gradients, Problem, golden_problem};
+use common::{Golden, Inputs, Random, argument, assert_close};
 use dijiang::Real;
-use dijiang::attention::{AttentionGradients, KeyMask, LinearAttention, LinearConfig, Near};
-use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing, Projection};
+use dijiang::attention::{KeyMask, Near};
+use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing};
 use ndarray::{Array1, Array3, ArrayD, Axis, s};
-
-/// Everything a gradient is taken with respect to, and what it is not.
-#[derive(Debug, Clone)]
-struct Problem {
-    maps: Vec<DctParams>,
-    heads: usize,
-    near: Option<Near>,
-    log_decay: Vec<f64>,
-    causal: bool,
-    valid: Option<Vec<bool>>,
-    inputs: Inputs<f64>,
-    cotangent: Array3<f64>,
-}
-
-type Gradients<T> = AttentionGradients<T, DctGradients>;
-
-impl Problem {
-    fn attention<T: Real>(&self) -> LinearAttention<T, DctMap<T>> {
-        let mut config = LinearConfig::new().with_heads(self.heads).with_value_dim(self.inputs.v.shape()[2]);
-        config = config.with_log_decay(self.log_decay.clone());
-        config.near = self.near;
-        config.build(self.maps.iter().map(|map| DctMap::from_params(map.clone()).unwrap()).collect()).unwrap()
-    }
-
-    fn mask(&self) -> KeyMask<'_> {
-        self.valid.as_deref().map_or(KeyMask::All, KeyMask::Valid)
-    }
-
-    /// Σ output · cotangent.
-    fn loss(&self) -> f64 {
-        let (attention, Inputs { q, k, v }) = (self.attention::<f64>(), &self.inputs);
-        let out = if self.causal { attention.causal(q, k, v, self.mask()) } else { attention.full(q, k, v, self.mask()) };
-        (out.unwrap() * &self.cotangent).sum()
-    }
-
-    fn gradients<T: Real>(&self) -> Gradients<T> {
-        let (attention, Inputs { q, k, v }, grad) = (self.attention::<T>(), self.inputs.cast(), cast(&self.cotangent));
-        let gradients = if self.causal {
-            attention.causal_backward(&q, &k, &v, self.mask(), &grad)
-        } else {
-            attention.full_backward(&q, &k, &v, self.mask(), &grad)
-        };
-        gradients.unwrap()
-    }
-
-    /// The tensors of head `h` that a gradient is taken with respect to, by name.
-    fn tensors(&mut self, h: usize) -> Vec<(&'static str, &mut [f64])> {
-        let map = &mut self.maps[h];
-        let (of_query, of_key): (&mut [f64], &mut [f64]) = match &mut map.projection {
-            Projection::Dense { query, key } | Projection::Deep { query, key } => (query, key),
-            Projection::Dct | Projection::Mixed { .. } => (&mut [], &mut []),
-        };
-        vec![
-            ("q", self.inputs.q.as_slice_mut().unwrap()),
-            ("k", self.inputs.k.as_slice_mut().unwrap()),
-            ("v", self.inputs.v.as_slice_mut().unwrap()),
-            ("query_center", &mut map.query.center),
-            ("key_center", &mut map.key.center),
-            ("query_scale", &mut map.query.scale),
-            ("key_scale", &mut map.key.scale),
-            ("query_radii", &mut map.query.radii),
-            ("key_radii", &mut map.key.radii),
-            ("query_projection", of_query),
-            ("key_projection", of_key),
-            ("log_weight", &mut map.log_weight),
-            ("log_mix", std::slice::from_mut(&mut map.log_mix)),
-            ("log_decay", std::slice::from_mut(&mut self.log_decay[h])),
-        ]
-    }
-}
 
 /// A gradient by the names of [`Problem::tensors`].
 fn by_name<T: Real>(gradients: &Gradients<T>, h: usize, name: &str) -> Vec<f64> {
@@ -105,44 +36,6 @@ fn by_name<T: Real>(gradients: &Gradients<T>, h: usize, name: &str) -> Vec<f64> 
 }
 
 // ------------------------------------------------------------------------------------------------ golden values
-
-fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
-    let name = |what: &str| format!("{tag}.{what}");
-    let one_head = |name: &str| golden.array2(name).insert_axis(Axis(0));
-    let inputs = Inputs { q: one_head("q"), k: one_head("k"), v: one_head("v") };
-    let flat = |name: &str| golden.array::<ndarray::IxDyn>(name).into_iter().collect::<Vec<f64>>();
-    let mut map = DctParams::new(inputs.q.shape()[2]);
-    for (side, prefix) in [(&mut map.query, "query"), (&mut map.key, "key")] {
-        side.center = flat(&name(&format!("{prefix}_center")));
-        side.scale = flat(&name(&format!("{prefix}_scale")));
-        side.radii = flat(&name(&format!("{prefix}_radii")));
-    }
-    map.log_weight = flat(&name("log_weight"));
-    map.log_mix = golden.scalar(&name("log_mix"));
-    map.pairing = if tag == "b2a" { Pairing::Antithetic } else { Pairing::Single };
-    map.envelope = if case == "causal_gaussian" { Envelope::Gaussian } else { Envelope::None };
-    let n = inputs.tokens();
-    Problem {
-        maps: vec![map],
-        heads: 1,
-        near: match case {
-            "local" | "local_decay" => Some(Near::new(16, 1)),
-            "local0" => Some(Near::new(8, 0)),
-            _ => None,
-        },
-        log_decay: vec![if case.ends_with("decay") { -0.05 } else { 0.0 }],
-        causal: !case.starts_with("full"),
-        valid: match case {
-            "full_masked" => Some((0..n).map(|j| j % 5 != 2).collect()),
-            "causal_masked" => Some((0..n).map(|j| j % 5 != 2 || j == 0).collect()),
-            _ => None,
-        },
-        inputs,
-        cotangent: one_head("cotangent"),
-    }
-}
-
-const CASES: [&str; 9] = ["full", "causal", "causal_gaussian", "decay", "local", "local0", "local_decay", "full_masked", "causal_masked"];
 
 /// Largest error of every golden gradient, relative to the largest element of that gradient.
 fn golden_gradients<T: Real>(tolerance: f64) {

@@ -40,7 +40,7 @@ pub(crate) fn generate<A: Attention<f32>>(
 }
 
 /// The byte at which the cumulative distribution softmax(logits / temperature) passes `uniform`, a number in [0, 1).
-fn sample(logits: ArrayView1<'_, f32>, temperature: f64, uniform: f64) -> u8 {
+pub(crate) fn sample(logits: ArrayView1<'_, f32>, temperature: f64, uniform: f64) -> u8 {
     let (likeliest, &max) = (0..=u8::MAX).zip(&logits).max_by(|a, b| a.1.total_cmp(b.1)).unwrap_or((0, &0.0));
     if temperature == 0.0 {
         return likeliest;

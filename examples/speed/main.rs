@@ -5,8 +5,10 @@
 //! ```
 //!
 //! Measures microseconds per token and head for n tokens, f32, random inputs, against this crate's tiled softmax
-//! attention in the same run, and the rate of the general matrix product as the yardstick of the machine.
+//! attention in the same run, and the rate of the general matrix product as the yardstick of the machine. With `--features candle`
+//! also against candle-nn's flash attention, causal and in f32; ratios are then to the faster of the two.
 
+mod flash;
 mod gemm;
 mod measure;
 mod report;

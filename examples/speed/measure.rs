@@ -13,8 +13,8 @@ use rand::rngs::ChaCha12Rng;
 use rand_distr::{Distribution, StandardNormal};
 use serde::Serialize;
 
-use crate::Args;
 use crate::gemm::Gemm;
+use crate::{Args, flash};
 
 /// Everything one run measured.
 #[derive(Debug, Serialize)]
@@ -52,6 +52,8 @@ pub(crate) struct Row {
     pub(crate) us: f64,
     /// The same for softmax attention.
     pub(crate) softmax_us: Option<f64>,
+    /// The same for candle-nn's flash attention, where it is measured.
+    pub(crate) candle_us: Option<f64>,
     /// Matrix-product FLOPs of the algorithm (see [`flops`]) divided by time.
     pub(crate) gflops: f64,
     /// The same for softmax attention.
@@ -84,7 +86,7 @@ fn softmax_flops(mode: &str, n: usize, d: usize) -> f64 {
 }
 
 /// Shortest of as many runs as fit the budget (at least one after the first, which warms up), in seconds.
-fn shortest(budget: f64, mut run: impl FnMut()) -> f64 {
+pub(crate) fn shortest(budget: f64, mut run: impl FnMut()) -> f64 {
     let begin = Instant::now();
     run();
     let mut best = begin.elapsed();
@@ -180,7 +182,7 @@ impl<T: Gemm> Bench<T> {
     }
 
     /// All modes at n tokens.
-    fn tokens(&mut self, n: usize, softmax: bool) -> Result<Vec<Row>, dijiang::Error> {
+    fn tokens(&mut self, n: usize, softmax: bool) -> Result<Vec<Row>, Box<dyn Error + Send + Sync>> {
         let shape = (self.heads, n, self.dim);
         let [q, k, v] = std::array::from_fn(|_| gaussian::<T>(&mut self.rng, shape));
         let mut out = Array3::<T>::zeros(shape);
@@ -214,13 +216,15 @@ impl<T: Gemm> Bench<T> {
             shortest(self.seconds, || check_full = self.exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)) * per_token
         });
         check.and(check_full)?;
+        let candle = if softmax { flash::causal([&q, &k, &v], self.seconds)?.map(|seconds| seconds * per_token) } else { None };
 
         let (decode, decode_exact) = self.decode(&q, &k, &v)?;
         let row = |mode: &'static str, seconds: f64, softmax_us: Option<f64>| {
             let us = seconds * per_token;
             let gflops = flops(mode, self.dim) / us / 1e3;
             let softmax_gflops = softmax_us.map(|us| softmax_flops(mode, n, self.dim) / us / 1e3);
-            Row { mode, n, us, softmax_us, gflops, softmax_gflops }
+            let candle_us = candle.filter(|_| mode == "pure" || mode == "near");
+            Row { mode, n, us, softmax_us, candle_us, gflops, softmax_gflops }
         };
         let mut rows = vec![row("pure", pure, causal_exact), row("near", near, causal_exact), row("full", full, full_exact)];
         rows.push(row("decode", decode / per_token, Some(decode_exact)));

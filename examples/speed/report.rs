@@ -15,18 +15,29 @@ pub(crate) fn print(report: &Report, svg: &Path) {
     println!("general matrix product 1024³: {sgemm_gflops:.0} GFLOP/s on one thread\n");
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-    table.set_header(["mode", "tokens", "µs / token·head", "softmax µs", "ratio", "GFLOP/s", "softmax GFLOP/s"]);
-    for Row { mode, n, us, softmax_us, gflops, softmax_gflops } in rows {
+    // Only where it was measured.
+    let candle = |cells: &mut Vec<String>, cell: String| {
+        if rows.iter().any(|row| row.candle_us.is_some()) {
+            cells.insert(4, cell);
+        }
+    };
+    let mut header = ["mode", "tokens", "µs / token·head", "softmax µs", "ratio", "GFLOP/s", "softmax GFLOP/s"].map(String::from).to_vec();
+    candle(&mut header, "candle µs".to_owned());
+    table.set_header(header);
+    for Row { mode, n, us, softmax_us, candle_us, gflops, softmax_gflops } in rows {
         let optional = |value: Option<f64>, digits: usize| value.map_or(String::from("–"), |value| format!("{value:.digits$}"));
-        table.add_row([
+        let fastest = softmax_us.map(|softmax| candle_us.map_or(softmax, |candle| candle.min(softmax)));
+        let mut cells = vec![
             mode.to_string(),
             n.to_string(),
             format!("{us:.3}"),
             optional(*softmax_us, 3),
-            optional(softmax_us.map(|softmax| softmax / us), 2),
+            optional(fastest.map(|fastest| fastest / us), 2),
             format!("{gflops:.0}"),
             optional(*softmax_gflops, 0),
-        ]);
+        ];
+        candle(&mut cells, optional(*candle_us, 3));
+        table.add_row(cells);
     }
     println!("{}", aligned(table));
 

@@ -57,7 +57,7 @@ impl Stretch<'_> {
                 let mask = self.mask.valid().map_or(KeyMask::All, |valid| KeyMask::Valid(&valid[tokens.clone()]));
                 let stretch = Stretch { position: self.position + tokens.start, mask, ..*self };
                 let rows = s![tokens, ..];
-                let fits = stretch.prefill(head, state, q, k.slice(rows.clone()), v.slice(rows), out, scratch);
+                let fits = stretch.prefill(head, state, q, k.slice(rows), v.slice(rows), out, scratch);
                 clean.fetch_and(fits, Ordering::Relaxed);
                 fits
             };

@@ -65,6 +65,8 @@ pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use packed::Padding;
 pub use pool::{Slot, StatePool};
 pub use published::{PublishedAttention, PublishedState, PublishedWeights};
+#[cfg(feature = "candle")]
+pub(crate) use rotary::RotaryTable;
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
 #[cfg(feature = "safetensors")]
 pub use saving::{load_layers, load_maps, save_layers, save_maps};

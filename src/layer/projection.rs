@@ -275,7 +275,7 @@ impl<T: Real> Projections<T> {
     pub(crate) fn unrotate(&self, rows: &mut Array2<T>) {
         let width = rows.ncols();
         if let Some(rotary) = &self.rotary {
-            rotary.unrotate(slice_mut(rows), width);
+            rotary.unrotate(slice_mut(rows), width, 0);
         }
     }
 

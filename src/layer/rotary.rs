@@ -193,9 +193,9 @@ impl RotaryTable {
         self.turn_rows(rows, row_len, start, angles, 1.0);
     }
 
-    /// Turns everything back that [`rotate`](Self::rotate) turned from position 0: its transpose.
-    pub(crate) fn unrotate<T: Real>(&self, rows: &mut [T], row_len: usize) {
-        self.turn_rows(rows, row_len, 0, &mut self.angles(), -1.0);
+    /// Turns everything back that [`rotate`](Self::rotate) turned: its transpose.
+    pub(crate) fn unrotate<T: Real>(&self, rows: &mut [T], row_len: usize, start: usize) {
+        self.turn_rows(rows, row_len, start, &mut self.angles(), -1.0);
     }
 
     /// `direction` is 1 or −1.

@@ -1,6 +1,7 @@
 //! What the test-suites share: golden values, seeded inputs, comparisons, and literal stand-ins for the fast paths.
 #![allow(dead_code, unreachable_pub, reason = "every test binary includes this module and uses its own part of it")]
 
+pub mod gradients;
 pub mod linear;
 pub mod stream;
 

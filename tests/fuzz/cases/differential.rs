@@ -257,6 +257,8 @@ fn maps(source: &mut Source<'_>, kv_heads: usize, dim: usize) -> (Vec<DctParams>
                 params.log_weight = source.normals(features, 1.0);
                 if kind == 1 {
                     params.projection = Projection::Mixed { signs: (0..3 * rows).map(|_| source.choose(&[1.0, -1.0])).collect() };
+                } else if kind == 2 {
+                    params.projection = Projection::Deep { query: source.normals(2 * rows, 1.0), key: source.normals(2 * rows, 1.0) };
                 }
                 params
             }
@@ -306,14 +308,23 @@ fn rows(params: &DctParams, query: bool) -> Array2<f64> {
             let rows = if query { of_query } else { key };
             Array2::from_shape_fn((count, d), |(f, i)| rows[f * d + i] * side.scale[i])
         }
-        Projection::Mixed { signs } => {
+        Projection::Mixed { .. } | Projection::Deep { .. } => {
             let c = reference::dct_matrix(d);
-            let scaled = |diagonal: &[f64]| Array2::from_shape_fn((d, d), |(f, i)| c[[f, i]] * diagonal[i]);
+            let scaled = |c: &Array2<f64>, diagonal: &[f64]| Array2::from_shape_fn((d, d), |(f, i)| c[[f, i]] * diagonal[i]);
             let mut rows = Array2::zeros((count, d));
             for g in 0..count / d {
-                let [first, second, third] = [0, 1, 2].map(|i| scaled(&signs[(3 * g + i) * d..][..d]));
-                let mut block = first.dot(&second).dot(&third);
-                block.columns_mut().into_iter().zip(&side.scale[g * d..]).for_each(|(mut column, &s)| column *= s);
+                let s = &side.scale[g * d..][..d];
+                let block = match &params.projection {
+                    Projection::Mixed { signs } => {
+                        let [first, second, third] = [0, 1, 2].map(|i| scaled(&c, &signs[(3 * g + i) * d..][..d]));
+                        scaled(&first.dot(&second).dot(&third), s)
+                    }
+                    Projection::Deep { query: of_query, key } => {
+                        let scales = &(if query { of_query } else { key })[2 * g * d..];
+                        scaled(&c, s).dot(&scaled(&c.t().to_owned(), &scales[d..2 * d])).dot(&scaled(&c, &scales[..d]))
+                    }
+                    Projection::Dct | Projection::Dense { .. } => unreachable!("other arms"),
+                };
                 rows.slice_mut(s![g * d..(g + 1) * d, ..]).assign(&block);
             }
             rows

@@ -131,9 +131,11 @@ fn maps<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let mut params = DctMapConfig::new(d).with_blocks(2).params().unwrap_or_else(|error| panic!("{error}"));
     (params.envelope, params.pairing) =
         (source.choose(&[Envelope::None, Envelope::Gaussian]), source.choose(&[Pairing::Single, Pairing::Single, Pairing::Antithetic]));
-    if source.chance(0.5) {
-        params = params.to_dense().unwrap_or(params);
-    }
+    params = match source.below(3) {
+        0 => params.to_dense().unwrap_or(params),
+        1 => params.to_deep(),
+        _ => params,
+    };
     for _ in 0..source.below(3) {
         let number = source.number();
         let (mut none, mut rows) = (Vec::new(), Vec::new());
@@ -141,7 +143,7 @@ fn maps<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
         let of_projection = match projection {
             Projection::Dct => &mut none,
             Projection::Mixed { signs } => signs,
-            Projection::Dense { query, key } => {
+            Projection::Deep { query, key } | Projection::Dense { query, key } => {
                 if source.chance(0.5) {
                     query
                 } else {
