@@ -9,7 +9,7 @@ use common::gradients::{CASES, Gradients, Problem, golden_problem};
 use common::{Golden, Inputs, Random, argument, assert_close};
 use dijiang::Real;
 use dijiang::attention::{KeyMask, Near};
-use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing};
+use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing, Projection};
 use ndarray::{Array1, Array3, ArrayD, Axis, s};
 
 /// A gradient by the names of [`Problem::tensors`].
