@@ -113,8 +113,11 @@ impl LinearConfig {
         check_len("log_decay", kv_heads, log_decay.len())?;
         for &decay in &log_decay {
             check_finite("log_decay", decay)?;
-            if decay > 0.0 || decay < -T::LIMIT {
-                return Err(Error::Value { argument: "log_decay", expected: "at most 0 and at least -Real::LIMIT", got: decay });
+            if decay > 0.0 {
+                return Err(Error::Value { argument: "log_decay", expected: "at most 0", got: decay });
+            }
+            if decay < -T::LIMIT {
+                return Err(Error::Value { argument: "log_decay", expected: "at least -Real::LIMIT", got: decay });
             }
         }
         let sizes = Sizes {

@@ -129,6 +129,19 @@ impl DctMapConfig {
         Self { seed, ..self }
     }
 
+    /// What [`params`](Self::params) refuses.
+    pub(crate) fn check(&self) -> Result<()> {
+        check_positive("dim", self.dim)?;
+        check_positive("blocks", self.blocks)?;
+        if self.dim > MAX_POINTS {
+            return Err(Error::TooLarge { argument: "dim", limit: MAX_POINTS, got: self.dim });
+        }
+        if self.blocks > MAX_POINTS / self.dim {
+            return Err(Error::TooLarge { argument: "blocks", limit: MAX_POINTS / self.dim, got: self.blocks });
+        }
+        Ok(())
+    }
+
     /// Draws the parameters: t = F⁻¹(u), s, mixing signs, centres 0, w = −ln m, g = 0. Same config, same numbers.
     ///
     /// # Cost
@@ -138,14 +151,7 @@ impl DctMapConfig {
     /// [`Error::Value`] for `dim` = 0 or `blocks` = 0, [`Error::TooLarge`] beyond 65 536 · 256 rows G·d, which is as
     /// far as the Sobol sequence reaches.
     pub fn params(&self) -> Result<DctParams> {
-        check_positive("dim", self.dim)?;
-        check_positive("blocks", self.blocks)?;
-        if self.dim > MAX_POINTS {
-            return Err(Error::TooLarge { argument: "dim", limit: MAX_POINTS, got: self.dim });
-        }
-        if self.blocks > MAX_POINTS / self.dim {
-            return Err(Error::TooLarge { argument: "blocks", limit: MAX_POINTS / self.dim, got: self.blocks });
-        }
+        self.check()?;
         let rows = self.blocks * self.dim;
         let quantile = Quantile::new(self.radial, self.dim)?;
         let radii = unit_points(self.points, self.dim, self.blocks, self.seed).into_iter().map(|u| quantile.at(u)).collect();

@@ -275,9 +275,10 @@ impl<T: Real> DijiangAttention<T> {
         let near = options.near.filter(|_| projections.config().causality == Causality::Causal);
         let log_decay = vec![options.log_decay; heads];
         let d = projections.head_dim();
-        let features = options.blocks.saturating_mul(d).saturating_mul(if options.pairing == Pairing::Antithetic { 2 } else { 1 });
+        options.map(d, 0).check()?;
+        let features = options.blocks * d * if options.pairing == Pairing::Antithetic { 2 } else { 1 };
         check_state_size(heads, d, features, d, near)?;
-        let maps = (0..heads).map(|head| options.map(projections.head_dim(), head).build()).collect::<Result<_>>()?;
+        let maps = (0..heads).map(|head| options.map(d, head).build()).collect::<Result<_>>()?;
         let linear = linear(&projections, maps, near, log_decay)?;
         Ok(Self { projections, linear })
     }
