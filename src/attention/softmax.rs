@@ -179,6 +179,12 @@ impl<T: Real> ExactAttention<T> {
 
     /// [`full`](Self::full) into the caller's memory, without allocating.
     ///
+    /// # Shapes
+    /// - as [`full`](Self::full), `out`: `[h, n_q, e]`.
+    ///
+    /// # Cost
+    /// O(n_q·n_k) time, memory independent of both.
+    ///
     /// # Errors
     /// As [`full`](Self::full).
     pub fn full_into(
@@ -198,6 +204,9 @@ impl<T: Real> ExactAttention<T> {
 
     /// A whole sequence, each query seeing the keys up to its own. Allocates the output and scratch, no cache.
     ///
+    /// # Shapes
+    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries; returns `[h, n, e]`.
+    ///
     /// # Errors
     /// As [`causal_into`](Self::causal_into).
     pub fn causal(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
@@ -207,6 +216,9 @@ impl<T: Real> ExactAttention<T> {
     }
 
     /// [`causal`](Self::causal) into the caller's memory, without allocating: O(n²) time, memory independent of n.
+    ///
+    /// # Shapes
+    /// - as [`causal`](Self::causal), `out`: `[h, n, e]`.
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into).
@@ -226,6 +238,9 @@ impl<T: Real> ExactAttention<T> {
     }
 
     /// The next n tokens of a sequence; returns `[h, n, e]`. Allocates.
+    ///
+    /// # Shapes
+    /// - as [`prefill_into`](Self::prefill_into).
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into).
@@ -304,8 +319,13 @@ impl<T: Real> ExactAttention<T> {
         Ok(())
     }
 
-    /// The next token of a sequence: q `[h, d]`, k `[h_kv, d]`, v `[h_kv, e]`, out `[h, e]`. O(position) time; allocates
-    /// when the cache grows.
+    /// The next token of a sequence.
+    ///
+    /// # Shapes
+    /// - `q`: `[h, d]`, `k`: `[h_kv, d]`, `v`: `[h_kv, e]`, `out`: `[h, e]`.
+    ///
+    /// # Cost
+    /// O(position) time; allocates when the cache grows.
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into).
