@@ -8,26 +8,9 @@
 //! Gives one layer of a language model a budget of microseconds per token, lets `DijiangAttention::choose` try structures on real
 //! hidden states, shows what it tried and why it chose as it did, and compares with the default structure on text nobody has seen.
 
-// The language model is read by the code of `convert_lm`, which uses more of these modules than this example does.
-#[allow(dead_code)]
-#[path = "convert_lm/config.rs"]
-mod config;
-#[allow(dead_code)]
-#[path = "convert_lm/error.rs"]
-mod error;
-#[allow(dead_code)]
-#[path = "convert_lm/evaluate.rs"]
-mod evaluate;
-#[allow(dead_code)]
-#[path = "convert_lm/llama.rs"]
-mod llama;
-#[path = "convert_lm/product.rs"]
-mod product;
-#[path = "convert_lm/progress.rs"]
-mod progress;
-#[allow(dead_code)]
-#[path = "convert_lm/text.rs"]
-mod text;
+#[allow(dead_code, reason = "each example uses its own part")]
+#[path = "lm/mod.rs"]
+mod lm;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -42,10 +25,10 @@ use dijiang::layer::{
 };
 use ndarray::{Array2, ArrayView2};
 
-use crate::evaluate::output_error;
-use crate::llama::Llama;
-use crate::progress::Progress;
-use crate::text::Text;
+use crate::lm::evaluate::output_error;
+use crate::lm::llama::Llama;
+use crate::lm::progress::Progress;
+use crate::lm::text::Text;
 
 /// Chooses near part, features and projections of one layer within a budget of time.
 #[derive(Debug, Parser)]
@@ -73,13 +56,7 @@ struct Args {
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    lm::exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

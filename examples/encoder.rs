@@ -11,26 +11,9 @@
 //!
 //! There is no near part here, whose exactness a causal layer leans on: what the maps can express is what there is.
 
-// The language model is read by the code of `convert_lm`, which uses more of these modules than this example does.
-#[allow(dead_code)]
-#[path = "convert_lm/config.rs"]
-mod config;
-#[allow(dead_code)]
-#[path = "convert_lm/error.rs"]
-mod error;
-#[allow(dead_code)]
-#[path = "convert_lm/evaluate.rs"]
-mod evaluate;
-#[allow(dead_code)]
-#[path = "convert_lm/llama.rs"]
-mod llama;
-#[path = "convert_lm/product.rs"]
-mod product;
-#[path = "convert_lm/progress.rs"]
-mod progress;
-#[allow(dead_code)]
-#[path = "convert_lm/text.rs"]
-mod text;
+#[allow(dead_code, reason = "each example uses its own part")]
+#[path = "lm/mod.rs"]
+mod lm;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -44,10 +27,10 @@ use dijiang::checkpoint::{Checkpoint, Tensors};
 use dijiang::layer::{Attention, CalibrateOptions, Causality, DijiangAttention, DijiangOptions, ProjectionFit, SoftmaxAttention};
 use ndarray::{Array2, Array3, Axis, concatenate, s};
 
-use crate::evaluate::output_error;
-use crate::llama::Llama;
-use crate::progress::Progress;
-use crate::text::Text;
+use crate::lm::evaluate::output_error;
+use crate::lm::llama::Llama;
+use crate::lm::progress::Progress;
+use crate::lm::text::Text;
 
 /// Exchanges and calibrates bidirectional attention layers, and compares them with the softmax layers they came from.
 #[derive(Debug, Parser)]
@@ -78,13 +61,7 @@ struct Args {
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    lm::exit(run(&Args::parse()))
 }
 
 /// A softmax layer and the hidden states it is given, one array `[n, D]` per sequence.

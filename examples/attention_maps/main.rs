@@ -8,22 +8,10 @@
 //! Draws the attention weights of one head of a language model on real text side by side: softmax's, and those of the calibrated
 //! linear layer, whose older tokens go through the kernel.
 
-// The language model is read by the code of `convert_lm`, which uses more of these modules than this example does.
-#[allow(dead_code)]
-#[path = "../convert_lm/config.rs"]
-mod config;
-#[allow(dead_code)]
-#[path = "../convert_lm/error.rs"]
-mod error;
-#[allow(dead_code)]
-#[path = "../convert_lm/llama.rs"]
-mod llama;
+#[allow(dead_code, reason = "each example uses its own part")]
+#[path = "../lm/mod.rs"]
+mod lm;
 mod plot;
-#[path = "../convert_lm/product.rs"]
-mod product;
-#[allow(dead_code)]
-#[path = "../convert_lm/text.rs"]
-mod text;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -36,9 +24,9 @@ use dijiang::layer::{Attention, CalibrateOptions, DijiangAttention, DijiangOptio
 use dijiang::reference;
 use ndarray::{Array2, Axis, Zip};
 
-use crate::llama::Llama;
+use crate::lm::llama::Llama;
+use crate::lm::text::Text;
 use crate::plot::Maps;
-use crate::text::Text;
 
 /// Draws one head's softmax and linear attention weights.
 #[derive(Debug, Parser)]
@@ -81,13 +69,7 @@ struct Args {
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    lm::exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

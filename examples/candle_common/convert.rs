@@ -8,8 +8,8 @@ use dijiang::candle::CandleAttention;
 use dijiang::layer::{CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention};
 
 use super::llama::{Llama, Result};
-use crate::error::Error;
-use crate::llama;
+use crate::lm::error::Error;
+use crate::lm::llama;
 
 /// Reads the model, exchanges every attention layer, and fits the maps to `samples`; `tick` is called after every layer. The maps see
 /// what the softmax model's layers see.

@@ -10,7 +10,7 @@ use dijiang::candle::CandleAttention;
 use dijiang::checkpoint::Checkpoint;
 use dijiang::layer::AttentionWeights;
 
-use crate::config::LlamaConfig;
+use crate::lm::config::LlamaConfig;
 
 /// `std::result::Result` with whatever went wrong.
 pub(crate) type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;

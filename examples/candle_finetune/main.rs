@@ -15,24 +15,11 @@ mod checkpoint;
 #[path = "../candle_common/mod.rs"]
 #[allow(dead_code, reason = "each example uses its own part")]
 mod common;
-#[path = "../convert_lm/config.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod config;
-#[path = "../convert_lm/error.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod error;
-#[path = "../convert_lm/evaluate.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod evaluate;
-#[path = "../convert_lm/llama.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod llama;
-#[path = "../convert_lm/product.rs"]
-mod product;
+#[allow(dead_code, reason = "each example uses its own part")]
+#[path = "../lm/mod.rs"]
+mod lm;
 #[cfg(test)]
 mod tests;
-#[path = "../convert_lm/text.rs"]
-mod text;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -53,7 +40,8 @@ use serde::Serialize;
 use crate::adamw::AdamW;
 use crate::common::convert;
 use crate::common::llama::{Llama, Result, batch, detached};
-use crate::text::Text;
+use crate::lm::text::Text;
+use crate::lm::{evaluate, llama};
 
 /// Exchange the attention of a byte-level LLaMA-format model, calibrate it, and fine-tune all weights with candle.
 #[derive(Debug, Parser)]
@@ -141,13 +129,7 @@ struct Measurement {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    lm::exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

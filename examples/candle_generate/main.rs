@@ -8,26 +8,10 @@
 #[path = "../candle_common/mod.rs"]
 #[allow(dead_code, reason = "each example uses its own part")]
 mod common;
-#[path = "../convert_lm/config.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod config;
-#[path = "../convert_lm/error.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod error;
-#[path = "../convert_lm/generate.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod generate;
-#[path = "../convert_lm/llama.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod llama;
-#[path = "../convert_lm/product.rs"]
-mod product;
-#[path = "../convert_lm/progress.rs"]
-mod progress;
+#[allow(dead_code, reason = "each example uses its own part")]
+#[path = "../lm/mod.rs"]
+mod lm;
 mod softmax;
-#[path = "../convert_lm/text.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod text;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -42,9 +26,10 @@ use rand::{RngExt, SeedableRng};
 
 use crate::common::convert;
 use crate::common::llama::{Llama, Result, SelfAttention, with_tensors};
-use crate::progress::Progress;
+use crate::lm::progress::Progress;
+use crate::lm::text::Text;
+use crate::lm::{generate, llama};
 use crate::softmax::Softmax;
-use crate::text::Text;
 
 /// Generate text from a byte-level LLaMA-format model in candle, with linear attention in place of softmax.
 #[derive(Debug, Parser)]
@@ -100,16 +85,7 @@ struct Generated {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match run(&args) {
-        Ok(generated) => {
-            print(&args, &generated);
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    lm::exit(run(&args).map(|generated| print(&args, &generated)))
 }
 
 fn run(args: &Args) -> Result<Vec<Generated>> {

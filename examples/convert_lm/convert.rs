@@ -9,8 +9,8 @@ use dijiang::layer::{
 };
 
 use crate::args::Args;
-use crate::error::{Error, Result};
-use crate::llama::Llama;
+use crate::lm::error::{Error, Result};
+use crate::lm::llama::Llama;
 
 /// The softmax model with its attention exchanged in five ways.
 pub(crate) struct Converted {

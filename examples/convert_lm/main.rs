@@ -7,18 +7,13 @@
 //! ```
 
 mod args;
-mod config;
 mod convert;
-mod error;
-mod evaluate;
-mod generate;
-mod llama;
-mod product;
-mod progress;
+#[allow(dead_code, reason = "each example uses its own part")]
+#[path = "../lm/mod.rs"]
+mod lm;
 mod report;
 #[cfg(test)]
 mod tests;
-mod text;
 
 use std::process::ExitCode;
 use std::time::Instant;
@@ -27,23 +22,17 @@ use clap::Parser;
 use rayon::ThreadPoolBuilder;
 
 use crate::args::Args;
-use crate::error::{Error, Result};
-use crate::evaluate::{bits_per_byte, check_logits};
-use crate::generate::{Sampling, generate};
-use crate::llama::Llama;
-use crate::progress::Progress;
+use crate::lm::error::{Error, Result};
+use crate::lm::evaluate::{bits_per_byte, check_logits};
+use crate::lm::generate::{Sampling, generate};
+use crate::lm::llama::Llama;
+use crate::lm::progress::Progress;
+use crate::lm::text::Text;
 use crate::report::{ChoiceReport, LayerReport, Report};
-use crate::text::Text;
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    match run(&args).and_then(|report| report.print(args.json)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    lm::exit(run(&args).and_then(|report| report.print(args.json)))
 }
 
 fn run(args: &Args) -> Result<Report> {

@@ -8,7 +8,7 @@ use dijiang::attention::Near;
 use dijiang::layer::{CalibrateReport, ChooseReport, HeadReport, ProjectionFit, Trial};
 use serde::Serialize;
 
-use crate::error::{Error, Result};
+use crate::lm::error::{Error, Result};
 
 /// One run's findings; the names are the keys of `--json`.
 #[derive(Debug, Serialize)]

@@ -10,10 +10,10 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
-use crate::error::{Error, Result};
-use crate::evaluate::bits_per_byte;
-use crate::llama::Llama;
-use crate::text::Text;
+use crate::lm::error::{Error, Result};
+use crate::lm::evaluate::bits_per_byte;
+use crate::lm::llama::Llama;
+use crate::lm::text::Text;
 
 const HIDDEN: usize = 8;
 const INNER: usize = 12;

@@ -6,8 +6,8 @@ use rand::SeedableRng;
 use rand::rngs::ChaCha12Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-use crate::llama::Llama;
-use crate::text::Text;
+use crate::lm::llama::Llama;
+use crate::lm::text::Text;
 use crate::{Args, Result};
 
 /// A kind of queries, keys and values.

@@ -14,27 +14,13 @@
 //! both averaged over heads, on queries, keys and values of a language model (after the rotary embedding) and on Gaussian
 //! ones. Centres, φ and calibrated maps come from text (or draws) other than what is measured on.
 
-// The language model is read by the code of `convert_lm`, which uses more of these modules than this example does.
-#[allow(dead_code)]
-#[path = "../convert_lm/config.rs"]
-mod config;
-#[allow(dead_code)]
-#[path = "../convert_lm/error.rs"]
-mod error;
 mod inputs;
-#[allow(dead_code)]
-#[path = "../convert_lm/llama.rs"]
-mod llama;
+#[allow(dead_code, reason = "each example uses its own part")]
+#[path = "../lm/mod.rs"]
+mod lm;
 mod maps;
 mod measure;
-#[path = "../convert_lm/product.rs"]
-mod product;
-#[path = "../convert_lm/progress.rs"]
-mod progress;
 mod report;
-#[allow(dead_code)]
-#[path = "../convert_lm/text.rs"]
-mod text;
 mod weights;
 
 use std::path::PathBuf;
@@ -83,13 +69,7 @@ struct Args {
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    lm::exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -10,8 +10,8 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::inputs::{self, Input, Layer};
+use crate::lm::progress::Progress;
 use crate::maps::{Kind, Moments};
-use crate::progress::Progress;
 use crate::weights::{Distance, Exact, log_kernel};
 use crate::{Args, Result};
 

@@ -9,25 +9,10 @@
 //! cargo run --release --example fine_tune -- --pure
 //! ```
 
-#[path = "../convert_lm/config.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod config;
-#[path = "../convert_lm/error.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod error;
-#[path = "../convert_lm/evaluate.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod evaluate;
-#[path = "../convert_lm/llama.rs"]
-#[allow(dead_code, reason = "shared with convert_lm")]
-mod llama;
-#[path = "../convert_lm/product.rs"]
-mod product;
-#[path = "../convert_lm/progress.rs"]
-mod progress;
+#[allow(dead_code, reason = "each example uses its own part")]
+#[path = "../lm/mod.rs"]
+mod lm;
 mod regression;
-#[path = "../convert_lm/text.rs"]
-mod text;
 
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -40,12 +25,12 @@ use dijiang::layer::{Attention, CalibrateOptions, DijiangAttention, DijiangOptio
 use ndarray::Array2;
 use rayon::prelude::*;
 
-use crate::error::{Error, Result};
-use crate::evaluate::bits_per_byte;
-use crate::llama::Llama;
-use crate::progress::Progress;
+use crate::lm::error::{Error, Result};
+use crate::lm::evaluate::bits_per_byte;
+use crate::lm::llama::Llama;
+use crate::lm::progress::Progress;
+use crate::lm::text::Text;
 use crate::regression::{Options, fit};
-use crate::text::Text;
 
 /// Exchange the attention of a byte-level LLaMA-format model, calibrate it, fine-tune its weights, and measure each.
 #[derive(Debug, Parser)]
@@ -81,13 +66,7 @@ struct Args {
 }
 
 fn main() -> ExitCode {
-    match run(&Args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    lm::exit(run(&Args::parse()))
 }
 
 fn run(args: &Args) -> Result<()> {

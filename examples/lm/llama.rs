@@ -9,9 +9,9 @@ use dijiang::layer::{Attention, SoftmaxAttention};
 use ndarray::{Array1, Array2, ArrayView1, ArrayView2, Axis, Zip};
 use rayon::prelude::*;
 
-use crate::config::LlamaConfig;
-use crate::error::{Error, Result};
-use crate::product::linear;
+use super::config::LlamaConfig;
+use super::error::{Error, Result};
+use super::product::linear;
 
 /// Token embedding, blocks of attention and SwiGLU with RMS norms before each, final norm and output projection.
 ///
@@ -80,7 +80,6 @@ impl<A: Attention<f32>> Llama<A> {
     }
 
     /// The attention layers, first block first.
-    #[allow(dead_code, reason = "for fine_tune")]
     pub(crate) fn attention(&self) -> &[A] {
         &self.attention
     }
@@ -121,7 +120,6 @@ impl<A: Attention<f32>> Llama<A> {
     }
 
     /// What the attention layer of block `l` is given for each of `samples`.
-    #[allow(dead_code, reason = "for choose_structure and attention_maps")]
     pub(crate) fn attention_inputs(&self, l: usize, samples: &[&[u8]]) -> Result<Vec<Array2<f32>>> {
         let input = |sample: &&[u8]| {
             let mut x = self.embed(sample);

@@ -2,10 +2,10 @@
 
 use std::path::PathBuf;
 
-/// `std::result::Result` with this program's [`Error`].
+/// `std::result::Result` with the language model's [`Error`].
 pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Everything `convert_lm` can fail with.
+/// What reading and running the model can fail with, and options that are wrong.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Error {
     #[error("{}: {source}", path.display())]

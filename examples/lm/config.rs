@@ -6,7 +6,7 @@ use std::path::Path;
 use dijiang::layer::AttentionConfig;
 use serde::Deserialize;
 
-use crate::error::{Error, Result};
+use super::error::{Error, Result};
 
 /// No size in a config may be larger, so that no product of two sizes overflows.
 const LARGEST: usize = 1 << 31;

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::error::{Error, Result};
+use super::error::{Error, Result};
 
 /// A text read as bytes: token = byte.
 pub(crate) struct Text {

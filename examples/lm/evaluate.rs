@@ -8,9 +8,9 @@ use dijiang::layer::Attention;
 use ndarray::{Array2, ArrayView1, Axis, s};
 use rayon::prelude::*;
 
-use crate::error::{Error, Result};
-use crate::llama::Llama;
-use crate::text::Text;
+use super::error::{Error, Result};
+use super::llama::Llama;
+use super::text::Text;
 
 /// Logits of the first window of the model's own `valid.txt`: `logits` after its first positions, `logits_last64` after its last.
 const GOLDEN: &str = "lm_kjv_logits_f32.safetensors";
@@ -65,7 +65,6 @@ pub(crate) fn check_logits<A: Attention<f32>>(model: &Llama<A>, directory: &Path
 }
 
 /// How far a layer's outputs are from another one's on the same hidden states: Σ|ŷ − y|² / Σ|y − ȳ|², 1 for a plain mean.
-#[allow(dead_code, reason = "for encoder and choose_structure")]
 pub(crate) fn output_error(exact: &impl Attention<f32>, other: &impl Attention<f32>, sequences: &[Array2<f32>]) -> dijiang::Result<f64> {
     let (mut difference, mut variance) = (0.0, 0.0);
     for x in sequences {

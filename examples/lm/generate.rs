@@ -7,8 +7,8 @@ use ndarray::ArrayView1;
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt, SeedableRng};
 
-use crate::error::Result;
-use crate::llama::Stream;
+use super::error::Result;
+use super::llama::Stream;
 
 /// How the next byte is chosen.
 pub(crate) struct Sampling {
