@@ -81,8 +81,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// - `q`, `k`, `v`, `mask` as for [`causal`](Self::causal); `grad_out`: `[h, n, e]`.
     ///
     /// # Cost
-    /// O(n) time, at most 3.5 times that of the forward pass, which is computed again on the way. Besides the results
-    /// it allocates O(n·(d + e)) per thread. Heads in parallel; the same bits on any number of threads.
+    /// O(n) time: about three times that of the forward pass with a near part, five times without, which is computed again on the
+    /// way. Besides the results it allocates O(n·(d + e)) per thread. Heads in parallel; the same bits on any number of threads.
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into), `grad_out` being checked like the other arguments.
