@@ -13,4 +13,5 @@ done
 [[ ${1:-} == --names ]] && exit
 
 cargo tarpaulin --version >/dev/null 2>&1 || cargo install --locked cargo-tarpaulin
-cargo tarpaulin --locked --engine llvm --all-features --lib --tests --doc --skip-clean --exclude-files 'tests/*' 'examples/*' 'benches/*' --out Stdout
+# Counted code is slow: a test may take minutes.
+cargo tarpaulin --locked --engine llvm --timeout 3600 --all-features --lib --tests --doc --skip-clean --exclude-files 'tests/*' 'examples/*' 'benches/*' --out Stdout
