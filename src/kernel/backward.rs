@@ -11,16 +11,21 @@
 //!
 //! and with Ȧ = M the chain rule through the transforms, if the projection is deep.
 //!
-//! So the gradients cost one matrix product per panel of tokens, whatever the projection is made of.
+//! So the gradients cost one matrix product per panel of tokens, whatever the projection is made of. Where it is transforms with
+//! tokens along the lanes, most of M is never needed, and two transforms do it: û = C(s ⊙ z) once more, and y = Cᵀ(t ⊙ u̇).
+//!
+//! ```text
+//! ṫ = Σ_j u̇_j ⊙ û_j        ṡ = Σ_j y_j ⊙ z_j        μ̇ = −s ⊙ Σ_j y_j (+ …)        ẋ_j = s ⊙ y_j + …
+//! ```
 
 use std::fmt::Debug;
 
 use super::FeatureMap;
-use super::dct_map::{DctMap, deep_gradients, projection_matrix};
+use super::dct_map::{DctMap, deep_gradients, lane_tables, lanes, projection_matrix};
 use super::favor::FavorMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, SideParams};
 use crate::real::Real;
-use crate::simd::{Ops, Product, padded, transpose};
+use crate::simd::{DctTables, LANES, Product, padded, supports_dct, transpose};
 
 /// Panels whose moments are summed in the element type before they are added to the sums in f64.
 const PANELS: usize = 32;
@@ -65,7 +70,8 @@ pub trait DifferentiableMap<T: Real>: FeatureMap<T> {
     /// - `scratch`: at least [`vjp_scratch_len`](Self::vjp_scratch_len) elements, contents garbage before and after.
     ///
     /// # Cost
-    /// Two matrix products of m·d·width; one without `grad_x`. Does not allocate.
+    /// Two matrix products of m·d·width, or one without `grad_x`; two batches of transforms for a projection by batched
+    /// transforms. Does not allocate.
     fn query_vjp(&self, width: usize, x: &[T], grad_a: &[T], grad_x: Option<&mut [T]>, sums: &mut Self::Sums, scratch: &mut [T]);
 
     /// The same for keys.
@@ -156,67 +162,75 @@ impl<T: Real> DctSums<T> {
 
 #[derive(Debug, Clone)]
 struct SideSums<T> {
-    /// Σ_j ȧ_fj z_ij of the last panels, `[m, d_padded]`.
-    moments: Vec<T>,
-    /// Σ_j ȧ_fj of the last panels, `[m]`.
-    rows: Vec<T>,
-    /// Panels in the two above.
+    /// Of the last panels.
+    last: Vec<T>,
+    /// Panels in `last`.
     panels: usize,
-    /// Those of all panels before.
-    all_moments: Vec<f64>,
-    all_rows: Vec<f64>,
+    /// Of all panels before.
+    all: Vec<f64>,
 }
 
 impl<T: Real> SideSums<T> {
-    fn new(dim: usize, features: usize) -> Self {
-        let moments = features * padded(dim);
-        Self {
-            moments: vec![T::ZERO; moments],
-            rows: vec![T::ZERO; features],
-            panels: 0,
-            all_moments: vec![0.0; moments],
-            all_rows: vec![0.0; features],
-        }
+    fn new(len: usize) -> Self {
+        Self { last: vec![T::ZERO; len], panels: 0, all: vec![0.0; len] }
     }
 
-    /// Adds a panel; `z` are its tokens as rows `[width, d_padded]`.
-    fn push(&mut self, ops: &Ops<T>, width: usize, grad: &[T], z: &[T]) {
-        let (m, stride) = (self.rows.len(), self.moments.len() / self.rows.len());
-        (ops.add_row_sums)(grad, &mut self.rows);
-        let product = Product { m, n: stride, k: width, a_row: width, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
-        ops.matmul(product, grad, z, &mut self.moments);
+    /// Counts a panel that was added to `last`.
+    fn count(&mut self) {
         self.panels += 1;
         if self.panels == PANELS {
-            for (all, last) in [(&mut self.all_moments, &mut self.moments), (&mut self.all_rows, &mut self.rows)] {
-                all.iter_mut().zip(last.iter()).for_each(|(all, last)| *all += last.to_f64());
-                last.fill(T::ZERO);
-            }
+            self.all.iter_mut().zip(&self.last).for_each(|(all, last)| *all += last.to_f64());
+            self.last.fill(T::ZERO);
             self.panels = 0;
         }
     }
 
     fn add(&mut self, other: &Self) {
-        for (all, last) in [(&mut self.all_moments, &other.moments), (&mut self.all_rows, &other.rows)] {
-            all.iter_mut().zip(last).for_each(|(all, last)| *all += last.to_f64());
-        }
-        add(&mut self.all_moments, &other.all_moments);
-        add(&mut self.all_rows, &other.all_rows);
+        add(&mut self.all, &other.total());
     }
 
-    /// (M `[m, d]`, r `[m]`) of all panels.
-    fn total(&self, dim: usize) -> (Vec<f64>, Vec<f64>) {
-        let sum = |all: &[f64], last: &[T]| all.iter().zip(last).map(|(all, last)| all + last.to_f64()).collect::<Vec<f64>>();
-        let moments = sum(&self.all_moments, &self.moments);
-        let moments = moments.chunks_exact(padded(dim)).flat_map(|row| row[..dim].iter().copied()).collect();
-        (moments, sum(&self.all_rows, &self.rows))
+    /// Of all panels.
+    fn total(&self) -> Vec<f64> {
+        self.all.iter().zip(&self.last).map(|(all, last)| all + last.to_f64()).collect()
     }
 }
 
 /// One side's tables of the backward pass.
 #[derive(Debug)]
-struct Table<T> {
+enum Table<T> {
+    Lanes(LanesTable<T>),
+    Matrix(MatrixTable<T>),
+}
+
+/// Projections that are batched transforms with tokens along the lanes.
+///
+/// The sums are, LANES partial ones of each, those over the tokens of ȧ_f `[m]`, ȧ_f·û_f `[m]` with û = C(s ⊙ z), y_i `[P]` with
+/// y = Cᵀ(t ⊙ u̇), y_i z_i `[P]`, and z_i Σ_f ȧ_f `[d]`.
+#[derive(Debug)]
+struct LanesTable<T> {
+    /// û of z, chains as in the forward pass.
+    forward: Vec<Vec<DctTables<T>>>,
+    /// Whose transpose is y of u̇.
+    reverse: Vec<Vec<DctTables<T>>>,
+    features: usize,
+    /// s, `[P]`.
+    scale: Vec<T>,
+    /// μ, `[d]`.
+    center: Vec<T>,
+    /// The other side's μ, `[d]`.
+    tilt: Vec<T>,
+    /// 1 with a Gaussian envelope.
+    envelope: T,
+    ones: Vec<T>,
+    zeros: Vec<T>,
+}
+
+/// All other projections. The sums are M `[m, d_padded]` and r `[m]`.
+#[derive(Debug)]
+struct MatrixTable<T> {
     /// ∂a_f/∂x_i without the envelope, ±A + the other side's centre, `[m, d]`.
     jacobian: Vec<T>,
+    features: usize,
     /// μ, `[d]`, if it is not zero.
     center: Option<Vec<T>>,
     /// m ones, if there is a Gaussian envelope.
@@ -237,7 +251,136 @@ impl<T: Real> Tables<T> {
     }
 }
 
+/// What both kinds of sums tell of one side, besides the gradients of its radii, scales and projection.
+struct Common {
+    /// Σ_j ȧ_fj, `[m]`.
+    rows: Vec<f64>,
+    /// Σ_fj ȧ_fj z_ij, `[d]`.
+    inputs: Vec<f64>,
+}
+
 impl<T: Real> Table<T> {
+    fn new(params: &DctParams, own: &SideParams, other: &SideParams, of_side: &[f64]) -> Self {
+        match params.projection {
+            Projection::Dct | Projection::Mixed { .. } if supports_dct(params.dim()) => Self::Lanes(LanesTable::new(params, own, other)),
+            _ => Self::Matrix(MatrixTable::new(params, own, other, of_side)),
+        }
+    }
+
+    fn new_sums(&self) -> SideSums<T> {
+        SideSums::new(match self {
+            Self::Lanes(table) => (2 * table.features + 2 * table.scale.len() + table.center.len()) * LANES,
+            Self::Matrix(table) => table.features * (padded(table.dim()) + 1),
+        })
+    }
+
+    fn vjp(&self, width: usize, x: &[T], grad: &[T], grad_x: Option<&mut [T]>, sums: &mut SideSums<T>, scratch: &mut [T]) {
+        if width == 0 {
+            return;
+        }
+        match self {
+            Self::Lanes(table) => table.vjp(width, x, grad, grad_x, &mut sums.last, scratch),
+            Self::Matrix(table) => table.vjp(width, x, grad, grad_x, &mut sums.last, scratch),
+        }
+        sums.count();
+    }
+
+    /// The gradients of one side's own parameters but for its part in the other side's.
+    fn gradients(&self, params: &DctParams, own: &SideParams, of_side: &[f64], sums: &SideSums<T>, out: &mut SideGradients) -> Common {
+        let common = match self {
+            Self::Lanes(table) => table.gradients(own, &sums.total(), out),
+            Self::Matrix(_) => matrix_gradients(params, own, of_side, &sums.total(), out),
+        };
+        if params.envelope == Envelope::Gaussian {
+            add(&mut out.center, &common.inputs);
+        }
+        common
+    }
+}
+
+impl<T: Real> LanesTable<T> {
+    fn new(params: &DctParams, own: &SideParams, other: &SideParams) -> Self {
+        let ones = |values: &[f64]| vec![1.0; values.len()];
+        let unscaled = SideParams { center: vec![0.0; own.center.len()], scale: ones(&own.scale), radii: own.radii.clone() };
+        let cast = |values: &[f64]| values.iter().map(|&x| T::from_f64(x)).collect();
+        Self {
+            forward: lane_tables(params, &SideParams { radii: ones(&own.radii), ..own.clone() }),
+            reverse: lane_tables(params, &unscaled),
+            features: params.features(),
+            scale: cast(&own.scale),
+            center: cast(&own.center),
+            tilt: cast(&other.center),
+            envelope: if params.envelope == Envelope::Gaussian { T::ONE } else { T::ZERO },
+            ones: vec![T::ONE; params.features()],
+            zeros: vec![T::ZERO; params.dim()],
+        }
+    }
+
+    fn vjp(&self, width: usize, x: &[T], grad: &[T], grad_x: Option<&mut [T]>, sums: &mut [T], scratch: &mut [T]) {
+        let (ops, m, dim, rows) = (T::ops(), self.features, self.center.len(), self.scale.len());
+        let size = dim * width;
+        let (panel, scratch) = scratch.split_at_mut(size);
+        let (link, scratch) = scratch.split_at_mut(size);
+        let (zeros, scratch) = scratch.split_at_mut(width.max(dim));
+        let total = &mut scratch[..width];
+        zeros.fill(T::ZERO);
+        let product = Product { m: 1, n: width, k: m, a_row: m, a_col: 1, b_row: width, c_row: width, accumulate: false };
+        ops.matmul(product, &self.ones, grad, total);
+
+        let (row_sums, sums) = sums.split_at_mut(m * LANES);
+        let (radii_sums, sums) = sums.split_at_mut(m * LANES);
+        let (y_sums, sums) = sums.split_at_mut(rows * LANES);
+        let (scale_sums, input_sums) = sums.split_at_mut(rows * LANES);
+        let (plus, minus) = grad.split_at(rows * width);
+        let grad_x = grad_x.unwrap_or_default();
+        for (g, (forward, reverse)) in self.forward.iter().zip(&self.reverse).enumerate() {
+            // û, and what it is multiplied with; feature P + f is that of −u_f.
+            lanes(forward, x, &zeros[..width], &zeros[..dim], panel, &[], &mut [], zeros, link);
+            let of_features = |first: usize| (first * LANES)..((first + dim) * LANES);
+            let minus = minus.get(g * size..(g + 1) * size).unwrap_or_default();
+            for (first, grad) in [(g * dim, &plus[g * size..(g + 1) * size]), (rows + g * dim, minus)] {
+                if !grad.is_empty() {
+                    let (sums, products) = (&mut row_sums[of_features(first)], &mut radii_sums[of_features(first)]);
+                    (ops.lane_sums)(grad, panel, &self.zeros, sums, products);
+                }
+            }
+            let grad = &plus[g * size..(g + 1) * size];
+            match reverse.as_slice() {
+                [only] => (ops.dct_transposed)(only, width, grad, minus, panel),
+                [first, second, third] => {
+                    (ops.dct_transposed)(third, width, grad, minus, panel);
+                    (ops.dct_transposed)(second, width, panel, &[], link);
+                    (ops.dct_transposed)(first, width, link, &[], panel);
+                }
+                _ => unreachable!("one transform, or three"),
+            }
+            let of_block = of_features(g * dim);
+            (ops.lane_sums)(panel, x, &self.center, &mut y_sums[of_block.clone()], &mut scale_sums[of_block]);
+            // What the features have in common comes with the first block.
+            let total = if g == 0 { &*total } else { &zeros[..width] };
+            let scale = &self.scale[g * dim..(g + 1) * dim];
+            (ops.input_vjp)(x, &self.center, panel, scale, total, &self.tilt, self.envelope, grad_x, input_sums);
+        }
+    }
+
+    fn gradients(&self, own: &SideParams, sums: &[f64], out: &mut SideGradients) -> Common {
+        let (m, rows, dim) = (self.features, own.radii.len(), own.center.len());
+        let sums: Vec<f64> = sums.chunks_exact(LANES).map(|lanes| lanes.iter().sum()).collect();
+        let (row_sums, sums) = sums.split_at(m);
+        let (radii, sums) = sums.split_at(m);
+        let (y, sums) = sums.split_at(rows);
+        let (scale, inputs) = sums.split_at(rows);
+        add(&mut out.radii, &radii[..rows]);
+        out.radii.iter_mut().zip(&radii[rows..]).for_each(|(to, minus)| *to -= minus);
+        add(&mut out.scale, scale);
+        for (y, scale) in y.chunks_exact(dim).zip(own.scale.chunks_exact(dim)) {
+            out.center.iter_mut().zip(y.iter().zip(scale)).for_each(|(to, (y, s))| *to -= s * y);
+        }
+        Common { rows: row_sums.to_vec(), inputs: inputs.to_vec() }
+    }
+}
+
+impl<T: Real> MatrixTable<T> {
     fn new(params: &DctParams, own: &SideParams, other: &SideParams, of_side: &[f64]) -> Self {
         let matrix = projection_matrix(params, own, of_side);
         let plus = matrix.chunks_exact(params.dim()).map(|row| (1.0, row));
@@ -248,18 +391,19 @@ impl<T: Real> Table<T> {
         let cast = |values: &[f64]| values.iter().map(|&x| T::from_f64(x)).collect();
         Self {
             jacobian: jacobian.collect(),
+            features: params.features(),
             center: own.center.iter().any(|&mu| mu != 0.0).then(|| cast(&own.center)),
             ones: (params.envelope == Envelope::Gaussian).then(|| vec![T::ONE; params.features()]),
         }
     }
 
-    fn vjp(&self, width: usize, x: &[T], grad: &[T], grad_x: Option<&mut [T]>, sums: &mut SideSums<T>, scratch: &mut [T]) {
-        if width == 0 {
-            return;
-        }
+    fn dim(&self) -> usize {
+        self.jacobian.len() / self.features
+    }
+
+    fn vjp(&self, width: usize, x: &[T], grad: &[T], grad_x: Option<&mut [T]>, sums: &mut [T], scratch: &mut [T]) {
         let ops = T::ops();
-        let dim = x.len() / width;
-        let stride = padded(dim);
+        let (m, dim, stride) = (self.features, self.dim(), padded(self.dim()));
         let (rows, scratch) = scratch.split_at_mut(stride * width);
         let (centered, total) = scratch.split_at_mut(stride * width);
         // z, with rows of zeros up to whole lane groups of coordinates, then its transpose.
@@ -272,9 +416,11 @@ impl<T: Real> Table<T> {
             }
         }
         transpose(ops, width, centered, T::ONE, rows);
-        sums.push(ops, width, grad, rows);
+        let (moments, row_sums) = sums.split_at_mut(m * stride);
+        (ops.add_row_sums)(grad, row_sums);
+        let product = Product { m, n: stride, k: width, a_row: width, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
+        ops.matmul(product, grad, rows, moments);
         let Some(grad_x) = grad_x else { return };
-        let m = grad.len() / width;
         let product = Product { m: dim, n: width, k: m, a_row: 1, a_col: dim, b_row: width, c_row: width, accumulate: true };
         ops.matmul(product, &self.jacobian, grad, grad_x);
         if let Some(ones) = &self.ones {
@@ -296,31 +442,32 @@ fn scales(side: &SideParams, f: usize) -> &[f64] {
     &side.scale[block * dim..][..dim]
 }
 
-/// W of both sides, `[P, d]`: the projection with radii and scales of one; p and r of a deep one.
-fn unit_projections(params: &DctParams) -> (Vec<f64>, Vec<f64>) {
+/// W of one side, `[P, d]`: the projection with radii and scales of one; p and r of a deep one.
+fn unit_projection(params: &DctParams, of_side: &[f64]) -> Vec<f64> {
     match &params.projection {
-        Projection::Dense { query, key } | Projection::Deep { query, key } => (query.clone(), key.clone()),
+        Projection::Dense { .. } | Projection::Deep { .. } => of_side.to_vec(),
         Projection::Dct | Projection::Mixed { .. } => {
             let ones = vec![1.0; params.rows()];
-            let unit = projection_matrix(params, &SideParams { center: Vec::new(), scale: ones.clone(), radii: ones }, &[]);
-            (unit.clone(), unit)
+            projection_matrix(params, &SideParams { center: Vec::new(), scale: ones.clone(), radii: ones }, &[])
         }
     }
 }
 
-/// Turns one side's sums into gradients: of its own parameters, and of the other side's centre.
-fn side_gradients(params: &DctParams, own: &SideParams, unit: &[f64], moments: &[f64], rows: &[f64], out: &mut SideGradients) {
+/// [`Table::gradients`] from moments M and sums r.
+fn matrix_gradients(params: &DctParams, own: &SideParams, of_side: &[f64], sums: &[f64], out: &mut SideGradients) -> Common {
     let (dim, paired) = (params.dim(), params.rows());
-    if params.envelope == Envelope::Gaussian {
-        add(&mut out.center, &column_sums(dim, moments));
-    }
+    let (moments, rows) = sums.split_at(params.features() * padded(dim));
+    let moments: Vec<f64> = moments.chunks_exact(padded(dim)).flat_map(|row| row[..dim].iter().copied()).collect();
+    let common = Common { rows: rows.to_vec(), inputs: column_sums(dim, &moments) };
     // Feature P + f is that of −u_f.
     let mut folded = (moments[..paired * dim].to_vec(), rows[..paired].to_vec());
     folded.0.iter_mut().zip(&moments[paired * dim..]).for_each(|(plus, minus)| *plus -= minus);
     folded.1.iter_mut().zip(&rows[paired..]).for_each(|(plus, minus)| *plus -= minus);
     let (moments, rows) = folded;
+    let unit = unit_projection(params, of_side);
     if let Projection::Deep { .. } = params.projection {
-        return deep_side(params, own, unit, &moments, &rows, out);
+        deep_side(params, own, &unit, &moments, &rows, out);
+        return common;
     }
     let one_block = own.scale.len() != own.radii.len();
     for (f, (unit, moments)) in unit.chunks_exact(dim).zip(moments.chunks_exact(dim)).enumerate() {
@@ -334,9 +481,10 @@ fn side_gradients(params: &DctParams, own: &SideParams, unit: &[f64], moments: &
             }
         }
     }
+    common
 }
 
-/// [`side_gradients`] for a deep projection.
+/// [`matrix_gradients`] of a deep projection.
 fn deep_side(params: &DctParams, own: &SideParams, of_side: &[f64], moments: &[f64], rows: &[f64], out: &mut SideGradients) {
     let dim = params.dim();
     for (row, &sum) in projection_matrix(params, own, of_side).chunks_exact(dim).zip(rows) {
@@ -364,12 +512,11 @@ impl<T: Real> DifferentiableMap<T> for DctMap<T> {
     type Sums = DctSums<T>;
 
     fn new_sums(&self) -> DctSums<T> {
-        let side = || SideSums::new(self.dim(), self.features());
-        DctSums { query: side(), key: side() }
+        DctSums { query: self.tables().query.new_sums(), key: self.tables().key.new_sums() }
     }
 
     fn vjp_scratch_len(&self, width: usize) -> usize {
-        (2 * padded(self.dim()) + 1) * width
+        (2 * padded(self.dim()) + 1) * width + width.max(self.dim())
     }
 
     fn query_vjp(&self, width: usize, x: &[T], grad_a: &[T], grad_x: Option<&mut [T]>, sums: &mut DctSums<T>, scratch: &mut [T]) {
@@ -381,22 +528,19 @@ impl<T: Real> DifferentiableMap<T> for DctMap<T> {
     }
 
     fn gradients(&self, sums: &DctSums<T>) -> DctGradients {
-        let params = self.params();
-        let dim = params.dim();
+        let (params, tables) = (self.params(), self.tables());
         let mut out = DctGradients::zeros(params);
-        let (query_unit, key_unit) = unit_projections(params);
-        let (query, query_rows) = sums.query.total(dim);
-        let (key, key_rows) = sums.key.total(dim);
-        side_gradients(params, &params.query, &query_unit, &query, &query_rows, &mut out.query);
-        side_gradients(params, &params.key, &key_unit, &key, &key_rows, &mut out.key);
+        let (of_query, of_key) = params.projection.sides();
+        let query = tables.query.gradients(params, &params.query, of_query, &sums.query, &mut out.query);
+        let key = tables.key.gradients(params, &params.key, of_key, &sums.key, &mut out.key);
         // x·μk − μq·μk on the query side gives μk the sum of x − μq, and μq what is left of it; μq·y the sum of y.
-        let (query_total, key_total) = (query_rows.iter().sum::<f64>(), key_rows.iter().sum::<f64>());
-        add(&mut out.key.center, &column_sums(dim, &query));
-        add(&mut out.query.center, &column_sums(dim, &key));
+        let (query_total, key_total) = (query.rows.iter().sum::<f64>(), key.rows.iter().sum::<f64>());
+        add(&mut out.key.center, &query.inputs);
+        add(&mut out.query.center, &key.inputs);
         for (to, mu) in out.query.center.iter_mut().zip(&params.key.center) {
             *to += mu * (key_total - query_total);
         }
-        out.log_weight = key_rows;
+        out.log_weight = key.rows;
         out.log_mix = query_total;
         out
     }

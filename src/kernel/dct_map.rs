@@ -521,7 +521,7 @@ impl<T: Real> Side<T> {
 }
 
 /// One block by its chain of batched transforms; all but the last one write plain panels.
-fn lanes<T: Real>(
+pub(super) fn lanes<T: Real>(
     chain: &[DctTables<T>],
     x: &[T],
     column: &[T],
@@ -595,7 +595,7 @@ fn chain_diagonals(params: &DctParams, own: &SideParams, of_side: &[f64]) -> (Ve
 }
 
 /// The batched transforms of every block: centre and first diagonal before the first, radii after the last.
-fn lane_tables<T: Real>(params: &DctParams, own: &SideParams) -> Vec<Vec<DctTables<T>>> {
+pub(super) fn lane_tables<T: Real>(params: &DctParams, own: &SideParams) -> Vec<Vec<DctTables<T>>> {
     let dim = params.dim();
     let (diagonals, chain) = chain_diagonals(params, own, &[]);
     let (ones, zeros) = (vec![1.0; dim], vec![0.0; dim]);

@@ -5,7 +5,7 @@
 //! never depends on its neighbours, not by one bit.
 
 use super::ahead::Ahead;
-pub(super) use super::dct::transform as dct;
+pub(super) use super::dct::{transform as dct, transposed as dct_transposed};
 use super::lane::Simd;
 use crate::real::Real;
 use crate::simd::LANES;
@@ -329,6 +329,76 @@ pub(super) fn log_weight_vjp<S: Simd>(
                 sum = simd.add(sum, value);
             }
             simd.store(sums.as_mut_ptr().add(j), sum);
+        }
+    }
+}
+
+/// `sums[f] += Σ_j a[f, j]` and `products[f] += Σ_j a[f, j]·(b[f, j] − offset[f])`, LANES partial sums of each: what is to be summed
+/// over many panels is added up across the lanes once, at the end.
+#[inline(always)]
+pub(super) fn lane_sums<S: Simd>(simd: S, a: &[S::T], b: &[S::T], offset: &[S::T], sums: &mut [S::T], products: &mut [S::T]) {
+    let m = offset.len();
+    assert!(sums.len() == m * LANES && products.len() == m * LANES, "lanes");
+    if m == 0 {
+        return;
+    }
+    let width = a.len() / m;
+    assert!(width.is_multiple_of(LANES) && a.len() == m * width && b.len() == m * width, "panels");
+    for f in 0..m {
+        // SAFETY: j + N ≤ width in every row of the panels, and N ≤ LANES.
+        unsafe {
+            let (sum_at, product_at) = (sums.as_mut_ptr().add(f * LANES), products.as_mut_ptr().add(f * LANES));
+            let offset = simd.splat(*offset.get_unchecked(f));
+            let (mut sum, mut product) = (simd.load(sum_at), simd.load(product_at));
+            for j in (0..width).step_by(S::N) {
+                let (a, b) = (simd.load(a.as_ptr().add(f * width + j)), simd.load(b.as_ptr().add(f * width + j)));
+                sum = simd.add(sum, a);
+                product = simd.mul_add(a, simd.sub(b, offset), product);
+            }
+            simd.store(sum_at, sum);
+            simd.store(product_at, product);
+        }
+    }
+}
+
+/// With z = x − center: `sums[i] += Σ_j z[i, j]·total[j]`, LANES partial sums of each, and unless it is empty
+/// `grad[i, j] += scale[i]·y[i, j] + (tilt[i] − envelope·z[i, j])·total[j]`.
+#[inline(always)]
+pub(super) fn input_vjp<S: Simd>(
+    simd: S,
+    x: &[S::T],
+    center: &[S::T],
+    y: &[S::T],
+    scale: &[S::T],
+    total: &[S::T],
+    tilt: &[S::T],
+    envelope: S::T,
+    grad: &mut [S::T],
+    sums: &mut [S::T],
+) {
+    let (d, width) = (center.len(), total.len());
+    assert!(width.is_multiple_of(LANES) && x.len() == d * width && y.len() == d * width, "panels");
+    assert!(grad.is_empty() || grad.len() == d * width, "gradient");
+    assert!(scale.len() == d && tilt.len() == d && sums.len() == d * LANES, "rows");
+    let envelope = simd.splat(envelope);
+    for i in 0..d {
+        // SAFETY: i < d, and j + N ≤ width in `total` and every row of the panels; N ≤ LANES.
+        unsafe {
+            let (center, scale) = (simd.splat(*center.get_unchecked(i)), simd.splat(*scale.get_unchecked(i)));
+            let tilt = simd.splat(*tilt.get_unchecked(i));
+            let sum_at = sums.as_mut_ptr().add(i * LANES);
+            let mut sum = simd.load(sum_at);
+            for j in (0..width).step_by(S::N) {
+                let at = i * width + j;
+                let (z, total) = (simd.sub(simd.load(x.as_ptr().add(at)), center), simd.load(total.as_ptr().add(j)));
+                sum = simd.mul_add(z, total, sum);
+                if !grad.is_empty() {
+                    let to = grad.as_mut_ptr().add(at);
+                    let value = simd.mul_add(scale, simd.load(y.as_ptr().add(at)), simd.load(to));
+                    simd.store(to, simd.mul_add(simd.sub(tilt, simd.mul(envelope, z)), total, value));
+                }
+            }
+            simd.store(sum_at, sum);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Batched DCT-II with tokens along the lanes: lengths 2^k from 8 to 256.
+//! Batched DCT-II and its transpose, the DCT-III, with tokens along the lanes: lengths 2^k from 8 to 256.
 //!
 //! Lee's factorisation [B. G. Lee, "A new algorithm to compute the discrete cosine transform", IEEE Trans. ASSP 32, 1984]:
 //!
@@ -9,6 +9,14 @@
 //! ```
 //!
 //! Each level is one pass over registers of tokens, down to 32 points, which the compiler keeps in registers as far as they go.
+//!
+//! The transpose runs through the same graph from its end:
+//!
+//! ```text
+//! A_f = X_{2f}           B_f = X_{2f−1} + X_{2f+1}       X_{−1} = 0
+//! a = DCTᵀ(A)            b = DCTᵀ(B)
+//! x_i = a_i + b_i / (2 cos(π(2i+1) / 2n))      x_{n−1−i} = a_i − b_i / (2 cos(π(2i+1) / 2n))
+//! ```
 
 use std::mem::MaybeUninit;
 
@@ -21,7 +29,7 @@ pub(crate) fn supports(len: usize) -> bool {
     len.is_power_of_two() && (8..=256).contains(&len)
 }
 
-/// Tables of one affine transform of a panel, see [`transform`].
+/// Tables of one affine transform of a panel, see [`transform`] and [`transposed`].
 #[derive(Debug, Clone)]
 pub(crate) struct DctTables<T> {
     /// 1 / (2 cos(π(2i+1) / 2n)) for n = d, d/2, …, 2: n/2 of each.
@@ -151,6 +159,96 @@ pub(super) fn transform<S: Simd>(
     }
 }
 
+/// A_f = X_{2f} and B_f = X_{2f−1} + X_{2f+1}, one after the other in n registers: [`interleave`] transposed.
+macro_rules! deinterleave {
+    ($simd:expr, $n:expr, $to:expr, |$f:ident| $get:expr) => {{
+        let (simd, half, to): (S, usize, *mut S::V) = ($simd, $n / 2, $to);
+        let $f = 0;
+        to.write($get);
+        let $f = 1;
+        let mut odd = $get;
+        to.add(half).write(odd);
+        for i in 1..half {
+            let $f = 2 * i;
+            to.add(i).write($get);
+            let $f = 2 * i + 1;
+            let next = $get;
+            to.add(half + i).write(simd.add(odd, next));
+            odd = next;
+        }
+    }};
+}
+
+/// `out = pre ⊙ Cᵀ(post ⊙ (x − minus))`, the transpose of the linear part of [`transform`]; without `minus` if it is empty.
+#[inline(always)]
+pub(super) fn transposed<S: Simd>(simd: S, tables: &DctTables<S::T>, width: usize, x: &[S::T], minus: &[S::T], out: &mut [S::T]) {
+    let d = tables.pre.len();
+    assert!(width.is_multiple_of(LANES) && x.len() == d * width && out.len() == d * width, "panels");
+    assert!(minus.is_empty() || minus.len() == d * width, "mirror panel");
+    assert!(tables.twiddles.len() == d - 1 && tables.post.len() == d, "tables");
+    assert!(supports(d), "a power of two from 8 to 256");
+    let points = if d < 32 { d } else { 32 };
+    let input = Difference { simd, x: x.as_ptr(), minus: (!minus.is_empty()).then_some(minus.as_ptr()), width, tables };
+    for j in (0..width).step_by(S::N) {
+        let mut here: Buffer<S::V> = [MaybeUninit::uninit(); 256];
+        let mut there: Buffer<S::V> = [MaybeUninit::uninit(); 256];
+        let (mut from, mut to) = (here.as_mut_ptr().cast::<S::V>(), there.as_mut_ptr().cast::<S::V>());
+        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, d − 1 twiddles, those of n points from d − n on)
+        // were checked above; the buffers hold d ≤ 256 registers, and every one is written before it is read: each pass writes
+        // all d.
+        unsafe {
+            let level = |n: usize| tables.twiddles.as_ptr().add(d - n);
+            // Down: the even and odd ones of n points become two blocks of n/2.
+            if d <= points {
+                for f in 0..d {
+                    from.add(f).write(input.at(f, j));
+                }
+            } else {
+                deinterleave!(simd, d, from, |f| input.at(f, j));
+                let mut n = d / 2;
+                while n > points {
+                    for block in (0..d).step_by(n) {
+                        let (from, to) = (from.add(block), to.add(block));
+                        deinterleave!(simd, n, to, |f| *from.add(f));
+                    }
+                    (from, to) = (to, from);
+                    n /= 2;
+                }
+            }
+            for block in (0..d).step_by(points) {
+                leaf_transposed(simd, points, from.add(block), level(points));
+            }
+            // Up: two blocks of n/2 become n points.
+            let mut n = points;
+            while n < d / 2 {
+                n *= 2;
+                for block in (0..d).step_by(n) {
+                    let (from, to) = (from.add(block), to.add(block));
+                    for i in 0..n / 2 {
+                        let (a, b) = (*from.add(i), simd.mul(*from.add(n / 2 + i), simd.splat(*level(n).add(i))));
+                        to.add(i).write(simd.add(a, b));
+                        to.add(n - 1 - i).write(simd.sub(a, b));
+                    }
+                }
+                (from, to) = (to, from);
+            }
+            let out = out.as_mut_ptr().add(j);
+            let pre = |i: usize| simd.splat(*tables.pre.get_unchecked(i));
+            if d <= points {
+                for i in 0..d {
+                    simd.store(out.add(i * width), simd.mul(*from.add(i), pre(i)));
+                }
+            } else {
+                for i in 0..d / 2 {
+                    let (a, b) = (*from.add(i), simd.mul(*from.add(d / 2 + i), simd.splat(*level(d).add(i))));
+                    simd.store(out.add(i * width), simd.mul(simd.add(a, b), pre(i)));
+                    simd.store(out.add((d - 1 - i) * width), simd.mul(simd.sub(a, b), pre(d - 1 - i)));
+                }
+            }
+        }
+    }
+}
+
 // Structs and a macro in place of closures: a closure that the compiler does not inline is compiled without the CPU
 // features, and all its arithmetic becomes calls.
 
@@ -172,6 +270,32 @@ impl<S: Simd> Input<'_, S> {
         unsafe {
             let value = simd.load(x.add(i * width + j));
             simd.mul_add(value, simd.splat(*tables.pre.get_unchecked(i)), simd.splat(*tables.shift.get_unchecked(i)))
+        }
+    }
+}
+
+/// post ⊙ (x − minus)
+struct Difference<'a, S: Simd> {
+    simd: S,
+    x: *const S::T,
+    minus: Option<*const S::T>,
+    width: usize,
+    tables: &'a DctTables<S::T>,
+}
+
+impl<S: Simd> Difference<'_, S> {
+    /// # Safety
+    /// `f` is below d, `x` and `minus` are valid for a register at `f·width + j`.
+    #[inline(always)]
+    unsafe fn at(&self, f: usize, j: usize) -> S::V {
+        let Self { simd, x, minus, width, tables } = *self;
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut value = simd.load(x.add(f * width + j));
+            if let Some(minus) = minus {
+                value = simd.sub(value, simd.load(minus.add(f * width + j)));
+            }
+            simd.mul(value, simd.splat(*tables.post.get_unchecked(f)))
         }
     }
 }
@@ -222,33 +346,46 @@ unsafe fn butterfly<S: Simd>(simd: S, x: S::V, y: S::V, twiddle: *const S::T, a:
     }
 }
 
-/// The transform of 8, 16 or 32 registers, in place.
-///
-/// # Safety
-/// `x` holds `points` registers, `twiddles` the levels `points`, `points`/2, …, 2.
-#[inline(always)]
-unsafe fn leaf<S: Simd>(simd: S, points: usize, x: *mut S::V, twiddles: *const S::T) {
-    // SAFETY: the caller's promise; the arrays hold what they say.
-    unsafe {
-        let twiddle = |i: usize| simd.splat(*twiddles.add(i));
-        if points == 32 {
-            let input: [S::V; 32] = std::array::from_fn(|i| *x.add(i));
-            let output = points32(simd, input, twiddle);
-            (0..32).for_each(|i| x.add(i).write(output[i]));
-        } else if points == 16 {
-            let input: [S::V; 16] = std::array::from_fn(|i| *x.add(i));
-            let output = points16(simd, input, twiddle);
-            (0..16).for_each(|i| x.add(i).write(output[i]));
-        } else {
-            let input: [S::V; 8] = std::array::from_fn(|i| *x.add(i));
-            let output = points8(simd, input, twiddle);
-            (0..8).for_each(|i| x.add(i).write(output[i]));
+macro_rules! leaf {
+    ($(#[doc = $doc:literal])* $name:ident, $points8:ident, $points16:ident, $points32:ident) => {
+        $(#[doc = $doc])*
+        ///
+        /// # Safety
+        /// `x` holds `points` registers, `twiddles` the levels `points`, `points`/2, …, 2.
+        #[inline(always)]
+        unsafe fn $name<S: Simd>(simd: S, points: usize, x: *mut S::V, twiddles: *const S::T) {
+            // SAFETY: the caller's promise; the arrays hold what they say.
+            unsafe {
+                let twiddle = |i: usize| simd.splat(*twiddles.add(i));
+                if points == 32 {
+                    let input: [S::V; 32] = std::array::from_fn(|i| *x.add(i));
+                    let output = $points32(simd, input, twiddle);
+                    (0..32).for_each(|i| x.add(i).write(output[i]));
+                } else if points == 16 {
+                    let input: [S::V; 16] = std::array::from_fn(|i| *x.add(i));
+                    let output = $points16(simd, input, twiddle);
+                    (0..16).for_each(|i| x.add(i).write(output[i]));
+                } else {
+                    let input: [S::V; 8] = std::array::from_fn(|i| *x.add(i));
+                    let output = $points8(simd, input, twiddle);
+                    (0..8).for_each(|i| x.add(i).write(output[i]));
+                }
+            }
         }
-    }
+    };
+}
+
+leaf! {
+    /// The transform of 8, 16 or 32 registers, in place.
+    leaf, points8, points16, points32
+}
+leaf! {
+    /// Its transpose.
+    leaf_transposed, transposed8, transposed16, transposed32
 }
 
 macro_rules! points {
-    ($name:ident, $half_name:ident, $n:literal, $half:literal) => {
+    ($name:ident, $half_name:ident, $transposed:ident, $half_transposed:ident, $n:literal, $half:literal) => {
         #[inline(always)]
         fn $name<S: Simd>(simd: S, x: [S::V; $n], twiddle: impl Fn(usize) -> S::V + Copy) -> [S::V; $n] {
             let a = std::array::from_fn(|i| simd.add(x[i], x[$n - 1 - i]));
@@ -261,6 +398,16 @@ macro_rules! points {
                 _ => simd.add(b[f / 2], b[f / 2 + 1]),
             })
         }
+
+        #[inline(always)]
+        fn $transposed<S: Simd>(simd: S, x: [S::V; $n], twiddle: impl Fn(usize) -> S::V + Copy) -> [S::V; $n] {
+            let a = std::array::from_fn(|f| x[2 * f]);
+            let b = std::array::from_fn(|f| if f == 0 { x[1] } else { simd.add(x[2 * f - 1], x[2 * f + 1]) });
+            let a: [S::V; $half] = $half_transposed(simd, a, move |i| twiddle($half + i));
+            let b: [S::V; $half] = $half_transposed(simd, b, move |i| twiddle($half + i));
+            let b: [S::V; $half] = std::array::from_fn(|i| simd.mul(b[i], twiddle(i)));
+            std::array::from_fn(|i| if i < $half { simd.add(a[i], b[i]) } else { simd.sub(a[$n - 1 - i], b[$n - 1 - i]) })
+        }
     };
 }
 
@@ -268,8 +415,8 @@ macro_rules! points {
 fn points1<S: Simd>(_: S, x: [S::V; 1], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 1] {
     x
 }
-points!(points2, points1, 2, 1);
-points!(points4, points2, 4, 2);
-points!(points8, points4, 8, 4);
-points!(points16, points8, 16, 8);
-points!(points32, points16, 32, 16);
+points!(points2, points1, transposed2, points1, 2, 1);
+points!(points4, points2, transposed4, transposed2, 4, 2);
+points!(points8, points4, transposed8, transposed4, 8, 4);
+points!(points16, points8, transposed16, transposed8, 16, 8);
+points!(points32, points16, transposed32, transposed16, 32, 16);

@@ -89,6 +89,8 @@ ops! {
     matmul_ahead: fn(p: Product, a: &[T], b: &[T], c: &mut [T], ahead: Option<&mut Ahead<T>>);
     /// u = post ⊙ C(pre ⊙ x + shift), the batched DCT-II; out = u + row + column, mirror = −u + mirror_row + column.
     dct: fn(tables: &DctTables<T>, x: &[T], column: &[T], row: &[T], out: &mut [T], mirror_row: &[T], mirror: &mut [T]);
+    /// out = pre ⊙ Cᵀ(post ⊙ (x − minus)), the transpose of its linear part.
+    dct_transposed: fn(tables: &DctTables<T>, width: usize, x: &[T], minus: &[T], out: &mut [T]);
     /// Every element is a number of at most this magnitude.
     all_within: fn(x: &[T], limit: T) -> bool;
     /// LANES rows become LANES columns of a panel; returns the sum of squares.
@@ -111,6 +113,21 @@ ops! {
     log_weight_vjp: fn(panel: &mut [T], weight: &[T], scale: &[T], row: &[T], column: &[T], sums: &mut [T]);
     /// `sums[f] += Σ_j panel[f, j]`
     add_row_sums: fn(panel: &[T], sums: &mut [T]);
+    /// `sums[f] += Σ_j a[f, j]`, `products[f] += Σ_j a[f, j]·(b[f, j] − offset[f])`, in LANES partial sums each.
+    lane_sums: fn(a: &[T], b: &[T], offset: &[T], sums: &mut [T], products: &mut [T]);
+    /// z = x − center: `sums[i] += Σ_j z[i, j]·total[j]` in LANES partial sums,
+    /// `grad[i, j] += scale[i]·y[i, j] + (tilt[i] − envelope·z[i, j])·total[j]`.
+    input_vjp: fn(
+        x: &[T],
+        center: &[T],
+        y: &[T],
+        scale: &[T],
+        total: &[T],
+        tilt: &[T],
+        envelope: T,
+        grad: &mut [T],
+        sums: &mut [T]
+    );
     /// Zeroes above the diagonal, adds row sums.
     mask_triangle: fn(p: &mut [T], width: usize, diagonal: usize, sums: &mut [T]);
     /// Largest element.

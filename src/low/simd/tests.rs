@@ -75,6 +75,19 @@ impl<T: Real> Suite<T> {
                         })
                         .collect();
                     self.close(&format!("dct {d}"), &out, &expected, 16);
+
+                    let (grad, minus) = (self.random(d * width, 1.0), self.random((rows - d) * width, 1.0));
+                    let mut back = vec![T::from_f64(f64::NAN); d * width];
+                    (self.ops.dct_transposed)(&tables, width, &grad, &minus, &mut back);
+                    let difference = |at: usize| grad[at].to_f64() - minus.get(at).map_or(0.0, |x| x.to_f64());
+                    let expected: Vec<f64> = (0..d * width)
+                        .map(|at| {
+                            let (i, j) = (at / width, at % width);
+                            pre[i] * (0..d).map(|f| cosine(f, i) * post[f] * difference(f * width + j)).sum::<f64>()
+                        })
+                        .collect();
+                    // Its last step divides by cosines as small as π/2d.
+                    self.close(&format!("dct {d} transposed"), &back, &expected, 2 * d);
                 }
             }
         }
@@ -187,6 +200,37 @@ impl<T: Real> Suite<T> {
                 self.close("log_weight_vjp", &p, &expected, 16);
                 let expected: Vec<f64> = (0..width).map(|j| (0..m).map(|f| value(f, j)).sum()).collect();
                 self.close("log_weight_vjp sums", &sums, &expected, 64 * m);
+
+                let spread =
+                    |sums: &[T]| -> Vec<T> { sums.iter().flat_map(|&sum| [T::ZERO; LANES - 1].into_iter().chain([sum])).collect() };
+                let gathered = |lanes: &[T]| -> Vec<T> {
+                    lanes.chunks_exact(LANES).map(|lanes| T::from_f64(lanes.iter().map(|x| x.to_f64()).sum())).collect()
+                };
+                // Every sum starts from something, in its last lane.
+                let (mut sums, mut products) = (spread(&weight), spread(&offset));
+                (self.ops.lane_sums)(&panel, &other, &weight, &mut sums, &mut products);
+                let expected: Vec<f64> = (0..m).map(|f| weight[f].to_f64() + (0..width).map(|j| at(f, j)).sum::<f64>()).collect();
+                self.close("lane_sums", &gathered(&sums), &expected, 16 * width);
+                let moved = |f: usize, j: usize| other[f * width + j].to_f64() - weight[f].to_f64();
+                let expected: Vec<f64> =
+                    (0..m).map(|f| offset[f].to_f64() + (0..width).map(|j| at(f, j) * moved(f, j)).sum::<f64>()).collect();
+                self.close_at("lane_sums products", &gathered(&products), &expected, 3.0 * width as f64, 16);
+
+                let (start, tilt) = (self.random(m * width, 1.0), self.random(m, 1.0));
+                for grad in [&start[..], &[]] {
+                    let (mut grad, mut sums) = (grad.to_vec(), spread(&tilt));
+                    let envelope = T::from_f64(0.5);
+                    (self.ops.input_vjp)(&other, &weight, &panel, &offset, &before, &tilt, envelope, &mut grad, &mut sums);
+                    let expected: Vec<f64> =
+                        (0..m).map(|f| tilt[f].to_f64() + (0..width).map(|j| moved(f, j) * before[j].to_f64()).sum::<f64>()).collect();
+                    self.close_at("input_vjp sums", &gathered(&sums), &expected, 3.0 * width as f64, 16);
+                    let value = |f: usize, j: usize| {
+                        let common = (tilt[f].to_f64() - 0.5 * moved(f, j)) * before[j].to_f64();
+                        start[f * width + j].to_f64() + offset[f].to_f64() * at(f, j) + common
+                    };
+                    let expected: Vec<f64> = (0..grad.len()).map(|i| value(i / width, i % width)).collect();
+                    self.close("input_vjp", &grad, &expected, 16);
+                }
 
                 let (mut p, mut sums) = (panel.clone(), weight.clone());
                 (self.ops.mask_triangle)(&mut p, width, 3, &mut sums);
