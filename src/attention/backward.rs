@@ -3,13 +3,14 @@
 //!
 //! The equations are in the engine, `tape.rs`.
 
-use ndarray::{Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, concatenate};
+use ndarray::{Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, Axis, concatenate};
 
-use crate::attention::rows::{Valid, is_valid};
+use crate::attention::rows::{Valid, is_valid, put_row};
 use crate::attention::state::HeadState;
-use crate::attention::tape::{Order, Stretch, Tape, Targets, Upstream};
+use crate::attention::tape::{InputGradients, Order, Stretch, Tape, Targets, Upstream};
+use crate::attention::workspace::Sizes;
 use crate::attention::{CausalState, KeyMask, LinearAttention};
-use crate::error::{Error, Result, check_elements, check_room, check_shape};
+use crate::error::{Result, check_elements, check_room, check_shape};
 use crate::kernel::DifferentiableMap;
 use crate::real::Real;
 use crate::simd::padded;
@@ -50,6 +51,16 @@ pub struct StateGradients<T> {
     pub values: Array2<T>,
 }
 
+/// Memory for the backward passes of one attention operator.
+///
+/// It holds O(n·(d + e)) numbers a thread for the longest sequence it was used for. Its contents mean nothing before or after a
+/// call. Make it once by [`backward_workspace`](LinearAttention::backward_workspace) and use it for every call.
+#[derive(Debug, Clone)]
+pub struct BackwardWorkspace<T> {
+    sizes: Sizes,
+    tapes: Vec<Option<Tape<T>>>,
+}
+
 /// One key-value head's inputs, `[group, n_q, d]`, `[n_k, d]`, `[n_k, e]` and `[group, n_q, e]`.
 #[derive(Clone, Copy)]
 struct Inputs<'a, T> {
@@ -58,13 +69,6 @@ struct Inputs<'a, T> {
     v: ArrayView2<'a, T>,
     grad_out: ArrayView3<'a, T>,
     valid: Valid<'a>,
-}
-
-/// Where the gradients of its inputs go.
-struct Outputs<'a, T> {
-    q: ArrayViewMut3<'a, T>,
-    k: ArrayViewMut2<'a, T>,
-    v: ArrayViewMut2<'a, T>,
 }
 
 /// The rest of its gradients.
@@ -113,6 +117,55 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         Ok(self.prefill_backward(&self.new_state(), q, k, v, mask, grad_out)?.0)
     }
 
+    /// [`causal_backward`](Self::causal_backward) into `gradients`, all of which it overwrites. For a loop of training: memory that
+    /// is used again costs a fourth less time than new memory, at a few thousand tokens.
+    ///
+    /// # Errors
+    /// As [`causal_backward`](Self::causal_backward), with [`Error::Shape`] for gradients of other shapes and [`Error::Foreign`] for a
+    /// workspace of another operator's shape. After an error `gradients` are as before.
+    pub fn causal_backward_into(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        grad_out: &ArrayRef3<T>,
+        gradients: &mut AttentionGradients<T, M::Gradients>,
+        ws: &mut BackwardWorkspace<T>,
+    ) -> Result<()> {
+        check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?;
+        self.check_gradient(q, k, v, mask, grad_out)?;
+        self.check_results(q, k, v, gradients, ws)?;
+        self.backward(self.causal_order(), None, q, k, v, mask, grad_out, gradients, ws);
+        Ok(())
+    }
+
+    /// Zeros, for [`causal_backward_into`](Self::causal_backward_into) and [`full_backward_into`](Self::full_backward_into) to
+    /// overwrite: those of `queries` queries and `keys` keys. Map gradients are empty until then.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`] for more memory than there can be.
+    pub fn new_gradients(&self, queries: usize, keys: usize) -> Result<AttentionGradients<T, M::Gradients>> {
+        self.check_gradients_room(queries, keys)?;
+        let (kv_heads, dim, value_dim) = (self.maps().len(), self.sizes.dim, self.sizes.value_dim);
+        Ok(AttentionGradients {
+            q: Array3::zeros((self.heads(), queries, dim)),
+            k: Array3::zeros((kv_heads, keys, dim)),
+            v: Array3::zeros((kv_heads, keys, value_dim)),
+            maps: Vec::new(),
+            log_decay: Vec::new(),
+        })
+    }
+
+    /// Memory for the backward passes, empty: it grows to what the longest of them needs.
+    pub fn backward_workspace(&self) -> BackwardWorkspace<T> {
+        BackwardWorkspace { sizes: self.sizes, tapes: Vec::new() }
+    }
+
+    fn causal_order(&self) -> Order {
+        self.near().map_or(Order::Causal, Order::Near)
+    }
+
     /// Gradients through [`prefill`](Self::prefill), and those with respect to the state it starts from, one per
     /// key-value head. `state` is the state *before* the prefill.
     ///
@@ -135,8 +188,9 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         state.check(self.shape())?;
         check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?;
         self.check_gradient(q, k, v, mask, grad_out)?;
-        let order = self.near().map_or(Order::Causal, Order::Near);
-        Ok(self.backward(order, Some(state), q, k, v, mask, grad_out))
+        let (mut gradients, mut ws) = (self.new_gradients(q.shape()[1], k.shape()[1])?, self.backward_workspace());
+        let states = self.backward(self.causal_order(), Some(state), q, k, v, mask, grad_out, &mut gradients, &mut ws);
+        Ok((gradients, states))
     }
 
     /// Gradients through [`full`](Self::full).
@@ -157,14 +211,32 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         mask: KeyMask<'_>,
         grad_out: &ArrayRef3<T>,
     ) -> Result<AttentionGradients<T, M::Gradients>> {
-        if self.near().is_some() {
-            return Err(Error::Conflict { argument: "full attention", other: "a near part" });
-        }
-        if self.log_decay().iter().any(|&decay| decay != 0.0) {
-            return Err(Error::Conflict { argument: "full attention", other: "decay" });
-        }
+        self.check_full()?;
         self.check_gradient(q, k, v, mask, grad_out)?;
-        Ok(self.backward(Order::Full, None, q, k, v, mask, grad_out).0)
+        let mut gradients = self.new_gradients(q.shape()[1], k.shape()[1])?;
+        self.backward(Order::Full, None, q, k, v, mask, grad_out, &mut gradients, &mut self.backward_workspace());
+        Ok(gradients)
+    }
+
+    /// [`full_backward`](Self::full_backward) into `gradients`, all of which it overwrites.
+    ///
+    /// # Errors
+    /// As [`full_backward`](Self::full_backward) and [`causal_backward_into`](Self::causal_backward_into).
+    pub fn full_backward_into(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        grad_out: &ArrayRef3<T>,
+        gradients: &mut AttentionGradients<T, M::Gradients>,
+        ws: &mut BackwardWorkspace<T>,
+    ) -> Result<()> {
+        self.check_full()?;
+        self.check_gradient(q, k, v, mask, grad_out)?;
+        self.check_results(q, k, v, gradients, ws)?;
+        self.backward(Order::Full, None, q, k, v, mask, grad_out, gradients, ws);
+        Ok(())
     }
 
     fn check_gradient(
@@ -176,10 +248,28 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         grad_out: &ArrayRef3<T>,
     ) -> Result<()> {
         check_shape("grad_out", grad_out, &[self.heads(), q.shape()[1], self.sizes.value_dim])?;
-        let tokens = q.shape()[1].max(k.shape()[1]);
-        check_room::<T>("gradients", &[self.heads() + 2 * self.maps().len(), tokens, self.sizes.dim + self.sizes.value_dim])?;
+        self.check_gradients_room(q.shape()[1], k.shape()[1])?;
         self.check(q, k, v, mask, grad_out)?;
         check_elements("grad_out", grad_out)
+    }
+
+    fn check_gradients_room(&self, queries: usize, keys: usize) -> Result<()> {
+        let heads = self.heads() + 2 * self.maps().len();
+        check_room::<T>("gradients", &[heads, queries.max(keys), self.sizes.dim + self.sizes.value_dim])
+    }
+
+    fn check_results(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        gradients: &AttentionGradients<T, M::Gradients>,
+        ws: &BackwardWorkspace<T>,
+    ) -> Result<()> {
+        check_shape("gradients.q", &gradients.q, q.shape())?;
+        check_shape("gradients.k", &gradients.k, k.shape())?;
+        check_shape("gradients.v", &gradients.v, v.shape())?;
+        self.sizes.check_workspace(ws.sizes)
     }
 
     fn backward(
@@ -191,30 +281,34 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         v: &ArrayRef3<T>,
         mask: KeyMask<'_>,
         grad_out: &ArrayRef3<T>,
-    ) -> (AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>) {
+        gradients: &mut AttentionGradients<T, M::Gradients>,
+        ws: &mut BackwardWorkspace<T>,
+    ) -> Vec<StateGradients<T>> {
         let (kv_heads, group) = (self.maps().len(), self.heads() / self.maps().len());
-        let (mut grad_q, mut grad_k, mut grad_v) = (Array3::zeros(q.raw_dim()), Array3::zeros(k.raw_dim()), Array3::zeros(v.raw_dim()));
         let mut results: Vec<Option<HeadGradients<T, M::Gradients>>> = (0..kv_heads).map(|_| None).collect();
-        let mut tapes: Vec<Option<Tape<T>>> = vec![None; threads::max_threads().min(kv_heads)];
+        if ws.tapes.len() < threads::max_threads().min(kv_heads) {
+            ws.tapes.resize(threads::max_threads().min(kv_heads), None);
+        }
         let inputs = q.axis_chunks_iter(Axis(0), group).zip(grad_out.axis_chunks_iter(Axis(0), group));
         let inputs = inputs.zip(k.outer_iter().zip(v.outer_iter()));
         let inputs = inputs.map(|((q, grad_out), (k, v))| Inputs { q, k, v, grad_out, valid: mask.valid() });
-        let outputs = grad_k.outer_iter_mut().zip(grad_v.outer_iter_mut()).zip(grad_q.axis_chunks_iter_mut(Axis(0), group));
-        let outputs = outputs.map(|((k, v), q)| Outputs { q, k, v });
+        let outputs = gradients.k.outer_iter_mut().zip(gradients.v.outer_iter_mut());
+        let outputs = outputs.zip(gradients.q.axis_chunks_iter_mut(Axis(0), group)).map(|((k, v), q)| InputGradients { q, k, v });
         let items = inputs.zip(outputs).zip(&mut results).enumerate();
-        threads::for_each(&mut tapes, items, |tape, (h, ((inputs, outputs), result))| {
+        threads::for_each(&mut ws.tapes, items, |tape, (h, ((inputs, outputs), result))| {
             let tape = tape.get_or_insert_with(|| Tape::new(&self.maps()[h], self.sizes.value_dim));
             let state = state.map(|state| (&state.heads[h], state.position));
             *result = Some(self.head_backward(h, order, state, inputs, outputs, tape));
         });
-        let (mut maps, mut log_decay) = (Vec::with_capacity(kv_heads), Vec::with_capacity(kv_heads));
+        gradients.maps.clear();
+        gradients.log_decay.clear();
         let mut states = Vec::with_capacity(kv_heads);
         for result in results.into_iter().flatten() {
-            maps.push(result.map);
-            log_decay.push(result.log_decay);
+            gradients.maps.push(result.map);
+            gradients.log_decay.push(result.log_decay);
             states.push(result.state);
         }
-        (AttentionGradients { q: grad_q, k: grad_k, v: grad_v, maps, log_decay }, states)
+        states
     }
 
     fn head_backward(
@@ -223,7 +317,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         order: Order,
         state: Option<(&HeadState<T>, usize)>,
         inputs: Inputs<'_, T>,
-        outputs: Outputs<'_, T>,
+        outputs: InputGradients<'_, T>,
         tape: &mut Tape<T>,
     ) -> HeadGradients<T, M::Gradients> {
         let Inputs { q, k, v, grad_out, valid } = inputs;
@@ -254,14 +348,18 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             lead,
             given: None,
         };
-        let targets = Targets { sums: &mut sums, log_decay: &mut log_decay, q: Some(outputs.q) };
+        let InputGradients { q: grad_q, k: mut grad_k, v: mut grad_v } = outputs;
+        let inputs = InputGradients { q: grad_q, k: grad_k.view_mut(), v: grad_v.view_mut() };
+        let targets = Targets { sums: &mut sums, log_decay: &mut log_decay, inputs: Some(inputs) };
         tape.run(&stretch, state.map(|(state, _)| state), Upstream::Rows(grad_out), Some(targets));
 
         let (key_stride, value_stride) = (padded(head.dim), padded(value_dim));
         let (lead_keys, keys) = tape.keys.split_at(lead * key_stride);
         let (lead_values, values) = tape.values.split_at(lead * value_stride);
-        copy_scaled(keys, head.scale, outputs.k);
-        copy_scaled(values, T::ONE, outputs.v);
+        if let Order::Near(_) = order {
+            copy_scaled(keys, head.scale, grad_k);
+            copy_scaled(values, T::ONE, grad_v);
+        }
         let rows = |from: &[T], dim: usize, scale: T| {
             let mut rows = Array2::zeros((from.len() / padded(dim), dim));
             copy_scaled(from, scale, rows.view_mut());
@@ -285,12 +383,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
 /// Rows padded to whole lane groups, times `scale`, without their padding.
 fn copy_scaled<T: Real>(rows: &[T], scale: T, mut out: ArrayViewMut2<'_, T>) {
     let stride = padded(out.ncols());
-    for (row, mut out) in rows.chunks_exact(stride).zip(out.outer_iter_mut()) {
-        match out.as_slice_mut() {
-            Some(out) => out.iter_mut().zip(row).for_each(|(out, &x)| *out = x * scale),
-            None => out.iter_mut().zip(row).for_each(|(out, &x)| *out = x * scale),
-        }
-    }
+    rows.chunks_exact(stride).zip(out.outer_iter_mut()).for_each(|(row, out)| put_row(row, scale, out));
 }
 
 #[cfg(test)]

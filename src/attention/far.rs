@@ -115,7 +115,7 @@ impl<'a, T: Real> FarPart<'a, T> {
         sums: &mut M::Sums,
     ) -> f64 {
         let mut gradient = 0.0;
-        let targets = Targets { sums, log_decay: &mut gradient, q: None };
+        let targets = Targets { sums, log_decay: &mut gradient, inputs: None };
         tape.run(&self.stretch(map, log_decay), None, Upstream::Loss(&mut loss), Some(targets));
         gradient
     }

@@ -39,7 +39,7 @@ use std::ops::Range;
 
 use linear::Head;
 
-pub use backward::{AttentionGradients, StateGradients};
+pub use backward::{AttentionGradients, BackwardWorkspace, StateGradients};
 pub(crate) use checks::check_state_size;
 pub(crate) use far::FarPart;
 pub(crate) use packed::{check_offsets, check_offsets_of, ranges};

@@ -97,10 +97,14 @@ pub(super) fn tokens_fit<T: Real>(rows: ArrayView2<'_, T>, tokens: Range<usize>,
 }
 
 /// `out = sums / total`, zeros where there was nothing to sum.
-pub(super) fn normalise<T: Real>(sums: &[T], total: T, mut out: ArrayViewMut1<'_, T>) {
-    let factor = if total > T::zero() { T::one() / total } else { T::zero() };
+pub(super) fn normalise<T: Real>(sums: &[T], total: T, out: ArrayViewMut1<'_, T>) {
+    put_row(sums, if total > T::zero() { T::one() / total } else { T::zero() }, out);
+}
+
+/// `out = factor · row`, without the row's padding.
+pub(super) fn put_row<T: Real>(row: &[T], factor: T, mut out: ArrayViewMut1<'_, T>) {
     match out.as_slice_mut() {
-        Some(out) => out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum * factor),
-        None => out.iter_mut().zip(sums).for_each(|(out, &sum)| *out = sum * factor),
+        Some(out) => out.iter_mut().zip(row).for_each(|(out, &x)| *out = x * factor),
+        None => out.iter_mut().zip(row).for_each(|(out, &x)| *out = x * factor),
     }
 }

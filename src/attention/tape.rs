@@ -19,10 +19,10 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3, Axis};
+use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, s};
 
 use crate::attention::Near;
-use crate::attention::rows::{Valid, copy_rows, gather, is_valid};
+use crate::attention::rows::{Valid, copy_rows, gather, is_valid, put_row};
 use crate::attention::state::{HeadState, Shape};
 use crate::attention::workspace::BLOCK;
 use crate::kernel::DifferentiableMap;
@@ -94,8 +94,21 @@ pub(super) struct Targets<'g, T, S> {
     pub(super) sums: &'g mut S,
     /// Of λ, added to.
     pub(super) log_decay: &'g mut f64,
-    /// Of the queries, `[group, n_q, d]`; with them [`Tape::keys`] and [`Tape::values`] are filled.
-    pub(super) q: Option<ArrayViewMut3<'g, T>>,
+    /// Of queries, keys and values, if anybody wants them.
+    pub(super) inputs: Option<InputGradients<'g, T>>,
+}
+
+/// Where gradients of queries, keys and values go.
+///
+/// With a near part, whose keys are met in more than one block, `k` and `v` are left alone, and [`Tape::keys`] and
+/// [`Tape::values`] filled instead.
+pub(super) struct InputGradients<'g, T> {
+    /// `[group, n_q, d]`
+    pub(super) q: ArrayViewMut3<'g, T>,
+    /// `[n_k, d]`
+    pub(super) k: ArrayViewMut2<'g, T>,
+    /// `[n_k, e]`
+    pub(super) v: ArrayViewMut2<'g, T>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -130,9 +143,9 @@ pub(crate) struct Tape<T> {
     deltas: Vec<T>,
     /// ȯ, if it came from a loss, `[group, n_q, e_padded]`.
     upstream: Vec<T>,
-    /// ẏ, `[n_k, d_padded]`.
+    /// ẏ with a near part, `[n_k, d_padded]`.
     pub(super) keys: Vec<T>,
-    /// v̇, `[n_k, e_padded]`.
+    /// v̇ with a near part, `[n_k, e_padded]`.
     pub(super) values: Vec<T>,
     /// R, `[m, e_padded]`: at the end the gradient of the S the stretch started from.
     pub(super) sums: Vec<T>,
@@ -179,6 +192,8 @@ struct Buffers<T> {
     v: Vec<T>,
     /// ȯ `[width, e_padded]`.
     g_rows: Vec<T>,
+    /// v̇ `[width, e_padded]`.
+    dv_rows: Vec<T>,
     /// Outputs, or ȯ/D, `[width, e_padded]`.
     o: Vec<T>,
     /// Products of features `[width, width]`.
@@ -198,7 +213,7 @@ struct Buffers<T> {
 }
 
 impl<T: Real> Buffers<T> {
-    fn new(dim: usize, features: usize, value_dim: usize, map: usize) -> Self {
+    fn new(dim: usize, features: usize, value_dim: usize) -> Self {
         let (x, f, v) = (padded(dim) * BLOCK, features * BLOCK, padded(value_dim) * BLOCK);
         let zeros = |len| vec![T::ZERO; len];
         Self {
@@ -211,6 +226,7 @@ impl<T: Real> Buffers<T> {
             v_rows: zeros(v),
             v: zeros(v),
             g_rows: zeros(v),
+            dv_rows: zeros(v),
             o: zeros(v),
             s: zeros(BLOCK * BLOCK),
             h: zeros(BLOCK * BLOCK),
@@ -222,8 +238,8 @@ impl<T: Real> Buffers<T> {
             column: zeros(BLOCK),
             feature: zeros(features),
             ones: vec![T::ONE; BLOCK],
-            zeros: zeros(dim.max(LANES)),
-            map: zeros(map),
+            zeros: zeros(dim.max(BLOCK)),
+            map: Vec::new(),
         }
     }
 }
@@ -244,7 +260,7 @@ impl<T: Real> Tape<T> {
             norm: vec![T::ZERO; features],
             state: HeadState::new(Shape { heads: 1, dim, features, value_dim, near: None }),
             near: NearBuffers::default(),
-            block: Buffers::new(dim, features, value_dim, map.scratch_len(BLOCK).max(map.vjp_scratch_len(BLOCK))),
+            block: Buffers::new(dim, features, value_dim),
         }
     }
 
@@ -256,6 +272,10 @@ impl<T: Real> Tape<T> {
         mut upstream: Upstream<'_, T>,
         mut targets: Option<Targets<'_, T, M::Sums>>,
     ) {
+        let scratch = stretch.map.scratch_len(BLOCK).max(stretch.map.vjp_scratch_len(BLOCK));
+        if self.block.map.len() < scratch {
+            self.block.map.resize(scratch, T::ZERO);
+        }
         let mut state = std::mem::take(&mut self.state);
         match start {
             Some(start) => state.copy_sums(T::ops(), start),
@@ -268,14 +288,14 @@ impl<T: Real> Tape<T> {
             self.push_frame(&state);
         }
         let origin = if state.started { state.reference_position } else { stretch.position };
-        let inputs = targets.as_ref().is_some_and(|targets| targets.q.is_some());
+        let inputs = targets.as_ref().is_some_and(|targets| targets.inputs.is_some());
         if targets.is_some() {
             let queries = stretch.q.shape()[0] * stretch.q.shape()[1];
             refill(&mut self.shifts, queries, T::NEG_INFINITY);
             refill(&mut self.deltas, queries, T::ZERO);
             let stored = if matches!(upstream, Upstream::Loss(_)) { queries * padded(stretch.v.ncols()) } else { 0 };
             refill(&mut self.upstream, stored, T::ZERO);
-            let keys = if inputs { stretch.k.nrows() } else { 0 };
+            let keys = if inputs && matches!(stretch.order, Order::Near(_)) { stretch.k.nrows() } else { 0 };
             refill(&mut self.keys, keys * padded(stretch.k.ncols()), T::ZERO);
             refill(&mut self.values, keys * padded(stretch.v.ncols()), T::ZERO);
         }
@@ -284,6 +304,12 @@ impl<T: Real> Tape<T> {
         if let Some(targets) = &mut targets {
             let upstream = if let Upstream::Rows(rows) = upstream { Some(rows) } else { None };
             Backward { tape: self, stretch, upstream, targets, inputs, origin, frame: usize::MAX }.run();
+            let alone = self.events.iter().find(|event| event.kind != Kind::Read).map_or(stretch.k.nrows(), |event| event.tokens.start);
+            if let (Some(inputs), true) = (&mut targets.inputs, self.keys.is_empty()) {
+                // Masked keys before the first other one, which joined no sums.
+                inputs.k.slice_mut(s![..alone, ..]).fill(T::ZERO);
+                inputs.v.slice_mut(s![..alone, ..]).fill(T::ZERO);
+            }
         }
         self.state = state;
     }
@@ -484,7 +510,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
         self.deltas(h, queries.clone(), keys.clone(), own);
         self.feature_gradients(queries.clone(), own);
-        if self.targets.as_ref().is_some_and(|targets| targets.q.is_some()) {
+        if self.targets.as_ref().is_some_and(|targets| targets.inputs.is_some()) {
             self.near_gradients(&queries, keys);
             self.write_queries(h, queries);
         }
@@ -548,9 +574,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
                 let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
                 product(ops, (keys, width - band, feature.len()), (&b[band..], 1, own), a, s, false);
             }
-            for (j, row) in s[..tokens * width].chunks_exact_mut(width).enumerate() {
-                row[..j].fill(T::ZERO);
-            }
+            (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
             product(ops, (1, width, tokens), (ones, tokens, 1), (s, width), (total, width), true);
         }
     }
@@ -591,7 +615,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let (ops, stretch, state) = (T::ops(), self.stretch, &*self.state);
         let (tokens, width, stride) = (queries.len(), padded(queries.len()), padded(stretch.v.ncols()));
         let near = &mut self.tape.near;
-        let Buffers { a, df, s, h: products, v_rows, v, g_rows, top, shift, total, inverse, delta, feature, .. } = &mut self.tape.block;
+        let Buffers { a, df, s, h: products, v_rows, v, g_rows, top, shift, total, inverse, delta, feature, zeros, .. } =
+            &mut self.tape.block;
         let (delta, inverse) = (&mut delta[..width], &mut inverse[..width]);
         transpose(ops, stride, &g_rows[..width * stride], T::ONE, v);
         delta.fill(T::ZERO);
@@ -605,9 +630,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
                 let (rows, to) = (&v_rows[band * stride..], &mut products[band * width + band..]);
                 product(ops, (keys, width - band, stride), (rows, stride, 1), (&v[band..], width), (to, width), false);
             }
-            for (j, row) in products[..tokens * width].chunks_exact_mut(width).enumerate() {
-                row[..j].fill(T::ZERO);
-            }
+            (ops.upper_less)(&mut products[..tokens * width], &zeros[..width]);
             (ops.column_dot)(&s[..tokens * width], &products[..tokens * width], delta);
         }
         if !keys.is_empty() {
@@ -646,9 +669,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
         let df = &mut df[..feature.len() * width];
         if own > 0 {
-            for (j, row) in h[..tokens * width].chunks_exact_mut(width).enumerate() {
-                row[j..].iter_mut().zip(&delta[j..]).for_each(|(h, &delta)| *h -= delta);
-            }
+            (ops.upper_less)(&mut h[..tokens * width], &delta[..width]);
             for (band, keys) in bands(tokens) {
                 let (h, df) = ((&h[band * width + band..], width), (&mut df[band..], width));
                 product(ops, (feature.len(), width - band, keys), (&b[band..], own, 1), h, df, true);
@@ -658,7 +679,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         (ops.log_weight_vjp)(df, &a[..feature.len() * width], inverse, &state.norm, delta, column);
         let position = stretch.position + stretch.lead + queries.start;
         *targets.log_decay += position_moment(position as f64 - self.origin as f64, &column[..tokens]);
-        let dx = targets.q.is_some().then(|| &mut dx[..dim * width]);
+        let dx = targets.inputs.is_some().then(|| &mut dx[..dim * width]);
         stretch.map.query_vjp(width, &x[..dim * width], df, dx, targets.sums, map);
     }
 
@@ -694,11 +715,11 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let (width, dim) = (padded(queries.len()), self.stretch.q.shape()[2]);
         let stride = padded(dim);
         let Buffers { dx, x_rows, .. } = &mut self.tape.block;
-        transpose(T::ops(), width, &dx[..stride * width], self.stretch.query_scale, x_rows);
-        if let Some(out) = self.targets.as_mut().and_then(|targets| targets.q.as_mut()) {
-            let mut out = out.index_axis_mut(Axis(0), h);
+        transpose(T::ops(), width, &dx[..stride * width], T::ONE, x_rows);
+        if let Some(inputs) = self.targets.as_mut().and_then(|targets| targets.inputs.as_mut()) {
+            let mut out = inputs.q.index_axis_mut(Axis(0), h);
             for (query, row) in queries.zip(x_rows.chunks_exact(stride)) {
-                out.row_mut(query).iter_mut().zip(row).for_each(|(to, &from)| *to = from);
+                put_row(row, self.stretch.query_scale, out.row_mut(query));
             }
         }
     }
@@ -822,6 +843,7 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
                         (0..self.stretch.q.shape()[0]).for_each(|h| self.collect(h, event.tokens.clone(), width));
                     }
                     self.key_gradients(event.tokens.clone());
+                    self.write_keys(event.tokens.clone());
                 }
             }
         }
@@ -871,13 +893,12 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
     fn later_queries(&mut self, keys: Range<usize>) {
         let ops = T::ops();
         let (width, stride) = (padded(keys.len()), padded(self.stretch.v.ncols()));
-        let Buffers { b, df, v, feature, .. } = &mut self.tape.block;
+        let Buffers { b, df, v, dv_rows, feature, .. } = &mut self.tape.block;
         let m = feature.len();
         feature.copy_from_slice(&self.tape.norm);
         product(ops, (m, width, stride), (&self.tape.sums, stride, 1), (v, width), (df, width), false);
         if self.inputs {
-            let rows = &mut self.tape.values[keys.start * stride..];
-            product(ops, (keys.len(), stride, m), (b, 1, width), (&self.tape.sums, stride), (rows, stride), true);
+            product(ops, (keys.len(), stride, m), (b, 1, width), (&self.tape.sums, stride), (dv_rows, stride), false);
         }
     }
 
@@ -886,7 +907,7 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
     fn collect(&mut self, h: usize, queries: Range<usize>, own: usize) {
         let (ops, stretch) = (T::ops(), self.stretch);
         let (tokens, width, dim, stride) = (queries.len(), padded(queries.len()), stretch.q.shape()[2], padded(stretch.v.ncols()));
-        let Buffers { x_rows, a, b, df, s, h: products, v, g_rows, shift, delta, feature, zeros, map, .. } = &mut self.tape.block;
+        let Buffers { x_rows, a, b, df, s, h: products, v, g_rows, dv_rows, shift, delta, feature, zeros, map, .. } = &mut self.tape.block;
         let m = feature.len();
         // The keys of the block are in `x`.
         let x = x_rows;
@@ -912,12 +933,9 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
                     let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
                     product(ops, (keys, width - band, m), (&b[band..], 1, own), a, s, false);
                 }
-                for (j, row) in s[..tokens * width].chunks_exact_mut(width).enumerate() {
-                    row[..j].fill(T::ZERO);
-                }
+                (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
                 for (band, keys) in bands(tokens) {
-                    let rows = &mut self.tape.values[(at % stretch.q.shape()[1] + band) * stride..];
-                    let (s, g) = (&s[band * width + band..], &g_rows[band * stride..]);
+                    let (s, g, rows) = (&s[band * width + band..], &g_rows[band * stride..], &mut dv_rows[band * stride..]);
                     product(ops, (keys, stride, tokens - band), (s, width, 1), (g, stride), (rows, stride), true);
                 }
             }
@@ -926,10 +944,7 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
                 let (g, to) = (&g_rows[band * stride..], &mut products[band * own..]);
                 product(ops, (count, padded(band + count), stride), (g, stride, 1), (v, own), (to, own), false);
             }
-            for (i, row) in products[..tokens * own].chunks_exact_mut(own).enumerate() {
-                row[..=i].iter_mut().for_each(|h| *h -= delta[i]);
-                row[i + 1..].fill(T::ZERO);
-            }
+            (ops.lower_less)(&mut products[..tokens * own], own, &delta[..tokens]);
             for (band, count) in bands(tokens) {
                 let (a, h) = (&a[band..], &products[band * own..]);
                 product(ops, (m, padded(band + count), count), (a, width, 1), (h, own), (df, own), true);
@@ -955,8 +970,24 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         stretch.map.key_vjp(width, &x[..dim * width], df, wanted, self.targets.sums, map);
         if self.inputs {
             transpose(ops, width, &dx[..stride * width], T::ONE, x_rows);
-            let rows = &mut self.tape.keys[keys.start * stride..keys.end * stride];
-            rows.iter_mut().zip(x_rows.iter()).for_each(|(to, &from)| *to += from);
+        }
+    }
+
+    /// What `x_rows` and `dv_rows` hold is the block's part of the gradients of keys and values, all of it without a near part.
+    fn write_keys(&mut self, keys: Range<usize>) {
+        let (key_stride, value_stride) = (padded(self.stretch.k.ncols()), padded(self.stretch.v.ncols()));
+        let Some(InputGradients { k: out_k, v: out_v, .. }) = &mut self.targets.inputs else { return };
+        let Tape { keys: all_keys, values: all_values, block: Buffers { x_rows, dv_rows, .. }, .. } = &mut *self.tape;
+        if all_keys.is_empty() {
+            for ((key, x), v) in keys.zip(x_rows.chunks_exact(key_stride)).zip(dv_rows.chunks_exact(value_stride)) {
+                put_row(x, self.stretch.key_scale, out_k.row_mut(key));
+                put_row(v, T::ONE, out_v.row_mut(key));
+            }
+        } else {
+            for (all, stride, block) in [(all_keys, key_stride, x_rows), (all_values, value_stride, dv_rows)] {
+                let rows = &mut all[keys.start * stride..keys.end * stride];
+                rows.iter_mut().zip(block.iter()).for_each(|(to, &from)| *to += from);
+            }
         }
     }
 }

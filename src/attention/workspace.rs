@@ -25,6 +25,23 @@ pub(super) struct Sizes {
     pub(super) map: usize,
 }
 
+impl Sizes {
+    /// Whether a workspace made for sizes `got` serves an operator of these.
+    pub(super) fn check_workspace(self, got: Self) -> Result<()> {
+        let pairs = [
+            ("head dimension", self.dim, got.dim),
+            ("number of features", self.features, got.features),
+            ("value dimension", self.value_dim, got.value_dim),
+            ("near part", self.scores, got.scores),
+            ("map scratch", self.map, got.map),
+        ];
+        match pairs.into_iter().find(|(_, expected, got)| expected != got) {
+            Some((what, expected, got)) => Err(Error::Foreign { argument: "workspace", what, expected, got }),
+            None => Ok(()),
+        }
+    }
+}
+
 /// Scratch memory for the methods of one attention operator.
 ///
 /// Its size depends on the operator and the number of threads, never on the number of tokens. Its contents mean nothing
@@ -105,17 +122,7 @@ impl<T: Real> Workspace<T> {
 
     /// Whether this workspace was made for these sizes.
     pub(super) fn check(&self, sizes: Sizes) -> Result<()> {
-        let pairs = [
-            ("head dimension", sizes.dim, self.sizes.dim),
-            ("number of features", sizes.features, self.sizes.features),
-            ("value dimension", sizes.value_dim, self.sizes.value_dim),
-            ("near part", sizes.scores, self.sizes.scores),
-            ("map scratch", sizes.map, self.sizes.map),
-        ];
-        match pairs.into_iter().find(|(_, expected, got)| expected != got) {
-            Some((what, expected, got)) => Err(Error::Foreign { argument: "workspace", what, expected, got }),
-            None => Ok(()),
-        }
+        sizes.check_workspace(self.sizes)
     }
 
     /// Bytes held.

@@ -463,17 +463,69 @@ pub(super) fn add_row_sums<S: Simd>(simd: S, panel: &[S::T], sums: &mut [S::T]) 
 #[inline(always)]
 pub(super) fn mask_triangle<S: Simd>(simd: S, p: &mut [S::T], width: usize, diagonal: usize, sums: &mut [S::T]) {
     assert!(width.is_multiple_of(LANES) && p.len() >= sums.len() * width, "scores");
-    for (i, sum) in sums.iter_mut().enumerate() {
-        let row = &mut p[i * width..(i + 1) * width];
-        let end = (i + diagonal + 1).min(width);
-        row[end..].fill(S::T::ZERO);
-        let mut total = simd.splat(S::T::ZERO);
-        for j in (0..end).step_by(S::N) {
-            // SAFETY: j < width and both are multiples of N.
-            unsafe { total = simd.add(total, simd.load(row.as_ptr().add(j))) }
-        }
-        *sum += simd.sum(total);
+    for (i, (sum, row)) in sums.iter_mut().zip(p.chunks_exact_mut(width)).enumerate() {
+        *sum += simd.sum(keep_until(simd, row, i + diagonal + 1, S::T::ZERO));
     }
+}
+
+/// `p[i, j] −= minus[i]` in the lower triangle (column j ≤ row i), zeroes the rest. Elements must be finite.
+#[inline(always)]
+pub(super) fn lower_less<S: Simd>(simd: S, p: &mut [S::T], width: usize, minus: &[S::T]) {
+    assert!(width.is_multiple_of(LANES) && p.len() == minus.len() * width, "products");
+    for (i, (row, &minus)) in p.chunks_exact_mut(width).zip(minus).enumerate() {
+        keep_until(simd, row, i + 1, minus);
+    }
+}
+
+/// `p[i, j] −= minus[j]` in the upper triangle (column j ≥ row i), zeroes the rest. Elements of the register with the diagonal
+/// must be finite.
+#[inline(always)]
+pub(super) fn upper_less<S: Simd>(simd: S, p: &mut [S::T], minus: &[S::T]) {
+    let width = minus.len();
+    assert!(width.is_multiple_of(LANES) && p.len().is_multiple_of(width.max(1)), "products");
+    let step: [S::T; 2 * LANES] = std::array::from_fn(|i| if i < LANES { S::T::ZERO } else { S::T::ONE });
+    for (start, row) in p.chunks_exact_mut(width.max(1)).enumerate() {
+        for j in (0..width).step_by(S::N) {
+            // SAFETY: j + N ≤ width, which is the length of `row` and `minus`; where 0 < start − j < N ≤ LANES, so is the step.
+            unsafe {
+                let at = row.as_mut_ptr().add(j);
+                let less = |at: *mut S::T| simd.sub(simd.load(at), simd.load(minus.as_ptr().add(j)));
+                let kept = if j + S::N <= start {
+                    simd.splat(S::T::ZERO)
+                } else if j >= start {
+                    less(at)
+                } else {
+                    simd.mul(less(at), simd.load(step.as_ptr().add(LANES + j - start)))
+                };
+                simd.store(at, kept);
+            }
+        }
+    }
+}
+
+/// Subtracts `minus` from the first `end` elements of `row` (a multiple of LANES long) and zeroes the others; returns the sums of
+/// every N-th element.
+#[inline(always)]
+fn keep_until<S: Simd>(simd: S, row: &mut [S::T], end: usize, minus: S::T) -> S::V {
+    let step: [S::T; 2 * LANES] = std::array::from_fn(|i| if i < LANES { S::T::ONE } else { S::T::ZERO });
+    let (minus, zero) = (simd.splat(minus), simd.splat(S::T::ZERO));
+    let mut total = zero;
+    for j in (0..row.len()).step_by(S::N) {
+        // SAFETY: j + N ≤ len; where 0 < end − j < N ≤ LANES, the step lies within its table.
+        unsafe {
+            let at = row.as_mut_ptr().add(j);
+            let kept = if j >= end {
+                zero
+            } else if j + S::N <= end {
+                simd.sub(simd.load(at), minus)
+            } else {
+                simd.mul(simd.sub(simd.load(at), minus), simd.load(step.as_ptr().add(LANES + j - end)))
+            };
+            total = simd.add(total, kept);
+            simd.store(at, kept);
+        }
+    }
+    total
 }
 
 /// Largest element of `row` (a multiple of LANES long).

@@ -130,6 +130,10 @@ ops! {
     );
     /// Zeroes above the diagonal, adds row sums.
     mask_triangle: fn(p: &mut [T], width: usize, diagonal: usize, sums: &mut [T]);
+    /// `p[i, j] −= minus[i]` for j ≤ i, zero elsewhere.
+    lower_less: fn(p: &mut [T], width: usize, minus: &[T]);
+    /// `p[i, j] −= minus[j]` for j ≥ i, zero elsewhere.
+    upper_less: fn(p: &mut [T], minus: &[T]);
     /// Largest element.
     slice_max: fn(row: &[T]) -> T;
     /// `row[j] = exp(row[j] + shift)`, returns their sum.

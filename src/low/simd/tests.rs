@@ -239,6 +239,17 @@ impl<T: Real> Suite<T> {
                 let expected: Vec<f64> =
                     (0..m).map(|i| weight[i].to_f64() + kept[i * width..(i + 1) * width].iter().sum::<f64>()).collect();
                 self.close("mask_triangle sums", &sums, &expected, 16 * width);
+
+                let mut p = panel.clone();
+                (self.ops.lower_less)(&mut p, width, &weight);
+                let lower = |i: usize, j: usize| if j <= i { at(i, j) - weight[i].to_f64() } else { 0.0 };
+                self.close("lower_less", &p, &(0..m * width).map(|i| lower(i / width, i % width)).collect::<Vec<_>>(), 4);
+                let mut p = panel.clone();
+                // What is left of the diagonal's lane group may be anything.
+                (0..m).for_each(|i| p[i * width..][..(i / LANES * LANES).min(width)].fill(T::from_f64(f64::NAN)));
+                (self.ops.upper_less)(&mut p, &before);
+                let upper = |i: usize, j: usize| if j >= i { at(i, j) - before[j].to_f64() } else { 0.0 };
+                self.close("upper_less", &p, &(0..m * width).map(|i| upper(i / width, i % width)).collect::<Vec<_>>(), 4);
             }
         }
     }
