@@ -47,8 +47,9 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
         });
     });
     for (mode, linear) in [("pure", &pure), ("near", &near)] {
+        let (mut gradients, mut ws) = (linear.new_gradients(n, n).expect("room for them"), linear.backward_workspace());
         group.bench_function(format!("{mode}_backward/{name}"), |b| {
-            b.iter(|| linear.causal_backward(black_box(&q), &k, &v, KeyMask::All, &grad));
+            b.iter(|| linear.causal_backward_into(black_box(&q), &k, &v, KeyMask::All, &grad, &mut gradients, &mut ws));
         });
     }
     let mut ws = exact.workspace();
@@ -74,6 +75,10 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     let mut ws = pure.workspace();
     group.bench_function(format!("linear/{name}"), |b| {
         b.iter(|| pure.full_into(black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws));
+    });
+    let (mut gradients, mut ws) = (pure.new_gradients(n, n).expect("room for them"), pure.backward_workspace());
+    group.bench_function(format!("linear_backward/{name}"), |b| {
+        b.iter(|| pure.full_backward_into(black_box(&q), &k, &v, KeyMask::All, &grad, &mut gradients, &mut ws));
     });
     let mut ws = exact.workspace();
     group.bench_function(format!("softmax_tiled/{name}"), |b| {

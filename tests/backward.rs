@@ -7,9 +7,9 @@ mod common;
 use common::assert_same_bits;
 use common::gradients::{CASES, Gradients, Problem, golden_problem};
 use common::{Golden, Inputs, Random, argument, assert_close};
-use dijiang::Real;
-use dijiang::attention::{KeyMask, Near};
+use dijiang::attention::{BackwardWorkspace, KeyMask, LinearConfig, Near};
 use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing, Projection};
+use dijiang::{Error, Real};
 use ndarray::{Array1, Array3, ArrayD, Axis, s};
 
 /// A gradient by the names of [`Problem::tensors`].
@@ -275,6 +275,49 @@ fn threads_change_no_bit() {
         assert_same_bits(seed, &one.v, &three.v);
         assert_eq!((&one.maps, &one.log_decay), (&three.maps, &three.log_decay));
     }
+}
+
+/// The same bits in memory that was used for other inputs before and is full of NaN.
+#[test]
+fn memory_that_is_used_again() {
+    for seed in 0..12 {
+        let problem = random_problem(seed);
+        let (attention, Inputs { q, k, v }, grad) = (problem.attention::<f64>(), &problem.inputs, &problem.cotangent);
+        let mut gradients = attention.new_gradients(q.shape()[1], k.shape()[1]).unwrap();
+        let mut ws = attention.backward_workspace();
+        for (factor, mask) in [(30.0, KeyMask::All), (1.0, problem.mask())] {
+            let x = q * factor;
+            gradients.q.fill(f64::NAN);
+            gradients.k.fill(f64::NAN);
+            gradients.v.fill(f64::NAN);
+            if problem.causal {
+                attention.causal_backward_into(&x, k, v, mask, grad, &mut gradients, &mut ws).unwrap();
+            } else {
+                attention.full_backward_into(&x, k, v, mask, grad, &mut gradients, &mut ws).unwrap();
+            }
+        }
+        assert!(gradients == problem.gradients::<f64>(), "seed {seed}");
+    }
+}
+
+#[test]
+fn results_and_memory_of_another_shape() {
+    let problem = random_problem(1);
+    let (attention, Inputs { q, k, v }, grad) = (problem.attention::<f64>(), &problem.inputs, &problem.cotangent);
+    let n = q.shape()[1];
+    let run = |gradients: &mut Gradients<f64>, ws: &mut BackwardWorkspace<f64>| {
+        attention.causal_backward_into(q, k, v, KeyMask::All, grad, gradients, ws).unwrap_err()
+    };
+    for (name, queries, keys) in [("gradients.q", n + 1, n), ("gradients.k", n, n - 1)] {
+        let error = run(&mut attention.new_gradients(queries, keys).unwrap(), &mut attention.backward_workspace());
+        assert_eq!(argument(&error), name);
+    }
+    let mut narrow = attention.new_gradients(n, n).unwrap();
+    narrow.v = Array3::zeros((narrow.v.shape()[0], n, narrow.v.shape()[2] + 1));
+    assert_eq!(argument(&run(&mut narrow, &mut attention.backward_workspace())), "gradients.v");
+    let other = LinearConfig::new().build(vec![DctMapConfig::new(q.shape()[2] + 1).build::<f64>().unwrap()]).unwrap();
+    assert_eq!(argument(&run(&mut attention.new_gradients(n, n).unwrap(), &mut other.backward_workspace())), "workspace");
+    assert!(matches!(attention.new_gradients(1 << 60, 1), Err(Error::TooLarge { .. })));
 }
 
 #[test]

@@ -23,6 +23,7 @@ fn every_public_type_is_send_and_sync() {
         shared::<LinearAttention<T, FavorMap<T>>>();
         shared::<Workspace<T>>();
         shared::<AttentionGradients<T, DctGradients>>();
+        shared::<BackwardWorkspace<T>>();
         shared::<StateGradients<T>>();
         shared::<DctMap<T>>();
         shared::<DctSums<T>>();

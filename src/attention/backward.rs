@@ -3,9 +3,12 @@
 //!
 //! The equations are in the engine, `tape.rs`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use ndarray::{Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, Axis, concatenate};
 
-use crate::attention::rows::{Valid, is_valid, put_row};
+use crate::attention::checks::{check_shapes, check_tokens};
+use crate::attention::rows::{Valid, is_valid, put_row, tokens_fit};
 use crate::attention::state::HeadState;
 use crate::attention::tape::{InputGradients, Order, Stretch, Tape, Targets, Upstream};
 use crate::attention::workspace::Sizes;
@@ -53,7 +56,7 @@ pub struct StateGradients<T> {
 
 /// Memory for the backward passes of one attention operator.
 ///
-/// It holds O(n·(d + e)) numbers a thread for the longest sequence it was used for. Its contents mean nothing before or after a
+/// It holds 2·n numbers a query head and thread for the longest sequence it was used for, and O(n·(d + e)) with a near part. Its contents mean nothing before or after a
 /// call. Make it once by [`backward_workspace`](LinearAttention::backward_workspace) and use it for every call.
 #[derive(Debug, Clone)]
 pub struct BackwardWorkspace<T> {
@@ -71,6 +74,15 @@ struct Inputs<'a, T> {
     valid: Valid<'a>,
 }
 
+impl<T: Real> Inputs<'_, T> {
+    /// Whether every element is in range.
+    fn fit(&self) -> bool {
+        let of_queries = self.q.outer_iter().chain(self.grad_out.outer_iter()).map(|rows| (rows, None));
+        let of_keys = [self.k, self.v].into_iter().map(|rows| (rows, self.valid));
+        of_queries.chain(of_keys).all(|(rows, valid)| tokens_fit(rows, 0..rows.nrows(), valid))
+    }
+}
+
 /// The rest of its gradients.
 struct HeadGradients<T, G> {
     map: G,
@@ -85,8 +97,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// - `q`, `k`, `v`, `mask` as for [`causal`](Self::causal); `grad_out`: `[h, n, e]`.
     ///
     /// # Cost
-    /// O(n) time: about three times that of the forward pass with a near part, five times without, which is computed again on the
-    /// way. Besides the results it allocates O(n·(d + e)) per thread. Heads in parallel; the same bits on any number of threads.
+    /// O(n) time: 3 to 3.5 times that of the forward pass, which is computed again on the way. Besides the results it allocates 2·n
+    /// numbers per query head and thread, and O(n·(d + e)) with a near part. Heads in parallel; the same bits on any number of threads.
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into), `grad_out` being checked like the other arguments.
@@ -122,7 +134,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     ///
     /// # Errors
     /// As [`causal_backward`](Self::causal_backward), with [`Error::Shape`] for gradients of other shapes and [`Error::Foreign`] for a
-    /// workspace of another operator's shape. After an error `gradients` are as before.
+    /// workspace of another operator's shape. After [`Error::NonFinite`] the contents of `gradients` mean nothing.
     pub fn causal_backward_into(
         &self,
         q: &ArrayRef3<T>,
@@ -136,8 +148,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?;
         self.check_gradient(q, k, v, mask, grad_out)?;
         self.check_results(q, k, v, gradients, ws)?;
-        self.backward(self.causal_order(), None, q, k, v, mask, grad_out, gradients, ws);
-        Ok(())
+        self.backward(self.causal_order(), None, q, k, v, mask, grad_out, gradients, ws).map(drop)
     }
 
     /// Zeros, for [`causal_backward_into`](Self::causal_backward_into) and [`full_backward_into`](Self::full_backward_into) to
@@ -189,7 +200,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?;
         self.check_gradient(q, k, v, mask, grad_out)?;
         let (mut gradients, mut ws) = (self.new_gradients(q.shape()[1], k.shape()[1])?, self.backward_workspace());
-        let states = self.backward(self.causal_order(), Some(state), q, k, v, mask, grad_out, &mut gradients, &mut ws);
+        let states = self.backward(self.causal_order(), Some(state), q, k, v, mask, grad_out, &mut gradients, &mut ws)?;
         Ok((gradients, states))
     }
 
@@ -214,7 +225,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         self.check_full()?;
         self.check_gradient(q, k, v, mask, grad_out)?;
         let mut gradients = self.new_gradients(q.shape()[1], k.shape()[1])?;
-        self.backward(Order::Full, None, q, k, v, mask, grad_out, &mut gradients, &mut self.backward_workspace());
+        self.backward(Order::Full, None, q, k, v, mask, grad_out, &mut gradients, &mut self.backward_workspace())?;
         Ok(gradients)
     }
 
@@ -235,10 +246,10 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         self.check_full()?;
         self.check_gradient(q, k, v, mask, grad_out)?;
         self.check_results(q, k, v, gradients, ws)?;
-        self.backward(Order::Full, None, q, k, v, mask, grad_out, gradients, ws);
-        Ok(())
+        self.backward(Order::Full, None, q, k, v, mask, grad_out, gradients, ws).map(drop)
     }
 
+    /// Whether everything has the shape it should; elements are looked at head by head, while they are in the cache.
     fn check_gradient(
         &self,
         q: &ArrayRef3<T>,
@@ -249,8 +260,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     ) -> Result<()> {
         check_shape("grad_out", grad_out, &[self.heads(), q.shape()[1], self.sizes.value_dim])?;
         self.check_gradients_room(q.shape()[1], k.shape()[1])?;
-        self.check(q, k, v, mask, grad_out)?;
-        check_elements("grad_out", grad_out)
+        check_shapes(self.heads(), self.maps().len(), self.sizes, q, k, v, mask, grad_out)
     }
 
     fn check_gradients_room(&self, queries: usize, keys: usize) -> Result<()> {
@@ -283,7 +293,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         grad_out: &ArrayRef3<T>,
         gradients: &mut AttentionGradients<T, M::Gradients>,
         ws: &mut BackwardWorkspace<T>,
-    ) -> Vec<StateGradients<T>> {
+    ) -> Result<Vec<StateGradients<T>>> {
         let (kv_heads, group) = (self.maps().len(), self.heads() / self.maps().len());
         let mut results: Vec<Option<HeadGradients<T, M::Gradients>>> = (0..kv_heads).map(|_| None).collect();
         if ws.tapes.len() < threads::max_threads().min(kv_heads) {
@@ -295,11 +305,19 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         let outputs = gradients.k.outer_iter_mut().zip(gradients.v.outer_iter_mut());
         let outputs = outputs.zip(gradients.q.axis_chunks_iter_mut(Axis(0), group)).map(|((k, v), q)| InputGradients { q, k, v });
         let items = inputs.zip(outputs).zip(&mut results).enumerate();
+        let clean = AtomicBool::new(true);
         threads::for_each(&mut ws.tapes, items, |tape, (h, ((inputs, outputs), result))| {
+            if !inputs.fit() {
+                return clean.store(false, Ordering::Relaxed);
+            }
             let tape = tape.get_or_insert_with(|| Tape::new(&self.maps()[h], self.sizes.value_dim));
             let state = state.map(|state| (&state.heads[h], state.position));
             *result = Some(self.head_backward(h, order, state, inputs, outputs, tape));
         });
+        if !clean.into_inner() {
+            check_tokens(q, k, v, mask)?;
+            check_elements("grad_out", grad_out)?;
+        }
         gradients.maps.clear();
         gradients.log_decay.clear();
         let mut states = Vec::with_capacity(kv_heads);
@@ -308,7 +326,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             gradients.log_decay.push(result.log_decay);
             states.push(result.state);
         }
-        states
+        Ok(states)
     }
 
     fn head_backward(

@@ -27,7 +27,7 @@ use crate::attention::state::{HeadState, Shape};
 use crate::attention::workspace::BLOCK;
 use crate::kernel::DifferentiableMap;
 use crate::real::Real;
-use crate::simd::{LANES, Ops, Product, padded, transpose};
+use crate::simd::{Ahead, LANES, Ops, Product, padded, transpose};
 
 /// Which keys a query meets.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -63,6 +63,25 @@ pub(super) struct Stretch<'a, T: 'static, M> {
     pub(super) lead: usize,
     /// Sums over the near keys, one per query head, to be taken as constants.
     pub(super) given: Option<&'a [NearSums<T>]>,
+}
+
+/// Arrays of an [`Ahead`] whose rows are keys; those of the queries follow.
+const KEYS: usize = 4;
+
+impl<T: Real, M> Stretch<'_, T, M> {
+    /// Keys, values and their gradients, then queries and the gradients of their outputs, and in the forward pass those of the
+    /// queries themselves; keys from that of the first query on.
+    fn ahead(&self, upstream: &Upstream<'_, T>, inputs: Option<&InputGradients<'_, T>>, forward: bool) -> Ahead<T> {
+        let kv = [self.k, self.v].map(|rows| rows.slice_move(s![self.lead.min(rows.nrows()).., ..]));
+        // Written in the backward pass, if there.
+        let written = inputs.filter(|_| !forward);
+        let nothing = kv[0].slice(s![..0, ..]);
+        let [grad_k, grad_v] = written.map_or([nothing, nothing], |inputs| [inputs.k.view(), inputs.v.view()]);
+        let grad_q = inputs.filter(|_| forward).map(|inputs| inputs.q.view());
+        let grad_out = if let Upstream::Rows(rows) = upstream { Some(*rows) } else { None };
+        let of_queries = [Some(self.q), grad_out, grad_q].into_iter().flatten().flat_map(|rows| rows.into_outer_iter());
+        Ahead::of(kv.into_iter().chain([grad_k, grad_v]).chain(of_queries))
+    }
 }
 
 /// exp(x·y)-weighted sums over the near keys of every query.
@@ -299,11 +318,13 @@ impl<T: Real> Tape<T> {
             refill(&mut self.keys, keys * padded(stretch.k.ncols()), T::ZERO);
             refill(&mut self.values, keys * padded(stretch.v.ncols()), T::ZERO);
         }
-        let mut pass = Forward { tape: self, stretch, state: &mut state, upstream: &mut upstream, targets: targets.as_mut(), origin };
-        pass.run();
+        let ahead = stretch.ahead(&upstream, targets.as_ref().and_then(|targets| targets.inputs.as_ref()), true);
+        let (target, from) = (targets.as_mut(), &mut upstream);
+        Forward { tape: self, stretch, state: &mut state, upstream: from, targets: target, origin, ahead }.run();
         if let Some(targets) = &mut targets {
+            let ahead = stretch.ahead(&upstream, targets.inputs.as_ref(), false);
             let upstream = if let Upstream::Rows(rows) = upstream { Some(rows) } else { None };
-            Backward { tape: self, stretch, upstream, targets, inputs, origin, frame: usize::MAX }.run();
+            Backward { tape: self, stretch, upstream, targets, inputs, origin, frame: usize::MAX, ahead }.run();
             let alone = self.events.iter().find(|event| event.kind != Kind::Read).map_or(stretch.k.nrows(), |event| event.tokens.start);
             if let (Some(inputs), true) = (&mut targets.inputs, self.keys.is_empty()) {
                 // Masked keys before the first other one, which joined no sums.
@@ -334,8 +355,9 @@ fn product<T>(
     (b, b_row): (&[T], usize),
     (c, c_row): (&mut [T], usize),
     accumulate: bool,
+    ahead: Option<&mut Ahead<T>>,
 ) {
-    ops.matmul(Product { m, n, k, a_row, a_col, b_row, c_row, accumulate }, a, b, c);
+    (ops.matmul_ahead)(Product { m, n, k, a_row, a_col, b_row, c_row, accumulate }, a, b, c, ahead);
 }
 
 /// Bands of LANES keys of a block of `tokens`: first key, keys. No query before the first key sees any of them.
@@ -352,6 +374,7 @@ struct Forward<'p, 'a, 'u, 'g, T: Real, M: DifferentiableMap<T>> {
     targets: Option<&'p mut Targets<'g, T, M::Sums>>,
     /// Position that positions are counted from.
     origin: usize,
+    ahead: Ahead<T>,
 }
 
 impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
@@ -360,8 +383,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let mut start = 0;
         match self.stretch.order {
             Order::Full => {
-                self.absorb(0..keys);
+                for start in (0..keys).step_by(BLOCK) {
+                    self.ahead.aim_some(0..KEYS, start + BLOCK, BLOCK);
+                    self.absorb(start..keys.min(start + BLOCK));
+                }
                 for start in (0..queries).step_by(BLOCK) {
+                    self.ahead.aim_some(KEYS..usize::MAX, start + BLOCK, BLOCK);
                     self.read(start..queries.min(start + BLOCK), 0..0);
                 }
             }
@@ -374,6 +401,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
                 let mut absorbed = 0;
                 while start < queries {
                     let (end, first) = near_block(self.stretch, near, start);
+                    self.ahead.aim(end, BLOCK);
                     self.absorb(absorbed..first.max(absorbed));
                     absorbed = first.max(absorbed);
                     self.read(start..end, first..self.stretch.lead + end);
@@ -453,7 +481,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             let b = &b[..feature.len() * width];
             feature.fill(T::ZERO);
             (T::ops().add_row_sums)(b, feature);
-            self.state.accumulate(T::ops(), b, feature, width, tokens, v_rows, None);
+            self.state.accumulate(T::ops(), b, feature, width, tokens, v_rows, Some(&mut self.ahead));
         }
     }
 
@@ -474,6 +502,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let width = padded(block.len());
         let tokens = self.weigh(block.clone(), true);
         let block = block.start..block.start + tokens;
+        self.ahead.aim(block.end, BLOCK);
         self.push_event(Kind::Both, block.clone());
         for h in 0..self.stretch.q.shape()[0] {
             self.query(h, block.clone(), 0..0, width);
@@ -572,10 +601,10 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         if own > 0 {
             for (band, keys) in bands(tokens) {
                 let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
-                product(ops, (keys, width - band, feature.len()), (&b[band..], 1, own), a, s, false);
+                product(ops, (keys, width - band, feature.len()), (&b[band..], 1, own), a, s, false, Some(&mut self.ahead));
             }
             (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
-            product(ops, (1, width, tokens), (ones, tokens, 1), (s, width), (total, width), true);
+            product(ops, (1, width, tokens), (ones, tokens, 1), (s, width), (total, width), true, None);
         }
     }
 
@@ -587,24 +616,32 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let Buffers { a, s, o, v_rows, top, total, feature, .. } = &mut self.tape.block;
         let o = &mut o[..tokens * stride];
         if self.state.started {
-            product(ops, (tokens, stride, feature.len()), (a, 1, width), (&self.state.sums, stride), (o, stride), false);
+            product(
+                ops,
+                (tokens, stride, feature.len()),
+                (a, 1, width),
+                (&self.state.sums, stride),
+                (o, stride),
+                false,
+                Some(&mut self.ahead),
+            );
         } else {
             o.fill(T::ZERO);
         }
         if own > 0 {
             for (band, keys) in bands(tokens) {
                 let (s, v, rows) = (&s[band * width + band..], &v_rows[band * stride..], &mut o[band * stride..]);
-                product(ops, (tokens - band, stride, keys), (s, 1, width), (v, stride), (rows, stride), true);
+                product(ops, (tokens - band, stride, keys), (s, 1, width), (v, stride), (rows, stride), true, Some(&mut self.ahead));
             }
         }
         if !keys.is_empty() {
-            product(ops, (tokens, stride, keys.len()), (&near.p, 1, width), (&near.v, stride), (o, stride), true);
+            product(ops, (tokens, stride, keys.len()), (&near.p, 1, width), (&near.v, stride), (o, stride), true, Some(&mut self.ahead));
         }
         for (i, (o, query)) in o.chunks_exact_mut(stride).zip(queries).enumerate() {
             if let Some(given) = stretch.given.map(|given| &given[h]) {
                 let factor = (given.top[query] - top[i]).exp();
                 let row = &given.numerator[query * stride..(query + 1) * stride];
-                product(ops, (1, stride, 1), (&[factor], 1, 1), (row, stride), (o, stride), true);
+                product(ops, (1, stride, 1), (&[factor], 1, 1), (row, stride), (o, stride), true, None);
             }
             (ops.scale)(if total[i] > T::ZERO { T::ONE / total[i] } else { T::ZERO }, o);
         }
@@ -622,20 +659,28 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         delta.fill(T::ZERO);
         if state.started {
             let df = &mut df[..feature.len() * width];
-            product(ops, (feature.len(), width, stride), (&state.sums, stride, 1), (v, width), (df, width), false);
+            product(ops, (feature.len(), width, stride), (&state.sums, stride, 1), (v, width), (df, width), false, Some(&mut self.ahead));
             (ops.column_dot)(&a[..feature.len() * width], df, delta);
         }
         if own > 0 {
             for (band, keys) in bands(tokens) {
                 let (rows, to) = (&v_rows[band * stride..], &mut products[band * width + band..]);
-                product(ops, (keys, width - band, stride), (rows, stride, 1), (&v[band..], width), (to, width), false);
+                product(
+                    ops,
+                    (keys, width - band, stride),
+                    (rows, stride, 1),
+                    (&v[band..], width),
+                    (to, width),
+                    false,
+                    Some(&mut self.ahead),
+                );
             }
             (ops.upper_less)(&mut products[..tokens * width], &zeros[..width]);
             (ops.column_dot)(&s[..tokens * width], &products[..tokens * width], delta);
         }
         if !keys.is_empty() {
             let dp = &mut near.dp[..keys.len() * width];
-            product(ops, (keys.len(), width, stride), (&near.v, stride, 1), (v, width), (dp, width), false);
+            product(ops, (keys.len(), width, stride), (&near.v, stride, 1), (v, width), (dp, width), false, Some(&mut self.ahead));
             (ops.column_dot)(&near.p[..keys.len() * width], dp, delta);
         }
         for (i, query) in queries.clone().enumerate() {
@@ -672,7 +717,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             (ops.upper_less)(&mut h[..tokens * width], &delta[..width]);
             for (band, keys) in bands(tokens) {
                 let (h, df) = ((&h[band * width + band..], width), (&mut df[band..], width));
-                product(ops, (feature.len(), width - band, keys), (&b[band..], own, 1), h, df, true);
+                product(ops, (feature.len(), width - band, keys), (&b[band..], own, 1), h, df, true, Some(&mut self.ahead));
             }
         }
         let (inverse, delta, column) = (&inverse[..width], &delta[..width], &mut column[..width]);
@@ -698,16 +743,32 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         for (tile, (start, y)) in (0..keys.len()).step_by(BLOCK).zip(y.chunks(dim * BLOCK)).enumerate() {
             let (count, y_width) = (BLOCK.min(keys.len() - start), padded(BLOCK.min(keys.len() - start)));
             debug_assert_eq!(start, tile * BLOCK);
-            product(ops, (dim, width, count), (y, y_width, 1), (&dp[start * width..], width), (&mut dx[..], width), true);
+            product(
+                ops,
+                (dim, width, count),
+                (y, y_width, 1),
+                (&dp[start * width..], width),
+                (&mut dx[..], width),
+                true,
+                Some(&mut self.ahead),
+            );
         }
         transpose(ops, width, &x[..dim_stride * width], T::ONE, x_rows);
         let rows = &mut self.tape.keys[keys.start * dim_stride..];
-        product(ops, (keys.len(), dim_stride, tokens), (dp, width, 1), (x_rows, dim_stride), (rows, dim_stride), true);
+        product(
+            ops,
+            (keys.len(), dim_stride, tokens),
+            (dp, width, 1),
+            (x_rows, dim_stride),
+            (rows, dim_stride),
+            true,
+            Some(&mut self.ahead),
+        );
         for ((to, from), &inverse) in o.chunks_exact_mut(stride).zip(g_rows.chunks_exact(stride)).zip(&inverse[..tokens]) {
             to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * inverse);
         }
         let rows = &mut self.tape.values[keys.start * stride..];
-        product(ops, (keys.len(), stride, tokens), (p, width, 1), (o, stride), (rows, stride), true);
+        product(ops, (keys.len(), stride, tokens), (p, width, 1), (o, stride), (rows, stride), true, Some(&mut self.ahead));
     }
 
     /// `dx` becomes rows of the queries' gradient.
@@ -770,7 +831,7 @@ fn near_scores<T: Real, M>(
     for (start, y) in (0..keys.len()).step_by(BLOCK).zip(near.y.chunks_exact(dim * BLOCK)) {
         let count = BLOCK.min(keys.len() - start);
         let p = &mut near.p[start * width..];
-        product(ops, (count, width, dim), (y, 1, padded(count)), (x, width), (p, width), false);
+        product(ops, (count, width, dim), (y, 1, padded(count)), (x, width), (p, width), false, None);
     }
     for (key, row) in keys.zip(near.p.chunks_exact_mut(width)) {
         let hidden = if is_valid(stretch.valid, key) { key.saturating_sub(query).min(width) } else { width };
@@ -805,7 +866,7 @@ impl<T: Real> NearSums<T> {
             (ops.exp_dot)(p, &zeros[..keys.len()], column, &ones[..keys.len()], total);
             sums.total[start..end].copy_from_slice(&total[..tokens]);
             let out = &mut sums.numerator[start * stride..end * stride];
-            product(ops, (tokens, stride, keys.len()), (p, 1, width), (v, stride), (out, stride), false);
+            product(ops, (tokens, stride, keys.len()), (p, 1, width), (v, stride), (out, stride), false, None);
             start = end;
         }
         sums
@@ -824,6 +885,7 @@ struct Backward<'p, 'a, 'g, T: Real, M: DifferentiableMap<T>> {
     origin: usize,
     /// The frame that R and r are in.
     frame: usize,
+    ahead: Ahead<T>,
 }
 
 impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
@@ -831,8 +893,16 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         self.tape.sums.fill(T::ZERO);
         self.tape.norm.fill(T::ZERO);
         let events = std::mem::take(&mut self.tape.events);
-        for event in events.iter().rev() {
+        for (i, event) in events.iter().enumerate().rev() {
             self.move_to(event.frame);
+            if let Some(next) = events[..i].last() {
+                let arrays = match next.kind {
+                    Kind::Read => KEYS..usize::MAX,
+                    Kind::Absorb => 0..KEYS,
+                    Kind::Both => 0..usize::MAX,
+                };
+                self.ahead.aim_some(arrays, next.tokens.start, next.tokens.len());
+            }
             let width = padded(event.tokens.len());
             match event.kind {
                 Kind::Read => (0..self.stretch.q.shape()[0]).for_each(|h| self.collect(h, event.tokens.clone(), 0)),
@@ -896,9 +966,17 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         let Buffers { b, df, v, dv_rows, feature, .. } = &mut self.tape.block;
         let m = feature.len();
         feature.copy_from_slice(&self.tape.norm);
-        product(ops, (m, width, stride), (&self.tape.sums, stride, 1), (v, width), (df, width), false);
+        product(ops, (m, width, stride), (&self.tape.sums, stride, 1), (v, width), (df, width), false, Some(&mut self.ahead));
         if self.inputs {
-            product(ops, (keys.len(), stride, m), (b, 1, width), (&self.tape.sums, stride), (dv_rows, stride), false);
+            product(
+                ops,
+                (keys.len(), stride, m),
+                (b, 1, width),
+                (&self.tape.sums, stride),
+                (dv_rows, stride),
+                false,
+                Some(&mut self.ahead),
+            );
         }
     }
 
@@ -931,26 +1009,26 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
             if self.inputs {
                 for (band, keys) in bands(tokens) {
                     let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
-                    product(ops, (keys, width - band, m), (&b[band..], 1, own), a, s, false);
+                    product(ops, (keys, width - band, m), (&b[band..], 1, own), a, s, false, Some(&mut self.ahead));
                 }
                 (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
                 for (band, keys) in bands(tokens) {
                     let (s, g, rows) = (&s[band * width + band..], &g_rows[band * stride..], &mut dv_rows[band * stride..]);
-                    product(ops, (keys, stride, tokens - band), (s, width, 1), (g, stride), (rows, stride), true);
+                    product(ops, (keys, stride, tokens - band), (s, width, 1), (g, stride), (rows, stride), true, Some(&mut self.ahead));
                 }
             }
             // Rows are queries here: query i sees the keys up to its own.
             for (band, count) in bands(tokens) {
                 let (g, to) = (&g_rows[band * stride..], &mut products[band * own..]);
-                product(ops, (count, padded(band + count), stride), (g, stride, 1), (v, own), (to, own), false);
+                product(ops, (count, padded(band + count), stride), (g, stride, 1), (v, own), (to, own), false, Some(&mut self.ahead));
             }
             (ops.lower_less)(&mut products[..tokens * own], own, &delta[..tokens]);
             for (band, count) in bands(tokens) {
                 let (a, h) = (&a[band..], &products[band * own..]);
-                product(ops, (m, padded(band + count), count), (a, width, 1), (h, own), (df, own), true);
+                product(ops, (m, padded(band + count), count), (a, width, 1), (h, own), (df, own), true, Some(&mut self.ahead));
             }
         }
-        product(ops, (m, stride, tokens), (a, width, 1), (g_rows, stride), (&mut self.tape.sums, stride), true);
+        product(ops, (m, stride, tokens), (a, width, 1), (g_rows, stride), (&mut self.tape.sums, stride), true, Some(&mut self.ahead));
         (ops.matvec)(a, width, delta, &mut self.tape.norm);
     }
 

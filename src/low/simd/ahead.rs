@@ -1,6 +1,7 @@
 //! [`Ahead`]: what will be read next.
 
 use std::marker::PhantomData;
+use std::ops::Range;
 
 use ndarray::ArrayView2;
 
@@ -24,6 +25,8 @@ pub(crate) struct Ahead<T> {
     len: usize,
     /// The run being fetched; those before it are.
     at: usize,
+    /// The first run that is not to be fetched.
+    end: usize,
     element: PhantomData<T>,
 }
 
@@ -49,7 +52,7 @@ impl<T> Ahead<T> {
     where
         T: 'a,
     {
-        let mut ahead = Self { runs: [Run::default(); RUNS], len: 0, at: 0, element: PhantomData };
+        let mut ahead = Self { runs: [Run::default(); RUNS], len: 0, at: 0, end: 0, element: PhantomData };
         for (run, array) in ahead.runs.iter_mut().zip(arrays) {
             let lines = if array.strides()[1] == 1 { (array.ncols() * size_of::<T>()).div_ceil(LINE) } else { 0 };
             let stride = array.strides()[0] * size_of::<T>() as isize;
@@ -62,17 +65,23 @@ impl<T> Ahead<T> {
 
     /// Turns to `rows` rows from `start` on, as far as there are any.
     pub(crate) fn aim(&mut self, start: usize, rows: usize) {
-        for run in &mut self.runs[..self.len] {
+        self.aim_some(0..self.len, start, rows);
+    }
+
+    /// [`aim`](Self::aim) for some of the arrays, and nothing else.
+    pub(crate) fn aim_some(&mut self, arrays: Range<usize>, start: usize, rows: usize) {
+        let end = arrays.end.min(self.len);
+        for run in &mut self.runs[arrays.start.min(end)..end] {
             run.next = run.first.wrapping_add_signed(run.stride.wrapping_mul(start as isize));
             run.left = rows.min(run.rows.saturating_sub(start));
         }
-        self.at = 0;
+        (self.at, self.end) = (arrays.start.min(end), end);
     }
 
     /// Asks for the next few lines.
     #[inline(always)]
     pub(super) fn fetch<S: Simd<T = T>>(&mut self, simd: S) {
-        if self.at < self.len {
+        if self.at < self.end {
             let run = &mut self.runs[self.at];
             let rows = run.left.min(run.at_once);
             for _ in 0..rows {

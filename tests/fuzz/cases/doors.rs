@@ -249,6 +249,13 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let grad = tensor::<T, _, _>(source, (h, q.shape()[1], width));
     tally.record(attention.prefill_backward(&attention.new_state(), &q, &k, &v, key_mask(&valid), &grad).map(|_| ()));
     tally.record(attention.full_backward(&q, &k, &v, key_mask(&valid), &grad).map(|_| ()));
+    if let Some(mut gradients) = tally.record(attention.new_gradients(source.upto(9), k.shape()[1])) {
+        let (mut ws, mut foreign) = (attention.backward_workspace(), other.backward_workspace());
+        for ws in [&mut ws, &mut foreign] {
+            tally.record(attention.causal_backward_into(&q, &k, &v, key_mask(&valid), &grad, &mut gradients, ws));
+            tally.record(attention.full_backward_into(&q, &k, &v, key_mask(&valid), &grad, &mut gradients, ws));
+        }
+    }
     state.reset();
     assert!(state == attention.new_state());
 }
