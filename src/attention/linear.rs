@@ -9,7 +9,7 @@ use crate::attention::checks::{check_scale, check_shapes, check_size, check_stat
 use crate::attention::near::Ring;
 use crate::attention::pages::{Pages, SEGMENT};
 use crate::attention::prefill::Stretch;
-use crate::attention::state::Shape;
+use crate::attention::state::{HeadState, Shape};
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{CausalState, KeyMask, Near, Workspace, decode, full};
 use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_room, check_shape};
@@ -35,7 +35,8 @@ pub struct LinearConfig {
     pub scale: Option<f64>,
     /// The exact near part of causal attention. Default: none.
     pub near: Option<Near>,
-    /// log γ ≤ 0 per token (and at least −[`Real::LIMIT`]), one per map, causal attention only. Default: empty, which stands for zeros (γ = 1).
+    /// log γ ≤ 0 per token (and at least −[`Real::LIMIT`]), one per map, causal attention only. Default: empty, which stands for zeros
+    /// (γ = 1).
     pub log_decay: Vec<f64>,
 }
 
@@ -245,8 +246,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     ///
     /// # Errors
     /// [`Error::Conflict`] with a near part or decay, [`Error::Shape`] and [`Error::Length`] for arguments that do not
-    /// fit, [`Error::Empty`] without queries or keys, [`Error::TooLarge`] for outputs there is no room for, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`] (masked
-    /// keys and their values are not looked at).
+    /// fit, [`Error::Empty`] without queries or keys, [`Error::TooLarge`] for outputs there is no room for, [`Error::NonFinite`] for
+    /// elements beyond [`Real::LIMIT`] (masked keys and their values are not looked at).
     pub fn full(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
         let mut out = self.output(q)?;
         self.full_into(q, k, v, mask, &mut out, &mut self.workspace())?;
@@ -347,37 +348,54 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         let n = q.shape()[1];
         check_shape("k", k, &[self.maps.len(), n, self.sizes.dim])?;
         check_shapes(self.heads, self.maps.len(), self.sizes, q, k, v, mask, out)?;
-        // Elements are looked at as they are read: to do so first would take them through the cache twice. There must be a
-        // state to go back to; for a few tokens it would cost more than it saves.
-        let (fresh, long) = (state.position == 0, n > SEGMENT);
+        let check = || check_tokens(q, k, v, mask);
+        self.advance(state, mask, n, workspace, check, |stretch, heads, workspace| {
+            let long = n > SEGMENT;
+            if long && Pages::<T>::pay(self.maps.len()) {
+                workspace.share_heads(self.shape());
+            }
+            let clean = AtomicBool::new(true);
+            let mut pages = std::mem::take(&mut workspace.pages);
+            let shared = pages.iter_mut().filter(|_| long).map(Some).chain(std::iter::repeat_with(|| None));
+            let states = heads.iter_mut().zip(shared).enumerate();
+            self.for_each_head(q, k, v, out, workspace, states, |head, (state, pages), q, k, v, out, scratch| {
+                let fits = match pages {
+                    Some(pages) => stretch.prefill_shared(head, state, q, k, v, out, pages),
+                    None => stretch.prefill(head, state, q, k, v, out, scratch),
+                };
+                clean.fetch_and(fits, Ordering::Relaxed);
+            });
+            workspace.pages = pages;
+            clean.into_inner()
+        })
+    }
+
+    /// `n` tokens join `state` by `walk`, which looks at elements as it reads them and returns whether all were in range: to do so
+    /// first, by `check`, would take them through the cache twice. There must be a state to go back to; for a few tokens to keep it
+    /// would cost more than it saves.
+    pub(super) fn advance(
+        &self,
+        state: &mut CausalState<T>,
+        mask: KeyMask<'_>,
+        n: usize,
+        workspace: &mut Workspace<T>,
+        check: impl Fn() -> Result<()>,
+        walk: impl FnOnce(Stretch<'_>, &mut [HeadState<T>], &mut Workspace<T>) -> bool,
+    ) -> Result<()> {
+        let (fresh, long) = (state.position == state.start(), n > SEGMENT);
         if !fresh && long {
             workspace.keep(&state.heads);
         } else if !fresh {
-            check_tokens(q, k, v, mask)?;
+            check()?;
         }
-        if long && Pages::<T>::pay(self.maps.len()) {
-            workspace.share_heads(self.shape());
-        }
-        let clean = AtomicBool::new(true);
-        let mut pages = std::mem::take(&mut workspace.pages);
-        let shared = pages.iter_mut().filter(|_| long).map(Some).chain(std::iter::repeat_with(|| None));
         let stretch = Stretch { position: state.position, mask, near: self.near };
-        let states = state.heads.iter_mut().zip(shared).enumerate();
-        self.for_each_head(q, k, v, out, workspace, states, |head, (state, pages), q, k, v, out, scratch| {
-            let fits = match pages {
-                Some(pages) => stretch.prefill_shared(head, state, q, k, v, out, pages),
-                None => stretch.prefill(head, state, q, k, v, out, scratch),
-            };
-            clean.fetch_and(fits, Ordering::Relaxed);
-        });
-        workspace.pages = pages;
-        if !clean.into_inner() {
+        if !walk(stretch, &mut state.heads, workspace) {
             if fresh {
-                state.reset();
+                state.heads.iter_mut().for_each(HeadState::reset);
             } else {
                 state.heads.iter_mut().zip(&workspace.snapshot).for_each(|(state, kept)| state.copy(kept));
             }
-            return check_tokens(q, k, v, mask);
+            return check();
         }
         state.position += n;
         Ok(())

@@ -7,10 +7,11 @@
 //! with the frames (c, p) of both states, λ = log γ. Keys that lie in the first segment's near part, but no more in that of the
 //! end, are absorbed before; the others stay near.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use ndarray::{Array3, ArrayRef3};
 
 use crate::attention::checks::{check_key_shapes, check_keys};
-use crate::attention::prefill::Stretch;
 use crate::attention::{CausalState, KeyMask, LinearAttention, Workspace, near};
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
@@ -48,18 +49,27 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     ) -> Result<()> {
         self.check_step(state, workspace)?;
         check_key_shapes(self.maps().len(), self.sizes, k, v, mask)?;
-        check_keys(k, v, mask)?;
         let n = k.shape()[1];
-        let stretch = Stretch { position: state.position, mask, near: self.near() };
         // Of no query heads.
         let nobody = |dim: usize| Array3::zeros((0, n, dim));
         let queries = nobody(self.sizes.dim);
-        let heads = state.heads.iter_mut().zip(k.outer_iter().zip(v.outer_iter())).enumerate();
-        threads::for_each(&mut workspace.scratches, heads, |scratch, (h, (state, (k, v)))| {
-            stretch.prefill(&self.head(h), state, queries.view(), k, v, nobody(self.sizes.value_dim).view_mut(), scratch);
-        });
-        state.position += n;
-        Ok(())
+        self.advance(
+            state,
+            mask,
+            n,
+            workspace,
+            || check_keys(k, v, mask),
+            |stretch, heads, workspace| {
+                let clean = AtomicBool::new(true);
+                let heads = heads.iter_mut().zip(k.outer_iter().zip(v.outer_iter())).enumerate();
+                threads::for_each(&mut workspace.scratches, heads, |scratch, (h, (state, (k, v)))| {
+                    let mut nothing = nobody(self.sizes.value_dim);
+                    let fits = stretch.prefill(&self.head(h), state, queries.view(), k, v, nothing.view_mut(), scratch);
+                    clean.fetch_and(fits, Ordering::Relaxed);
+                });
+                clean.into_inner()
+            },
+        )
     }
 
     /// `state` becomes that of its own segment and the next one, `next`: what feeding it the next segment's tokens would have made of

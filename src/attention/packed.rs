@@ -42,6 +42,13 @@ pub(crate) fn check_offsets_of(states: usize, offsets: &[usize], tokens: usize) 
     check_offsets("offsets", offsets, tokens).map(|_| ())
 }
 
+/// As [`check_offsets`], for queries and keys of as many sequences.
+fn check_both_offsets<T>(q_offsets: &[usize], k_offsets: &[usize], q: &ArrayRef3<T>, k: &ArrayRef3<T>) -> Result<()> {
+    let sequences = check_offsets("q_offsets", q_offsets, q.shape()[1])?;
+    check_len("k_offsets", sequences + 1, k_offsets.len())?;
+    check_offsets("k_offsets", k_offsets, k.shape()[1]).map(|_| ())
+}
+
 /// The tokens of each sequence.
 pub(crate) fn ranges(offsets: &[usize]) -> impl Iterator<Item = Range<usize>> + Send {
     offsets.windows(2).map(|pair| pair[0]..pair[1])
@@ -150,9 +157,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     ) -> Result<()> {
         self.check_full()?;
         workspace.check(self.sizes)?;
-        let sequences = check_offsets("q_offsets", q_offsets, q.shape()[1])?;
-        check_len("k_offsets", sequences + 1, k_offsets.len())?;
-        check_offsets("k_offsets", k_offsets, k.shape()[1])?;
+        check_both_offsets(q_offsets, k_offsets, q, k)?;
         self.check(q, k, v, mask, out)?;
         let packed = Packed { q, k, v, q_offsets, k_offsets, mask };
         for_each_part(packed, out, &mut workspace.scratches, std::iter::repeat(()), |part, (), scratch| {
@@ -308,9 +313,7 @@ impl<T: Real> ExactAttention<T> {
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
         self.check_full()?;
-        let sequences = check_offsets("q_offsets", q_offsets, q.shape()[1])?;
-        check_len("k_offsets", sequences + 1, k_offsets.len())?;
-        check_offsets("k_offsets", k_offsets, k.shape()[1])?;
+        check_both_offsets(q_offsets, k_offsets, q, k)?;
         self.check(q, k, v, mask, out, workspace)?;
         self.pass_packed(Packed { q, k, v, q_offsets, k_offsets, mask }, false, out, workspace);
         Ok(())

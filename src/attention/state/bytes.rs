@@ -182,6 +182,8 @@ impl Header {
             // The next key to join the sums must not lie before the frame.
             let next = head.ring.as_ref().map_or(position, |ring| ring.first(position));
             reader.sound &= head.reference_position <= next && head.pending.len <= PENDING;
+            // Without a token there is nothing in the sums.
+            reader.sound &= next > start || !head.started && head.pending.len == 0;
         }
         if reader.sound { Ok(state) } else { Err(fault("state", "made of finite numbers and counts in range", "others")) }
     }
