@@ -540,24 +540,23 @@ fn one_thread_and_many_agree_bit_for_bit() {
     }
     fn check<T: Real>(setup: &Setup) {
         let inputs = setup.inputs(300, 300);
-        let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        let expected = pool(1).install(|| runs::<T>(setup, &inputs));
+        let run = |threads| common::on_threads(threads, || runs::<T>(setup, &inputs));
+        let expected = run(1);
         for threads in [2, 3, 5] {
-            for (i, (got, expected)) in pool(threads).install(|| runs::<T>(setup, &inputs)).iter().zip(&expected).enumerate() {
+            for (i, (got, expected)) in run(threads).iter().zip(&expected).enumerate() {
                 assert_same_bits(format!("{setup:?}, {threads} threads, run {i}"), got, expected);
             }
         }
         // A workspace made for another number of threads serves as well.
         let (linear, inputs) = (setup.build::<T>(), inputs.cast());
         for (made, used) in [(1, 5), (5, 1), (2, 3)] {
-            let mut workspace = pool(made).install(|| linear.workspace());
+            let mut workspace = common::on_threads(made, || linear.workspace());
             let mut out = expected[0].clone();
             out.fill(T::from_f64(f64::NAN));
-            pool(used)
-                .install(|| {
-                    linear.prefill_into(&mut linear.empty(), &inputs.q, &inputs.k, &inputs.v, KeyMask::All, &mut out, &mut workspace)
-                })
-                .unwrap();
+            common::on_threads(used, || {
+                linear.prefill_into(&mut linear.empty(), &inputs.q, &inputs.k, &inputs.v, KeyMask::All, &mut out, &mut workspace)
+            })
+            .unwrap();
             assert_same_bits(format!("{setup:?}, made for {made}, used by {used}"), &out, &expected[0]);
         }
     }
@@ -585,8 +584,7 @@ fn threads_share_a_head_bit_for_bit() {
         let valid: Vec<bool> = (0..n).map(|j| j > 600 && j % 7 != 3).collect();
         let run = |threads: usize| {
             let mut workspace = linear.workspace();
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            pool.install(|| {
+            common::on_threads(threads, || {
                 let mut state = linear.empty();
                 let mut outs = Vec::new();
                 for tokens in [0..29, 29..1000, 1000..n] {

@@ -3,10 +3,10 @@
 
 mod common;
 
-#[cfg(feature = "rayon")]
-use common::assert_same_bits;
 use common::gradients::{CASES, Gradients, Problem, golden_problem};
 use common::{Golden, Inputs, Random, argument, assert_close};
+#[cfg(feature = "rayon")]
+use common::{assert_same_bits, on_threads};
 use dijiang::attention::{BackwardWorkspace, KeyMask, LinearConfig, Near};
 use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing, Projection};
 use dijiang::{Error, Real};
@@ -267,8 +267,7 @@ fn threads_change_no_bit() {
             v: heads(&problem.inputs.v, kv_heads),
         };
         problem.cotangent = heads(&problem.cotangent, problem.heads);
-        let on =
-            |threads: usize| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| problem.gradients::<f32>());
+        let on = |threads| on_threads(threads, || problem.gradients::<f32>());
         let (one, three) = (on(1), on(3));
         assert_same_bits(seed, &one.q, &three.q);
         assert_same_bits(seed, &one.k, &three.k);

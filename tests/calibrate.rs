@@ -214,8 +214,7 @@ fn threads_change_no_bit() {
     let samples = texts();
     let options = CalibrateOptions::new().with_steps(15).with_batch(3).with_decay(Fit::Train).with_seed(5);
     let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
+        common::on_threads(threads, || {
             let mut layer = layer(near());
             (calibrate(&mut layer, &samples, &options), numbers(&layer))
         })
@@ -306,8 +305,7 @@ fn a_choice_without_limits_takes_what_lowers_the_error() {
     let best = trials.iter().filter_map(|trial| trial.error).fold(f64::INFINITY, f64::min);
     assert!(report.calibration.after() <= best, "{report:?}");
     // Without a budget nothing depends on the clock, nor on threads.
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-    let (again, _) = pool.install(|| choose(Causality::Causal, &choice())).unwrap();
+    let (again, _) = common::on_threads(3, || choose(Causality::Causal, &choice())).unwrap();
     assert_eq!(numbers(&again), numbers(&layer));
 }
 

@@ -79,11 +79,6 @@ fn streamed<T: Real, A: Attention<T>>(layer: &A, x: &Array2<T>, pieces: &[usize]
     out
 }
 
-#[cfg(feature = "rayon")]
-fn with_threads<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
-    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
-}
-
 // ---- the reference -------------------------------------------------------------------------------------------------
 
 /// x Wᵀ + b, every head rotated at its position.
@@ -326,7 +321,7 @@ fn threads_change_no_bit() {
     let (exact, linear) = (softmax(grouped(), 1), linear(grouped(), rich(), 1));
     let x: Array3<f64> = Random::new(29).normals((3, 300, 24), 1.0);
     let run = |threads| {
-        with_threads(threads, || {
+        common::on_threads(threads, || {
             let (mut linear, samples) = (linear.clone(), [x.index_axis(Axis(0), 0), x.index_axis(Axis(0), 1)]);
             let batches = [exact.forward_batch(&x, None).unwrap(), linear.forward_batch(&x, None).unwrap()];
             let report = linear.calibrate(&samples, &CalibrateOptions::new(), |_| ControlFlow::Continue(())).unwrap();

@@ -136,10 +136,7 @@ fn threads_change_no_bit() {
     let (_, layer, _) = cases().remove(2);
     let mut random = Random::new(10);
     let (x, grad_out): (Array2<f64>, Array2<f64>) = (random.normals((300, MODEL), 1.0), random.normals((300, MODEL), 1.0));
-    let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| layer.backward(&x, KeyMask::All, &grad_out).unwrap())
-    };
+    let run = |threads| common::on_threads(threads, || layer.backward(&x, KeyMask::All, &grad_out).unwrap());
     let one = run(1);
     assert_eq!(one, run(2));
     assert_eq!(one, run(5));

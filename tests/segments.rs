@@ -12,15 +12,7 @@ use dijiang::{Error, Real};
 use ndarray::{Array2, s};
 
 fn setups() -> Vec<Setup> {
-    vec![
-        Setup::new(1),
-        Setup::new(2).decay(-0.05),
-        Setup::new(3).near(3, 2),
-        Setup::new(4).near(70, 1).decay(-0.1),
-        Setup::new(5).heads(6, 3).sizes(16, 17, 5),
-        Setup::new(6).heads(2, 1).near(4, 0).decay(-0.3),
-        Setup::new(7).near(150, 1),
-    ]
+    [&Setup::typical()[..], &[Setup::new(6).heads(2, 1).near(4, 0).decay(-0.3), Setup::new(7).near(150, 1)]].concat()
 }
 
 const TOKENS: usize = 331;

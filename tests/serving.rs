@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{Random, argument, assert_same_bits, cast};
+use common::{Random, argument, assert_same_bits, cast, on_threads};
 use dijiang::attention::{KeyMask, Near};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions, DijiangState, Padding, Rotary,
@@ -52,8 +52,7 @@ fn a_batch_is_its_sequences_bit_for_bit() {
                     layer.step(state, &x.row(i), &mut expected.row_mut(i)).unwrap();
                 }
                 let mut out = Array2::from_elem((b, 23), T::from_f64(f64::NAN));
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-                pool.install(|| layer.step_batch(&mut states.iter_mut().collect::<Vec<_>>(), &x, &mut out)).unwrap();
+                on_threads(threads, || layer.step_batch(&mut states.iter_mut().collect::<Vec<_>>(), &x, &mut out)).unwrap();
                 assert_same_bits(format!("{near:?}, {b} sequences, token {t}"), &out, &expected);
                 assert!(states == alone);
             }

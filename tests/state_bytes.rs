@@ -11,16 +11,6 @@ use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttent
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array2, s};
 
-fn setups() -> Vec<Setup> {
-    vec![
-        Setup::new(1),
-        Setup::new(2).decay(-0.05),
-        Setup::new(3).near(3, 2),
-        Setup::new(4).near(70, 1).decay(-0.1),
-        Setup::new(5).heads(6, 3).sizes(16, 17, 5),
-    ]
-}
-
 /// The empty state, one with pending keys, one after a prefill.
 fn states<T: Real, A: Stream<T>>(attention: &A, setup: &Setup) -> Vec<A::State> {
     let (inputs, mut state) = (setup.inputs(83, 83).cast(), attention.empty());
@@ -52,7 +42,7 @@ fn exact_bytes_continue_bit_for_bit() {
             assert!(read == state);
         }
     }
-    for setup in setups() {
+    for setup in Setup::typical() {
         check::<f32>(&setup);
         check::<f64>(&setup);
     }
@@ -70,7 +60,7 @@ fn short_numbers_are_near() {
         let expected = attention.steps(&mut state, &later).mapv(Real::to_f64);
         assert_close(format!("{setup:?}"), &attention.steps(&mut read, &later), &expected, tolerance);
     }
-    for setup in setups() {
+    for setup in Setup::typical() {
         check::<f64>(&setup, Storage::F32, 1e-6);
         check::<f64>(&setup, Storage::Bf16, 0.05);
         check::<f32>(&setup, Storage::Bf16, 0.05);

@@ -159,6 +159,17 @@ pub struct Setup {
 }
 
 impl Setup {
+    /// Pure, with decay, with near parts short and long, with grouped heads of odd sizes.
+    pub fn typical() -> Vec<Self> {
+        vec![
+            Self::new(1),
+            Self::new(2).decay(-0.05),
+            Self::new(3).near(3, 2),
+            Self::new(4).near(70, 1).decay(-0.1),
+            Self::new(5).heads(6, 3).sizes(16, 17, 5),
+        ]
+    }
+
     /// One head, d = 5, e = 3, m = 8, pure, without decay.
     pub fn new(seed: u64) -> Self {
         Self { seed, heads: 1, kv_heads: 1, d: 5, e: 3, m: 8, scale: None, near: None, log_decay: 0.0, spread: 1.5 }

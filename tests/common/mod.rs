@@ -160,6 +160,11 @@ pub fn assert_same_bits<T: Real, D: Dimension>(context: impl Debug, got: &ArrayR
     }
 }
 
+/// `work` in a pool of that many threads.
+pub fn on_threads<R: Send>(threads: usize, work: impl FnOnce() -> R + Send) -> R {
+    rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(work)
+}
+
 /// The argument an error names.
 pub fn argument(error: &Error) -> &'static str {
     match error {
