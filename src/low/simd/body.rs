@@ -589,11 +589,14 @@ pub(super) fn vecmat<S: Simd>(simd: S, x: &[S::T], a: &[S::T], accumulate: bool,
     assert!(n.is_multiple_of(LANES) && a.len() >= x.len() * n, "matrix");
     let mut i = 0;
     while i < n {
-        // SAFETY: i + 4·N ≤ n, or i + N ≤ n.
+        // SAFETY: i + 4·N, i + 2·N or i + N ≤ n.
         unsafe {
             if i + 4 * S::N <= n {
                 vecmat_columns::<S, 4>(simd, x, a, accumulate, out, i);
                 i += 4 * S::N;
+            } else if i + 2 * S::N <= n {
+                vecmat_columns::<S, 2>(simd, x, a, accumulate, out, i);
+                i += 2 * S::N;
             } else {
                 vecmat_columns::<S, 1>(simd, x, a, accumulate, out, i);
                 i += S::N;
