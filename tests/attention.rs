@@ -567,6 +567,47 @@ fn one_thread_and_many_agree_bit_for_bit() {
     }
 }
 
+/// Full attention over keys in several parts, by one thread and by many: the same bits, and the last query sees what it sees in a
+/// causal pass.
+#[cfg(feature = "rayon")]
+#[test]
+fn full_attention_shares_keys_and_queries() {
+    fn check<T: Real>(setup: &Setup, (queries, keys): (usize, usize), first: usize) {
+        let linear = setup.build::<T>();
+        let mut inputs = setup.inputs(queries, keys);
+        // Frames differ between parts.
+        for (at, size) in [(keys / 40, 9.0), (keys / 2, 90.0), (keys - 1, 30.0)] {
+            inputs.k.slice_mut(s![.., at, ..]).mapv_inplace(|x| x * size);
+        }
+        let inputs: Inputs<T> = inputs.cast();
+        let valid: Vec<bool> = (0..keys).map(|j| j >= first && j % 7 != 3).collect();
+        let run = |threads: usize| {
+            let mut workspace = linear.workspace();
+            common::on_threads(threads, || {
+                let mut out = Array3::from_elem((setup.heads, queries, setup.e), T::from_f64(f64::NAN));
+                let Inputs { q, k, v } = &inputs;
+                linear.full_into(q, k, v, KeyMask::Valid(&valid), &mut out, &mut workspace).unwrap();
+                out
+            })
+        };
+        let expected = run(1);
+        for threads in [2, 4, 7] {
+            assert_same_bits(format!("{setup:?}, {queries} by {keys}, {threads} threads"), &run(threads), &expected);
+        }
+        if queries == keys {
+            let causal = linear.causal_of(&inputs, KeyMask::Valid(&valid)).unwrap();
+            let last = |out: &Array3<T>| out.slice(s![.., queries - 1.., ..]).mapv(Real::to_f64);
+            assert_close(format!("{setup:?}"), &last(&expected), &last(&causal), tolerance::<T>(50.0, keys));
+        }
+    }
+    for setup in [Setup::new(1).heads(3, 1), Setup::new(2).sizes(16, 5, 7)] {
+        for (shape, first) in [((4242, 4242), 0), ((4242, 4242), 2100), ((1, 5000), 30), ((777, 3), 0), ((600, 37_000), 0)] {
+            check::<f32>(&setup, shape, first);
+            check::<f64>(&setup, shape, first);
+        }
+    }
+}
+
 /// Heads too few for the threads are worked on by several: the same bits in outputs and state, the same errors, and
 /// nothing changed by them.
 #[cfg(feature = "rayon")]

@@ -254,7 +254,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         Ok(out)
     }
 
-    /// [`full`](Self::full) into the caller's memory, without allocating.
+    /// [`full`](Self::full) into the caller's memory, without allocating. Heads are shared out among the threads of the current pool;
+    /// if there are less than half as many key-value heads as threads, all threads share each of them when it is long, in room that
+    /// the workspace makes at the first such call. The bits do not depend on it.
     ///
     /// # Shapes
     /// - as [`full`](Self::full), `out`: `[h, n_q, e]`.
@@ -273,6 +275,14 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         self.check_full()?;
         workspace.check(self.sizes)?;
         self.check(q, k, v, mask, out)?;
+        if Pages::<T>::pay(self.maps.len()) && q.shape()[1].max(k.shape()[1]) > SEGMENT {
+            workspace.share_keys(full::PARTS);
+            let Workspace { parts, scratches, .. } = workspace;
+            for (h, (q, k, v, out)) in self.head_parts(q, k, v, out).enumerate() {
+                full::full_shared(&self.head(h), q, k, v, mask.valid(), out, parts, scratches);
+            }
+            return Ok(());
+        }
         self.for_each_head(q, k, v, out, workspace, (0..).map(|h| (h, ())), |head, (), q, k, v, out, scratch| {
             full::full(head, q, k, v, mask.valid(), out, scratch);
         });
@@ -497,11 +507,22 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         states: impl Iterator<Item = (usize, S)> + Send,
         work: impl Fn(&Head<'_, T, M>, S, ArrayView3<'_, T>, ArrayView2<'_, T>, ArrayView2<'_, T>, ArrayViewMut3<'_, T>, &mut Scratch<T>) + Sync,
     ) {
-        let group = self.heads / self.maps.len();
-        let parts = q.axis_chunks_iter(Axis(0), group).zip(out.axis_chunks_iter_mut(Axis(0), group));
-        let items = k.outer_iter().zip(v.outer_iter()).zip(parts).zip(states);
-        threads::for_each(&mut workspace.scratches, items, |scratch, (((k, v), (q, out)), (h, state))| {
+        let items = self.head_parts(q, k, v, out).zip(states);
+        threads::for_each(&mut workspace.scratches, items, |scratch, ((q, k, v, out), (h, state))| {
             work(&self.head(h), state, q, k, v, out, scratch);
         });
+    }
+
+    /// Every key-value head's share of the arguments: `[group, n_q, d]`, `[n_k, d]`, `[n_k, e]`, `[group, n_q, e]`.
+    fn head_parts<'a>(
+        &self,
+        q: &'a ArrayRef3<T>,
+        k: &'a ArrayRef3<T>,
+        v: &'a ArrayRef3<T>,
+        out: &'a mut ArrayRef3<T>,
+    ) -> impl Iterator<Item = (ArrayView3<'a, T>, ArrayView2<'a, T>, ArrayView2<'a, T>, ArrayViewMut3<'a, T>)> + Send {
+        let group = self.heads / self.maps.len();
+        let parts = q.axis_chunks_iter(Axis(0), group).zip(out.axis_chunks_iter_mut(Axis(0), group));
+        k.outer_iter().zip(v.outer_iter()).zip(parts).map(|((k, v), (q, out))| (q, k, v, out))
     }
 }

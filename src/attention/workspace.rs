@@ -55,6 +55,8 @@ pub struct Workspace<T> {
     pub(super) snapshot: Vec<HeadState<T>>,
     /// One for each head, once heads were too few for the threads.
     pub(super) pages: Vec<Pages<T>>,
+    /// Sums over parts of the keys, once heads of full attention were too few for the threads.
+    pub(super) parts: Vec<HeadState<T>>,
 }
 
 /// What one thread works in. Panels are `[rows, width]` with `width` ≤ BLOCK.
@@ -76,6 +78,8 @@ pub(super) struct Scratch<T> {
     pub(super) o: Vec<T>,
     /// The sums of full attention, which outlive no call.
     pub(super) sums: HeadState<T>,
+    /// Those over a part of its keys.
+    pub(super) part: HeadState<T>,
     /// One number per feature.
     pub(super) feature: Vec<T>,
     /// One number per token: exponents of keys, or shifts of queries.
@@ -92,12 +96,12 @@ pub(super) struct Scratch<T> {
 
 impl<T: Real> Workspace<T> {
     pub(super) fn new(sizes: Sizes, snapshot: Vec<HeadState<T>>) -> Self {
-        Self { sizes, scratches: vec![Scratch::new(sizes); max_threads()], snapshot, pages: Vec::new() }
+        Self { sizes, scratches: vec![Scratch::new(sizes); max_threads()], snapshot, pages: Vec::new(), parts: Vec::new() }
     }
 
     /// For one thread.
     pub(super) fn for_steps(sizes: Sizes) -> Self {
-        Self { sizes, scratches: vec![Scratch::new(sizes)], snapshot: Vec::new(), pages: Vec::new() }
+        Self { sizes, scratches: vec![Scratch::new(sizes)], snapshot: Vec::new(), pages: Vec::new(), parts: Vec::new() }
     }
 
     /// Keeps `states` in the snapshot.
@@ -115,6 +119,13 @@ impl<T: Real> Workspace<T> {
         }
     }
 
+    /// Makes room for the sums of as many parts of full attention's keys.
+    pub(super) fn share_keys(&mut self, parts: usize) {
+        if self.parts.len() != parts {
+            self.parts = vec![self.scratches[0].part.clone(); parts];
+        }
+    }
+
     /// The one scratch of work that stays on the calling thread.
     pub(super) fn first(&mut self) -> &mut Scratch<T> {
         &mut self.scratches[0]
@@ -127,7 +138,7 @@ impl<T: Real> Workspace<T> {
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let snapshot = self.snapshot.iter().map(HeadState::len);
+        let snapshot = self.snapshot.iter().chain(&self.parts).map(HeadState::len);
         let pages = self.pages.iter().map(Pages::len);
         self.scratches.iter().map(Scratch::len).chain(snapshot).chain(pages).sum::<usize>() * size_of::<T>()
     }
@@ -137,6 +148,7 @@ impl<T: Real> Scratch<T> {
     pub(super) fn new(sizes: Sizes) -> Self {
         let Sizes { dim, features, value_dim, scores, map } = sizes;
         let zeros = |len| vec![T::zero(); len];
+        let sums = HeadState::new(Shape { heads: 1, dim, features, value_dim, near: None });
         Self {
             x: zeros(dim * BLOCK),
             y: zeros(dim * BLOCK),
@@ -146,7 +158,8 @@ impl<T: Real> Scratch<T> {
             v: zeros(BLOCK * padded(value_dim)),
             p: zeros(BLOCK * scores),
             o: zeros(BLOCK * padded(value_dim)),
-            sums: HeadState::new(Shape { heads: 1, dim, features, value_dim, near: None }),
+            sums: sums.clone(),
+            part: sums,
             feature: zeros(features),
             column: zeros(BLOCK),
             top: zeros(BLOCK),
@@ -163,5 +176,6 @@ impl<T: Real> Scratch<T> {
             .map(Vec::len)
             .sum::<usize>()
             + self.sums.len()
+            + self.part.len()
     }
 }
