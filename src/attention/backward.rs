@@ -56,8 +56,9 @@ pub struct StateGradients<T> {
 
 /// Memory for the backward passes of one attention operator.
 ///
-/// It holds 2·n numbers a query head and thread for the longest sequence it was used for, and O(n·(d + e)) with a near part. Its contents mean nothing before or after a
-/// call. Make it once by [`backward_workspace`](LinearAttention::backward_workspace) and use it for every call.
+/// It holds 2·n numbers a query head and thread for the longest sequence it was used for, and O(n·(d + e)) with a near part. Its
+/// contents mean nothing before or after a call. Make it once by [`backward_workspace`](LinearAttention::backward_workspace) and
+/// use it for every call.
 #[derive(Debug, Clone)]
 pub struct BackwardWorkspace<T> {
     sizes: Sizes,

@@ -287,8 +287,9 @@ impl<T: Real> DijiangAttention<T> {
     /// # Cost
     /// Softmax attention once (twice on the held-out samples), then linear attention's far part 12 times over the samples
     /// for the closed form, forward and backward once per step over [`batch`](CalibrateOptions::batch) of them, and 12 times
-    /// over the samples again; with no near part, where the mix cancels, the steps alone. Fitting decay adds 12 times. Heads and samples in parallel; without a limit of time the
-    /// result does not depend on the number of threads. Memory: about 5·n·h·d numbers for n tokens in all samples.
+    /// over the samples again; with no near part, where the mix cancels, the steps alone. Fitting decay adds 12 times. Heads and
+    /// samples in parallel; without a limit of time the result does not depend on the number of threads. Memory: about 5·n·h·d
+    /// numbers for n tokens in all samples.
     ///
     /// # Errors
     /// [`Error::Empty`] without samples or for an empty one, [`Error::Shape`] for one of another width,

@@ -75,7 +75,8 @@ impl<T: Real> StatePool<T> {
     /// `capacity` times the bytes of a state and of the scratch memory of a step.
     ///
     /// # Errors
-    /// [`Error::Value`] for a capacity of 0, [`Error::TooLarge`] for one beyond 2²⁰ or without room for it, [`Error::Conflict`] for a bidirectional layer.
+    /// [`Error::Value`] for a capacity of 0, [`Error::TooLarge`] for one beyond 2²⁰ or without room for it, [`Error::Conflict`] for a
+    /// bidirectional layer.
     pub fn new(layer: &DijiangAttention<T>, capacity: usize) -> Result<Self> {
         check_positive("capacity", capacity)?;
         if capacity > MOST {
