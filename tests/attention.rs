@@ -600,7 +600,7 @@ fn full_attention_shares_keys_and_queries() {
             assert_close(format!("{setup:?}"), &last(&expected), &last(&causal), tolerance::<T>(50.0, keys));
         }
     }
-    for setup in [Setup::new(1).heads(3, 1), Setup::new(2).sizes(16, 5, 7)] {
+    for setup in [Setup::new(1).heads(3, 1), Setup::new(2).sizes(16, 5, 7), Setup::new(3).heads(4, 2)] {
         for (shape, first) in [((4242, 4242), 0), ((4242, 4242), 2100), ((1, 5000), 30), ((777, 3), 0), ((600, 37_000), 0)] {
             check::<f32>(&setup, shape, first);
             check::<f64>(&setup, shape, first);

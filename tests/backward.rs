@@ -3,14 +3,14 @@
 
 mod common;
 
-use common::gradients::{CASES, Gradients, Problem, golden_problem};
-use common::{Golden, Inputs, Random, argument, assert_close};
 #[cfg(feature = "rayon")]
-use common::{assert_same_bits, on_threads};
+use common::assert_same_bits;
+use common::gradients::{CASES, Gradients, Problem, golden_problem};
+use common::{Golden, Inputs, Random, argument, assert_close, on_threads};
 use dijiang::attention::{BackwardWorkspace, KeyMask, LinearConfig, Near};
-use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing, Projection};
+use dijiang::kernel::{DctMap, DctMapConfig, DctParams, DifferentiableMap, Envelope, FavorConfig, FeatureMap, Mixing, Pairing, Projection};
 use dijiang::{Error, Real};
-use ndarray::{Array1, Array3, ArrayD, Axis, s};
+use ndarray::{Array1, Array3, ArrayD, Axis, ShapeBuilder, s};
 
 /// A gradient by the names of [`Problem::tensors`].
 fn by_name<T: Real>(gradients: &Gradients<T>, h: usize, name: &str) -> Vec<f64> {
@@ -80,7 +80,7 @@ fn golden_gradients_in_f32() {
 /// Random parameters and inputs; every choice follows from the seed.
 fn random_problem(seed: u64) -> Problem {
     let mut random = Random::new(seed);
-    let (d, e) = (random.choose(&[1, 3, 8, 16, 17]), random.choose(&[1, 2, 16, 19]));
+    let (d, e) = (random.choose(&[1, 3, 8, 16, 17, 32, 64]), random.choose(&[1, 2, 16, 19]));
     let kv_heads = random.choose(&[1, 1, 2]);
     let heads = kv_heads * random.choose(&[1, 1, 3]);
     let causal = random.chance(0.75);
@@ -105,12 +105,13 @@ fn random_problem(seed: u64) -> Problem {
 fn random_map(random: &mut Random, d: usize, seed: u64) -> DctParams {
     // All heads have the same number of features, 2·d.
     let envelope = random.choose(&[Envelope::None, Envelope::Gaussian]);
-    let mut map = match random.below(6) {
+    let mut map = match random.below(7) {
         0 => DctMapConfig::new(d).with_blocks(2).params().unwrap(),
         1 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap(),
         2 => DctMapConfig::new(d).with_blocks(2).with_mixing(Mixing::Mixed).with_seed(seed).params().unwrap(),
         3 => DctMapConfig::new(d).with_blocks(2).params().unwrap().to_deep(),
         4 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap().to_deep(),
+        5 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).with_mixing(Mixing::Mixed).with_seed(seed).params().unwrap(),
         _ => FavorConfig::new(d, 2 * d).with_seed(seed).params().unwrap(),
     };
     map.envelope = envelope;
@@ -276,26 +277,114 @@ fn threads_change_no_bit() {
     }
 }
 
-/// The same bits in memory that was used for other inputs before and is full of NaN.
+/// The gradients of `problem`, in memory that is full of NaN.
+fn gradients_into(problem: &Problem, gradients: &mut Gradients<f64>, ws: &mut BackwardWorkspace<f64>) -> dijiang::Result<()> {
+    let (attention, Inputs { q, k, v }) = (problem.attention::<f64>(), &problem.inputs);
+    for array in [&mut gradients.q, &mut gradients.k, &mut gradients.v] {
+        array.fill(f64::NAN);
+    }
+    match problem.causal {
+        true => attention.causal_backward_into(q, k, v, problem.mask(), &problem.cotangent, gradients, ws),
+        false => attention.full_backward_into(q, k, v, problem.mask(), &problem.cotangent, gradients, ws),
+    }
+}
+
+/// The same bits in memory that was used for other inputs before, on another number of threads, and in another layout; also after
+/// an error.
 #[test]
 fn memory_that_is_used_again() {
-    for seed in 0..12 {
+    for seed in 0..30 {
         let problem = random_problem(seed);
-        let (attention, Inputs { q, k, v }, grad) = (problem.attention::<f64>(), &problem.inputs, &problem.cotangent);
-        let mut gradients = attention.new_gradients(q.shape()[1], k.shape()[1]).unwrap();
-        let mut ws = attention.backward_workspace();
-        for (factor, mask) in [(30.0, KeyMask::All), (1.0, problem.mask())] {
-            let x = q * factor;
-            gradients.q.fill(f64::NAN);
-            gradients.k.fill(f64::NAN);
-            gradients.v.fill(f64::NAN);
-            if problem.causal {
-                attention.causal_backward_into(&x, k, v, mask, grad, &mut gradients, &mut ws).unwrap();
-            } else {
-                attention.full_backward_into(&x, k, v, mask, grad, &mut gradients, &mut ws).unwrap();
-            }
+        let (attention, expected) = (problem.attention::<f64>(), problem.gradients::<f64>());
+        let [n, n_k] = [&problem.inputs.q, &problem.inputs.k].map(|x| x.shape()[1]);
+        let mut gradients = attention.new_gradients(n, n_k).unwrap();
+        for array in [&mut gradients.q, &mut gradients.k, &mut gradients.v] {
+            *array = Array3::zeros(array.raw_dim().f());
         }
-        assert!(gradients == problem.gradients::<f64>(), "seed {seed}");
+        let mut ws = attention.backward_workspace();
+        let mut other = problem.clone();
+        (other.inputs.q, other.valid) = (&problem.inputs.q * 30.0, None);
+        let mut bad = problem.clone();
+        let at = [problem.maps.len() - 1, n_k - 1, 0];
+        bad.inputs.v[at] = f64::NAN;
+        bad.valid = None;
+        for threads in [1, 5, 2] {
+            on_threads(threads, || {
+                gradients_into(&other, &mut gradients, &mut ws).unwrap();
+                let error = gradients_into(&bad, &mut gradients, &mut ws).unwrap_err();
+                let index = (at[0] * n_k + at[1]) * problem.inputs.v.shape()[2];
+                assert!(matches!(error, Error::NonFinite { argument: "v", index: got, .. } if got == index), "{error:?}");
+                gradients_into(&problem, &mut gradients, &mut ws).unwrap();
+            });
+            assert!(gradients == expected, "seed {seed}, {threads} threads");
+        }
+    }
+}
+
+/// What a map's parameters need does not depend on whether the inputs' gradients are wanted, nor on what the scratch held.
+#[test]
+fn panels_of_a_map() {
+    fn check<T: Real>(random: &mut Random, d: usize) {
+        let map = DctMap::<T>::from_params(random_map(random, d, 3)).unwrap();
+        let width = 48;
+        let mut panel = |rows: usize| -> Vec<T> { (0..rows * width).map(|_| T::from_f64(random.normal())).collect() };
+        let (x, grad, start) = (panel(d), panel(map.features()), panel(d));
+        let run = |fill: f64, wanted: bool| {
+            let (mut sums, mut grad_x) = (map.new_sums(), start.clone());
+            let mut scratch = vec![T::from_f64(fill); map.vjp_scratch_len(width)];
+            map.query_vjp(width, &x, &grad, wanted.then_some(&mut grad_x), &mut sums, &mut scratch);
+            map.key_vjp(width, &x, &grad, wanted.then_some(&mut grad_x), &mut sums, &mut scratch);
+            (map.gradients(&sums), grad_x)
+        };
+        let (gradients, grad_x) = run(f64::NAN, true);
+        assert!(gradients == run(0.0, true).0 && gradients == run(f64::NAN, false).0, "{map:?}");
+        assert!(grad_x == run(0.0, true).1 && start == run(f64::NAN, false).1, "{map:?}");
+    }
+    let mut random = Random::new(8);
+    for d in [1, 5, 8, 16, 32, 64].repeat(6) {
+        check::<f32>(&mut random, d);
+        check::<f64>(&mut random, d);
+    }
+}
+
+/// Masked keys before the first other one, more than a block of them, are as if they were not there, and so are their queries.
+#[test]
+fn masked_beginnings() {
+    let mut random = Random::new(3);
+    for (causal, first, n) in [(true, 70, 150), (true, 150, 150), (false, 70, 150), (false, 131, 131)] {
+        let (h, d, e) = (2, 8, 5);
+        let mut problem = Problem {
+            maps: vec![random_map(&mut random, d, 1)],
+            heads: h,
+            near: None,
+            log_decay: vec![if causal { -0.02 } else { 0.0 }],
+            causal,
+            valid: Some((0..n).map(|j| j >= first).collect()),
+            inputs: Inputs { q: random.normals((h, n, d), 1.0), k: random.normals((1, n, d), 1.0), v: random.normals((1, n, e), 1.0) },
+            cotangent: random.normals((h, n, e), 1.0),
+        };
+        // Nobody looks at them.
+        problem.inputs.k.slice_mut(s![.., ..first, ..]).fill(f64::NAN);
+        problem.inputs.v.slice_mut(s![.., ..first, ..]).fill(f64::NAN);
+        let attention = problem.attention::<f64>();
+        let mut gradients = attention.new_gradients(n, n).unwrap();
+        gradients_into(&problem, &mut gradients, &mut attention.backward_workspace()).unwrap();
+        let zeros = |part: ndarray::ArrayView3<'_, f64>| part.iter().all(|&x| x == 0.0);
+        assert!(zeros(gradients.k.slice(s![.., ..first, ..])) && zeros(gradients.v.slice(s![.., ..first, ..])), "{causal} {first}");
+        let queries = if causal || first == n { first } else { 0 };
+        assert!(zeros(gradients.q.slice(s![.., ..queries, ..])), "{causal} {first}");
+        if first == n {
+            continue;
+        }
+        let mut rest = problem.clone();
+        rest.valid = None;
+        let part = |x: &Array3<f64>, first: usize| x.slice(s![.., first.., ..]).to_owned();
+        rest.inputs = Inputs { q: part(&problem.inputs.q, queries), k: part(&problem.inputs.k, first), v: part(&problem.inputs.v, first) };
+        rest.cotangent = part(&problem.cotangent, queries);
+        let expected = rest.gradients::<f64>();
+        assert_close("q", &part(&gradients.q, queries), &expected.q, 1e-12);
+        assert_close("k", &part(&gradients.k, first), &expected.k, 1e-12);
+        assert_close("v", &part(&gradients.v, first), &expected.v, 1e-12);
     }
 }
 

@@ -162,6 +162,30 @@ fn strangers_do_not_merge() {
 }
 
 /// Four workers, each with a quarter of the tokens: local states, an exclusive scan, and outputs from the states it gives.
+/// Elements are looked at as they are read, and what they were read into is put back: an empty state, short and long stretches.
+#[test]
+fn refused_tokens_change_no_state() {
+    for setup in [Setup::new(1), Setup::new(2).near(16, 1), Setup::new(3).decay(-0.1).heads(2, 2)] {
+        let attention = setup.build::<f64>();
+        let mut workspace = attention.workspace();
+        let mut used = attention.new_state();
+        let before = setup.inputs(90, 90);
+        attention.extend(&mut used, &before.k, &before.v, KeyMask::All, &mut workspace).unwrap();
+        for (mut state, n) in [(attention.new_state_at(33).unwrap(), 200), (attention.new_state(), 700), (used.clone(), 20), (used, 700)] {
+            let (good, kept) = (setup.inputs(n, n), state.clone());
+            let mut bad = good.clone();
+            bad.v[[setup.kv_heads - 1, n - 1, 0]] = f64::INFINITY;
+            let error = attention.extend(&mut state, &bad.k, &bad.v, KeyMask::All, &mut workspace).unwrap_err();
+            assert_eq!(argument(&error), "v");
+            assert!(state == kept, "{setup:?}: {n} tokens by extend");
+            assert_eq!(argument(&attention.prefill_of(&mut state, &bad, KeyMask::All).unwrap_err()), "v");
+            assert!(state == kept, "{setup:?}: {n} tokens by prefill");
+            attention.extend(&mut state, &good.k, &good.v, KeyMask::All, &mut workspace).unwrap();
+            assert_eq!(state.position(), kept.position() + n);
+        }
+    }
+}
+
 #[test]
 fn a_layer_in_parallel_over_the_sequence() {
     let mut random = Random::new(11);

@@ -56,9 +56,9 @@ pub struct StateGradients<T> {
 
 /// Memory for the backward passes of one attention operator.
 ///
-/// It holds 2·n numbers a query head and thread for the longest sequence it was used for, and O(n·(d + e)) with a near part. Its
-/// contents mean nothing before or after a call. Make it once by [`backward_workspace`](LinearAttention::backward_workspace) and
-/// use it for every call.
+/// It holds 2·n numbers a query head and thread for the longest sequence it was used for, m for every frame of the sums (with decay
+/// λ a new one about every 20/|λ| tokens in f32), and O(n·(d + e)) with a near part. Its contents mean nothing before or after a
+/// call. Make it once by [`backward_workspace`](LinearAttention::backward_workspace) and use it for every call.
 #[derive(Debug, Clone)]
 pub struct BackwardWorkspace<T> {
     sizes: Sizes,
@@ -88,7 +88,8 @@ impl<T: Real> Inputs<'_, T> {
 struct HeadGradients<T, G> {
     map: G,
     log_decay: f64,
-    state: StateGradients<T>,
+    /// If the sequence was continued from one.
+    state: Option<StateGradients<T>>,
 }
 
 impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
@@ -98,11 +99,12 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// - `q`, `k`, `v`, `mask` as for [`causal`](Self::causal); `grad_out`: `[h, n, e]`.
     ///
     /// # Cost
-    /// O(n) time: 3 to 3.5 times that of the forward pass, which is computed again on the way. Besides the results it allocates 2·n
-    /// numbers per query head and thread, and O(n·(d + e)) with a near part. Heads in parallel; the same bits on any number of threads.
+    /// O(n) time: 3 to 3.5 times that of the forward pass, which is computed again on the way. Besides the results it allocates what
+    /// a [`BackwardWorkspace`] holds. Heads in parallel; the same bits on any number of threads.
     ///
     /// # Errors
-    /// As [`prefill_into`](Self::prefill_into), `grad_out` being checked like the other arguments.
+    /// As [`prefill_into`](Self::prefill_into), `grad_out` being checked like the other arguments, and [`Error::TooLarge`] for gradients
+    /// there is no room for.
     ///
     /// # Examples
     /// ```
@@ -130,8 +132,12 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         Ok(self.prefill_backward(&self.new_state(), q, k, v, mask, grad_out)?.0)
     }
 
-    /// [`causal_backward`](Self::causal_backward) into `gradients`, all of which it overwrites. For a loop of training: memory that
-    /// is used again costs a fourth less time than new memory, at a few thousand tokens.
+    /// [`causal_backward`](Self::causal_backward) into `gradients`, all of which it overwrites. For a loop of training: at a few thousand
+    /// tokens memory that is used again saves a quarter of the time. The gradients of maps and decay are allocated anew, m·d numbers
+    /// or fewer per head.
+    ///
+    /// # Shapes
+    /// - as for [`causal_backward`](Self::causal_backward); `gradients`: [`new_gradients`](Self::new_gradients) of n queries and keys.
     ///
     /// # Errors
     /// As [`causal_backward`](Self::causal_backward), with [`Error::Shape`] for gradients of other shapes and [`Error::Foreign`] for a
@@ -158,8 +164,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// # Errors
     /// [`Error::TooLarge`] for more memory than there can be.
     pub fn new_gradients(&self, queries: usize, keys: usize) -> Result<AttentionGradients<T, M::Gradients>> {
-        self.check_gradients_room(queries, keys)?;
         let (kv_heads, dim, value_dim) = (self.maps().len(), self.sizes.dim, self.sizes.value_dim);
+        check_room::<T>("gradients", &[self.heads() + 2 * kv_heads, queries.max(keys), dim + value_dim])?;
         Ok(AttentionGradients {
             q: Array3::zeros((self.heads(), queries, dim)),
             k: Array3::zeros((kv_heads, keys, dim)),
@@ -230,7 +236,11 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         Ok(gradients)
     }
 
-    /// [`full_backward`](Self::full_backward) into `gradients`, all of which it overwrites.
+    /// [`full_backward`](Self::full_backward) into `gradients`, all of which it overwrites, as
+    /// [`causal_backward_into`](Self::causal_backward_into) does.
+    ///
+    /// # Shapes
+    /// - as for [`full_backward`](Self::full_backward); `gradients`: [`new_gradients`](Self::new_gradients) of n_q queries and n_k keys.
     ///
     /// # Errors
     /// As [`full_backward`](Self::full_backward) and [`causal_backward_into`](Self::causal_backward_into).
@@ -260,13 +270,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         grad_out: &ArrayRef3<T>,
     ) -> Result<()> {
         check_shape("grad_out", grad_out, &[self.heads(), q.shape()[1], self.sizes.value_dim])?;
-        self.check_gradients_room(q.shape()[1], k.shape()[1])?;
         check_shapes(self.heads(), self.maps().len(), self.sizes, q, k, v, mask, grad_out)
-    }
-
-    fn check_gradients_room(&self, queries: usize, keys: usize) -> Result<()> {
-        let heads = self.heads() + 2 * self.maps().len();
-        check_room::<T>("gradients", &[heads, queries.max(keys), self.sizes.dim + self.sizes.value_dim])
     }
 
     fn check_results(
@@ -325,7 +329,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         for result in results.into_iter().flatten() {
             gradients.maps.push(result.map);
             gradients.log_decay.push(result.log_decay);
-            states.push(result.state);
+            states.extend(result.state);
         }
         Ok(states)
     }
@@ -389,12 +393,12 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         HeadGradients {
             map: head.map.gradients(&sums),
             log_decay,
-            state: StateGradients {
+            state: state.is_some().then(|| StateGradients {
                 sums: rows(&tape.sums, value_dim, seen),
                 norm: tape.norm.iter().map(|&r| -r * seen).collect(),
                 keys: rows(lead_keys, head.dim, head.scale),
                 values: rows(lead_values, value_dim, T::ONE),
-            },
+            }),
         }
     }
 }

@@ -105,7 +105,7 @@ impl<'a, T: Real> FarPart<'a, T> {
     /// of the same shape, with the gradient of the loss with respect to them (padding included: zeros).
     ///
     /// # Cost
-    /// O(n): eight matrix products of 64·m·e or 64·m·d per 64 queries with a near part.
+    /// O(n): per 64 queries four matrix products of 64·m·e with a near part, and the map's own passes, forward and back.
     pub(crate) fn backward<M: DifferentiableMap<T>>(
         &self,
         map: &M,

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use ndarray::{ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, s};
 
 use crate::attention::Head;
 use crate::attention::pages::SEGMENT;
@@ -49,25 +49,39 @@ pub(super) fn full<T: Real, M: FeatureMap<T>>(
     (scratch.sums, scratch.part) = (state, part);
 }
 
-/// [`full`] on all threads, in room for the sums of [`PARTS`] parts.
-pub(super) fn full_shared<T: Real, M: FeatureMap<T>>(
-    head: &Head<'_, T, M>,
-    q: ArrayView3<'_, T>,
-    k: ArrayView2<'_, T>,
-    v: ArrayView2<'_, T>,
+/// [`full`] of several heads, each of which all threads share, in room for the sums of [`PARTS`] parts of each.
+///
+/// # Shapes
+/// - `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]`; `queries`: those of every key-value head, `[group, n_q, d]`, and their outputs.
+pub(super) fn full_shared<'a, T: Real, M: FeatureMap<T> + 'a>(
+    head: impl Fn(usize) -> Head<'a, T, M> + Sync,
+    k: &ArrayRef3<T>,
+    v: &ArrayRef3<T>,
     valid: Valid<'_>,
-    mut out: ArrayViewMut3<'_, T>,
+    queries: impl Iterator<Item = (ArrayView3<'a, T>, ArrayViewMut3<'a, T>)> + Send,
     sums: &mut [HeadState<T>],
     scratches: &mut [Scratch<T>],
 ) {
-    for_each(scratches, parts(k.nrows()).zip(&mut *sums), |scratch, (keys, part)| sum(head, k, v, valid, keys, part, scratch));
-    let Some((state, others)) = sums.split_first_mut() else { return };
-    for (part, _) in others.iter().zip(parts(k.nrows()).skip(1)) {
-        state.join(head.ops, 0.0, part, &mut scratches[0].feature);
-    }
-    let segments = q.axis_chunks_iter(Axis(1), SEGMENT).zip(out.axis_chunks_iter_mut(Axis(1), SEGMENT));
-    for_each(scratches, segments, |scratch, (q, mut out)| {
-        q.outer_iter().zip(out.outer_iter_mut()).for_each(|(q, out)| read(head, state, q, out, scratch));
+    let n = k.shape()[1];
+    let heads = k.outer_iter().zip(v.outer_iter()).zip(sums.chunks_exact_mut(PARTS)).enumerate();
+    let items = heads.flat_map(|(h, ((k, v), sums))| parts(n).zip(sums).map(move |(keys, part)| (h, k, v, keys, part)));
+    for_each(scratches, items, |scratch, (h, k, v, keys, part)| sum(&head(h), k, v, valid, keys, part, scratch));
+    for_each(scratches, sums.chunks_exact_mut(PARTS), |scratch, sums| {
+        let Some((state, others)) = sums.split_first_mut() else { return };
+        for (part, _) in others.iter().zip(parts(n).skip(1)) {
+            state.join(T::ops(), 0.0, part, &mut scratch.feature);
+        }
+    });
+    let items = queries.zip(sums.chunks_exact(PARTS)).enumerate().flat_map(|(h, ((q, out), sums))| {
+        (0..q.shape()[1]).step_by(SEGMENT).scan(Some(out), move |rest, start| {
+            let end = q.shape()[1].min(start + SEGMENT);
+            let (out, later) = rest.take()?.split_at(Axis(1), end - start);
+            *rest = Some(later);
+            Some((h, q.slice_move(s![.., start..end, ..]), out, &sums[0]))
+        })
+    });
+    for_each(scratches, items, |scratch, (h, q, mut out, state)| {
+        q.outer_iter().zip(out.outer_iter_mut()).for_each(|(q, out)| read(&head(h), state, q, out, scratch));
     });
 }
 

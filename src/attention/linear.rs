@@ -255,8 +255,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     }
 
     /// [`full`](Self::full) into the caller's memory, without allocating. Heads are shared out among the threads of the current pool;
-    /// if there are less than half as many key-value heads as threads, all threads share each of them when it is long, in room that
-    /// the workspace makes at the first such call. The bits do not depend on it.
+    /// if there are at most half as many key-value heads as threads, several threads share a long one, in room that the workspace makes
+    /// at the first such call. The bits do not depend on it.
     ///
     /// # Shapes
     /// - as [`full`](Self::full), `out`: `[h, n_q, e]`.
@@ -276,11 +276,10 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         workspace.check(self.sizes)?;
         self.check(q, k, v, mask, out)?;
         if Pages::<T>::pay(self.maps.len()) && q.shape()[1].max(k.shape()[1]) > SEGMENT {
-            workspace.share_keys(full::PARTS);
+            workspace.share_keys(self.maps.len() * full::PARTS);
             let Workspace { parts, scratches, .. } = workspace;
-            for (h, (q, k, v, out)) in self.head_parts(q, k, v, out).enumerate() {
-                full::full_shared(&self.head(h), q, k, v, mask.valid(), out, parts, scratches);
-            }
+            let queries = self.head_parts(q, k, v, out).map(|(q, _, _, out)| (q, out));
+            full::full_shared(|h| self.head(h), k, v, mask.valid(), queries, parts, scratches);
             return Ok(());
         }
         self.for_each_head(q, k, v, out, workspace, (0..).map(|h| (h, ())), |head, (), q, k, v, out, scratch| {
@@ -336,7 +335,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     ///
     /// # Cost
     /// O(n) time, memory beyond the arguments independent of n; no allocation. Heads are shared out among the threads of the
-    /// current pool; if there are less than half as many key-value heads as threads, several threads share a head of a
+    /// current pool; if there are at most half as many key-value heads as threads, several threads share a head of a
     /// long stretch, in room that the workspace makes at the first such call. The bits do not depend on it.
     ///
     /// # Errors

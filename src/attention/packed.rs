@@ -231,7 +231,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     ///
     /// # Cost
     /// That of the sequences, and one look at all elements before. Sequences and heads are shared out among the threads of the
-    /// current pool; where they are less than half as many as threads, threads share them as in `prefill_into`.
+    /// current pool; where they are at most half as many as threads, threads share them as in `prefill_into`.
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into), for any of the sequences. [`Error::Length`] unless there is one offset more than

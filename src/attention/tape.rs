@@ -70,11 +70,12 @@ const KEYS: usize = 4;
 
 impl<T: Real, M> Stretch<'_, T, M> {
     /// Keys, values and their gradients, then queries and the gradients of their outputs, and in the forward pass those of the
-    /// queries themselves; keys from that of the first query on.
+    /// queries themselves.
     fn ahead(&self, upstream: &Upstream<'_, T>, inputs: Option<&InputGradients<'_, T>>, forward: bool) -> Ahead<T> {
-        let kv = [self.k, self.v].map(|rows| rows.slice_move(s![self.lead.min(rows.nrows()).., ..]));
-        // Written in the backward pass, if there.
-        let written = inputs.filter(|_| !forward);
+        // Blocks are told by their queries in the forward pass, by their keys in the other.
+        let first = if forward { self.lead.min(self.k.nrows()) } else { 0 };
+        let kv = [self.k, self.v].map(|rows| rows.slice_move(s![first.., ..]));
+        let written = inputs.filter(|_| !forward && !matches!(self.order, Order::Near(_)));
         let nothing = kv[0].slice(s![..0, ..]);
         let [grad_k, grad_v] = written.map_or([nothing, nothing], |inputs| [inputs.k.view(), inputs.v.view()]);
         let grad_q = inputs.filter(|_| forward).map(|inputs| inputs.q.view());
@@ -324,12 +325,13 @@ impl<T: Real> Tape<T> {
         if let Some(targets) = &mut targets {
             let ahead = stretch.ahead(&upstream, targets.inputs.as_ref(), false);
             let upstream = if let Upstream::Rows(rows) = upstream { Some(rows) } else { None };
-            Backward { tape: self, stretch, upstream, targets, inputs, origin, frame: usize::MAX, ahead }.run();
-            let alone = self.events.iter().find(|event| event.kind != Kind::Read).map_or(stretch.k.nrows(), |event| event.tokens.start);
+            Backward { tape: self, stretch, upstream, targets, origin, frame: usize::MAX, ahead }.run();
+            let first_absorbed =
+                self.events.iter().find(|event| event.kind != Kind::Read).map_or(stretch.k.nrows(), |event| event.tokens.start);
             if let (Some(inputs), true) = (&mut targets.inputs, self.keys.is_empty()) {
                 // Masked keys before the first other one, which joined no sums.
-                inputs.k.slice_mut(s![..alone, ..]).fill(T::ZERO);
-                inputs.v.slice_mut(s![..alone, ..]).fill(T::ZERO);
+                inputs.k.slice_mut(s![..first_absorbed, ..]).fill(T::ZERO);
+                inputs.v.slice_mut(s![..first_absorbed, ..]).fill(T::ZERO);
             }
         }
         self.state = state;
@@ -880,8 +882,6 @@ struct Backward<'p, 'a, 'g, T: Real, M: DifferentiableMap<T>> {
     /// ȯ, unless the tape holds it.
     upstream: Option<ArrayView3<'p, T>>,
     targets: &'p mut Targets<'g, T, M::Sums>,
-    /// Whether anybody wants the gradients of keys and values.
-    inputs: bool,
     origin: usize,
     /// The frame that R and r are in.
     frame: usize,
@@ -967,7 +967,7 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         let m = feature.len();
         feature.copy_from_slice(&self.tape.norm);
         product(ops, (m, width, stride), (&self.tape.sums, stride, 1), (v, width), (df, width), false, Some(&mut self.ahead));
-        if self.inputs {
+        if self.targets.inputs.is_some() {
             product(
                 ops,
                 (keys.len(), stride, m),
@@ -1006,7 +1006,7 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         }
         let g_rows = &g_rows[..tokens * stride];
         if own > 0 {
-            if self.inputs {
+            if self.targets.inputs.is_some() {
                 for (band, keys) in bands(tokens) {
                     let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
                     product(ops, (keys, width - band, m), (&b[band..], 1, own), a, s, false, Some(&mut self.ahead));
@@ -1044,9 +1044,9 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         let first = (stretch.position + keys.start) as f64 - self.origin as f64;
         *self.targets.log_decay -= position_moment(first, &column[..keys.len()]);
         dx[..stride * width].fill(T::ZERO);
-        let wanted = self.inputs.then(|| &mut dx[..dim * width]);
+        let wanted = self.targets.inputs.is_some().then(|| &mut dx[..dim * width]);
         stretch.map.key_vjp(width, &x[..dim * width], df, wanted, self.targets.sums, map);
-        if self.inputs {
+        if self.targets.inputs.is_some() {
             transpose(ops, width, &dx[..stride * width], T::ONE, x_rows);
         }
     }

@@ -73,7 +73,7 @@ impl<'a> AttentionOptions<'a> {
 /// output has gradients with respect to q, k, v and every tensor of `maps` but the signs; a gradient of a gradient it has not.
 ///
 /// # Cost
-/// O(n), heads in parallel. Forward and backward build the maps' tables, O(m·d·log d) per head; backward takes about three times the
+/// O(n), heads in parallel. Forward and backward build the maps' tables, at most O(m·d·log d) per head; backward takes about three times the
 /// time of forward. Nothing is kept for it but q, k and v themselves.
 ///
 /// # Errors

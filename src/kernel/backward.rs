@@ -11,8 +11,8 @@
 //!
 //! and with Ȧ = M the chain rule through the transforms, if the projection is deep.
 //!
-//! So the gradients cost one matrix product per panel of tokens, whatever the projection is made of. Where it is transforms with
-//! tokens along the lanes, most of M is never needed, and two transforms do it: û = C(s ⊙ z) once more, and y = Cᵀ(t ⊙ u̇).
+//! So the gradients cost one matrix product per panel of tokens, whatever the projection is made of. But where it is transforms with
+//! tokens along the lanes, most of M is not needed, and two transforms take its place: û = C(s ⊙ z) once more, and y = Cᵀ(t ⊙ u̇).
 //!
 //! ```text
 //! ṫ = Σ_j u̇_j ⊙ û_j        ṡ = Σ_j y_j ⊙ z_j        μ̇ = −s ⊙ Σ_j y_j (+ …)        ẋ_j = s ⊙ y_j + …
@@ -21,7 +21,7 @@
 use std::fmt::Debug;
 
 use super::FeatureMap;
-use super::dct_map::{DctMap, deep_gradients, lane_tables, lanes, projection_matrix};
+use super::dct_map::{DctMap, cast, deep_gradients, lane_tables, lanes, projection_matrix};
 use super::favor::FavorMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, SideParams};
 use crate::real::Real;
@@ -302,7 +302,6 @@ impl<T: Real> LanesTable<T> {
     fn new(params: &DctParams, own: &SideParams, other: &SideParams) -> Self {
         let ones = |values: &[f64]| vec![1.0; values.len()];
         let unscaled = SideParams { center: vec![0.0; own.center.len()], scale: ones(&own.scale), radii: own.radii.clone() };
-        let cast = |values: &[f64]| values.iter().map(|&x| T::from_f64(x)).collect();
         Self {
             forward: lane_tables(params, &SideParams { radii: ones(&own.radii), ..own.clone() }),
             reverse: lane_tables(params, &unscaled),
@@ -324,8 +323,7 @@ impl<T: Real> LanesTable<T> {
         let (zeros, scratch) = scratch.split_at_mut(width.max(dim));
         let total = &mut scratch[..width];
         zeros.fill(T::ZERO);
-        let product = Product { m: 1, n: width, k: m, a_row: m, a_col: 1, b_row: width, c_row: width, accumulate: false };
-        ops.matmul(product, &self.ones, grad, total);
+        column_sums_of(&self.ones, grad, total);
 
         let (row_sums, sums) = sums.split_at_mut(m * LANES);
         let (radii_sums, sums) = sums.split_at_mut(m * LANES);
@@ -388,7 +386,6 @@ impl<T: Real> MatrixTable<T> {
         let antithetic = params.pairing == Pairing::Antithetic;
         let rows = plus.chain(minus.filter(|_| antithetic));
         let jacobian = rows.flat_map(|(sign, row)| row.iter().zip(&other.center).map(move |(a, mu)| T::from_f64(sign * a + mu)));
-        let cast = |values: &[f64]| values.iter().map(|&x| T::from_f64(x)).collect();
         Self {
             jacobian: jacobian.collect(),
             features: params.features(),
@@ -425,13 +422,18 @@ impl<T: Real> MatrixTable<T> {
         ops.matmul(product, &self.jacobian, grad, grad_x);
         if let Some(ones) = &self.ones {
             let total = &mut total[..width];
-            let product = Product { m: 1, n: width, k: m, a_row: m, a_col: 1, b_row: width, c_row: width, accumulate: false };
-            ops.matmul(product, ones, grad, total);
+            column_sums_of(ones, grad, total);
             for (to, z) in grad_x.chunks_exact_mut(width).zip(centered.chunks_exact(width)) {
                 to.iter_mut().zip(z).zip(total.iter()).for_each(|((to, &z), &total)| *to -= z * total);
             }
         }
     }
+}
+
+/// The sums of a panel's columns, which has as many rows as there are ones.
+fn column_sums_of<T: Real>(ones: &[T], panel: &[T], sums: &mut [T]) {
+    let (m, width) = (ones.len(), sums.len());
+    T::ops().matmul(Product { m: 1, n: width, k: m, a_row: m, a_col: 1, b_row: width, c_row: width, accumulate: false }, ones, panel, sums);
 }
 
 /// The input scales that row `f` of the projection sees, `[d]`.

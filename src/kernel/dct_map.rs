@@ -730,6 +730,6 @@ fn add_rows_and_column<T: Real>(u: &mut [T], row: &[T], mirror: &mut [T], mirror
     }
 }
 
-fn cast<T: Real>(values: &[f64]) -> Vec<T> {
+pub(super) fn cast<T: Real>(values: &[f64]) -> Vec<T> {
     values.iter().map(|&v| T::from_f64(v)).collect()
 }

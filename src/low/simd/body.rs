@@ -459,7 +459,7 @@ pub(super) fn add_row_sums<S: Simd>(simd: S, panel: &[S::T], sums: &mut [S::T]) 
 }
 
 /// Keeps the lower triangle of `p` `[rows, width]` (column j ≤ row i + `diagonal`), zeroes the rest, and adds the row
-/// sums to `sums`. Elements must be finite.
+/// sums to `sums`. Elements of the register with the diagonal must be finite.
 #[inline(always)]
 pub(super) fn mask_triangle<S: Simd>(simd: S, p: &mut [S::T], width: usize, diagonal: usize, sums: &mut [S::T]) {
     assert!(width.is_multiple_of(LANES) && p.len() >= sums.len() * width, "scores");
@@ -468,7 +468,8 @@ pub(super) fn mask_triangle<S: Simd>(simd: S, p: &mut [S::T], width: usize, diag
     }
 }
 
-/// `p[i, j] −= minus[i]` in the lower triangle (column j ≤ row i), zeroes the rest. Elements must be finite.
+/// `p[i, j] −= minus[i]` in the lower triangle (column j ≤ row i), zeroes the rest. Elements of the register with the
+/// diagonal must be finite.
 #[inline(always)]
 pub(super) fn lower_less<S: Simd>(simd: S, p: &mut [S::T], width: usize, minus: &[S::T]) {
     assert!(width.is_multiple_of(LANES) && p.len() == minus.len() * width, "products");
@@ -482,9 +483,9 @@ pub(super) fn lower_less<S: Simd>(simd: S, p: &mut [S::T], width: usize, minus: 
 #[inline(always)]
 pub(super) fn upper_less<S: Simd>(simd: S, p: &mut [S::T], minus: &[S::T]) {
     let width = minus.len();
-    assert!(width.is_multiple_of(LANES) && p.len().is_multiple_of(width.max(1)), "products");
+    assert!(width.is_multiple_of(LANES) && p.len().is_multiple_of(width), "products");
     let step: [S::T; 2 * LANES] = std::array::from_fn(|i| if i < LANES { S::T::ZERO } else { S::T::ONE });
-    for (start, row) in p.chunks_exact_mut(width.max(1)).enumerate() {
+    for (start, row) in p.chunks_exact_mut(width).enumerate() {
         for j in (0..width).step_by(S::N) {
             // SAFETY: j + N ≤ width, which is the length of `row` and `minus`; where 0 < start − j < N ≤ LANES, so is the step.
             unsafe {
