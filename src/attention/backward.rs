@@ -103,8 +103,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// a [`BackwardWorkspace`] holds. Heads in parallel; the same bits on any number of threads.
     ///
     /// # Errors
-    /// As [`prefill_into`](Self::prefill_into), `grad_out` being checked like the other arguments, and [`Error::TooLarge`] for gradients
-    /// there is no room for.
+    /// As [`prefill_into`](Self::prefill_into), `grad_out` being checked like the other arguments, and
+    /// [`Error::TooLarge`](crate::Error::TooLarge) for gradients there is no room for.
     ///
     /// # Examples
     /// ```
@@ -140,8 +140,9 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// - as for [`causal_backward`](Self::causal_backward); `gradients`: [`new_gradients`](Self::new_gradients) of n queries and keys.
     ///
     /// # Errors
-    /// As [`causal_backward`](Self::causal_backward), with [`Error::Shape`] for gradients of other shapes and [`Error::Foreign`] for a
-    /// workspace of another operator's shape. After [`Error::NonFinite`] the contents of `gradients` mean nothing.
+    /// As [`causal_backward`](Self::causal_backward), with [`Error::Shape`](crate::Error::Shape) for gradients of other shapes and
+    /// [`Error::Foreign`](crate::Error::Foreign) for a workspace of another operator's shape. After
+    /// [`Error::NonFinite`](crate::Error::NonFinite) the contents of `gradients` mean nothing.
     pub fn causal_backward_into(
         &self,
         q: &ArrayRef3<T>,
@@ -162,7 +163,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// overwrite: those of `queries` queries and `keys` keys. Map gradients are empty until then.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] for more memory than there can be.
+    /// [`Error::TooLarge`](crate::Error::TooLarge) for more memory than there can be.
     pub fn new_gradients(&self, queries: usize, keys: usize) -> Result<AttentionGradients<T, M::Gradients>> {
         let (kv_heads, dim, value_dim) = (self.maps().len(), self.sizes.dim, self.sizes.value_dim);
         check_room::<T>("gradients", &[self.heads() + 2 * kv_heads, queries.max(keys), dim + value_dim])?;
@@ -193,7 +194,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// - as for [`causal_backward`](Self::causal_backward).
     ///
     /// # Errors
-    /// As [`causal_backward`](Self::causal_backward), and [`Error::Foreign`] for a state of another shape.
+    /// As [`causal_backward`](Self::causal_backward), and [`Error::Foreign`](crate::Error::Foreign) for a state of another shape.
     pub fn prefill_backward(
         &self,
         state: &CausalState<T>,
