@@ -357,9 +357,9 @@ fn product<T>(
     (b, b_row): (&[T], usize),
     (c, c_row): (&mut [T], usize),
     accumulate: bool,
-    ahead: Option<&mut Ahead<T>>,
+    ahead: &mut Ahead<T>,
 ) {
-    (ops.matmul_ahead)(Product { m, n, k, a_row, a_col, b_row, c_row, accumulate }, a, b, c, ahead);
+    (ops.matmul_ahead)(Product { m, n, k, a_row, a_col, b_row, c_row, accumulate }, a, b, c, Some(ahead));
 }
 
 /// Bands of LANES keys of a block of `tokens`: first key, keys. No query before the first key sees any of them.
@@ -550,7 +550,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
     /// Weights of the far part into `a`, of the near keys into `near.p`, of the block's own keys into `s`, and their sum
     /// into `total`; all of them scaled by e^−top.
     fn weights(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
-        let (ops, stretch, state) = (T::ops(), self.stretch, &*self.state);
+        let (ops, stretch, state, ahead) = (T::ops(), self.stretch, &*self.state, &mut self.ahead);
         let (tokens, width, dim) = (queries.len(), padded(queries.len()), stretch.q.shape()[2]);
         let position = stretch.position + stretch.lead + queries.start;
         let near = &mut self.tape.near;
@@ -572,7 +572,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             shift.fill(T::ZERO);
         }
         if !keys.is_empty() {
-            near_scores(ops, stretch, keys.clone(), stretch.lead + queries.start, width, x, near);
+            near_scores(ops, stretch, keys.clone(), stretch.lead + queries.start, width, x, near, ahead);
             (ops.column_max)(&near.p[..keys.len() * width], &near.zeros[..keys.len()], column);
             top.iter_mut().zip(column.iter()).for_each(|(top, &near)| *top = top.max(near));
         }
@@ -603,47 +603,39 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         if own > 0 {
             for (band, keys) in bands(tokens) {
                 let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
-                product(ops, (keys, width - band, feature.len()), (&b[band..], 1, own), a, s, false, Some(&mut self.ahead));
+                product(ops, (keys, width - band, feature.len()), (&b[band..], 1, own), a, s, false, ahead);
             }
             (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
-            product(ops, (1, width, tokens), (ones, tokens, 1), (s, width), (total, width), true, None);
+            product(ops, (1, width, tokens), (ones, tokens, 1), (s, width), (total, width), true, ahead);
         }
     }
 
     /// Outputs of the block, into `o`.
     fn output(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
-        let (ops, stretch) = (T::ops(), self.stretch);
+        let (ops, stretch, ahead) = (T::ops(), self.stretch, &mut self.ahead);
         let (tokens, width, stride) = (queries.len(), padded(queries.len()), padded(stretch.v.ncols()));
         let near = &self.tape.near;
         let Buffers { a, s, o, v_rows, top, total, feature, .. } = &mut self.tape.block;
         let o = &mut o[..tokens * stride];
         if self.state.started {
-            product(
-                ops,
-                (tokens, stride, feature.len()),
-                (a, 1, width),
-                (&self.state.sums, stride),
-                (o, stride),
-                false,
-                Some(&mut self.ahead),
-            );
+            product(ops, (tokens, stride, feature.len()), (a, 1, width), (&self.state.sums, stride), (o, stride), false, ahead);
         } else {
             o.fill(T::ZERO);
         }
         if own > 0 {
             for (band, keys) in bands(tokens) {
                 let (s, v, rows) = (&s[band * width + band..], &v_rows[band * stride..], &mut o[band * stride..]);
-                product(ops, (tokens - band, stride, keys), (s, 1, width), (v, stride), (rows, stride), true, Some(&mut self.ahead));
+                product(ops, (tokens - band, stride, keys), (s, 1, width), (v, stride), (rows, stride), true, ahead);
             }
         }
         if !keys.is_empty() {
-            product(ops, (tokens, stride, keys.len()), (&near.p, 1, width), (&near.v, stride), (o, stride), true, Some(&mut self.ahead));
+            product(ops, (tokens, stride, keys.len()), (&near.p, 1, width), (&near.v, stride), (o, stride), true, ahead);
         }
         for (i, (o, query)) in o.chunks_exact_mut(stride).zip(queries).enumerate() {
             if let Some(given) = stretch.given.map(|given| &given[h]) {
                 let factor = (given.top[query] - top[i]).exp();
                 let row = &given.numerator[query * stride..(query + 1) * stride];
-                product(ops, (1, stride, 1), (&[factor], 1, 1), (row, stride), (o, stride), true, None);
+                product(ops, (1, stride, 1), (&[factor], 1, 1), (row, stride), (o, stride), true, ahead);
             }
             (ops.scale)(if total[i] > T::ZERO { T::ONE / total[i] } else { T::ZERO }, o);
         }
@@ -651,7 +643,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
 
     /// δ, and what is kept of the queries for the pass back. Leaves S·ȯ in `df`, ȯ·v in `near.dp` and `h`.
     fn deltas(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
-        let (ops, stretch, state) = (T::ops(), self.stretch, &*self.state);
+        let (ops, stretch, state, ahead) = (T::ops(), self.stretch, &*self.state, &mut self.ahead);
         let (tokens, width, stride) = (queries.len(), padded(queries.len()), padded(stretch.v.ncols()));
         let near = &mut self.tape.near;
         let Buffers { a, df, s, h: products, v_rows, v, g_rows, top, shift, total, inverse, delta, feature, zeros, .. } =
@@ -661,28 +653,20 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         delta.fill(T::ZERO);
         if state.started {
             let df = &mut df[..feature.len() * width];
-            product(ops, (feature.len(), width, stride), (&state.sums, stride, 1), (v, width), (df, width), false, Some(&mut self.ahead));
+            product(ops, (feature.len(), width, stride), (&state.sums, stride, 1), (v, width), (df, width), false, ahead);
             (ops.column_dot)(&a[..feature.len() * width], df, delta);
         }
         if own > 0 {
             for (band, keys) in bands(tokens) {
                 let (rows, to) = (&v_rows[band * stride..], &mut products[band * width + band..]);
-                product(
-                    ops,
-                    (keys, width - band, stride),
-                    (rows, stride, 1),
-                    (&v[band..], width),
-                    (to, width),
-                    false,
-                    Some(&mut self.ahead),
-                );
+                product(ops, (keys, width - band, stride), (rows, stride, 1), (&v[band..], width), (to, width), false, ahead);
             }
             (ops.upper_less)(&mut products[..tokens * width], &zeros[..width]);
             (ops.column_dot)(&s[..tokens * width], &products[..tokens * width], delta);
         }
         if !keys.is_empty() {
             let dp = &mut near.dp[..keys.len() * width];
-            product(ops, (keys.len(), width, stride), (&near.v, stride, 1), (v, width), (dp, width), false, Some(&mut self.ahead));
+            product(ops, (keys.len(), width, stride), (&near.v, stride, 1), (v, width), (dp, width), false, ahead);
             (ops.column_dot)(&near.p[..keys.len() * width], dp, delta);
         }
         for (i, query) in queries.clone().enumerate() {
@@ -706,7 +690,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
 
     /// From the gradient of the features to those of the map, λ and (into `dx`) the queries.
     fn feature_gradients(&mut self, queries: Range<usize>, own: usize) {
-        let (ops, stretch, state) = (T::ops(), self.stretch, &*self.state);
+        let (ops, stretch, state, ahead) = (T::ops(), self.stretch, &*self.state, &mut self.ahead);
         let (tokens, width, dim) = (queries.len(), padded(queries.len()), stretch.q.shape()[2]);
         let Some(targets) = &mut self.targets else { return };
         let Buffers { x, dx, a, b, df, h, inverse, delta, column, feature, map, .. } = &mut self.tape.block;
@@ -719,7 +703,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             (ops.upper_less)(&mut h[..tokens * width], &delta[..width]);
             for (band, keys) in bands(tokens) {
                 let (h, df) = ((&h[band * width + band..], width), (&mut df[band..], width));
-                product(ops, (feature.len(), width - band, keys), (&b[band..], own, 1), h, df, true, Some(&mut self.ahead));
+                product(ops, (feature.len(), width - band, keys), (&b[band..], own, 1), h, df, true, ahead);
             }
         }
         let (inverse, delta, column) = (&inverse[..width], &delta[..width], &mut column[..width]);
@@ -735,7 +719,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         if keys.is_empty() {
             return;
         }
-        let (ops, stretch) = (T::ops(), self.stretch);
+        let (ops, stretch, ahead) = (T::ops(), self.stretch, &mut self.ahead);
         let (tokens, width, dim, stride) = (queries.len(), padded(queries.len()), stretch.k.ncols(), padded(stretch.v.ncols()));
         let dim_stride = padded(dim);
         let NearBuffers { y, p, dp, ones, .. } = &mut self.tape.near;
@@ -745,32 +729,16 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         for (tile, (start, y)) in (0..keys.len()).step_by(BLOCK).zip(y.chunks(dim * BLOCK)).enumerate() {
             let (count, y_width) = (BLOCK.min(keys.len() - start), padded(BLOCK.min(keys.len() - start)));
             debug_assert_eq!(start, tile * BLOCK);
-            product(
-                ops,
-                (dim, width, count),
-                (y, y_width, 1),
-                (&dp[start * width..], width),
-                (&mut dx[..], width),
-                true,
-                Some(&mut self.ahead),
-            );
+            product(ops, (dim, width, count), (y, y_width, 1), (&dp[start * width..], width), (&mut dx[..], width), true, ahead);
         }
         transpose(ops, width, &x[..dim_stride * width], T::ONE, x_rows);
         let rows = &mut self.tape.keys[keys.start * dim_stride..];
-        product(
-            ops,
-            (keys.len(), dim_stride, tokens),
-            (dp, width, 1),
-            (x_rows, dim_stride),
-            (rows, dim_stride),
-            true,
-            Some(&mut self.ahead),
-        );
+        product(ops, (keys.len(), dim_stride, tokens), (dp, width, 1), (x_rows, dim_stride), (rows, dim_stride), true, ahead);
         for ((to, from), &inverse) in o.chunks_exact_mut(stride).zip(g_rows.chunks_exact(stride)).zip(&inverse[..tokens]) {
             to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * inverse);
         }
         let rows = &mut self.tape.values[keys.start * stride..];
-        product(ops, (keys.len(), stride, tokens), (p, width, 1), (o, stride), (rows, stride), true, Some(&mut self.ahead));
+        product(ops, (keys.len(), stride, tokens), (p, width, 1), (o, stride), (rows, stride), true, ahead);
     }
 
     /// `dx` becomes rows of the queries' gradient.
@@ -828,12 +796,13 @@ fn near_scores<T: Real, M>(
     width: usize,
     x: &[T],
     near: &mut NearBuffers<T>,
+    ahead: &mut Ahead<T>,
 ) {
     let dim = stretch.k.ncols();
     for (start, y) in (0..keys.len()).step_by(BLOCK).zip(near.y.chunks_exact(dim * BLOCK)) {
         let count = BLOCK.min(keys.len() - start);
         let p = &mut near.p[start * width..];
-        product(ops, (count, width, dim), (y, 1, padded(count)), (x, width), (p, width), false, None);
+        product(ops, (count, width, dim), (y, 1, padded(count)), (x, width), (p, width), false, ahead);
     }
     for (key, row) in keys.zip(near.p.chunks_exact_mut(width)) {
         let hidden = if is_valid(stretch.valid, key) { key.saturating_sub(query).min(width) } else { width };
@@ -848,18 +817,20 @@ impl<T: Real> NearSums<T> {
         let (queries, dim, stride) = (stretch.q.shape()[1], stretch.q.shape()[2], padded(stretch.v.ncols()));
         let zeros = |len| vec![T::ZERO; len];
         let mut sums = Self { numerator: zeros(queries * stride), total: zeros(queries), top: vec![T::NEG_INFINITY; queries] };
+        let mut ahead = Ahead::of([stretch.k, stretch.v, stretch.q.index_axis_move(Axis(0), h)]);
         let mut buffers = NearBuffers::default();
         let (mut x, no_token) = (zeros(dim * BLOCK), zeros(dim.max(LANES)));
         let (mut column, mut total) = (zeros(BLOCK), zeros(BLOCK));
         let mut start = 0;
         while start < queries {
             let (end, first) = near_block(stretch, near, start);
+            ahead.aim(end, BLOCK);
             let keys = first..stretch.lead + end;
             let (tokens, width) = (end - start, padded(end - start));
             let (column, total) = (&mut column[..width], &mut total[..width]);
             load_near(stretch, keys.clone(), &mut buffers, &no_token);
             gather(ops, stretch.q.index_axis(Axis(0), h), start..end, None, stretch.query_scale, &mut x, &no_token);
-            near_scores(ops, stretch, keys.clone(), stretch.lead + start, width, &x, &mut buffers);
+            near_scores(ops, stretch, keys.clone(), stretch.lead + start, width, &x, &mut buffers, &mut ahead);
             let NearBuffers { v, p, ones, zeros, .. } = &mut buffers;
             let p = &mut p[..keys.len() * width];
             (ops.column_max)(p, &zeros[..keys.len()], column);
@@ -868,7 +839,7 @@ impl<T: Real> NearSums<T> {
             (ops.exp_dot)(p, &zeros[..keys.len()], column, &ones[..keys.len()], total);
             sums.total[start..end].copy_from_slice(&total[..tokens]);
             let out = &mut sums.numerator[start * stride..end * stride];
-            product(ops, (tokens, stride, keys.len()), (p, 1, width), (v, stride), (out, stride), false, None);
+            product(ops, (tokens, stride, keys.len()), (p, 1, width), (v, stride), (out, stride), false, &mut ahead);
             start = end;
         }
         sums
@@ -961,29 +932,21 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
 
     /// What the queries after the block do to its keys: R·v into `df`, r into `feature`, and their part of v̇.
     fn later_queries(&mut self, keys: Range<usize>) {
-        let ops = T::ops();
+        let (ops, ahead) = (T::ops(), &mut self.ahead);
         let (width, stride) = (padded(keys.len()), padded(self.stretch.v.ncols()));
         let Buffers { b, df, v, dv_rows, feature, .. } = &mut self.tape.block;
         let m = feature.len();
         feature.copy_from_slice(&self.tape.norm);
-        product(ops, (m, width, stride), (&self.tape.sums, stride, 1), (v, width), (df, width), false, Some(&mut self.ahead));
+        product(ops, (m, width, stride), (&self.tape.sums, stride, 1), (v, width), (df, width), false, ahead);
         if self.targets.inputs.is_some() {
-            product(
-                ops,
-                (keys.len(), stride, m),
-                (b, 1, width),
-                (&self.tape.sums, stride),
-                (dv_rows, stride),
-                false,
-                Some(&mut self.ahead),
-            );
+            product(ops, (keys.len(), stride, m), (b, 1, width), (&self.tape.sums, stride), (dv_rows, stride), false, ahead);
         }
     }
 
     /// One query head's queries join R and r. With `own` > 0, the width of the panel of their block's own keys, they
     /// meet those first.
     fn collect(&mut self, h: usize, queries: Range<usize>, own: usize) {
-        let (ops, stretch) = (T::ops(), self.stretch);
+        let (ops, stretch, ahead) = (T::ops(), self.stretch, &mut self.ahead);
         let (tokens, width, dim, stride) = (queries.len(), padded(queries.len()), stretch.q.shape()[2], padded(stretch.v.ncols()));
         let Buffers { x_rows, a, b, df, s, h: products, v, g_rows, dv_rows, shift, delta, feature, zeros, map, .. } = &mut self.tape.block;
         let m = feature.len();
@@ -1009,26 +972,26 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
             if self.targets.inputs.is_some() {
                 for (band, keys) in bands(tokens) {
                     let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
-                    product(ops, (keys, width - band, m), (&b[band..], 1, own), a, s, false, Some(&mut self.ahead));
+                    product(ops, (keys, width - band, m), (&b[band..], 1, own), a, s, false, ahead);
                 }
                 (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
                 for (band, keys) in bands(tokens) {
                     let (s, g, rows) = (&s[band * width + band..], &g_rows[band * stride..], &mut dv_rows[band * stride..]);
-                    product(ops, (keys, stride, tokens - band), (s, width, 1), (g, stride), (rows, stride), true, Some(&mut self.ahead));
+                    product(ops, (keys, stride, tokens - band), (s, width, 1), (g, stride), (rows, stride), true, ahead);
                 }
             }
             // Rows are queries here: query i sees the keys up to its own.
             for (band, count) in bands(tokens) {
                 let (g, to) = (&g_rows[band * stride..], &mut products[band * own..]);
-                product(ops, (count, padded(band + count), stride), (g, stride, 1), (v, own), (to, own), false, Some(&mut self.ahead));
+                product(ops, (count, padded(band + count), stride), (g, stride, 1), (v, own), (to, own), false, ahead);
             }
             (ops.lower_less)(&mut products[..tokens * own], own, &delta[..tokens]);
             for (band, count) in bands(tokens) {
                 let (a, h) = (&a[band..], &products[band * own..]);
-                product(ops, (m, padded(band + count), count), (a, width, 1), (h, own), (df, own), true, Some(&mut self.ahead));
+                product(ops, (m, padded(band + count), count), (a, width, 1), (h, own), (df, own), true, ahead);
             }
         }
-        product(ops, (m, stride, tokens), (a, width, 1), (g_rows, stride), (&mut self.tape.sums, stride), true, Some(&mut self.ahead));
+        product(ops, (m, stride, tokens), (a, width, 1), (g_rows, stride), (&mut self.tape.sums, stride), true, ahead);
         (ops.matvec)(a, width, delta, &mut self.tape.norm);
     }
 
