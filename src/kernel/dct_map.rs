@@ -425,13 +425,16 @@ impl<T: Real> Inner<T> {
 
     /// Log-features of one token of one side.
     fn token(&self, side: &Side<T>, projector: &TokenProjector<T>, x: &[T], out: &mut [T], scratch: &mut [T]) {
-        let (z, scratch) = scratch.split_at_mut(self.dim);
+        let (centred, scratch) = scratch.split_at_mut(self.dim);
         let (plus, minus) = out.split_at_mut(self.rows);
         let (row, mirror_row) = side.row.split_at(self.rows);
-        z.copy_from_slice(x);
-        if let Some(center) = &side.center {
-            z.iter_mut().zip(center).for_each(|(z, &mu)| *z -= mu);
-        }
+        let z = match &side.center {
+            None => x,
+            Some(center) => {
+                centred.iter_mut().zip(x.iter().zip(center)).for_each(|(z, (&x, &mu))| *z = x - mu);
+                &*centred
+            }
+        };
         let mut offset = [T::ZERO];
         if self.envelope {
             (T::ops().matvec)(z, z.len(), z, &mut offset);
@@ -440,25 +443,33 @@ impl<T: Real> Inner<T> {
         if let Some(tilt) = &side.tilt {
             (T::ops().matvec)(tilt, x.len(), x, &mut offset);
         }
+        let offset = offset[0];
         match projector {
             TokenProjector::Dct { matrix, scale, radii } => {
                 let (scaled, u) = scratch.split_at_mut(self.dim);
                 let u = &mut u[..padded(self.dim)];
-                let blocks = scale.chunks_exact(self.dim).zip(radii.chunks_exact(self.dim));
-                for ((scale, radii), plus) in blocks.zip(plus.chunks_exact_mut(self.dim)) {
-                    scaled.iter_mut().zip(&*z).zip(scale).for_each(|((scaled, &z), &s)| *scaled = s * z);
+                let mut mirrors = minus.chunks_exact_mut(self.dim).zip(mirror_row.chunks_exact(self.dim));
+                let blocks = scale.chunks_exact(self.dim).zip(radii.chunks_exact(self.dim)).zip(row.chunks_exact(self.dim));
+                for (((scale, radii), row), plus) in blocks.zip(plus.chunks_exact_mut(self.dim)) {
+                    scaled.iter_mut().zip(z).zip(scale).for_each(|((scaled, &z), &s)| *scaled = s * z);
                     (T::ops().vecmat)(scaled, matrix, false, u);
-                    plus.iter_mut().zip(&*u).zip(radii).for_each(|((plus, &u), &t)| *plus = t * u);
+                    plus.iter_mut().zip(&*u).zip(radii.iter().zip(row)).for_each(|((out, &u), (&t, &row))| *out = t * u + (row + offset));
+                    if let Some((minus, row)) = mirrors.next() {
+                        minus
+                            .iter_mut()
+                            .zip(&*u)
+                            .zip(radii.iter().zip(row))
+                            .for_each(|((out, &u), (&t, &row))| *out = (row + offset) - t * u);
+                    }
                 }
             }
             TokenProjector::Matrix(matrix) => {
                 let u = &mut scratch[..padded(self.rows)];
                 (T::ops().vecmat)(z, matrix, false, u);
-                plus.copy_from_slice(&u[..self.rows]);
+                plus.iter_mut().zip(&*u).zip(row).for_each(|((out, &u), &row)| *out = u + (row + offset));
+                minus.iter_mut().zip(&*u).zip(mirror_row).for_each(|((out, &u), &row)| *out = (row + offset) - u);
             }
         }
-        minus.iter_mut().zip(&*plus).zip(mirror_row).for_each(|((out, &u), &row)| *out = (row + offset[0]) - u);
-        plus.iter_mut().zip(row).for_each(|(u, &row)| *u += row + offset[0]);
     }
 }
 
