@@ -372,6 +372,18 @@ fn steps_agree_with_the_whole() {
         again.reset();
         assert_eq!(again.position(), 0);
     }
+    // In f64, from the same numbers.
+    let module = CandleAttention::from_layer(&layer::<f64>(0, Causality::Causal), DType::F64).unwrap();
+    assert_eq!((module.config().heads, module.near(), module.maps().len()), (4, Some(Near::new(8, 1)), 2));
+    let x = tensor(&Random::new(9).normals((2, 30, 24), 1.0));
+    let mut state = module.new_state(2).unwrap();
+    assert!(module.new_state(0).is_err());
+    let whole = module.forward(&x, 0, Some(&mut state)).unwrap();
+    assert_eq!((state.position(), state.batch(), state.bytes() > 0), (30, 2, true));
+    state.reset();
+    assert_eq!(state.position(), 0);
+    let again = module.forward(&x, 0, Some(&mut state)).unwrap();
+    assert_eq!(array::<f64>(&again), array::<f64>(&whole));
     let encoder = CandleAttention::from_layer(&layer::<f32>(3, Causality::Bidirectional), DType::F32).unwrap();
     assert!(encoder.new_state(1).is_err());
 }
