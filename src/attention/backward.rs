@@ -154,10 +154,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         gradients: &mut AttentionGradients<T, M::Gradients>,
         ws: &mut BackwardWorkspace<T>,
     ) -> Result<()> {
-        check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?;
-        self.check_gradient(q, k, v, mask, grad_out)?;
-        self.check_results(q, k, v, gradients, ws)?;
-        self.backward(self.causal_order(), None, q, k, v, mask, grad_out, gradients, ws).map(drop)
+        self.backward_into(self.causal_order(), q, k, v, mask, grad_out, gradients, ws)
     }
 
     /// Zeros, for [`causal_backward_into`](Self::causal_backward_into) and [`full_backward_into`](Self::full_backward_into) to
@@ -206,8 +203,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         grad_out: &ArrayRef3<T>,
     ) -> Result<(AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>)> {
         state.check(self.shape())?;
-        check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?;
-        self.check_gradient(q, k, v, mask, grad_out)?;
+        self.check_gradient(self.causal_order(), q, k, v, mask, grad_out)?;
         let (mut gradients, mut ws) = (self.new_gradients(q.shape()[1], k.shape()[1])?, self.backward_workspace());
         let states = self.backward(self.causal_order(), Some(state), q, k, v, mask, grad_out, &mut gradients, &mut ws)?;
         Ok((gradients, states))
@@ -231,8 +227,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         mask: KeyMask<'_>,
         grad_out: &ArrayRef3<T>,
     ) -> Result<AttentionGradients<T, M::Gradients>> {
-        self.check_full()?;
-        self.check_gradient(q, k, v, mask, grad_out)?;
+        self.check_gradient(Order::Full, q, k, v, mask, grad_out)?;
         let mut gradients = self.new_gradients(q.shape()[1], k.shape()[1])?;
         self.backward(Order::Full, None, q, k, v, mask, grad_out, &mut gradients, &mut self.backward_workspace())?;
         Ok(gradients)
@@ -256,37 +251,45 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         gradients: &mut AttentionGradients<T, M::Gradients>,
         ws: &mut BackwardWorkspace<T>,
     ) -> Result<()> {
-        self.check_full()?;
-        self.check_gradient(q, k, v, mask, grad_out)?;
-        self.check_results(q, k, v, gradients, ws)?;
-        self.backward(Order::Full, None, q, k, v, mask, grad_out, gradients, ws).map(drop)
+        self.backward_into(Order::Full, q, k, v, mask, grad_out, gradients, ws)
     }
 
     /// Whether everything has the shape it should; elements are looked at head by head, while they are in the cache.
     fn check_gradient(
         &self,
+        order: Order,
         q: &ArrayRef3<T>,
         k: &ArrayRef3<T>,
         v: &ArrayRef3<T>,
         mask: KeyMask<'_>,
         grad_out: &ArrayRef3<T>,
     ) -> Result<()> {
+        match order {
+            Order::Full => self.check_full()?,
+            Order::Causal | Order::Near(_) => check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?,
+        }
         check_shape("grad_out", grad_out, &[self.heads(), q.shape()[1], self.sizes.value_dim])?;
         check_shapes(self.heads(), self.maps().len(), self.sizes, q, k, v, mask, grad_out)
     }
 
-    fn check_results(
+    /// From no state, into results that are still to be checked.
+    fn backward_into(
         &self,
+        order: Order,
         q: &ArrayRef3<T>,
         k: &ArrayRef3<T>,
         v: &ArrayRef3<T>,
-        gradients: &AttentionGradients<T, M::Gradients>,
-        ws: &BackwardWorkspace<T>,
+        mask: KeyMask<'_>,
+        grad_out: &ArrayRef3<T>,
+        gradients: &mut AttentionGradients<T, M::Gradients>,
+        ws: &mut BackwardWorkspace<T>,
     ) -> Result<()> {
+        self.check_gradient(order, q, k, v, mask, grad_out)?;
         check_shape("gradients.q", &gradients.q, q.shape())?;
         check_shape("gradients.k", &gradients.k, k.shape())?;
         check_shape("gradients.v", &gradients.v, v.shape())?;
-        self.sizes.check_workspace(ws.sizes)
+        self.sizes.check_workspace(ws.sizes)?;
+        self.backward(order, None, q, k, v, mask, grad_out, gradients, ws).map(drop)
     }
 
     fn backward(

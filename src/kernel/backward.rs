@@ -21,7 +21,7 @@
 use std::fmt::Debug;
 
 use super::FeatureMap;
-use super::dct_map::{DctMap, cast, deep_gradients, lane_tables, lanes, projection_matrix};
+use super::dct_map::{DctMap, cast, deep_gradients, lane_tables, lanes, lanes_transposed, projection_matrix};
 use super::favor::FavorMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, SideParams};
 use crate::real::Real;
@@ -212,7 +212,6 @@ struct LanesTable<T> {
     forward: Vec<Vec<DctTables<T>>>,
     /// Whose transpose is y of u̇.
     reverse: Vec<Vec<DctTables<T>>>,
-    features: usize,
     /// s, `[P]`.
     scale: Vec<T>,
     /// μ, `[d]`.
@@ -221,8 +220,8 @@ struct LanesTable<T> {
     tilt: Vec<T>,
     /// 1 with a Gaussian envelope.
     envelope: T,
+    /// m ones.
     ones: Vec<T>,
-    zeros: Vec<T>,
 }
 
 /// All other projections. The sums are M `[m, d_padded]` and r `[m]`.
@@ -269,7 +268,7 @@ impl<T: Real> Table<T> {
 
     fn new_sums(&self) -> SideSums<T> {
         SideSums::new(match self {
-            Self::Lanes(table) => (2 * table.features + 2 * table.scale.len() + table.center.len()) * LANES,
+            Self::Lanes(table) => (2 * table.ones.len() + 2 * table.scale.len() + table.center.len()) * LANES,
             Self::Matrix(table) => table.features * (padded(table.dim()) + 1),
         })
     }
@@ -285,11 +284,11 @@ impl<T: Real> Table<T> {
         sums.count();
     }
 
-    /// The gradients of one side's own parameters but for its part in the other side's.
-    fn gradients(&self, params: &DctParams, own: &SideParams, of_side: &[f64], sums: &SideSums<T>, out: &mut SideGradients) -> Common {
+    /// The gradients of one side's own parameters but for its part in the other side's; `unit` as [`matrix_gradients`] wants it.
+    fn gradients(&self, params: &DctParams, own: &SideParams, unit: &[f64], sums: &SideSums<T>, out: &mut SideGradients) -> Common {
         let common = match self {
             Self::Lanes(table) => table.gradients(own, &sums.total(), out),
-            Self::Matrix(_) => matrix_gradients(params, own, of_side, &sums.total(), out),
+            Self::Matrix(_) => matrix_gradients(params, own, unit, &sums.total(), out),
         };
         if params.envelope == Envelope::Gaussian {
             add(&mut out.center, &common.inputs);
@@ -305,18 +304,16 @@ impl<T: Real> LanesTable<T> {
         Self {
             forward: lane_tables(params, &SideParams { radii: ones(&own.radii), ..own.clone() }),
             reverse: lane_tables(params, &unscaled),
-            features: params.features(),
             scale: cast(&own.scale),
             center: cast(&own.center),
             tilt: cast(&other.center),
             envelope: if params.envelope == Envelope::Gaussian { T::ONE } else { T::ZERO },
             ones: vec![T::ONE; params.features()],
-            zeros: vec![T::ZERO; params.dim()],
         }
     }
 
     fn vjp(&self, width: usize, x: &[T], grad: &[T], grad_x: Option<&mut [T]>, sums: &mut [T], scratch: &mut [T]) {
-        let (ops, m, dim, rows) = (T::ops(), self.features, self.center.len(), self.scale.len());
+        let (ops, m, dim, rows) = (T::ops(), self.ones.len(), self.center.len(), self.scale.len());
         let size = dim * width;
         let (panel, scratch) = scratch.split_at_mut(size);
         let (link, scratch) = scratch.split_at_mut(size);
@@ -339,19 +336,11 @@ impl<T: Real> LanesTable<T> {
             for (first, grad) in [(g * dim, &plus[g * size..(g + 1) * size]), (rows + g * dim, minus)] {
                 if !grad.is_empty() {
                     let (sums, products) = (&mut row_sums[of_features(first)], &mut radii_sums[of_features(first)]);
-                    (ops.lane_sums)(grad, panel, &self.zeros, sums, products);
+                    (ops.lane_sums)(grad, panel, &zeros[..dim], sums, products);
                 }
             }
             let grad = &plus[g * size..(g + 1) * size];
-            match reverse.as_slice() {
-                [only] => (ops.dct_transposed)(only, width, grad, minus, panel),
-                [first, second, third] => {
-                    (ops.dct_transposed)(third, width, grad, minus, panel);
-                    (ops.dct_transposed)(second, width, panel, &[], link);
-                    (ops.dct_transposed)(first, width, link, &[], panel);
-                }
-                _ => unreachable!("one transform, or three"),
-            }
+            lanes_transposed(reverse, width, grad, minus, panel, link);
             let of_block = of_features(g * dim);
             (ops.lane_sums)(panel, x, &self.center, &mut y_sums[of_block.clone()], &mut scale_sums[of_block]);
             // What the features have in common comes with the first block.
@@ -362,7 +351,7 @@ impl<T: Real> LanesTable<T> {
     }
 
     fn gradients(&self, own: &SideParams, sums: &[f64], out: &mut SideGradients) -> Common {
-        let (m, rows, dim) = (self.features, own.radii.len(), own.center.len());
+        let (m, rows, dim) = (self.ones.len(), own.radii.len(), own.center.len());
         let sums: Vec<f64> = sums.chunks_exact(LANES).map(|lanes| lanes.iter().sum()).collect();
         let (row_sums, sums) = sums.split_at(m);
         let (radii, sums) = sums.split_at(m);
@@ -444,19 +433,14 @@ fn scales(side: &SideParams, f: usize) -> &[f64] {
     &side.scale[block * dim..][..dim]
 }
 
-/// W of one side, `[P, d]`: the projection with radii and scales of one; p and r of a deep one.
-fn unit_projection(params: &DctParams, of_side: &[f64]) -> Vec<f64> {
-    match &params.projection {
-        Projection::Dense { .. } | Projection::Deep { .. } => of_side.to_vec(),
-        Projection::Dct | Projection::Mixed { .. } => {
-            let ones = vec![1.0; params.rows()];
-            projection_matrix(params, &SideParams { center: Vec::new(), scale: ones.clone(), radii: ones }, &[])
-        }
-    }
+/// W of both sides, `[P, d]`: transforms with radii and scales of one.
+fn unit_projection(params: &DctParams) -> Vec<f64> {
+    let ones = vec![1.0; params.rows()];
+    projection_matrix(params, &SideParams { center: Vec::new(), scale: ones.clone(), radii: ones }, &[])
 }
 
-/// [`Table::gradients`] from moments M and sums r.
-fn matrix_gradients(params: &DctParams, own: &SideParams, of_side: &[f64], sums: &[f64], out: &mut SideGradients) -> Common {
+/// [`Table::gradients`] from moments M and sums r; `unit` is W, or p and r of a deep projection.
+fn matrix_gradients(params: &DctParams, own: &SideParams, unit: &[f64], sums: &[f64], out: &mut SideGradients) -> Common {
     let (dim, paired) = (params.dim(), params.rows());
     let (moments, rows) = sums.split_at(params.features() * padded(dim));
     let moments: Vec<f64> = moments.chunks_exact(padded(dim)).flat_map(|row| row[..dim].iter().copied()).collect();
@@ -466,9 +450,8 @@ fn matrix_gradients(params: &DctParams, own: &SideParams, of_side: &[f64], sums:
     folded.0.iter_mut().zip(&moments[paired * dim..]).for_each(|(plus, minus)| *plus -= minus);
     folded.1.iter_mut().zip(&rows[paired..]).for_each(|(plus, minus)| *plus -= minus);
     let (moments, rows) = folded;
-    let unit = unit_projection(params, of_side);
     if let Projection::Deep { .. } = params.projection {
-        deep_side(params, own, &unit, &moments, &rows, out);
+        deep_side(params, own, unit, &moments, &rows, out);
         return common;
     }
     let one_block = own.scale.len() != own.radii.len();
@@ -533,8 +516,11 @@ impl<T: Real> DifferentiableMap<T> for DctMap<T> {
         let (params, tables) = (self.params(), self.tables());
         let mut out = DctGradients::zeros(params);
         let (of_query, of_key) = params.projection.sides();
-        let query = tables.query.gradients(params, &params.query, of_query, &sums.query, &mut out.query);
-        let key = tables.key.gradients(params, &params.key, of_key, &sums.key, &mut out.key);
+        let shared = matches!(tables.query, Table::Matrix(_)) && of_query.is_empty();
+        let unit = if shared { unit_projection(params) } else { Vec::new() };
+        let (query_unit, key_unit) = if shared { (&unit[..], &unit[..]) } else { (of_query, of_key) };
+        let query = tables.query.gradients(params, &params.query, query_unit, &sums.query, &mut out.query);
+        let key = tables.key.gradients(params, &params.key, key_unit, &sums.key, &mut out.key);
         // x·μk − μq·μk on the query side gives μk the sum of x − μq, and μq what is left of it; μq·y the sum of y.
         let (query_total, key_total) = (query.rows.iter().sum::<f64>(), key.rows.iter().sum::<f64>());
         add(&mut out.key.center, &query.inputs);

@@ -556,6 +556,20 @@ pub(super) fn lanes<T: Real>(
     }
 }
 
+/// The transpose of [`lanes`] without its additions: `out` is what the block's input gets from `grad − minus`.
+pub(super) fn lanes_transposed<T: Real>(chain: &[DctTables<T>], width: usize, grad: &[T], minus: &[T], out: &mut [T], scratch: &mut [T]) {
+    let ops = T::ops();
+    match chain {
+        [only] => (ops.dct_transposed)(only, width, grad, minus, out),
+        [first, second, third] => {
+            (ops.dct_transposed)(third, width, grad, minus, out);
+            (ops.dct_transposed)(second, width, out, &[], scratch);
+            (ops.dct_transposed)(first, width, scratch, &[], out);
+        }
+        _ => unreachable!("one transform, or three"),
+    }
+}
+
 /// The transforms of a block, in the order they are applied.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) enum Chain {

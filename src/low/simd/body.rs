@@ -490,13 +490,13 @@ pub(super) fn upper_less<S: Simd>(simd: S, p: &mut [S::T], minus: &[S::T]) {
             // SAFETY: j + N ≤ width, which is the length of `row` and `minus`; where 0 < start − j < N ≤ LANES, so is the step.
             unsafe {
                 let at = row.as_mut_ptr().add(j);
-                let less = |at: *mut S::T| simd.sub(simd.load(at), simd.load(minus.as_ptr().add(j)));
+                let less = simd.sub(simd.load(at), simd.load(minus.as_ptr().add(j)));
                 let kept = if j + S::N <= start {
                     simd.splat(S::T::ZERO)
                 } else if j >= start {
-                    less(at)
+                    less
                 } else {
-                    simd.mul(less(at), simd.load(step.as_ptr().add(LANES + j - start)))
+                    simd.mul(less, simd.load(step.as_ptr().add(LANES + j - start)))
                 };
                 simd.store(at, kept);
             }
