@@ -44,21 +44,16 @@ pub(super) fn matmul_ahead<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T],
     let mut column = 0;
     while column < vectors {
         // Few rows leave registers free for more columns, and need them to hide the latency of the additions.
-        let width = match vectors - column {
-            1 => 1,
-            2 | 3 => 2,
-            _ => {
-                if p.m <= 4 {
-                    4
-                } else {
-                    2
-                }
-            }
+        let width = match (vectors - column, p.m) {
+            (1, _) => 1,
+            (8.., 1) => 8,
+            (4.., ..=4) => 4,
+            _ => 2,
         };
         let mut row = 0;
         while row < p.m {
             // The largest power of two that fits: few tiles to compile, and a chain per element is the same in each.
-            let height = 1 << (p.m - row).min(S::TILE_ROWS).ilog2();
+            let height = 1 << (p.m - row).min(S::REGISTERS / 4).ilog2();
             // SAFETY: the tile [row..row + height, column·N..(column + width)·N] lies inside C, and with it the rows of
             // A and the columns of B, whose lengths were checked above.
             unsafe {
@@ -66,6 +61,7 @@ pub(super) fn matmul_ahead<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T],
                 let b = b.as_ptr().wrapping_add(column * S::N);
                 let c = c.as_mut_ptr().add(row * p.c_row + column * S::N);
                 match width {
+                    8 => tile::<S, 1, 8>(simd, p, a, b, c),
                     4 => rows::<S, 4>(simd, height, p, a, b, c),
                     2 => rows::<S, 2>(simd, height, p, a, b, c),
                     _ => rows::<S, 1>(simd, height, p, a, b, c),
@@ -92,7 +88,7 @@ unsafe fn rows<S: Simd, const C: usize>(simd: S, height: usize, p: Product, a: *
             1 => tile::<S, 1, C>(simd, p, a, b, c),
             2 => tile::<S, 2, C>(simd, p, a, b, c),
             4 => tile::<S, 4, C>(simd, p, a, b, c),
-            8 if C < 4 && S::TILE_ROWS == 8 => tile::<S, 8, C>(simd, p, a, b, c),
+            8 if C < 4 && S::REGISTERS == 32 => tile::<S, 8, C>(simd, p, a, b, c),
             _ => unreachable!("heights are powers of two up to the tile's"),
         }
     }
@@ -582,42 +578,48 @@ pub(super) fn fold<S: Simd>(simd: S, sums: &mut [S::T], rest: &mut [S::T]) {
     }
 }
 
-/// `out = xᵀ·A (+ out)`, A `[k, n]` without gaps, n a multiple of LANES: the product of one token. Four chains of additions
-/// per element hide their latency, so that bits differ from [`matmul`]'s.
+/// `out = xᵀ·A (+ out)`, A `[k, n]` without gaps, n a multiple of LANES: the product of one token. As many chains of additions
+/// as hide their latency, more than one per element where there are few columns, so that bits differ from [`matmul`]'s.
 #[inline(always)]
 pub(super) fn vecmat<S: Simd>(simd: S, x: &[S::T], a: &[S::T], accumulate: bool, out: &mut [S::T]) {
     let n = out.len();
     assert!(n.is_multiple_of(LANES) && a.len() >= x.len() * n, "matrix");
     let mut i = 0;
     while i < n {
-        // SAFETY: i + 4·N, i + 2·N or i + N ≤ n.
-        unsafe {
-            if i + 4 * S::N <= n {
-                vecmat_columns::<S, 4>(simd, x, a, accumulate, out, i);
-                i += 4 * S::N;
-            } else if i + 2 * S::N <= n {
-                vecmat_columns::<S, 2>(simd, x, a, accumulate, out, i);
-                i += 2 * S::N;
-            } else {
-                vecmat_columns::<S, 1>(simd, x, a, accumulate, out, i);
-                i += S::N;
-            }
-        }
+        let registers = (n - i) / S::N;
+        // SAFETY: `registers` registers of columns lie between i and n.
+        i += S::N
+            * unsafe {
+                match registers {
+                    8.. if S::REGISTERS == 16 => vecmat_columns::<S, 8, 1>(simd, x, a, accumulate, out, i),
+                    4.. if S::REGISTERS == 16 => vecmat_columns::<S, 4, 2>(simd, x, a, accumulate, out, i),
+                    4.. => vecmat_columns::<S, 4, 4>(simd, x, a, accumulate, out, i),
+                    2.. => vecmat_columns::<S, 2, 4>(simd, x, a, accumulate, out, i),
+                    _ => vecmat_columns::<S, 1, 4>(simd, x, a, accumulate, out, i),
+                }
+            };
     }
 }
 
-/// C registers of columns of [`vecmat`], from column i.
+/// C registers of columns of [`vecmat`], from column i, in U chains each; returns C.
 ///
 /// # Safety
 /// i + C·N ≤ n; the lengths are those that [`vecmat`] checks.
 #[inline(always)]
-unsafe fn vecmat_columns<S: Simd, const C: usize>(simd: S, x: &[S::T], a: &[S::T], accumulate: bool, out: &mut [S::T], i: usize) {
+unsafe fn vecmat_columns<S: Simd, const C: usize, const U: usize>(
+    simd: S,
+    x: &[S::T],
+    a: &[S::T],
+    accumulate: bool,
+    out: &mut [S::T],
+    i: usize,
+) -> usize {
     let n = out.len();
+    let mut sums = [[simd.splat(S::T::ZERO); C]; U];
+    let whole = x.len() / U * U;
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [[simd.splat(S::T::ZERO); C]; 4];
-        let whole = x.len() / 4 * 4;
-        for f in (0..whole).step_by(4) {
+        for f in (0..whole).step_by(U) {
             for (u, sums) in sums.iter_mut().enumerate() {
                 let x = simd.splat(*x.get_unchecked(f + u));
                 for (c, sum) in sums.iter_mut().enumerate() {
@@ -633,10 +635,15 @@ unsafe fn vecmat_columns<S: Simd, const C: usize>(simd: S, x: &[S::T], a: &[S::T
         }
         for c in 0..C {
             let at = out.as_mut_ptr().add(i + c * S::N);
-            let sum = simd.add(simd.add(sums[0][c], sums[1][c]), simd.add(sums[2][c], sums[3][c]));
+            let sum = match U {
+                1 => sums[0][c],
+                2 => simd.add(sums[0][c], sums[1][c]),
+                _ => simd.add(simd.add(sums[0][c], sums[1][c]), simd.add(sums[2][c], sums[3][c])),
+            };
             simd.store(at, if accumulate { simd.add(simd.load(at), sum) } else { sum });
         }
     }
+    C
 }
 
 /// `x[i] *= a`.

@@ -15,8 +15,8 @@ pub(super) trait Simd: Copy {
     type V: Copy;
     /// Elements per register; divides [`LANES`].
     const N: usize;
-    /// Rows of a register tile of the matrix product, a power of two.
-    const TILE_ROWS: usize;
+    /// Registers of the instruction set: 16 or 32.
+    const REGISTERS: usize;
 
     fn splat(self, x: Self::T) -> Self::V;
     /// # Safety
@@ -83,7 +83,7 @@ macro_rules! portable {
             type T = $t;
             type V = [$t; $n];
             const N: usize = $n;
-            const TILE_ROWS: usize = 4;
+            const REGISTERS: usize = 16;
 
             #[inline(always)]
             fn splat(self, x: $t) -> Self::V {

@@ -22,11 +22,11 @@ pub(super) struct Avx2F32(pub(super) ());
 pub(super) struct Avx2F64(pub(super) ());
 
 macro_rules! arithmetic {
-    ($t:ty, $v:ty, $n:literal, $rows:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident) => {
+    ($t:ty, $v:ty, $n:literal, $registers:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident) => {
         type T = $t;
         type V = $v;
         const N: usize = $n;
-        const TILE_ROWS: usize = $rows;
+        const REGISTERS: usize = $registers;
 
         #[inline(always)]
         fn splat(self, x: $t) -> $v {
@@ -84,7 +84,7 @@ impl Simd for Avx512F32 {
         f32,
         __m512,
         16,
-        8,
+        32,
         _mm512_set1_ps,
         _mm512_loadu_ps,
         _mm512_storeu_ps,
@@ -168,7 +168,7 @@ impl Simd for Avx512F64 {
         f64,
         __m512d,
         8,
-        8,
+        32,
         _mm512_set1_pd,
         _mm512_loadu_pd,
         _mm512_storeu_pd,
@@ -214,7 +214,7 @@ impl Simd for Avx2F32 {
         f32,
         __m256,
         8,
-        4,
+        16,
         _mm256_set1_ps,
         _mm256_loadu_ps,
         _mm256_storeu_ps,
@@ -263,6 +263,39 @@ impl Simd for Avx2F32 {
             _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)))
         }
     }
+
+    #[inline(always)]
+    unsafe fn transpose(self, rows: &[*const f32; LANES], scale: __m256, out: *mut f32, stride: usize) -> __m256 {
+        let mut squares = [self.splat(0.0); 2];
+        // SAFETY: the token proves the instruction set, the caller the pointers.
+        unsafe {
+            for half in 0..2 {
+                // Pairs of rows, then fours: b[4i + c] holds in its 128-bit lane l column 4l + c of rows 4i..4i + 4.
+                let mut a = [scale; 8];
+                let mut b = [scale; 8];
+                for i in 0..4 {
+                    let (even, odd) = (self.load(rows[8 * half + 2 * i]), self.load(rows[8 * half + 2 * i + 1]));
+                    squares = [self.mul_add(even, even, squares[0]), self.mul_add(odd, odd, squares[1])];
+                    let (even, odd) = (self.mul(even, scale), self.mul(odd, scale));
+                    a[2 * i] = _mm256_unpacklo_ps(even, odd);
+                    a[2 * i + 1] = _mm256_unpackhi_ps(even, odd);
+                }
+                for i in 0..2 {
+                    for j in 0..2 {
+                        let (low, high) = (_mm256_castps_pd(a[4 * i + j]), _mm256_castps_pd(a[4 * i + 2 + j]));
+                        b[4 * i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
+                        b[4 * i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
+                    }
+                }
+                for c in 0..4 {
+                    let at = out.add(8 * half + c * stride);
+                    self.store(at, _mm256_permute2f128_ps::<0x20>(b[c], b[4 + c]));
+                    self.store(at.add(4 * stride), _mm256_permute2f128_ps::<0x31>(b[c], b[4 + c]));
+                }
+            }
+        }
+        self.add(squares[0], squares[1])
+    }
 }
 
 impl Simd for Avx2F64 {
@@ -270,7 +303,7 @@ impl Simd for Avx2F64 {
         f64,
         __m256d,
         4,
-        4,
+        16,
         _mm256_set1_pd,
         _mm256_loadu_pd,
         _mm256_storeu_pd,
@@ -315,5 +348,28 @@ impl Simd for Avx2F64 {
             let half = _mm_max_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd::<1>(a));
             _mm_cvtsd_f64(_mm_max_sd(half, _mm_unpackhi_pd(half, half)))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(self, rows: &[*const f64; LANES], scale: __m256d, out: *mut f64, stride: usize) -> __m256d {
+        let mut squares = [self.splat(0.0); 2];
+        // SAFETY: the token proves the instruction set, the caller the pointers.
+        unsafe {
+            for group in (0..LANES).step_by(4) {
+                let x: [__m256d; 4] = std::array::from_fn(|i| self.load(rows[group + i]));
+                squares = [self.mul_add(x[0], x[0], squares[0]), self.mul_add(x[1], x[1], squares[1])];
+                squares = [self.mul_add(x[2], x[2], squares[0]), self.mul_add(x[3], x[3], squares[1])];
+                let x = x.map(|x| self.mul(x, scale));
+                let (even, odd) = ([x[0], x[2]], [x[1], x[3]]);
+                let low: [__m256d; 2] = std::array::from_fn(|i| _mm256_unpacklo_pd(even[i], odd[i]));
+                let high: [__m256d; 2] = std::array::from_fn(|i| _mm256_unpackhi_pd(even[i], odd[i]));
+                let at = out.add(group);
+                self.store(at, _mm256_permute2f128_pd::<0x20>(low[0], low[1]));
+                self.store(at.add(stride), _mm256_permute2f128_pd::<0x20>(high[0], high[1]));
+                self.store(at.add(2 * stride), _mm256_permute2f128_pd::<0x31>(low[0], low[1]));
+                self.store(at.add(3 * stride), _mm256_permute2f128_pd::<0x31>(high[0], high[1]));
+            }
+        }
+        self.add(squares[0], squares[1])
     }
 }
