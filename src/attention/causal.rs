@@ -9,11 +9,8 @@ use crate::attention::Head;
 use crate::attention::pages::SEGMENT;
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise, tokens_fit};
 use crate::attention::state::HeadState;
-use crate::attention::workspace::Scratch;
+use crate::attention::workspace::{CAUSAL_BLOCK, Scratch};
 
-/// Tokens of a block. Half of what the other loops work on: the products within a block grow with its length, and at 32 they
-/// are two fifths of those with the state.
-const BLOCK: usize = 32;
 use crate::kernel::FeatureMap;
 use crate::real::Real;
 use crate::simd::{Ahead, LANES, Product, padded};
@@ -46,7 +43,7 @@ pub(super) fn causal<T: Real, M: FeatureMap<T>>(
     while start < n {
         let Some(end) = keys(head, state, position, k, v, valid, start, scratch) else { return false };
         let share = s![.., start..end, ..];
-        ahead.aim(end, BLOCK);
+        ahead.aim(end, CAUSAL_BLOCK);
         if !queries(head, state, q.slice(share), out.slice_mut(share), width_of(start, n), scratch, Some(&mut ahead)) {
             return false;
         }
@@ -58,7 +55,7 @@ pub(super) fn causal<T: Real, M: FeatureMap<T>>(
 
 /// Tokens of the block that begins at `start`, if no key cuts it short.
 fn block_at(start: usize, n: usize) -> Range<usize> {
-    start..n.min(start + BLOCK.min(SEGMENT - start % SEGMENT))
+    start..n.min(start + CAUSAL_BLOCK.min(SEGMENT - start % SEGMENT))
 }
 
 /// Columns of the key panel of a block that begins at `start`.

@@ -24,7 +24,7 @@ use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, s};
 use crate::attention::Near;
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, put_row};
 use crate::attention::state::{HeadState, Shape};
-use crate::attention::workspace::BLOCK;
+use crate::attention::workspace::{BLOCK, CAUSAL_BLOCK};
 use crate::kernel::DifferentiableMap;
 use crate::real::Real;
 use crate::simd::{Ahead, LANES, Ops, Product, padded, transpose};
@@ -325,7 +325,8 @@ impl<T: Real> Tape<T> {
         if let Some(targets) = &mut targets {
             let ahead = stretch.ahead(&upstream, targets.inputs.as_ref(), false);
             let upstream = if let Upstream::Rows(rows) = upstream { Some(rows) } else { None };
-            Backward { tape: self, stretch, upstream, targets, origin, frame: usize::MAX, ahead }.run();
+            let frame = usize::MAX;
+            Backward { tape: self, stretch, upstream, targets, origin, frame, ahead, from_state: start.is_some(), later: false }.run();
             let first_absorbed =
                 self.events.iter().find(|event| event.kind != Kind::Read).map_or(stretch.k.nrows(), |event| event.tokens.start);
             if let (Some(inputs), true) = (&mut targets.inputs, self.keys.is_empty()) {
@@ -396,7 +397,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             }
             Order::Causal => {
                 while start < queries {
-                    start = self.both(start..queries.min(start + BLOCK));
+                    start = self.both(start..queries.min(start + CAUSAL_BLOCK));
                 }
             }
             Order::Near(near) => {
@@ -504,12 +505,14 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let width = padded(block.len());
         let tokens = self.weigh(block.clone(), true);
         let block = block.start..block.start + tokens;
-        self.ahead.aim(block.end, BLOCK);
+        self.ahead.aim(block.end, CAUSAL_BLOCK);
         self.push_event(Kind::Both, block.clone());
         for h in 0..self.stretch.q.shape()[0] {
             self.query(h, block.clone(), 0..0, width);
         }
-        self.join(tokens, width);
+        if block.end < self.stretch.q.shape()[1] {
+            self.join(tokens, width);
+        }
         block.end
     }
 
@@ -653,8 +656,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         delta.fill(T::ZERO);
         if state.started {
             let df = &mut df[..feature.len() * width];
-            product(ops, (feature.len(), width, stride), (&state.sums, stride, 1), (v, width), (df, width), false, ahead);
-            (ops.column_dot)(&a[..feature.len() * width], df, delta);
+            if state.is_empty() {
+                df.fill(T::ZERO);
+            } else {
+                product(ops, (feature.len(), width, stride), (&state.sums, stride, 1), (v, width), (df, width), false, ahead);
+                (ops.column_dot)(&a[..feature.len() * width], df, delta);
+            }
         }
         if own > 0 {
             for (band, keys) in bands(tokens) {
@@ -857,6 +864,10 @@ struct Backward<'p, 'a, 'g, T: Real, M: DifferentiableMap<T>> {
     /// The frame that R and r are in.
     frame: usize,
     ahead: Ahead<T>,
+    /// R and r are wanted of all queries, as gradients of the sums that the stretch started from.
+    from_state: bool,
+    /// R and r hold queries already.
+    later: bool,
 }
 
 impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
@@ -876,12 +887,13 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
             }
             let width = padded(event.tokens.len());
             match event.kind {
-                Kind::Read => (0..self.stretch.q.shape()[0]).for_each(|h| self.collect(h, event.tokens.clone(), 0)),
+                Kind::Read => (0..self.stretch.q.shape()[0]).for_each(|h| self.collect(h, event.tokens.clone(), 0, true)),
                 Kind::Absorb | Kind::Both => {
                     self.weigh(event.tokens.clone());
                     self.later_queries(event.tokens.clone());
                     if event.kind == Kind::Both {
-                        (0..self.stretch.q.shape()[0]).for_each(|h| self.collect(h, event.tokens.clone(), width));
+                        let earlier = self.from_state || i > 0;
+                        (0..self.stretch.q.shape()[0]).for_each(|h| self.collect(h, event.tokens.clone(), width, earlier));
                     }
                     self.key_gradients(event.tokens.clone());
                     self.write_keys(event.tokens.clone());
@@ -937,6 +949,11 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         let Buffers { b, df, v, dv_rows, feature, .. } = &mut self.tape.block;
         let m = feature.len();
         feature.copy_from_slice(&self.tape.norm);
+        if !self.later {
+            df[..m * width].fill(T::ZERO);
+            dv_rows[..keys.len() * stride].fill(T::ZERO);
+            return;
+        }
         product(ops, (m, width, stride), (&self.tape.sums, stride, 1), (v, width), (df, width), false, ahead);
         if self.targets.inputs.is_some() {
             product(ops, (keys.len(), stride, m), (b, 1, width), (&self.tape.sums, stride), (dv_rows, stride), false, ahead);
@@ -944,8 +961,8 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
     }
 
     /// One query head's queries join R and r. With `own` > 0, the width of the panel of their block's own keys, they
-    /// meet those first.
-    fn collect(&mut self, h: usize, queries: Range<usize>, own: usize) {
+    /// meet those first. R and r are left alone unless there are `earlier` keys to read them.
+    fn collect(&mut self, h: usize, queries: Range<usize>, own: usize, earlier: bool) {
         let (ops, stretch, ahead) = (T::ops(), self.stretch, &mut self.ahead);
         let (tokens, width, dim, stride) = (queries.len(), padded(queries.len()), stretch.q.shape()[2], padded(stretch.v.ncols()));
         let Buffers { x_rows, a, b, df, s, h: products, v, g_rows, dv_rows, shift, delta, feature, zeros, map, .. } = &mut self.tape.block;
@@ -991,8 +1008,11 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
                 product(ops, (m, padded(band + count), count), (a, width, 1), (h, own), (df, own), true, ahead);
             }
         }
-        product(ops, (m, stride, tokens), (a, width, 1), (g_rows, stride), (&mut self.tape.sums, stride), true, ahead);
-        (ops.matvec)(a, width, delta, &mut self.tape.norm);
+        if earlier {
+            product(ops, (m, stride, tokens), (a, width, 1), (g_rows, stride), (&mut self.tape.sums, stride), true, ahead);
+            (ops.matvec)(a, width, delta, &mut self.tape.norm);
+            self.later = true;
+        }
     }
 
     /// From the gradient of the features to those of the map, λ and the keys.

@@ -378,6 +378,11 @@ impl<T: Real> HeadState<T> {
         self.accumulate(head.ops, b, feature, width, tokens, values, ahead);
     }
 
+    /// No key has joined the sums yet, as in the first block of a sequence.
+    pub(super) fn is_empty(&self) -> bool {
+        self.norm.iter().all(|&norm| norm == T::ZERO)
+    }
+
     /// Reads the sums for a panel of query log-features: on return `o` holds wᵀS and `total` wᵀz for every token, where
     /// w_f = exp(a_f + c_f + shift).
     pub(super) fn read(
@@ -391,8 +396,7 @@ impl<T: Real> HeadState<T> {
         ahead: Option<&mut Ahead<T>>,
     ) {
         let (m, stride, width) = (self.norm.len(), self.sums.len() / self.norm.len(), shift.len());
-        if self.norm.iter().all(|&norm| norm == T::ZERO) {
-            // Nothing there yet, as in the first block of a sequence.
+        if self.is_empty() {
             (ops.exp_panel)(a, &self.reference, shift);
             total.fill(T::ZERO);
             o[..tokens * stride].fill(T::ZERO);
