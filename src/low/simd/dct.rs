@@ -1,4 +1,4 @@
-//! Batched DCT-II and its transpose, the DCT-III, with tokens along the lanes: lengths 2^k from 8 to 256.
+//! Batched DCT-II and its transpose, the DCT-III, with tokens along the lanes: lengths 2^k, 3·2^k and 5·2^k, k ≥ 3, up to 256.
 //!
 //! Lee's factorisation [B. G. Lee, "A new algorithm to compute the discrete cosine transform", IEEE Trans. ASSP 32, 1984]:
 //!
@@ -8,7 +8,8 @@
 //! X_{2f} = DCT(a)_f          X_{2f+1} = DCT(b)_f + DCT(b)_{f+1}
 //! ```
 //!
-//! Each level is one pass over registers of tokens, down to 32 points, which the compiler keeps in registers as far as they go.
+//! Each level is one pass over registers of tokens, down to a *leaf* of 8 to 32 points, which the compiler keeps in registers as
+//! far as they go. At the end of it all are one, three or five points, by the definition.
 //!
 //! The transpose runs through the same graph from its end:
 //!
@@ -26,13 +27,31 @@ use crate::simd::LANES;
 
 /// Lengths the batched transform can do.
 pub(crate) fn supports(len: usize) -> bool {
-    len.is_power_of_two() && (8..=256).contains(&len)
+    len.is_multiple_of(8) && len <= MOST && matches!(odd(len), 1 | 3 | 5)
+}
+
+/// The longest transform.
+const MOST: usize = 256;
+
+/// What is left of a length after all halvings.
+fn odd(len: usize) -> usize {
+    len >> len.trailing_zeros()
+}
+
+/// Points of the leaves of a transform.
+#[inline(always)]
+fn leaf_points(len: usize) -> usize {
+    match odd(len) {
+        1 => len.min(32),
+        3 => 24,
+        _ => 20,
+    }
 }
 
 /// Tables of one affine transform of a panel, see [`transform`] and [`transposed`].
 #[derive(Debug, Clone)]
 pub(crate) struct DctTables<T> {
-    /// 1 / (2 cos(π(2i+1) / 2n)) for n = d, d/2, …, 2: n/2 of each.
+    /// 1 / (2 cos(π(2i+1) / 2n)) for n = d, d/2, … as long as n is even: n/2 of each.
     twiddles: Vec<T>,
     /// Factor of every input row.
     pre: Vec<T>,
@@ -48,7 +67,7 @@ impl<T: Real> DctTables<T> {
         let d = pre.len();
         debug_assert!(shift.len() == d && post.len() == d && supports(d));
         let cast = |values: &[f64]| values.iter().map(|&x| T::from_f64(x)).collect();
-        let levels = std::iter::successors(Some(d), |n| Some(n / 2)).take_while(|&n| n > 1);
+        let levels = std::iter::successors(Some(d), |n| Some(n / 2)).take_while(|n| n.is_multiple_of(2));
         let angle = |n: usize, i: usize| std::f64::consts::PI * (2 * i + 1) as f64 / (2 * n) as f64;
         let twiddles = levels.flat_map(|n| (0..n / 2).map(move |i| T::from_f64(0.5 / angle(n, i).cos()))).collect();
         let norm = |f: usize| (if f == 0 { 1.0 } else { 2.0 } / d as f64).sqrt();
@@ -98,19 +117,18 @@ pub(super) fn transform<S: Simd>(
     assert!(width.is_multiple_of(LANES) && x.len() >= d * width, "input panel");
     assert!(out.len() == d * width && row.len() == d, "output panel");
     assert!(mirror.is_empty() || (mirror.len() == d * width && mirror_row.len() == d), "mirror panel");
-    assert!(tables.twiddles.len() == d - 1 && tables.shift.len() == d && tables.post.len() == d, "tables");
-    assert!(supports(d), "a power of two from 8 to 256");
-    let points = if d < 32 { d } else { 32 };
+    assert!(supports(d) && tables.twiddles.len() == d - odd(d) && tables.shift.len() == d && tables.post.len() == d, "tables");
+    let points = leaf_points(d);
     let twiddles = tables.twiddles.as_ptr();
     let input = Input { simd, x: x.as_ptr(), width, tables };
     let mut output = Output { simd, tables, width, row, out: out.as_mut_ptr(), mirror_row, mirror: mirror.as_mut_ptr() };
     let mirrored = !mirror.is_empty();
     for j in (0..width).step_by(S::N) {
-        let mut here: Buffer<S::V> = [MaybeUninit::uninit(); 256];
-        let mut there: Buffer<S::V> = [MaybeUninit::uninit(); 256];
+        let mut here: Buffer<S::V> = [MaybeUninit::uninit(); MOST];
+        let mut there: Buffer<S::V> = [MaybeUninit::uninit(); MOST];
         let (here, there) = (here.as_mut_ptr().cast::<S::V>(), there.as_mut_ptr().cast::<S::V>());
-        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, d − 1 twiddles) were checked above;
-        // the buffers hold d ≤ 256 registers, and every one is written before it is read: each pass writes all d.
+        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, twiddles of all even levels) were checked above;
+        // the buffers hold d ≤ MOST registers, and every one is written before it is read: each pass writes all d.
         unsafe {
             let (mut from, mut to) = (here, there);
             // Down: n points become two blocks of n/2, until a block fits into registers.
@@ -185,16 +203,14 @@ pub(super) fn transposed<S: Simd>(simd: S, tables: &DctTables<S::T>, width: usiz
     let d = tables.pre.len();
     assert!(width.is_multiple_of(LANES) && x.len() == d * width && out.len() == d * width, "panels");
     assert!(minus.is_empty() || minus.len() == d * width, "mirror panel");
-    assert!(tables.twiddles.len() == d - 1 && tables.post.len() == d, "tables");
-    assert!(supports(d), "a power of two from 8 to 256");
-    let points = if d < 32 { d } else { 32 };
+    assert!(supports(d) && tables.twiddles.len() == d - odd(d) && tables.post.len() == d, "tables");
+    let points = leaf_points(d);
     let input = Difference { simd, x: x.as_ptr(), minus: (!minus.is_empty()).then_some(minus.as_ptr()), width, tables };
     for j in (0..width).step_by(S::N) {
-        let mut here: Buffer<S::V> = [MaybeUninit::uninit(); 256];
-        let mut there: Buffer<S::V> = [MaybeUninit::uninit(); 256];
+        let mut here: Buffer<S::V> = [MaybeUninit::uninit(); MOST];
+        let mut there: Buffer<S::V> = [MaybeUninit::uninit(); MOST];
         let (mut from, mut to) = (here.as_mut_ptr().cast::<S::V>(), there.as_mut_ptr().cast::<S::V>());
-        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, d − 1 twiddles, those of n points from d − n on)
-        // were checked above; the buffers hold d ≤ 256 registers, and every one is written before it is read: each pass writes
+        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, twiddles of n points from d − n on) were checked above; the buffers hold d ≤ MOST registers, and every one is written before it is read: each pass writes
         // all d.
         unsafe {
             let level = |n: usize| tables.twiddles.as_ptr().add(d - n);
@@ -331,7 +347,7 @@ impl<S: Simd> Output<'_, S> {
 }
 
 /// Registers of tokens that need no initial value.
-type Buffer<V> = [MaybeUninit<V>; 256];
+type Buffer<V> = [MaybeUninit<V>; MOST];
 
 /// a = x + y and b = (x − y)·twiddle.
 ///
@@ -347,28 +363,23 @@ unsafe fn butterfly<S: Simd>(simd: S, x: S::V, y: S::V, twiddle: *const S::T, a:
 }
 
 macro_rules! leaf {
-    ($(#[doc = $doc:literal])* $name:ident, $points8:ident, $points16:ident, $points32:ident) => {
+    ($(#[doc = $doc:literal])* $name:ident, $($points:literal => $transform:ident),*) => {
         $(#[doc = $doc])*
         ///
         /// # Safety
-        /// `x` holds `points` registers, `twiddles` the levels `points`, `points`/2, …, 2.
+        /// `x` holds `points` registers, `twiddles` the levels `points`, `points`/2, …, the last even one.
         #[inline(always)]
         unsafe fn $name<S: Simd>(simd: S, points: usize, x: *mut S::V, twiddles: *const S::T) {
             // SAFETY: the caller's promise; the arrays hold what they say.
             unsafe {
                 let twiddle = |i: usize| simd.splat(*twiddles.add(i));
-                if points == 32 {
-                    let input: [S::V; 32] = std::array::from_fn(|i| *x.add(i));
-                    let output = $points32(simd, input, twiddle);
-                    (0..32).for_each(|i| x.add(i).write(output[i]));
-                } else if points == 16 {
-                    let input: [S::V; 16] = std::array::from_fn(|i| *x.add(i));
-                    let output = $points16(simd, input, twiddle);
-                    (0..16).for_each(|i| x.add(i).write(output[i]));
-                } else {
-                    let input: [S::V; 8] = std::array::from_fn(|i| *x.add(i));
-                    let output = $points8(simd, input, twiddle);
-                    (0..8).for_each(|i| x.add(i).write(output[i]));
+                match points {
+                    $($points => {
+                        let input: [S::V; $points] = std::array::from_fn(|i| *x.add(i));
+                        let output = $transform(simd, input, twiddle);
+                        (0..$points).for_each(|i| x.add(i).write(output[i]));
+                    })*
+                    _ => unreachable!("as `leaf_points` says"),
                 }
             }
         }
@@ -376,12 +387,12 @@ macro_rules! leaf {
 }
 
 leaf! {
-    /// The transform of 8, 16 or 32 registers, in place.
-    leaf, points8, points16, points32
+    /// The transform of a leaf, in place.
+    leaf, 8 => points8, 16 => points16, 20 => points20, 24 => points24, 32 => points32
 }
 leaf! {
     /// Its transpose.
-    leaf_transposed, transposed8, transposed16, transposed32
+    leaf_transposed, 8 => transposed8, 16 => transposed16, 20 => transposed20, 24 => transposed24, 32 => transposed32
 }
 
 macro_rules! points {
@@ -420,3 +431,59 @@ points!(points4, points2, transposed4, transposed2, 4, 2);
 points!(points8, points4, transposed8, transposed4, 8, 4);
 points!(points16, points8, transposed16, transposed8, 16, 8);
 points!(points32, points16, transposed32, transposed16, 32, 16);
+
+points!(points6, points3, transposed6, transposed3, 6, 3);
+points!(points12, points6, transposed12, transposed6, 12, 6);
+points!(points24, points12, transposed24, transposed12, 24, 12);
+
+points!(points10, points5, transposed10, transposed5, 10, 5);
+points!(points20, points10, transposed20, transposed10, 20, 10);
+
+#[inline(always)]
+fn points3<S: Simd>(simd: S, x: [S::V; 3], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 3] {
+    let sum = simd.add(x[0], x[2]);
+    let [half, cos] = [0.5, COS_30].map(|c| simd.splat(S::T::from_f64(c)));
+    [simd.add(sum, x[1]), simd.mul(simd.sub(x[0], x[2]), cos), simd.sub(simd.mul(sum, half), x[1])]
+}
+
+#[inline(always)]
+fn transposed3<S: Simd>(simd: S, x: [S::V; 3], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 3] {
+    let [half, cos] = [0.5, COS_30].map(|c| simd.splat(S::T::from_f64(c)));
+    let (even, odd) = (simd.mul_add(x[2], half, x[0]), simd.mul(x[1], cos));
+    [simd.add(even, odd), simd.sub(x[0], x[2]), simd.sub(even, odd)]
+}
+
+#[inline(always)]
+fn points5<S: Simd>(simd: S, x: [S::V; 5], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 5] {
+    let [c18, c36, c54, c72] = COS_18.map(|c| simd.splat(S::T::from_f64(c)));
+    let (outer, inner) = (simd.add(x[0], x[4]), simd.add(x[1], x[3]));
+    let (outer_odd, inner_odd) = (simd.sub(x[0], x[4]), simd.sub(x[1], x[3]));
+    [
+        simd.add(simd.add(outer, inner), x[2]),
+        simd.mul_add(outer_odd, c18, simd.mul(inner_odd, c54)),
+        simd.sub(simd.sub(simd.mul(outer, c36), simd.mul(inner, c72)), x[2]),
+        simd.sub(simd.mul(outer_odd, c54), simd.mul(inner_odd, c18)),
+        simd.add(simd.sub(simd.mul(outer, c72), simd.mul(inner, c36)), x[2]),
+    ]
+}
+
+#[inline(always)]
+fn transposed5<S: Simd>(simd: S, x: [S::V; 5], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 5] {
+    let [c18, c36, c54, c72] = COS_18.map(|c| simd.splat(S::T::from_f64(c)));
+    let outer = simd.mul_add(x[4], c72, simd.mul_add(x[2], c36, x[0]));
+    let inner = simd.sub(simd.sub(x[0], simd.mul(x[2], c72)), simd.mul(x[4], c36));
+    let outer_odd = simd.mul_add(x[1], c18, simd.mul(x[3], c54));
+    let inner_odd = simd.sub(simd.mul(x[1], c54), simd.mul(x[3], c18));
+    [
+        simd.add(outer, outer_odd),
+        simd.add(inner, inner_odd),
+        simd.add(simd.sub(x[0], x[2]), x[4]),
+        simd.sub(inner, inner_odd),
+        simd.sub(outer, outer_odd),
+    ]
+}
+
+/// cos 30°
+const COS_30: f64 = 0.866_025_403_784_438_6;
+/// cos 18°, cos 36°, cos 54°, cos 72°
+const COS_18: [f64; 4] = [0.951_056_516_295_153_5, 0.809_016_994_374_947_4, 0.587_785_252_292_473_1, 0.309_016_994_374_947_4];

@@ -50,7 +50,7 @@ impl<T: Real> Suite<T> {
     }
 
     fn transforms(&mut self) {
-        for d in [8_usize, 16, 32, 64, 128, 256] {
+        for d in [8_usize, 16, 24, 32, 40, 48, 64, 80, 96, 128, 160, 192, 256] {
             let random = |suite: &mut Self| suite.random(d, 1.0).iter().map(|x| x.to_f64()).collect::<Vec<f64>>();
             let (pre, shift, post) = (random(self), random(self), random(self));
             let tables = DctTables::<T>::new(&pre, &shift, &post);
