@@ -101,8 +101,8 @@ pub(crate) mod sealed {
     pub trait Sealed: Sized {
         /// Plans DCTs of rows of `len` ≥ 1 elements.
         fn plan_dct(len: usize) -> RowDct<Self>;
-        /// Matrices of the DCT that maps of one dimension share: together they stay in the fastest cache.
-        fn dct_matrices() -> &'static Shared<Self>;
+        /// Halves of the DCT matrices that maps of one dimension share: together they stay in the fastest cache.
+        fn dct_halves() -> &'static Shared<Self>;
         /// The fastest loops this CPU can run, chosen once.
         fn ops() -> &'static crate::simd::Ops<Self>;
         /// The general matrix product of this type.
@@ -147,9 +147,9 @@ macro_rules! real {
             fn plan_dct(len: usize) -> sealed::RowDct<Self> {
                 sealed::plan(len)
             }
-            fn dct_matrices() -> &'static sealed::Shared<Self> {
-                static MATRICES: LazyLock<sealed::Shared<$t>> = LazyLock::new(Default::default);
-                &MATRICES
+            fn dct_halves() -> &'static sealed::Shared<Self> {
+                static HALVES: LazyLock<sealed::Shared<$t>> = LazyLock::new(Default::default);
+                &HALVES
             }
             fn ops() -> &'static crate::simd::Ops<Self> {
                 $select()

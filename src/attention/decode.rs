@@ -71,15 +71,14 @@ fn add_key<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &mut HeadSta
     }
     head.map.key_token(&y[..head.dim], &mut b[..m], map);
     feature.copy_from_slice(&b[..m]);
-    b[m..padding].fill(T::NEG_INFINITY);
-    let weigh = |state: &HeadState<T>, feature: &[T], b: &mut [T]| {
+    let weigh = |state: &HeadState<T>, b: &mut [T]| {
         let exponent = -state.decay(head.log_decay, position);
-        b.iter_mut().zip(feature.iter().zip(&state.reference)).for_each(|(b, (&feature, &c))| *b = feature - c + exponent);
+        (head.ops.offset_max)(&mut b[..padding], -T::ONE, &state.reference, exponent)
     };
-    weigh(state, feature, b);
-    if !state.started || (head.ops.slice_max)(&b[..padding]) > ceiling::<T>() {
+    if weigh(state, b) > ceiling::<T>() || !state.started {
         state.rebase(head.ops, head.log_decay, position, feature);
-        weigh(state, feature, b);
+        b[..m].copy_from_slice(feature);
+        weigh(state, b);
     }
     (head.ops.exp_sum)(&mut b[..padding], T::ZERO);
     let Pending { weights, values, len } = &mut state.pending;
@@ -90,19 +89,19 @@ fn add_key<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &mut HeadSta
 
 /// Sums of the query `scratch.x` over the state and the pending keys into `scratch.o`; returns their normaliser.
 fn read<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &HeadState<T>, scratch: &mut Scratch<T>) -> T {
-    let Scratch { x, a, o, total, map, .. } = scratch;
+    let Scratch { x, a, o, total: scores, map, .. } = scratch;
     let (m, stride) = (head.features, head.value_stride);
-    query_exponents(head, state, x, a, map);
-    let top = (head.ops.slice_max)(&a[..padded(m)]);
-    (head.ops.exp_sum)(&mut a[..padded(m)], -top);
+    let top = query_exponents(head, state, x, a, map);
+    let total = (head.ops.exp_weighted)(&mut a[..padded(m)], -top, &state.norm);
     let a = &a[..m];
     (head.ops.vecmat)(a, &state.sums, false, &mut o[..stride]);
     let Pending { weights, values, len } = &state.pending;
-    let scores = &mut total[..*len];
+    let scores = &mut scores[..*len];
     scores.fill(T::ZERO);
-    (head.ops.matvec)(&weights[..len * m], m, a, scores);
+    // One row for all pending keys to meet, not the other way round: they are added up side by side then.
+    (head.ops.matvec)(a, m, &weights[..len * m], scores);
     (head.ops.vecmat)(scores, values, true, &mut o[..stride]);
-    scores.iter().fold(normaliser(head, state, a), |sum, &score| sum + score)
+    scores.iter().fold(total, |sum, &score| sum + score)
 }
 
 /// Sums of the query `scratch.x` over the near keys and the state into `scratch.o`; returns their normaliser.
@@ -117,37 +116,25 @@ fn read_near<T: Real, M: FeatureMap<T>>(
     let (m, stride) = (head.features, head.value_stride);
     let width = ring.scores_of(head.ops, position, &x[..head.dim], p);
     let mut top = (head.ops.slice_max)(&p[..width]);
+    let mut far_total = T::ZERO;
     if state.started {
-        query_exponents(head, state, x, a, map);
-        let decay = state.decay(head.log_decay, position);
-        let largest = (head.ops.slice_max)(&a[..padded(m)]);
-        let far = largest + decay;
+        let largest = query_exponents(head, state, x, a, map);
+        let far = largest + state.decay(head.log_decay, position);
         top = top.max(far);
-        (head.ops.exp_sum)(&mut a[..padded(m)], (far - top) - largest);
+        far_total = (head.ops.exp_weighted)(&mut a[..padded(m)], (far - top) - largest, &state.norm);
         (head.ops.vecmat)(&a[..m], &state.sums, false, &mut o[..stride]);
     } else {
         o[..stride].fill(T::ZERO);
     }
     // The token's own key is always there, so `top` is a number.
-    let mut total = (head.ops.exp_sum)(&mut p[..width], -top);
-    if state.started {
-        total += normaliser(head, state, &a[..m]);
-    }
+    let total = (head.ops.exp_sum)(&mut p[..width], -top) + far_total;
     ring.add_values(head.ops, position, stride, p, o);
     total
 }
 
-/// a_f + c_f of the scaled query `x`, −∞ in the padding.
-fn query_exponents<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &HeadState<T>, x: &[T], a: &mut [T], map: &mut [T]) {
+/// a_f + c_f of the scaled query `x`, −∞ in the padding; returns the largest.
+fn query_exponents<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &HeadState<T>, x: &[T], a: &mut [T], map: &mut [T]) -> T {
     let m = head.features;
     head.map.query_token(&x[..head.dim], &mut a[..m], map);
-    a.iter_mut().zip(&state.reference).for_each(|(a, &c)| *a += c);
-    a[m..padded(m)].fill(T::NEG_INFINITY);
-}
-
-/// wᵀz.
-fn normaliser<T: Real, M>(head: &Head<'_, T, M>, state: &HeadState<T>, weights: &[T]) -> T {
-    let mut total = [T::ZERO];
-    (head.ops.matvec)(&state.norm, head.features, weights, &mut total);
-    total[0]
+    (head.ops.offset_max)(&mut a[..padded(m)], T::ONE, &state.reference, T::ZERO)
 }

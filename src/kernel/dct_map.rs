@@ -17,10 +17,10 @@ use super::backward::Tables;
 use super::params::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides, paired};
 use super::quantile::Quantile;
 use super::sampler::{MAX_POINTS, Purpose, signs, unit_points};
-use super::transform::{DctPlan, shared_matrix, transposed};
+use super::transform::{DctPlan, shared_halves, transposed};
 use crate::error::{Error, Result, check_positive};
 use crate::real::Real;
-use crate::simd::{DctTables, Product, padded, supports_dct};
+use crate::simd::{DctTables, Product, padded, supports_dct, token_scratch};
 
 /// How a [`DctMap`] is to be made.
 ///
@@ -247,9 +247,9 @@ struct Side<T> {
 enum TokenProjector<T> {
     /// One DCT between diagonals per block.
     Dct {
-        /// Cᵀ `[d, d_padded]`, shared by all maps of this dimension: with many heads their own matrices would push each
-        /// other out of the fastest cache.
-        matrix: Arc<Vec<T>>,
+        /// Of the matrix C, shared by all maps of this dimension: with many heads their own matrices would push each other out of
+        /// the fastest cache.
+        halves: Arc<Vec<T>>,
         /// s, `[P]`.
         scale: Vec<T>,
         /// t, `[P]`.
@@ -351,7 +351,8 @@ impl<T: Real> FeatureMap<T> for DctMap<T> {
             Projector::Lanes(_) | Projector::Matrix(_) => 0,
             Projector::Columns { plan, .. } => plan.scratch_len(width),
         };
-        width + width.max(self.inner.dim) + (self.inner.dim * width).max(columns)
+        let panel = width + width.max(self.inner.dim) + (self.inner.dim * width).max(columns);
+        panel.max(self.inner.dim + token_scratch(self.inner.dim).max(padded(self.inner.rows)))
     }
 
     fn query_panel(&self, width: usize, x: &[T], out: &mut [T], scratch: &mut [T]) {
@@ -445,22 +446,12 @@ impl<T: Real> Inner<T> {
         }
         let offset = offset[0];
         match projector {
-            TokenProjector::Dct { matrix, scale, radii } => {
-                let (scaled, u) = scratch.split_at_mut(self.dim);
-                let u = &mut u[..padded(self.dim)];
+            TokenProjector::Dct { halves, scale, radii } => {
                 let mut mirrors = minus.chunks_exact_mut(self.dim).zip(mirror_row.chunks_exact(self.dim));
                 let blocks = scale.chunks_exact(self.dim).zip(radii.chunks_exact(self.dim)).zip(row.chunks_exact(self.dim));
                 for (((scale, radii), row), plus) in blocks.zip(plus.chunks_exact_mut(self.dim)) {
-                    scaled.iter_mut().zip(z).zip(scale).for_each(|((scaled, &z), &s)| *scaled = s * z);
-                    (T::ops().vecmat)(scaled, matrix, false, u);
-                    plus.iter_mut().zip(&*u).zip(radii.iter().zip(row)).for_each(|((out, &u), (&t, &row))| *out = t * u + (row + offset));
-                    if let Some((minus, row)) = mirrors.next() {
-                        minus
-                            .iter_mut()
-                            .zip(&*u)
-                            .zip(radii.iter().zip(row))
-                            .for_each(|((out, &u), (&t, &row))| *out = (row + offset) - t * u);
-                    }
+                    let (minus, mirror_row) = mirrors.next().unwrap_or_default();
+                    (T::ops().dct_token)(halves, z, scale, radii, offset, row, plus, mirror_row, minus, scratch);
                 }
             }
             TokenProjector::Matrix(matrix) => {
@@ -480,7 +471,7 @@ impl<T: Real> Side<T> {
         let (dim, rows) = (params.dim(), params.rows());
         let token = match params.projection {
             Projection::Dct if dim * dim <= TOKEN_MATRIX => {
-                Some(TokenProjector::Dct { matrix: shared_matrix(dim), scale: cast(&own.scale), radii: cast(&own.radii) })
+                Some(TokenProjector::Dct { halves: shared_halves(dim), scale: cast(&own.scale), radii: cast(&own.radii) })
             }
             Projection::Mixed { .. } | Projection::Deep { .. } | Projection::Dense { .. } if rows * dim <= TOKEN_MATRIX => {
                 Some(TokenProjector::Matrix(transposed(&projection_matrix(params, own, of_side), dim, dim)))

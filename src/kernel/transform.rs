@@ -83,20 +83,28 @@ impl<T: Real> DctPlan<T> {
     }
 }
 
-/// Cᵀ of DCT-II with rows padded to whole lane groups, `[d, d_padded]`; the same one for all who hold it.
-pub(super) fn shared_matrix<T: Real>(len: usize) -> Arc<Vec<T>> {
-    let mut matrices = T::dct_matrices().lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(matrix) = matrices.get(&len).and_then(Weak::upgrade) {
-        return matrix;
+/// The halves of the DCT-II matrix that the product with one token works on, see [`Ops::dct_token`](crate::simd::Ops::dct_token):
+/// Cᵀ's even columns, then its odd ones, the first half of each; the same ones for all who hold them.
+pub(super) fn shared_halves<T: Real>(len: usize) -> Arc<Vec<T>> {
+    let mut shared = T::dct_halves().lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(halves) = shared.get(&len).and_then(Weak::upgrade) {
+        return halves;
     }
     let (plan, width) = (DctPlan::<f64>::new(len), padded(len));
-    let mut columns = vec![0.0; len * width];
-    (0..len).for_each(|i| columns[i * width + i] = 1.0);
-    plan.dct2_panel(width, &mut columns, &mut vec![0.0; plan.scratch_len(width)]);
-    let matrix = Arc::new(transposed(&columns, width, len));
-    matrices.retain(|_, matrix| matrix.strong_count() > 0);
-    matrices.insert(len, Arc::downgrade(&matrix));
-    matrix
+    let mut rows = vec![0.0; len * width];
+    (0..len).for_each(|i| rows[i * width + i] = 1.0);
+    plan.dct2_panel(width, &mut rows, &mut vec![0.0; plan.scratch_len(width)]);
+    let stride = padded(len.div_ceil(2));
+    let mut halves = vec![T::ZERO; len * stride];
+    let (even, odd) = halves.split_at_mut(len.div_ceil(2) * stride);
+    for (f, row) in rows.chunks_exact(width).enumerate() {
+        let half = if f % 2 == 0 { &mut *even } else { &mut *odd };
+        half.chunks_exact_mut(stride).zip(row).for_each(|(column, &c)| column[f / 2] = T::from_f64(c));
+    }
+    let halves = Arc::new(halves);
+    shared.retain(|_, halves| halves.strong_count() > 0);
+    shared.insert(len, Arc::downgrade(&halves));
+    halves
 }
 
 /// The first `dim` columns of `rows` `[P, row_len]` as rows padded to whole lane groups, `[dim, P_padded]`.

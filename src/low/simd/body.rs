@@ -5,7 +5,7 @@
 //! never depends on its neighbours, not by one bit.
 
 use super::ahead::Ahead;
-pub(super) use super::dct::{transform as dct, transposed as dct_transposed};
+pub(super) use super::dct::{token as dct_token, transform as dct, transposed as dct_transposed};
 use super::lane::Simd;
 use crate::real::Real;
 use crate::simd::LANES;
@@ -553,6 +553,52 @@ pub(super) fn exp_sum<S: Simd>(simd: S, row: &mut [S::T], shift: S::T) -> S::T {
         }
     }
     simd.sum(total)
+}
+
+/// `x[f] += factor·y[f] + shift` for the elements that y has, −∞ for those behind them; returns the largest.
+#[inline(always)]
+pub(super) fn offset_max<S: Simd>(simd: S, x: &mut [S::T], factor: S::T, y: &[S::T], shift: S::T) -> S::T {
+    let (x, padding) = x.split_at_mut(y.len());
+    padding.fill(S::T::NEG_INFINITY);
+    let whole = x.len() / S::N * S::N;
+    let (factors, shifts) = (simd.splat(factor), simd.splat(shift));
+    let mut top = simd.splat(S::T::NEG_INFINITY);
+    for i in (0..whole).step_by(S::N) {
+        // SAFETY: i + N ≤ len of both.
+        unsafe {
+            let at = x.as_mut_ptr().add(i);
+            let value = simd.add(simd.mul_add(factors, simd.load(y.as_ptr().add(i)), simd.load(at)), shifts);
+            simd.store(at, value);
+            top = simd.max(top, value);
+        }
+    }
+    let mut top = simd.top(top);
+    for (x, &y) in x[whole..].iter_mut().zip(&y[whole..]) {
+        *x += factor * y + shift;
+        top = top.max(*x);
+    }
+    top
+}
+
+/// `x[f] = exp(x[f] + shift)` (`x` a multiple of LANES long), returns Σ_f x[f]·weight[f] over the weights there are.
+#[inline(always)]
+pub(super) fn exp_weighted<S: Simd>(simd: S, x: &mut [S::T], shift: S::T, weight: &[S::T]) -> S::T {
+    assert!(x.len().is_multiple_of(LANES) && weight.len() <= x.len(), "whole lane groups");
+    let shift = simd.splat(shift);
+    let whole = weight.len() / S::N * S::N;
+    let mut total = simd.splat(S::T::ZERO);
+    for j in (0..x.len()).step_by(S::N) {
+        // SAFETY: j + N ≤ len of x, and of the weights where they are read.
+        unsafe {
+            let at = x.as_mut_ptr().add(j);
+            let e = exp(simd, simd.add(simd.load(at), shift));
+            simd.store(at, e);
+            if j < whole {
+                total = simd.mul_add(e, simd.load(weight.as_ptr().add(j)), total);
+            }
+        }
+    }
+    x[whole..].iter().zip(&weight[whole..]).fold(simd.sum(total), |sum, (&x, &weight)| sum + x * weight)
 }
 
 /// Moves what it can of `rest` into `sums`: sums' = sums + rest rounded, rest' = what rounding lost [Kahan; Dekker's

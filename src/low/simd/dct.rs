@@ -20,10 +20,12 @@
 //! ```
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
+use super::body::vecmat;
 use super::lane::Simd;
 use crate::real::Real;
-use crate::simd::LANES;
+use crate::simd::{LANES, padded};
 
 /// Lengths the batched transform can do.
 pub(crate) fn supports(len: usize) -> bool {
@@ -262,6 +264,60 @@ pub(super) fn transposed<S: Simd>(simd: S, tables: &DctTables<S::T>, width: usiz
                 }
             }
         }
+    }
+}
+
+/// Scratch elements that [`token`] needs for `len` points.
+pub(crate) fn token_scratch(len: usize) -> usize {
+    4 * padded(len.div_ceil(2))
+}
+
+/// One vector: `out[f] = post[f]·(C(pre ⊙ x))[f] + row[f] + offset`, and unless it is empty
+/// `mirror[f] = mirror_row[f] + offset − post[f]·(C(pre ⊙ x))[f]`. Any length.
+///
+/// Even rows of C are symmetric, odd ones antisymmetric, so that half of each is enough: with h = ⌈d/2⌉ and rows of h padded to
+/// whole lane groups, `halves` is `[h, h_padded]` of C[2g, i] (row i, column g), then `[⌊d/2⌋, h_padded]` of C[2g+1, i].
+#[inline(always)]
+pub(super) fn token<S: Simd>(
+    simd: S,
+    halves: &[S::T],
+    x: &[S::T],
+    pre: &[S::T],
+    post: &[S::T],
+    offset: S::T,
+    row: &[S::T],
+    out: &mut [S::T],
+    mirror_row: &[S::T],
+    mirror: &mut [S::T],
+    scratch: &mut [S::T],
+) {
+    let d = x.len();
+    let (more, fewer, stride) = (d.div_ceil(2), d / 2, padded(d.div_ceil(2)));
+    let (even, odd) = halves.split_at(more * stride);
+    let (pre, post, row, out) = (&pre[..d], &post[..d], &row[..d], &mut out[..d]);
+    let (inputs, outputs) = scratch[..4 * stride].split_at_mut(2 * stride);
+    let (sums, differences) = inputs.split_at_mut(stride);
+    let (evens, odds) = outputs.split_at_mut(stride);
+    let scaled = |ends: Range<usize>| x[ends.clone()].iter().zip(&pre[ends]).map(|(&x, &pre)| x * pre);
+    let pairs = scaled(0..fewer).zip(scaled(more..d).rev());
+    for ((sum, difference), (low, high)) in sums.iter_mut().zip(differences.iter_mut()).zip(pairs) {
+        *sum = low + high;
+        *difference = low - high;
+    }
+    if more > fewer {
+        sums[fewer] = x[fewer] * pre[fewer];
+    }
+    vecmat(simd, &sums[..more], even, false, evens);
+    vecmat(simd, &differences[..fewer], odd, false, odds);
+    let u = inputs;
+    for (pair, (&even, &odd)) in u.as_chunks_mut::<2>().0.iter_mut().zip(evens.iter().zip(&*odds)) {
+        *pair = [even, odd];
+    }
+    for (out, ((&u, &post), &row)) in out.iter_mut().zip(u.iter().zip(post).zip(row)) {
+        *out = post * u + (row + offset);
+    }
+    for (out, ((&u, &post), &row)) in mirror.iter_mut().zip(u.iter().zip(post).zip(mirror_row)) {
+        *out = (row + offset) - post * u;
     }
 }
 

@@ -18,7 +18,7 @@ use std::marker::PhantomData;
 
 pub(crate) use ahead::Ahead;
 pub(crate) use body::Product;
-pub(crate) use dct::{DctTables, supports as supports_dct};
+pub(crate) use dct::{DctTables, supports as supports_dct, token_scratch};
 pub(crate) use product::{Gemm, product};
 
 use crate::real::Real;
@@ -91,6 +91,19 @@ ops! {
     dct: fn(tables: &DctTables<T>, x: &[T], column: &[T], row: &[T], out: &mut [T], mirror_row: &[T], mirror: &mut [T]);
     /// out = pre ⊙ Cᵀ(post ⊙ (x − minus)), the transpose of its linear part.
     dct_transposed: fn(tables: &DctTables<T>, width: usize, x: &[T], minus: &[T], out: &mut [T]);
+    /// The DCT-II of one vector by the halves of its matrix: out = post ⊙ C(pre ⊙ x) + row + offset, mirrored as in `dct`.
+    dct_token: fn(
+        halves: &[T],
+        x: &[T],
+        pre: &[T],
+        post: &[T],
+        offset: T,
+        row: &[T],
+        out: &mut [T],
+        mirror_row: &[T],
+        mirror: &mut [T],
+        scratch: &mut [T]
+    );
     /// Every element is a number of at most this magnitude.
     all_within: fn(x: &[T], limit: T) -> bool;
     /// LANES rows become LANES columns of a panel; returns the sum of squares.
@@ -138,6 +151,10 @@ ops! {
     slice_max: fn(row: &[T]) -> T;
     /// `row[j] = exp(row[j] + shift)`, returns their sum.
     exp_sum: fn(row: &mut [T], shift: T) -> T;
+    /// `x[f] += factor·y[f] + shift`, −∞ where there is no y; returns the largest.
+    offset_max: fn(x: &mut [T], factor: T, y: &[T], shift: T) -> T;
+    /// `x[f] = exp(x[f] + shift)`, returns Σ_f x[f]·weight[f].
+    exp_weighted: fn(x: &mut [T], shift: T, weight: &[T]) -> T;
     /// `sums + rest` rounded into `sums`, what rounding lost into `rest`.
     fold: fn(sums: &mut [T], rest: &mut [T]);
     /// `out = xᵀ·A (+ out)`

@@ -47,6 +47,39 @@ impl<T: Real> Suite<T> {
         self.door();
         self.rows_become_columns();
         self.transforms();
+        self.tokens();
+    }
+
+    fn cosine(d: usize, f: usize, i: usize) -> f64 {
+        let angle = std::f64::consts::PI * (((2 * i + 1) * f) % (4 * d)) as f64 / (2 * d) as f64;
+        angle.cos() * (if f == 0 { 1.0 } else { 2.0 } / d as f64).sqrt()
+    }
+
+    fn tokens(&mut self) {
+        for d in LENGTHS {
+            let (half, stride) = (d.div_ceil(2), padded(d.div_ceil(2)));
+            let mut halves = vec![T::ZERO; d * stride];
+            for (f, i) in (0..d).flat_map(|f| (0..if f % 2 == 0 { half } else { d / 2 }).map(move |i| (f, i))) {
+                halves[(f % 2 * half + i) * stride + f / 2] = T::from_f64(Self::cosine(d, f, i));
+            }
+            let (x, pre, post) = (self.random(d, 1.0), self.random(d, 1.0), self.random(d, 1.0));
+            let (row, offset) = (self.random(2 * d, 1.0), self.random(1, 1.0)[0]);
+            let u = |f: usize| post[f].to_f64() * (0..d).map(|i| Self::cosine(d, f, i) * (pre[i] * x[i]).to_f64()).sum::<f64>();
+            for mirrored in [false, true] {
+                let mut out = vec![T::from_f64(f64::NAN); 2 * d];
+                let (plus, minus) = out.split_at_mut(d);
+                let (plus_row, minus_row) = row.split_at(d);
+                let mut scratch = vec![T::from_f64(f64::NAN); token_scratch(d)];
+                let minus = if mirrored { minus } else { &mut [] };
+                (self.ops.dct_token)(&halves, &x, &pre, &post, offset, plus_row, plus, minus_row, minus, &mut scratch);
+                let expected: Vec<f64> = (0..d).map(|f| u(f) + row[f].to_f64() + offset.to_f64()).collect();
+                self.close(&format!("dct_token {d}"), &out[..d], &expected, 16 * d);
+                let expected: Vec<f64> = (0..d).map(|f| row[d + f].to_f64() + offset.to_f64() - u(f)).collect();
+                if mirrored {
+                    self.close(&format!("dct_token {d} mirrored"), &out[d..], &expected, 16 * d);
+                }
+            }
+        }
     }
 
     fn transforms(&mut self) {
@@ -61,15 +94,11 @@ impl<T: Real> Suite<T> {
                     let mut out = vec![T::from_f64(f64::NAN); rows * width];
                     let (plus, minus) = out.split_at_mut(d * width);
                     (self.ops.dct)(&tables, &x, &column, &row[..d], plus, &row[d..], minus);
-                    let cosine = |f: usize, i: usize| {
-                        let angle = std::f64::consts::PI * (((2 * i + 1) * f) % (4 * d)) as f64 / (2 * d) as f64;
-                        angle.cos() * (if f == 0 { 1.0 } else { 2.0 } / d as f64).sqrt()
-                    };
                     let expected: Vec<f64> = (0..rows * width)
                         .map(|at| {
                             let (f, j) = (at / width, at % width);
                             let z = |i: usize| pre[i] * x[i * width + j].to_f64() + shift[i];
-                            let sum: f64 = (0..d).map(|i| cosine(f % d, i) * z(i)).sum();
+                            let sum: f64 = (0..d).map(|i| Self::cosine(d, f % d, i) * z(i)).sum();
                             let sign = if f < d { 1.0 } else { -1.0 };
                             sign * post[f % d] * sum + row[f].to_f64() + column[j].to_f64()
                         })
@@ -83,7 +112,7 @@ impl<T: Real> Suite<T> {
                     let expected: Vec<f64> = (0..d * width)
                         .map(|at| {
                             let (i, j) = (at / width, at % width);
-                            pre[i] * (0..d).map(|f| cosine(f, i) * post[f] * difference(f * width + j)).sum::<f64>()
+                            pre[i] * (0..d).map(|f| Self::cosine(d, f, i) * post[f] * difference(f * width + j)).sum::<f64>()
                         })
                         .collect();
                     // Its last step divides by cosines as small as π/2d.
@@ -94,7 +123,8 @@ impl<T: Real> Suite<T> {
     }
 
     fn products(&mut self) {
-        for (m, k, n) in [(1, 1, 16), (2, 0, 16), (3, 5, 48), (7, 64, 64), (8, 3, 80), (9, 17, 16), (16, 64, 32), (61, 67, 112), (4, 9, 64)]
+        for (m, k, n) in
+            [(1, 1, 16), (1, 7, 208), (2, 0, 16), (3, 5, 48), (7, 64, 64), (8, 3, 80), (9, 17, 16), (16, 64, 32), (61, 67, 112), (4, 9, 64)]
         {
             for (a_row, a_col) in [(k + 2, 1), (1, m + 3)] {
                 let (b_row, c_row) = (n + 5, n + 1);
@@ -277,7 +307,7 @@ impl<T: Real> Suite<T> {
                     assert!(all[tokens / 2 * rows..][..rows] == out, "{}: {tokens} others, {rows} by {len}", self.ops.name);
                 }
             }
-            for n in [16, 32, 64, 80] {
+            for n in [16, 32, 64, 80, 208] {
                 let (a, before) = (self.random(len * n, 1.0), self.random(n, 1.0));
                 for accumulate in [false, true] {
                     let mut out = if accumulate { before.clone() } else { vec![T::from_f64(f64::NAN); n] };
@@ -302,6 +332,20 @@ impl<T: Real> Suite<T> {
             let sum = (self.ops.exp_sum)(&mut row, T::from_f64(-0.5));
             self.close("exp_sum", &row, &exps, 16);
             self.close("exp_sum total", &[sum], &[exps.iter().sum()], 16 * width);
+
+            let mut offset = vec![T::from_f64(f64::NAN); width];
+            offset[..len].copy_from_slice(&x);
+            let top = (self.ops.offset_max)(&mut offset, T::from_f64(-2.0), &y, T::from_f64(0.25));
+            let expected: Vec<f64> = x.iter().zip(&y).map(|(x, y)| x.to_f64() - 2.0 * y.to_f64() + 0.25).collect();
+            self.close("offset_max", &offset[..len], &expected, 4);
+            assert!(offset[len..].iter().all(|&x| x == T::NEG_INFINITY));
+            assert_eq!(top, offset.iter().copied().fold(T::NEG_INFINITY, T::max), "{} of {len}", self.ops.name);
+            let sum = (self.ops.exp_weighted)(&mut offset, -top, &y);
+            let exps: Vec<f64> = expected.iter().map(|x| (x - top.to_f64()).exp()).collect();
+            self.close("exp_weighted", &offset[..len], &exps, 16);
+            assert!(offset[len..].iter().all(|&x| x == T::ZERO));
+            let expected = exps.iter().zip(&y).map(|(e, y)| e * y.to_f64()).sum();
+            self.close_at("exp_weighted sum", &[sum], &[expected], 1.0, 16 * len);
         }
     }
 
