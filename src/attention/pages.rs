@@ -1,9 +1,10 @@
 //! One head on several threads: whoever finds an empty page walks the next segment of keys and leaves on the page the state
-//! before them; the others take the pages that are full, and the segment's queries from there.
+//! before them; the others take the pages that are full, and the segment's queries from there. Once there are full pages for
+//! everybody, who is at the head of the walk takes the queries of the next segment along, which then needs no page.
 //!
 //! Segments, the blocks within and the order of every sum are those of the walk on one thread, so the results are too, bit for
-//! bit, on any number of threads. The keys of a segment are met twice, which is a quarter of the work (a fifth with a near
-//! part): more than [`WORKERS`] threads would wait for the walk.
+//! bit, on any number of threads. The keys of a segment with a page are met twice. With κ the keys' share of the work (a half;
+//! two fifths with a near part) two threads are 2 − κ times as fast as one; more than [`WORKERS`] would wait for the walk.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -61,8 +62,8 @@ impl<T: Real> Pages<T> {
         self.empty.iter().map(HeadState::len).chain(self.scratches.iter().map(Scratch::len)).sum()
     }
 
-    /// Runs `walk` for segment after segment: it leaves the state before the segment on the page, and returns false to give up. And
-    /// `read` for every segment, with its page and its share of `q` and `out`.
+    /// Runs `walk` for segment after segment, with its share of `q` and `out`, or with no heads of them and a page to leave the
+    /// state before the segment on; it returns false to give up. And `read` for every segment with a page.
     ///
     /// # Shapes
     /// - `q`: `[group, n, d]`, `out`: `[group, n, e]`.
@@ -70,10 +71,10 @@ impl<T: Real> Pages<T> {
         &mut self,
         q: ArrayView3<'_, T>,
         out: ArrayViewMut3<'_, T>,
-        walk: impl FnMut(Range<usize>, &mut HeadState<T>, &mut Scratch<T>) -> bool + Send,
+        walk: impl FnMut(Range<usize>, Option<&mut HeadState<T>>, ArrayView3<'_, T>, ArrayViewMut3<'_, T>, &mut Scratch<T>) -> bool + Send,
         read: impl Fn(Range<usize>, &mut HeadState<T>, ArrayView3<'_, T>, ArrayViewMut3<'_, T>, &mut Scratch<T>) + Sync,
     ) {
-        let (n, pages) = (q.shape()[1], self.empty.len());
+        let (n, pages, workers) = (q.shape()[1], self.empty.len(), self.scratches.len());
         let empty = std::mem::take(&mut self.empty);
         let desk = Desk { empty, full: Vec::with_capacity(pages), walk: Some(Walk { start: 0, out }), more: true };
         // Only who has the walk locks the keys.
@@ -82,19 +83,20 @@ impl<T: Real> Pages<T> {
             let _alarm = Alarm { desk: &desk, changed: &changed };
             let mut at = lock(&desk);
             loop {
-                if let Some((mut page, Walk { start, out })) = at.next_to_write() {
+                if let Some((mut page, Walk { start, out })) = at.next_to_walk(workers) {
                     drop(at);
-                    let end = n.min(start + SEGMENT);
-                    let goes_on = (lock(&keys))(start..end, &mut page, scratch);
+                    let (mut share, out) = out.split_at(Axis(1), n.min(start + SEGMENT) - start);
+                    let tokens = start..start + share.shape()[1];
+                    let heads = if page.is_some() { 0 } else { q.shape()[0] };
+                    let of_heads = s![..heads, tokens.clone(), ..];
+                    let goes_on =
+                        (lock(&keys))(tokens.clone(), page.as_mut(), q.slice(of_heads), share.slice_mut(s![..heads, .., ..]), scratch);
                     at = lock(&desk);
-                    if goes_on {
-                        let (share, out) = out.split_at(Axis(1), end - start);
-                        at.full.push((page, start, share));
-                        at.more = end < n;
-                        at.walk = at.more.then_some(Walk { start: end, out });
-                    } else {
-                        at.empty.push(page);
-                        at.more = false;
+                    at.more = goes_on && tokens.end < n;
+                    at.walk = at.more.then_some(Walk { start: tokens.end, out });
+                    match page {
+                        Some(page) if goes_on => at.full.push((page, start, share)),
+                        page => at.empty.extend(page),
                     }
                     changed.notify_all();
                 } else if let Some((mut page, start, out)) = at.full.pop() {
@@ -112,7 +114,6 @@ impl<T: Real> Pages<T> {
                 }
             }
         };
-        let workers = self.scratches.len();
         for_each(&mut self.scratches, std::iter::repeat_n((), workers), |scratch, ()| work(scratch));
         self.empty = desk.into_inner().unwrap_or_else(PoisonError::into_inner).empty;
     }
@@ -134,10 +135,12 @@ impl<T> Drop for Alarm<'_, '_, T> {
 }
 
 impl<'a, T> Desk<'a, T> {
-    /// The walk and a page for it, if both are to be had.
-    fn next_to_write(&mut self) -> Option<(HeadState<T>, Walk<'a, T>)> {
-        let walk = self.walk.take_if(|_| !self.empty.is_empty())?;
-        self.empty.pop().zip(Some(walk))
+    /// The walk, if it is to be had, and a page for it, if one is needed: not when the other `workers` have enough to read for as
+    /// long as the queries take.
+    fn next_to_walk(&mut self, workers: usize) -> Option<(Option<HeadState<T>>, Walk<'a, T>)> {
+        let busy = self.full.len() >= workers;
+        let walk = self.walk.take_if(|_| busy || !self.empty.is_empty())?;
+        Some((if busy { None } else { self.empty.pop() }, walk))
     }
 }
 

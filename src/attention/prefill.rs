@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ndarray::{Array3, ArrayView2, ArrayView3, ArrayViewMut3, s};
+use ndarray::{ArrayView2, ArrayView3, ArrayViewMut3, s};
 
 use crate::attention::linear::Head;
 use crate::attention::pages::Pages;
@@ -61,15 +61,14 @@ impl Stretch<'_> {
                 clean.fetch_and(fits, Ordering::Relaxed);
                 fits
             };
-        let e = v.ncols();
         pages.run(
             q,
             out,
-            |tokens, page, scratch| {
-                page.copy(state);
-                let nobody = q.slice(s![..0, tokens.clone(), ..]);
-                let mut nothing = Array3::zeros((0, tokens.len(), e));
-                segment(tokens, state, nobody, nothing.view_mut(), scratch)
+            |tokens, page, q, out, scratch| {
+                if let Some(page) = page {
+                    page.copy(state);
+                }
+                segment(tokens, state, q, out, scratch)
             },
             |tokens, page, q, out, scratch| {
                 segment(tokens, page, q, out, scratch);
