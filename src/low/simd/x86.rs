@@ -269,28 +269,28 @@ impl Simd for Avx2F32 {
         let mut squares = [self.splat(0.0); 2];
         // SAFETY: the token proves the instruction set, the caller the pointers.
         unsafe {
-            for half in 0..2 {
-                // Pairs of rows, then fours: b[4i + c] holds in its 128-bit lane l column 4l + c of rows 4i..4i + 4.
-                let mut a = [scale; 8];
-                let mut b = [scale; 8];
-                for i in 0..4 {
-                    let (even, odd) = (self.load(rows[8 * half + 2 * i]), self.load(rows[8 * half + 2 * i + 1]));
-                    squares = [self.mul_add(even, even, squares[0]), self.mul_add(odd, odd, squares[1])];
-                    let (even, odd) = (self.mul(even, scale), self.mul(odd, scale));
-                    a[2 * i] = _mm256_unpacklo_ps(even, odd);
-                    a[2 * i + 1] = _mm256_unpackhi_ps(even, odd);
-                }
-                for i in 0..2 {
-                    for j in 0..2 {
-                        let (low, high) = (_mm256_castps_pd(a[4 * i + j]), _mm256_castps_pd(a[4 * i + 2 + j]));
-                        b[4 * i + 2 * j] = _mm256_castpd_ps(_mm256_unpacklo_pd(low, high));
-                        b[4 * i + 2 * j + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(low, high));
-                    }
-                }
-                for c in 0..4 {
-                    let at = out.add(8 * half + c * stride);
-                    self.store(at, _mm256_permute2f128_ps::<0x20>(b[c], b[4 + c]));
-                    self.store(at.add(4 * stride), _mm256_permute2f128_ps::<0x31>(b[c], b[4 + c]));
+            for (half, column) in [(0, 0), (0, 4), (8, 0), (8, 4)] {
+                // Four columns of rows i and i + 4 of eight, in two lanes.
+                let x: [__m256; 4] = std::array::from_fn(|i| {
+                    let (low, high) = (rows[half + i].add(column), rows[half + i + 4].add(column));
+                    _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high))
+                });
+                squares = [self.mul_add(x[0], x[0], squares[0]), self.mul_add(x[1], x[1], squares[1])];
+                squares = [self.mul_add(x[2], x[2], squares[0]), self.mul_add(x[3], x[3], squares[1])];
+                let x = x.map(|x| self.mul(x, scale));
+                let pair = |i: usize| {
+                    let (low, high) = (_mm256_unpacklo_ps(x[i], x[i + 1]), _mm256_unpackhi_ps(x[i], x[i + 1]));
+                    (_mm256_castps_pd(low), _mm256_castps_pd(high))
+                };
+                let (top, bottom) = (pair(0), pair(2));
+                let columns = [
+                    _mm256_unpacklo_pd(top.0, bottom.0),
+                    _mm256_unpackhi_pd(top.0, bottom.0),
+                    _mm256_unpacklo_pd(top.1, bottom.1),
+                    _mm256_unpackhi_pd(top.1, bottom.1),
+                ];
+                for (i, x) in columns.into_iter().enumerate() {
+                    self.store(out.add(half + (column + i) * stride), _mm256_castpd_ps(x));
                 }
             }
         }
