@@ -626,6 +626,41 @@ fn published_features_are_those_of_the_published_code() {
     assert!(single < 2e-6, "{single}");
 }
 
+/// Projected by other means than a panel of them, for every d alike.
+#[test]
+fn a_token_has_the_features_of_its_row() {
+    fn check<T: Real>(map: DctMap<T>, label: &str) {
+        let d = map.dim();
+        let x = cast::<T>(&normal_rows(3, d, 5));
+        let mut scratch = vec![T::from_f64(f64::NAN); map.token_scratch_len()];
+        let panels = [map.query_log_features(&x).unwrap(), map.key_log_features(&x).unwrap()];
+        for (rows, key) in panels.iter().zip([false, true]) {
+            for (x, row) in x.outer_iter().zip(rows.outer_iter()) {
+                let (x, mut out) = (x.to_vec(), vec![T::from_f64(f64::NAN); map.features()]);
+                if key {
+                    map.key_token(&x, &mut out, &mut scratch)
+                } else {
+                    map.query_token(&x, &mut out, &mut scratch)
+                }
+                let top = row.iter().fold(1.0, |top: f64, x| top.max(x.to_f64().abs()));
+                let near = |(a, b): (&T, &T)| (a.to_f64() - b.to_f64()).abs() <= 200.0 * T::EPSILON.to_f64() * top;
+                assert!(out.iter().zip(row).all(near), "{label}, d {d}, key {key}");
+            }
+        }
+    }
+    for d in [1, 2, 3, 7, 8, 20, 24, 31, 40, 64, 80, 96, 100, 160, 192, 256, 300] {
+        for (blocks, pairing, mixing) in
+            [(1, Pairing::Single, Mixing::None), (2, Pairing::Antithetic, Mixing::None), (1, Pairing::Antithetic, Mixing::Mixed)]
+        {
+            let config = DctMapConfig::new(d).with_blocks(blocks).with_pairing(pairing).with_mixing(mixing);
+            let params = shaken(config.params().unwrap(), 6);
+            let label = format!("{blocks} blocks, {pairing:?}, {mixing:?}");
+            check(DctMap::<f64>::from_params(params.clone()).unwrap(), &label);
+            check(DctMap::<f32>::from_params(params).unwrap(), &label);
+        }
+    }
+}
+
 #[test]
 fn published_features_follow_the_formula() {
     for d in [1, 2, 7, 48] {

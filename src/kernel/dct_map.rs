@@ -20,7 +20,7 @@ use super::sampler::{MAX_POINTS, Purpose, signs, unit_points};
 use super::transform::{DctPlan, shared_halves, transposed};
 use crate::error::{Error, Result, check_positive};
 use crate::real::Real;
-use crate::simd::{DctTables, Product, padded, supports_dct, token_scratch};
+use crate::simd::{DctTables, Product, padded, supports_dct};
 
 /// How a [`DctMap`] is to be made.
 ///
@@ -351,8 +351,7 @@ impl<T: Real> FeatureMap<T> for DctMap<T> {
             Projector::Lanes(_) | Projector::Matrix(_) => 0,
             Projector::Columns { plan, .. } => plan.scratch_len(width),
         };
-        let panel = width + width.max(self.inner.dim) + (self.inner.dim * width).max(columns);
-        panel.max(self.inner.dim + token_scratch(self.inner.dim).max(padded(self.inner.rows)))
+        width + width.max(self.inner.dim) + (self.inner.dim * width).max(columns)
     }
 
     fn query_panel(&self, width: usize, x: &[T], out: &mut [T], scratch: &mut [T]) {
@@ -447,11 +446,15 @@ impl<T: Real> Inner<T> {
         let offset = offset[0];
         match projector {
             TokenProjector::Dct { halves, scale, radii } => {
-                let mut mirrors = minus.chunks_exact_mut(self.dim).zip(mirror_row.chunks_exact(self.dim));
-                let blocks = scale.chunks_exact(self.dim).zip(radii.chunks_exact(self.dim)).zip(row.chunks_exact(self.dim));
-                for (((scale, radii), row), plus) in blocks.zip(plus.chunks_exact_mut(self.dim)) {
-                    let (minus, mirror_row) = mirrors.next().unwrap_or_default();
-                    (T::ops().dct_token)(halves, z, scale, radii, offset, row, plus, mirror_row, minus, scratch);
+                // Ranges, not chunks, whose iterators divide: a token is that short.
+                let (mut start, size) = (0, self.dim);
+                while start < self.rows {
+                    let block = start..start + size;
+                    let (mirror_row, minus) =
+                        if minus.is_empty() { Default::default() } else { (&mirror_row[block.clone()], &mut minus[block.clone()]) };
+                    let (scale, radii, row) = (&scale[block.clone()], &radii[block.clone()], &row[block.clone()]);
+                    start = block.end;
+                    (T::ops().dct_token)(halves, z, scale, radii, offset, row, &mut plus[block], mirror_row, minus, scratch);
                 }
             }
             TokenProjector::Matrix(matrix) => {
@@ -470,7 +473,7 @@ impl<T: Real> Side<T> {
         let unless_zero = |center: &[f64]| center.iter().any(|&c| c != 0.0).then(|| cast(center));
         let (dim, rows) = (params.dim(), params.rows());
         let token = match params.projection {
-            Projection::Dct if dim * dim <= TOKEN_MATRIX => {
+            Projection::Dct if dim * dim / 2 <= TOKEN_MATRIX => {
                 Some(TokenProjector::Dct { halves: shared_halves(dim), scale: cast(&own.scale), radii: cast(&own.radii) })
             }
             Projection::Mixed { .. } | Projection::Deep { .. } | Projection::Dense { .. } if rows * dim <= TOKEN_MATRIX => {
