@@ -111,13 +111,19 @@ impl<T: Real> Part<'_, T> {
         self.far.group() * self.far.queries()
     }
 
+    /// The softmax outputs of a query.
+    fn exact(&self, h: usize, query: usize) -> &[T] {
+        let Some(row) = self.teacher.slice_move(s![h, query, ..]).to_slice() else { unreachable!("rows of a projection") };
+        row
+    }
+
     /// Σ (ô − o)², o being the softmax outputs and ô those through `map`.
     fn squared_error(&self, map: &DctMap<T>, log_decay: f64, tape: &mut Tape<T>) -> f64 {
-        let (mut sum, stride) = (0.0, self.far.value_stride());
+        let (mut sum, stride, dim) = (0.0, self.far.value_stride(), self.teacher.len_of(Axis(2)));
+        let mut difference = vec![T::ZERO; dim];
         self.far.forward(map, log_decay, tape, |h, queries, rows| {
             for (i, row) in queries.zip(rows.chunks_exact(stride)) {
-                let teacher = self.teacher.slice(s![h, i, ..]);
-                sum += row.iter().zip(&teacher).map(|(a, b)| (a.to_f64() - b.to_f64()).powi(2)).sum::<f64>();
+                sum += (T::ops().difference)(&row[..dim], self.exact(h, i), T::ONE, &mut difference).to_f64();
             }
         });
         sum
@@ -125,17 +131,13 @@ impl<T: Real> Part<'_, T> {
 
     /// What the far part adds, next to what it should.
     fn far_share(&self, map: &DctMap<T>, log_decay: f64, tape: &mut Tape<T>) -> FarShare {
-        let (mut share, stride) = (FarShare::default(), self.far.value_stride());
+        let (mut share, stride, dim) = (FarShare::default(), self.far.value_stride(), self.teacher.len_of(Axis(2)));
         self.far.forward(map, log_decay, tape, |h, queries, rows| {
             for (i, row) in queries.zip(rows.chunks_exact(stride)) {
                 let Some((near, total)) = self.far.near(h, i) else { continue };
-                let inverse = 1.0 / total.to_f64();
-                for ((&ours, &near), &exact) in row.iter().zip(near).zip(&self.teacher.slice(s![h, i, ..])) {
-                    let (ours, exact, near) = (ours.to_f64(), exact.to_f64(), near.to_f64() * inverse);
-                    share.along += (ours - near) * (exact - near);
-                    share.whole += (exact - near).powi(2);
-                    share.error += (ours - exact).powi(2);
-                }
+                let sums = (T::ops().shares)(&row[..dim], self.exact(h, i), T::ONE / total, &near[..dim]);
+                let [along, whole, error] = sums.map(Real::to_f64);
+                share = share + FarShare { along, whole, error };
             }
         });
         share
@@ -143,14 +145,11 @@ impl<T: Real> Part<'_, T> {
 
     /// The gradient of Σ (ô − o)²·`weight`/2: sums for that of the map's parameters, and that of log γ.
     fn slope(&self, map: &DctMap<T>, log_decay: f64, weight: T, tape: &mut Tape<T>) -> (DctSums<T>, f64) {
-        let (mut sums, stride) = (map.new_sums(), self.far.value_stride());
+        let (mut sums, stride, dim) = (map.new_sums(), self.far.value_stride(), self.teacher.len_of(Axis(2)));
         let loss = |h: usize, queries: Range<usize>, rows: &[T], grad: &mut [T]| {
-            grad.fill(T::ZERO);
             for (i, (row, grad)) in queries.zip(rows.chunks_exact(stride).zip(grad.chunks_exact_mut(stride))) {
-                let teacher = self.teacher.slice(s![h, i, ..]);
-                for ((grad, &row), &teacher) in grad.iter_mut().zip(row).zip(&teacher) {
-                    *grad = (row - teacher) * weight;
-                }
+                (T::ops().difference)(&row[..dim], self.exact(h, i), weight, &mut grad[..dim]);
+                grad[dim..].fill(T::ZERO);
             }
         };
         let log_decay = self.far.backward(map, log_decay, tape, loss, &mut sums);

@@ -601,6 +601,52 @@ pub(super) fn exp_weighted<S: Simd>(simd: S, x: &mut [S::T], shift: S::T, weight
     x[whole..].iter().zip(&weight[whole..]).fold(simd.sum(total), |sum, (&x, &weight)| sum + x * weight)
 }
 
+/// `out = factor·(a − b)`, returns Σ (a − b)².
+#[inline(always)]
+pub(super) fn difference<S: Simd>(simd: S, a: &[S::T], b: &[S::T], factor: S::T, out: &mut [S::T]) -> S::T {
+    assert!(a.len() == b.len() && out.len() == a.len(), "lengths");
+    let (whole, factors) = (a.len() / S::N * S::N, simd.splat(factor));
+    let mut squares = [simd.splat(S::T::ZERO); 2];
+    for i in (0..whole).step_by(S::N) {
+        // SAFETY: i + N ≤ len.
+        unsafe {
+            let difference = simd.sub(simd.load(a.as_ptr().add(i)), simd.load(b.as_ptr().add(i)));
+            squares = [squares[1], simd.mul_add(difference, difference, squares[0])];
+            simd.store(out.as_mut_ptr().add(i), simd.mul(difference, factors));
+        }
+    }
+    let mut square = simd.sum(simd.add(squares[0], squares[1]));
+    for i in whole..a.len() {
+        let difference = a[i] - b[i];
+        square += difference * difference;
+        out[i] = difference * factor;
+    }
+    square
+}
+
+/// With u = a − factor·base and w = b − factor·base: Σ u·w, Σ w², Σ (a − b)².
+#[inline(always)]
+pub(super) fn shares<S: Simd>(simd: S, a: &[S::T], b: &[S::T], factor: S::T, base: &[S::T]) -> [S::T; 3] {
+    assert!(a.len() == b.len() && base.len() == a.len(), "lengths");
+    let (whole, factors) = (a.len() / S::N * S::N, simd.splat(factor));
+    let mut sums = [simd.splat(S::T::ZERO); 3];
+    for i in (0..whole).step_by(S::N) {
+        // SAFETY: i + N ≤ len.
+        unsafe {
+            let (a, b) = (simd.load(a.as_ptr().add(i)), simd.load(b.as_ptr().add(i)));
+            let base = simd.mul(factors, simd.load(base.as_ptr().add(i)));
+            let (u, w, difference) = (simd.sub(a, base), simd.sub(b, base), simd.sub(a, b));
+            sums = [simd.mul_add(u, w, sums[0]), simd.mul_add(w, w, sums[1]), simd.mul_add(difference, difference, sums[2])];
+        }
+    }
+    let mut sums = sums.map(|sum| simd.sum(sum));
+    for i in whole..a.len() {
+        let (u, w, difference) = (a[i] - factor * base[i], b[i] - factor * base[i], a[i] - b[i]);
+        sums = [sums[0] + u * w, sums[1] + w * w, sums[2] + difference * difference];
+    }
+    sums
+}
+
 /// Moves what it can of `rest` into `sums`: sums' = sums + rest rounded, rest' = what rounding lost [Kahan; Dekker's
 /// fast two-sum]. So a sum of very many small numbers keeps them all.
 #[inline(always)]

@@ -267,16 +267,11 @@ pub(super) fn transposed<S: Simd>(simd: S, tables: &DctTables<S::T>, width: usiz
     }
 }
 
-/// Scratch elements that [`token`] needs for `len` points.
-pub(crate) fn token_scratch(len: usize) -> usize {
-    4 * padded(len.div_ceil(2))
-}
-
 /// One vector: `out[f] = post[f]·(C(pre ⊙ x))[f] + row[f] + offset`, and unless it is empty
 /// `mirror[f] = mirror_row[f] + offset − post[f]·(C(pre ⊙ x))[f]`. Any length.
 ///
 /// Even rows of C are symmetric, odd ones antisymmetric, so that half of each is enough: with h = ⌈d/2⌉ and rows of h padded to
-/// whole lane groups, `halves` is `[h, h_padded]` of C[2g, i] (row i, column g), then `[⌊d/2⌋, h_padded]` of C[2g+1, i].
+/// whole lane groups, `halves` is `[h, h_padded]` of C[2g, i] (row i, column g), then `[⌊d/2⌋, h_padded]` of C[2g+1, i]. `scratch` is 4·h_padded elements.
 #[inline(always)]
 pub(super) fn token<S: Simd>(
     simd: S,

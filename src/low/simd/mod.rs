@@ -18,7 +18,7 @@ use std::marker::PhantomData;
 
 pub(crate) use ahead::Ahead;
 pub(crate) use body::Product;
-pub(crate) use dct::{DctTables, supports as supports_dct, token_scratch};
+pub(crate) use dct::{DctTables, supports as supports_dct};
 pub(crate) use product::{Gemm, product};
 
 use crate::real::Real;
@@ -155,6 +155,10 @@ ops! {
     offset_max: fn(x: &mut [T], factor: T, y: &[T], shift: T) -> T;
     /// `x[f] = exp(x[f] + shift)`, returns Σ_f x[f]·weight[f].
     exp_weighted: fn(x: &mut [T], shift: T, weight: &[T]) -> T;
+    /// `out = factor·(a − b)`, returns Σ (a − b)².
+    difference: fn(a: &[T], b: &[T], factor: T, out: &mut [T]) -> T;
+    /// With u = a − factor·base and w = b − factor·base: Σ u·w, Σ w², Σ (a − b)².
+    shares: fn(a: &[T], b: &[T], factor: T, base: &[T]) -> [T; 3];
     /// `sums + rest` rounded into `sums`, what rounding lost into `rest`.
     fold: fn(sums: &mut [T], rest: &mut [T]);
     /// `out = xᵀ·A (+ out)`
