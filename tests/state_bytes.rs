@@ -67,6 +67,34 @@ fn short_numbers_are_near() {
     }
 }
 
+/// Weights and values of f64 may be far out of f32's range.
+#[test]
+fn short_numbers_of_large_ones() {
+    let cases = [
+        (Setup::new(31).heads(2, 1), Storage::F32, 1e-6),
+        (Setup::new(32).heads(2, 1), Storage::Bf16, 0.05),
+        (Setup::new(33).heads(2, 1).near(4, 1), Storage::F32, 1e-6),
+    ];
+    for ((setup, storage, tolerance), size) in cases.iter().flat_map(|case| [100.0, 200.0, 400.0].map(|size| (case, size))) {
+        let attention = setup.build::<f64>();
+        let mut inputs = setup.inputs(40, 40);
+        // The frame is that of the first key; weights of up to e^200 keep to it.
+        inputs.k.slice_mut(s![.., 0, ..]).fill(0.0);
+        let far = inputs.k.slice(s![.., 1.., ..]).iter().fold(0.0_f64, |top, x| top.max(x.abs()));
+        inputs.k.slice_mut(s![.., 1.., ..]).mapv_inplace(|x| x * size / far);
+        let (mut state, later) = (attention.empty(), setup.inputs(9, 9));
+        attention.prefill_of(&mut state, &inputs, KeyMask::All).unwrap();
+        let mut read = attention.state_from_bytes(&state.to_bytes(*storage)).unwrap();
+        let expected = attention.steps(&mut state.clone(), &later);
+        assert_close(format!("{setup:?}, size {size}"), &attention.steps(&mut read, &later), &expected, *tolerance);
+
+        inputs.v.fill(1e60);
+        attention.prefill_of(&mut state, &inputs, KeyMask::All).unwrap();
+        let mut read = attention.state_from_bytes(&state.to_bytes(*storage)).unwrap();
+        assert!(attention.steps(&mut read, &later).iter().all(|x| x.is_finite()));
+    }
+}
+
 #[test]
 fn every_flipped_bit_is_found() {
     let setup = Setup::new(6).sizes(2, 2, 1).near(2, 0);

@@ -99,8 +99,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// - `q`, `k`, `v`, `mask` as for [`causal`](Self::causal); `grad_out`: `[h, n, e]`.
     ///
     /// # Cost
-    /// O(n) time: 3 to 3.5 times that of the forward pass, which is computed again on the way (up to 3.9 times for less than 200 tokens
-    /// or a d that is no power of two). Besides the results it allocates what a [`BackwardWorkspace`] holds. Heads in parallel; the
+    /// O(n) time: about 3 times that of the forward pass, which is computed again on the way. Besides the results it allocates what a [`BackwardWorkspace`] holds. Heads in parallel; the
     /// same bits on any number of threads.
     ///
     /// # Errors

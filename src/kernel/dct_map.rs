@@ -261,7 +261,8 @@ enum TokenProjector<T> {
 
 /// How the projection u = t ⊙ C(s ⊙ z) of a panel is computed; which one is faster was measured (benches/kernel.rs).
 enum Projector<T> {
-    /// Batched transforms with tokens along the lanes, a chain of them (three if mixed) per block: d = 2^k, 8 to 256.
+    /// Batched transforms with tokens along the lanes, a chain of them (three if mixed) per block: d = 2^k, 3·2^k or 5·2^k, k ≥ 3,
+    /// up to 256.
     Lanes(Vec<Vec<DctTables<T>>>),
     /// A matrix `[P, d]`: other d up to 256, rows that are no transform, and deep projections up to that d, for which batched
     /// transforms there and back would be hardly faster.
@@ -289,7 +290,7 @@ impl<T: Real> DctMap<T> {
     ///
     /// # Cost
     /// Tables of O(m + d·log d) numbers for a transform; a matrix `[P, d]` a side for a dense projection, and where d is below 256
-    /// and no power of two from 8 on. Maps of equal d share their cosines.
+    /// and not 2^k, 3·2^k or 5·2^k with k ≥ 3. Maps of equal d share their cosines.
     ///
     /// # Errors
     /// [`Error::Empty`], [`Error::NotDivisible`] and [`Error::Length`] for lengths that do not fit each other,

@@ -32,9 +32,10 @@ pub enum Storage {
     /// In the layer's own type: the state continues bit for bit.
     #[default]
     Exact,
-    /// In f32. What an f64 layer has beyond it is lost, and so is what rounding has kept out of the sums.
+    /// In f32. What an f64 layer has beyond its digits is lost, and so is what rounding has kept out of the sums; keys and values
+    /// beyond its range become its largest numbers.
     F32,
-    /// In bf16, 3 significant digits: a quarter of the bytes of an f32 layer's exact state.
+    /// In bf16, 3 significant digits, else as [`F32`](Self::F32): a quarter of the bytes of an f32 layer's exact state.
     Bf16,
 }
 
@@ -80,6 +81,7 @@ impl<T: Real> CausalState<T> {
                 _ => {
                     let mut head = head.clone();
                     head.settle(T::ops());
+                    raise_frame(&mut head);
                     write_head(&head, storage, &mut out);
                 }
             }
@@ -206,6 +208,16 @@ fn length<T: Real>(shape: Shape, storage: Storage) -> u128 {
     HEADER as u128 + heads * head + CHECKSUM as u128
 }
 
+/// Moves the frame up where sums of weights are far above one, which they may be in `f64`, so that the sums of values are numbers
+/// of the size of the values.
+fn raise_frame<T: Real>(head: &mut HeadState<T>) {
+    let raised = |(&c, &norm): (&T, &T)| if norm > T::from_f64(1e20) { c + norm.ln() } else { c };
+    let candidate: Vec<T> = head.reference.iter().zip(&head.norm).map(raised).collect();
+    if candidate != head.reference {
+        head.rebase(T::ops(), 0.0, head.reference_position, &candidate);
+    }
+}
+
 fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>) {
     out.extend_from_slice(&(head.reference_position as u64).to_le_bytes());
     out.extend([u8::from(head.started), head.pending.len as u8]);
@@ -222,10 +234,12 @@ fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>)
 }
 
 fn write<T: Real>(numbers: &[T], storage: Storage, out: &mut Vec<u8>) {
+    let numbers = numbers.iter().map(|x| x.to_f64());
+    let within = |x: f64, most: f64| x.clamp(-most, most);
     match (storage, size_of::<T>()) {
-        (Storage::Bf16, _) => numbers.iter().for_each(|x| out.extend(bf16::from_f64(x.to_f64()).to_le_bytes())),
-        (Storage::Exact, 8) => numbers.iter().for_each(|x| out.extend(x.to_f64().to_le_bytes())),
-        _ => numbers.iter().for_each(|x| out.extend((x.to_f64() as f32).to_le_bytes())),
+        (Storage::Bf16, _) => numbers.for_each(|x| out.extend(bf16::from_f64(within(x, bf16::MAX.to_f64())).to_le_bytes())),
+        (Storage::Exact, 8) => numbers.for_each(|x| out.extend(x.to_le_bytes())),
+        _ => numbers.for_each(|x| out.extend((within(x, f32::MAX.into()) as f32).to_le_bytes())),
     }
 }
 
