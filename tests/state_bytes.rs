@@ -88,6 +88,14 @@ fn short_numbers_of_large_ones() {
         let expected = attention.steps(&mut state.clone(), &later);
         assert_close(format!("{setup:?}, size {size}"), &attention.steps(&mut read, &later), &expected, *tolerance);
 
+        // Values near the end of the range, whatever their weights.
+        let (mut state, mut large) = (attention.empty(), inputs.clone());
+        large.v *= 1e30;
+        attention.prefill_of(&mut state, &large, KeyMask::All).unwrap();
+        let mut read = attention.state_from_bytes(&state.to_bytes(*storage)).unwrap();
+        let expected = attention.steps(&mut state, &later);
+        assert_close(format!("{setup:?}, size {size}, large"), &attention.steps(&mut read, &later), &expected, *tolerance);
+
         inputs.v.fill(1e60);
         attention.prefill_of(&mut state, &inputs, KeyMask::All).unwrap();
         let mut read = attention.state_from_bytes(&state.to_bytes(*storage)).unwrap();

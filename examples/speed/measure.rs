@@ -71,19 +71,21 @@ impl Row {
     }
 }
 
-/// Times that everything is measured, in turns: what else a shared machine does comes in bursts longer than one figure takes.
+/// Turns in which the modes at one number of tokens are measured: what else a shared machine does comes in bursts longer than one
+/// figure takes.
 const ROUNDS: usize = 3;
 
 /// Seconds for one number of tokens after which no further round begins.
 const PATIENCE: f64 = 5.0;
 
-/// Chunk length of the near part and of the causal blocks.
+/// Chunk length of the near part.
 const CHUNK: usize = 64;
 
 /// Dimensions of the feature maps measured alone.
 const MAP_DIMS: [usize; 4] = [32, 64, 128, 256];
 
-/// Matrix-product FLOPs per token and head, m = d = e.
+/// Matrix-product FLOPs per token and head, m = d = e, of the plain algorithm in chunks of 64: what rates are counted by. Purely causal
+/// attention here does a third fewer, in shorter blocks and without what is above their diagonals.
 fn flops(mode: &str, d: usize) -> f64 {
     let square = 2.0 * (d * d) as f64;
     let chunk = 2.0 * (CHUNK * d) as f64;
@@ -102,7 +104,7 @@ fn softmax_flops(mode: &str, n: usize, d: usize) -> f64 {
     4.0 * keys * d as f64
 }
 
-/// Shortest of as many runs as fit the budget (at least one after the first, which warms up), in seconds.
+/// Shortest of as many runs as fit the budget, at least one, in seconds.
 pub(crate) fn shortest(budget: f64, mut run: impl FnMut()) -> f64 {
     let begin = Instant::now();
     run();
@@ -137,7 +139,7 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
     let mut bench = Bench::<T> {
         heads: args.heads,
         dim: args.dim,
-        seconds: args.seconds / ROUNDS as f64,
+        seconds: args.seconds,
         exact: ExactConfig::new(args.heads, args.dim).build()?,
         pure: LinearConfig::new().build(maps.clone())?,
         near: LinearConfig::new().with_near(Near::new(CHUNK, 1)).build(maps)?,
@@ -206,7 +208,12 @@ impl<T: Gemm> Bench<T> {
         Ok(MapRow { dim, dct_ns: ns(&map), matrix_ns: ns(&matrix) })
     }
 
-    /// All modes at n tokens.
+    /// Seconds of one turn for each figure.
+    fn turn(&self) -> f64 {
+        self.seconds / ROUNDS as f64
+    }
+
+    /// All modes at n tokens, once in every turn.
     fn tokens(&mut self, n: usize, softmax: bool) -> Result<Vec<Row>, Box<dyn Error + Send + Sync>> {
         let shape = (self.heads, n, self.dim);
         let [q, k, v] = std::array::from_fn(|_| gaussian::<T>(&mut self.rng, shape));
@@ -217,31 +224,31 @@ impl<T: Gemm> Bench<T> {
         let mut near_ws = self.near.workspace();
         let mut check = Ok(());
         let mut state = self.pure.new_state();
-        let pure = shortest(self.seconds, || {
+        let pure = shortest(self.turn(), || {
             state.reset();
             check = self.pure.prefill_into(&mut state, &q, &k, &v, KeyMask::All, &mut out, &mut ws);
         });
         check?;
         let mut near_state = self.near.new_state();
         let mut check = Ok(());
-        let near = shortest(self.seconds, || {
+        let near = shortest(self.turn(), || {
             near_state.reset();
             check = self.near.prefill_into(&mut near_state, &q, &k, &v, KeyMask::All, &mut out, &mut near_ws);
         });
         check?;
         let mut check = Ok(());
-        let full = shortest(self.seconds, || check = self.pure.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut ws));
+        let full = shortest(self.turn(), || check = self.pure.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut ws));
         check?;
         let mut check = Ok(());
         let causal_exact = softmax.then(|| {
-            shortest(self.seconds, || check = self.exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)) * per_token
+            shortest(self.turn(), || check = self.exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)) * per_token
         });
         let mut check_full = Ok(());
         let full_exact = softmax.then(|| {
-            shortest(self.seconds, || check_full = self.exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)) * per_token
+            shortest(self.turn(), || check_full = self.exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)) * per_token
         });
         check.and(check_full)?;
-        let candle = if softmax { flash::causal([&q, &k, &v], self.seconds)?.map(|seconds| seconds * per_token) } else { None };
+        let candle = if softmax { flash::causal([&q, &k, &v], self.turn())?.map(|seconds| seconds * per_token) } else { None };
 
         let (decode, decode_exact) = self.decode(&q, &k, &v)?;
         let row = |mode: &'static str, seconds: f64, softmax_us: Option<f64>| {
@@ -269,7 +276,7 @@ impl<T: Gemm> Bench<T> {
         let per_head = 1e6 / (self.heads * CHUNK) as f64;
         let (mut ws, mut exact_ws) = (self.pure.workspace(), self.exact.workspace());
         let mut check = Ok(());
-        let linear = shortest(self.seconds, || {
+        let linear = shortest(self.turn(), || {
             for (q, k, v) in &tokens {
                 check = self.pure.step(&mut state, q, k, v, &mut out, &mut ws);
             }
@@ -279,7 +286,7 @@ impl<T: Gemm> Bench<T> {
         let snapshot = cache.clone();
         let mut exact = f64::INFINITY;
         let begin = Instant::now();
-        while exact.is_infinite() || begin.elapsed() < Duration::from_secs_f64(self.seconds) {
+        while exact.is_infinite() || begin.elapsed() < Duration::from_secs_f64(self.turn()) {
             cache.clone_from(&snapshot);
             let start = Instant::now();
             for (q, k, v) in &tokens {

@@ -99,8 +99,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// - `q`, `k`, `v`, `mask` as for [`causal`](Self::causal); `grad_out`: `[h, n, e]`.
     ///
     /// # Cost
-    /// O(n) time: about 3 times that of the forward pass, which is computed again on the way. Besides the results it allocates what a [`BackwardWorkspace`] holds. Heads in parallel; the
-    /// same bits on any number of threads.
+    /// O(n) time: about 3 times that of the forward pass, which is computed again on the way. Besides the results it allocates what a
+    /// [`BackwardWorkspace`] holds. Heads in parallel; the same bits on any number of threads.
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into), `grad_out` being checked like the other arguments, and

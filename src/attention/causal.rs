@@ -10,7 +10,6 @@ use crate::attention::pages::SEGMENT;
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise, tokens_fit};
 use crate::attention::state::HeadState;
 use crate::attention::workspace::{CAUSAL_BLOCK, Scratch};
-
 use crate::kernel::FeatureMap;
 use crate::real::Real;
 use crate::simd::{Ahead, LANES, Product, padded};

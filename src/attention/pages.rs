@@ -49,7 +49,7 @@ impl<T: Real> Pages<T> {
     /// For a pool of as many threads as the current one.
     pub(super) fn new(sizes: Sizes, shape: Shape) -> Self {
         let workers = (max_threads() / shape.heads).clamp(2, WORKERS);
-        Self { scratches: vec![Scratch::new(sizes); workers], empty: vec![HeadState::new(shape); 2 * workers] }
+        Self { scratches: vec![Scratch::new(sizes); workers], empty: vec![HeadState::new(shape); 2 * workers - 1] }
     }
 
     /// Whether heads are too few to keep the threads busy by themselves.
@@ -105,9 +105,8 @@ impl<T: Real> Pages<T> {
                     read(tokens.clone(), &mut page, q.slice(s![.., tokens, ..]), out, scratch);
                     at = lock(&desk);
                     at.empty.push(page);
-                    changed.notify_one();
                 } else if at.more {
-                    // Somebody is on the walk, or all pages are being read: either will leave something to do.
+                    // Somebody is on the walk and will leave something to do.
                     at = changed.wait(at).unwrap_or_else(PoisonError::into_inner);
                 } else {
                     return;
@@ -119,7 +118,7 @@ impl<T: Real> Pages<T> {
     }
 }
 
-/// Lets the others go if a worker panics.
+/// Lets the others go if the one on the walk panics: nobody else would end their wait.
 struct Alarm<'d, 'a, T> {
     desk: &'d Mutex<Desk<'a, T>>,
     changed: &'d Condvar,
@@ -135,12 +134,11 @@ impl<T> Drop for Alarm<'_, '_, T> {
 }
 
 impl<'a, T> Desk<'a, T> {
-    /// The walk, if it is to be had, and a page for it, if one is needed: not when the other `workers` have enough to read for as
-    /// long as the queries take.
+    /// The walk, if it is to be had, and a page for it unless there are full ones for all `workers`, so that the others have something
+    /// to read for as long as the queries take. Each of the others reads one page at most: one is left.
     fn next_to_walk(&mut self, workers: usize) -> Option<(Option<HeadState<T>>, Walk<'a, T>)> {
-        let busy = self.full.len() >= workers;
-        let walk = self.walk.take_if(|_| busy || !self.empty.is_empty())?;
-        Some((if busy { None } else { self.empty.pop() }, walk))
+        let walk = self.walk.take()?;
+        Some((if self.full.len() < workers { self.empty.pop() } else { None }, walk))
     }
 }
 

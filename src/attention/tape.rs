@@ -326,7 +326,8 @@ impl<T: Real> Tape<T> {
             let ahead = stretch.ahead(&upstream, targets.inputs.as_ref(), false);
             let upstream = if let Upstream::Rows(rows) = upstream { Some(rows) } else { None };
             let frame = usize::MAX;
-            Backward { tape: self, stretch, upstream, targets, origin, frame, ahead, from_state: start.is_some(), later: false }.run();
+            let from_state = start.is_some_and(|start| start.started);
+            Backward { tape: self, stretch, upstream, targets, origin, frame, ahead, from_state, later: false }.run();
             let first_absorbed =
                 self.events.iter().find(|event| event.kind != Kind::Read).map_or(stretch.k.nrows(), |event| event.tokens.start);
             if let (Some(inputs), true) = (&mut targets.inputs, self.keys.is_empty()) {
@@ -510,6 +511,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         for h in 0..self.stretch.q.shape()[0] {
             self.query(h, block.clone(), 0..0, width);
         }
+        // Nobody reads the last block's keys.
         if block.end < self.stretch.q.shape()[1] {
             self.join(tokens, width);
         }

@@ -426,6 +426,7 @@ impl<T: Real> Inner<T> {
 
     /// Log-features of one token of one side.
     fn token(&self, side: &Side<T>, projector: &TokenProjector<T>, x: &[T], out: &mut [T], scratch: &mut [T]) {
+        let (x, out) = (&x[..self.dim], &mut out[..self.params.features()]);
         let (centred, scratch) = scratch.split_at_mut(self.dim);
         let (plus, minus) = out.split_at_mut(self.rows);
         let (row, mirror_row) = side.row.split_at(self.rows);

@@ -112,7 +112,7 @@ impl<T: Real> Part<'_, T> {
     }
 
     /// The softmax outputs of a query.
-    fn exact(&self, h: usize, query: usize) -> &[T] {
+    fn teacher_row(&self, h: usize, query: usize) -> &[T] {
         let Some(row) = self.teacher.slice_move(s![h, query, ..]).to_slice() else { unreachable!("rows of a projection") };
         row
     }
@@ -120,10 +120,11 @@ impl<T: Real> Part<'_, T> {
     /// Σ (ô − o)², o being the softmax outputs and ô those through `map`.
     fn squared_error(&self, map: &DctMap<T>, log_decay: f64, tape: &mut Tape<T>) -> f64 {
         let (mut sum, stride, dim) = (0.0, self.far.value_stride(), self.teacher.len_of(Axis(2)));
-        let mut difference = vec![T::ZERO; dim];
         self.far.forward(map, log_decay, tape, |h, queries, rows| {
             for (i, row) in queries.zip(rows.chunks_exact(stride)) {
-                sum += (T::ops().difference)(&row[..dim], self.exact(h, i), T::ONE, &mut difference).to_f64();
+                let teacher = self.teacher_row(h, i);
+                let [.., error] = (T::ops().shares)(&row[..dim], teacher, T::ZERO, teacher);
+                sum += error.to_f64();
             }
         });
         sum
@@ -135,7 +136,7 @@ impl<T: Real> Part<'_, T> {
         self.far.forward(map, log_decay, tape, |h, queries, rows| {
             for (i, row) in queries.zip(rows.chunks_exact(stride)) {
                 let Some((near, total)) = self.far.near(h, i) else { continue };
-                let sums = (T::ops().shares)(&row[..dim], self.exact(h, i), T::ONE / total, &near[..dim]);
+                let sums = (T::ops().shares)(&row[..dim], self.teacher_row(h, i), T::ONE / total, &near[..dim]);
                 let [along, whole, error] = sums.map(Real::to_f64);
                 share = share + FarShare { along, whole, error };
             }
@@ -148,7 +149,7 @@ impl<T: Real> Part<'_, T> {
         let (mut sums, stride, dim) = (map.new_sums(), self.far.value_stride(), self.teacher.len_of(Axis(2)));
         let loss = |h: usize, queries: Range<usize>, rows: &[T], grad: &mut [T]| {
             for (i, (row, grad)) in queries.zip(rows.chunks_exact(stride).zip(grad.chunks_exact_mut(stride))) {
-                (T::ops().difference)(&row[..dim], self.exact(h, i), weight, &mut grad[..dim]);
+                (T::ops().difference)(&row[..dim], self.teacher_row(h, i), weight, &mut grad[..dim]);
                 grad[dim..].fill(T::ZERO);
             }
         };

@@ -81,7 +81,9 @@ impl<T: Real> CausalState<T> {
                 _ => {
                     let mut head = head.clone();
                     head.settle(T::ops());
-                    raise_frame(&mut head);
+                    if size_of::<T>() == 8 {
+                        raise_frame(&mut head);
+                    }
                     write_head(&head, storage, &mut out);
                 }
             }
@@ -208,12 +210,12 @@ fn length<T: Real>(shape: Shape, storage: Storage) -> u128 {
     HEADER as u128 + heads * head + CHECKSUM as u128
 }
 
-/// Moves the frame up where sums of weights are far above one, which they may be in `f64`, so that the sums of values are numbers
-/// of the size of the values.
+/// Moves the frame up to where no feature's weights sum up to more than one, which in `f64` may be e^200, so that the sums of values
+/// are no larger than the values.
 fn raise_frame<T: Real>(head: &mut HeadState<T>) {
-    let raised = |(&c, &norm): (&T, &T)| if norm > T::from_f64(1e20) { c + norm.ln() } else { c };
+    let raised = |(&c, &norm): (&T, &T)| if norm > T::ONE { c + norm.ln() } else { c };
     let candidate: Vec<T> = head.reference.iter().zip(&head.norm).map(raised).collect();
-    if candidate != head.reference {
+    if head.started {
         head.rebase(T::ops(), 0.0, head.reference_position, &candidate);
     }
 }

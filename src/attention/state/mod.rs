@@ -378,7 +378,7 @@ impl<T: Real> HeadState<T> {
         self.accumulate(head.ops, b, feature, width, tokens, values, ahead);
     }
 
-    /// No key has joined the sums yet, as in the first block of a sequence.
+    /// The sums hold nothing: no key has joined them, as in the first block of a sequence, or none that counts in this frame.
     pub(super) fn is_empty(&self) -> bool {
         self.norm.iter().all(|&norm| norm == T::ZERO)
     }

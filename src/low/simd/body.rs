@@ -5,10 +5,10 @@
 //! never depends on its neighbours, not by one bit.
 
 use super::ahead::Ahead;
-pub(super) use super::dct::{token as dct_token, transform as dct, transposed as dct_transposed};
+pub(super) use super::dct::{transform as dct, transposed as dct_transposed};
 use super::lane::Simd;
 use crate::real::Real;
-use crate::simd::LANES;
+use crate::simd::{LANES, padded};
 
 /// Shape and strides of a matrix product C (+)= A·B.
 #[derive(Clone, Copy)]
@@ -574,7 +574,7 @@ pub(super) fn offset_max<S: Simd>(simd: S, x: &mut [S::T], factor: S::T, y: &[S:
     }
     let mut top = simd.top(top);
     for (x, &y) in x[whole..].iter_mut().zip(&y[whole..]) {
-        *x += factor * y + shift;
+        *x = (*x + factor * y) + shift;
         top = top.max(*x);
     }
     top
@@ -601,27 +601,21 @@ pub(super) fn exp_weighted<S: Simd>(simd: S, x: &mut [S::T], shift: S::T, weight
     x[whole..].iter().zip(&weight[whole..]).fold(simd.sum(total), |sum, (&x, &weight)| sum + x * weight)
 }
 
-/// `out = factor·(a − b)`, returns Σ (a − b)².
+/// `out = factor·(a − b)`.
 #[inline(always)]
-pub(super) fn difference<S: Simd>(simd: S, a: &[S::T], b: &[S::T], factor: S::T, out: &mut [S::T]) -> S::T {
+pub(super) fn difference<S: Simd>(simd: S, a: &[S::T], b: &[S::T], factor: S::T, out: &mut [S::T]) {
     assert!(a.len() == b.len() && out.len() == a.len(), "lengths");
     let (whole, factors) = (a.len() / S::N * S::N, simd.splat(factor));
-    let mut squares = [simd.splat(S::T::ZERO); 2];
     for i in (0..whole).step_by(S::N) {
         // SAFETY: i + N ≤ len.
         unsafe {
             let difference = simd.sub(simd.load(a.as_ptr().add(i)), simd.load(b.as_ptr().add(i)));
-            squares = [squares[1], simd.mul_add(difference, difference, squares[0])];
             simd.store(out.as_mut_ptr().add(i), simd.mul(difference, factors));
         }
     }
-    let mut square = simd.sum(simd.add(squares[0], squares[1]));
     for i in whole..a.len() {
-        let difference = a[i] - b[i];
-        square += difference * difference;
-        out[i] = difference * factor;
+        out[i] = (a[i] - b[i]) * factor;
     }
-    square
 }
 
 /// With u = a − factor·base and w = b − factor·base: Σ u·w, Σ w², Σ (a − b)².
@@ -736,6 +730,56 @@ unsafe fn vecmat_columns<S: Simd, const C: usize, const U: usize>(
         }
     }
     C
+}
+
+/// The DCT-II of one vector of any length, u = post ⊙ C(pre ⊙ x): `out = u + row + offset`, and unless it is empty
+/// `mirror = mirror_row + offset − u`.
+///
+/// Even rows of C are symmetric, odd ones antisymmetric, so that half of each is enough: with h = ⌈d/2⌉ and rows of h padded to
+/// whole lane groups, `halves` is `[h, h_padded]` of C[2g, i] (row i, column g), then `[⌊d/2⌋, h_padded]` of C[2g+1, i].
+/// `scratch` is 4·h_padded elements.
+#[inline(always)]
+pub(super) fn dct_token<S: Simd>(
+    simd: S,
+    halves: &[S::T],
+    x: &[S::T],
+    pre: &[S::T],
+    post: &[S::T],
+    offset: S::T,
+    row: &[S::T],
+    out: &mut [S::T],
+    mirror_row: &[S::T],
+    mirror: &mut [S::T],
+    scratch: &mut [S::T],
+) {
+    let d = x.len();
+    let (more, fewer, stride) = (d.div_ceil(2), d / 2, padded(d.div_ceil(2)));
+    let (even, odd) = halves.split_at(more * stride);
+    let (pre, post, row, out) = (&pre[..d], &post[..d], &row[..d], &mut out[..d]);
+    let (inputs, outputs) = scratch[..4 * stride].split_at_mut(2 * stride);
+    let (sums, differences) = inputs.split_at_mut(stride);
+    let (evens, odds) = outputs.split_at_mut(stride);
+    let low = x.iter().zip(pre).take(fewer);
+    let high = x[more..].iter().zip(&pre[more..]).rev();
+    for ((sum, difference), ((&x, &pre), (&x_high, &pre_high))) in sums.iter_mut().zip(differences.iter_mut()).zip(low.zip(high)) {
+        *sum = x * pre + x_high * pre_high;
+        *difference = x * pre - x_high * pre_high;
+    }
+    if more > fewer {
+        sums[fewer] = x[fewer] * pre[fewer];
+    }
+    vecmat(simd, &sums[..more], even, false, evens);
+    vecmat(simd, &differences[..fewer], odd, false, odds);
+    let u = inputs;
+    for (pair, (&even, &odd)) in u.as_chunks_mut::<2>().0.iter_mut().zip(evens.iter().zip(&*odds)) {
+        *pair = [even, odd];
+    }
+    for (out, ((&u, &post), &row)) in out.iter_mut().zip(u.iter().zip(post).zip(row)) {
+        *out = post * u + (row + offset);
+    }
+    for (out, ((&u, &post), &row)) in mirror.iter_mut().zip(u.iter().zip(post).zip(mirror_row)) {
+        *out = (row + offset) - post * u;
+    }
 }
 
 /// `x[i] *= a`.

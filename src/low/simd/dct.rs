@@ -20,16 +20,14 @@
 //! ```
 
 use std::mem::MaybeUninit;
-use std::ops::Range;
 
-use super::body::vecmat;
 use super::lane::Simd;
 use crate::real::Real;
-use crate::simd::{LANES, padded};
+use crate::simd::LANES;
 
 /// Lengths the batched transform can do.
 pub(crate) fn supports(len: usize) -> bool {
-    len.is_multiple_of(8) && len <= MOST && matches!(odd(len), 1 | 3 | 5)
+    len > 0 && len.is_multiple_of(8) && len <= MOST && matches!(odd(len), 1 | 3 | 5)
 }
 
 /// The longest transform.
@@ -212,8 +210,8 @@ pub(super) fn transposed<S: Simd>(simd: S, tables: &DctTables<S::T>, width: usiz
         let mut here: Buffer<S::V> = [MaybeUninit::uninit(); MOST];
         let mut there: Buffer<S::V> = [MaybeUninit::uninit(); MOST];
         let (mut from, mut to) = (here.as_mut_ptr().cast::<S::V>(), there.as_mut_ptr().cast::<S::V>());
-        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, twiddles of n points from d − n on) were checked above; the buffers hold d ≤ MOST registers, and every one is written before it is read: each pass writes
-        // all d.
+        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, twiddles of n points from d − n on) were checked
+        // above; the buffers hold d ≤ MOST registers, and every one is written before it is read: each pass writes all d.
         unsafe {
             let level = |n: usize| tables.twiddles.as_ptr().add(d - n);
             // Down: the even and odd ones of n points become two blocks of n/2.
@@ -264,55 +262,6 @@ pub(super) fn transposed<S: Simd>(simd: S, tables: &DctTables<S::T>, width: usiz
                 }
             }
         }
-    }
-}
-
-/// One vector: `out[f] = post[f]·(C(pre ⊙ x))[f] + row[f] + offset`, and unless it is empty
-/// `mirror[f] = mirror_row[f] + offset − post[f]·(C(pre ⊙ x))[f]`. Any length.
-///
-/// Even rows of C are symmetric, odd ones antisymmetric, so that half of each is enough: with h = ⌈d/2⌉ and rows of h padded to
-/// whole lane groups, `halves` is `[h, h_padded]` of C[2g, i] (row i, column g), then `[⌊d/2⌋, h_padded]` of C[2g+1, i]. `scratch` is 4·h_padded elements.
-#[inline(always)]
-pub(super) fn token<S: Simd>(
-    simd: S,
-    halves: &[S::T],
-    x: &[S::T],
-    pre: &[S::T],
-    post: &[S::T],
-    offset: S::T,
-    row: &[S::T],
-    out: &mut [S::T],
-    mirror_row: &[S::T],
-    mirror: &mut [S::T],
-    scratch: &mut [S::T],
-) {
-    let d = x.len();
-    let (more, fewer, stride) = (d.div_ceil(2), d / 2, padded(d.div_ceil(2)));
-    let (even, odd) = halves.split_at(more * stride);
-    let (pre, post, row, out) = (&pre[..d], &post[..d], &row[..d], &mut out[..d]);
-    let (inputs, outputs) = scratch[..4 * stride].split_at_mut(2 * stride);
-    let (sums, differences) = inputs.split_at_mut(stride);
-    let (evens, odds) = outputs.split_at_mut(stride);
-    let scaled = |ends: Range<usize>| x[ends.clone()].iter().zip(&pre[ends]).map(|(&x, &pre)| x * pre);
-    let pairs = scaled(0..fewer).zip(scaled(more..d).rev());
-    for ((sum, difference), (low, high)) in sums.iter_mut().zip(differences.iter_mut()).zip(pairs) {
-        *sum = low + high;
-        *difference = low - high;
-    }
-    if more > fewer {
-        sums[fewer] = x[fewer] * pre[fewer];
-    }
-    vecmat(simd, &sums[..more], even, false, evens);
-    vecmat(simd, &differences[..fewer], odd, false, odds);
-    let u = inputs;
-    for (pair, (&even, &odd)) in u.as_chunks_mut::<2>().0.iter_mut().zip(evens.iter().zip(&*odds)) {
-        *pair = [even, odd];
-    }
-    for (out, ((&u, &post), &row)) in out.iter_mut().zip(u.iter().zip(post).zip(row)) {
-        *out = post * u + (row + offset);
-    }
-    for (out, ((&u, &post), &row)) in mirror.iter_mut().zip(u.iter().zip(post).zip(mirror_row)) {
-        *out = (row + offset) - post * u;
     }
 }
 

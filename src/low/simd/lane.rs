@@ -15,7 +15,7 @@ pub(super) trait Simd: Copy {
     type V: Copy;
     /// Elements per register; divides [`LANES`].
     const N: usize;
-    /// Registers of the instruction set: 16 or 32.
+    /// Registers that the loops may count on: 16 or 32.
     const REGISTERS: usize;
 
     fn splat(self, x: Self::T) -> Self::V;

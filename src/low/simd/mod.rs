@@ -155,8 +155,8 @@ ops! {
     offset_max: fn(x: &mut [T], factor: T, y: &[T], shift: T) -> T;
     /// `x[f] = exp(x[f] + shift)`, returns Σ_f x[f]·weight[f].
     exp_weighted: fn(x: &mut [T], shift: T, weight: &[T]) -> T;
-    /// `out = factor·(a − b)`, returns Σ (a − b)².
-    difference: fn(a: &[T], b: &[T], factor: T, out: &mut [T]) -> T;
+    /// `out = factor·(a − b)`
+    difference: fn(a: &[T], b: &[T], factor: T, out: &mut [T]);
     /// With u = a − factor·base and w = b − factor·base: Σ u·w, Σ w², Σ (a − b)².
     shares: fn(a: &[T], b: &[T], factor: T, base: &[T]) -> [T; 3];
     /// `sums + rest` rounded into `sums`, what rounding lost into `rest`.
