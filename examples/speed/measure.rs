@@ -73,9 +73,9 @@ impl Row {
 
 /// Turns in which the modes at one number of tokens are measured: what else a shared machine does comes in bursts longer than one
 /// figure takes.
-const ROUNDS: usize = 3;
+const TURNS: usize = 3;
 
-/// Seconds for one number of tokens after which no further round begins.
+/// Seconds for one number of tokens after which no further turn begins.
 const PATIENCE: f64 = 5.0;
 
 /// Chunk length of the near part.
@@ -155,7 +155,7 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
         bar.set_message(format!("{n} tokens"));
         let begin = Instant::now();
         let mut best = bench.tokens(n, n <= args.softmax_to)?;
-        for _ in 1..ROUNDS {
+        for _ in 1..TURNS {
             if begin.elapsed().as_secs_f64() < PATIENCE {
                 let again = bench.tokens(n, n <= args.softmax_to)?;
                 best = best.into_iter().zip(again).map(|(row, other)| row.best(other)).collect();
@@ -210,7 +210,7 @@ impl<T: Gemm> Bench<T> {
 
     /// Seconds of one turn for each figure.
     fn turn(&self) -> f64 {
-        self.seconds / ROUNDS as f64
+        self.seconds / TURNS as f64
     }
 
     /// All modes at n tokens, once in every turn.

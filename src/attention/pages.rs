@@ -1,10 +1,10 @@
-//! One head on several threads: whoever finds an empty page walks the next segment of keys and leaves on the page the state
-//! before them; the others take the pages that are full, and the segment's queries from there. Once there are full pages for
+//! One head on several threads: whoever finds nobody on the walk over the keys walks the next segment of them and leaves on a page
+//! the state before it; the others take the pages that are full, and the segment's queries from there. Once there are full pages for
 //! everybody, who is at the head of the walk takes the queries of the next segment along, which then needs no page.
 //!
 //! Segments, the blocks within and the order of every sum are those of the walk on one thread, so the results are too, bit for
-//! bit, on any number of threads. The keys of a segment with a page are met twice. With κ the keys' share of the work (a half;
-//! two fifths with a near part) two threads are 2 − κ times as fast as one; more than [`WORKERS`] would wait for the walk.
+//! bit, on any number of threads. The keys of a segment with a page are met twice. With κ the keys' share of the work (two
+//! fifths; three tenths with a near part) two threads are 2 − κ times as fast as one; more than [`WORKERS`] would wait for the walk.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
