@@ -1,5 +1,5 @@
-//! Whole sequences, one thread, 8 heads: linear (pure, with a near part, full; forward and backward) against softmax (tiled, and the literal
-//! formula while it is bearable).
+//! Whole sequences, one thread, 8 heads: linear (pure, with a near part, full; forward and
+//! backward) against softmax (tiled, and the literal formula while it is bearable).
 #![allow(missing_docs)]
 
 mod common;
@@ -19,14 +19,24 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     let (q, k, v) = (gaussian::<T>(1, shape), gaussian::<T>(2, shape), gaussian::<T>(3, shape));
     let (grad, mut out) = (gaussian::<T>(4, shape), Array3::<T>::zeros(shape));
     let name = id::<T>(n, d, d);
-    let (pure, near, exact) = (linear::<T>(HEADS, d, false), linear::<T>(HEADS, d, true), ExactConfig::new(HEADS, d).build::<T>());
+    let (pure, near, exact) = (
+        linear::<T>(HEADS, d, false),
+        linear::<T>(HEADS, d, true),
+        ExactConfig::new(HEADS, d).build::<T>(),
+    );
     let exact = exact.expect("a valid operator");
 
-    // Within the near part the linear operator is softmax attention: both must agree there before anything is timed.
-    let (short, softmax) = (near.causal(&q, &k, &v, KeyMask::All), exact.causal(&q, &k, &v, KeyMask::All));
+    // Within the near part the linear operator is softmax attention: both must agree there before
+    // anything is timed.
+    let (short, softmax) =
+        (near.causal(&q, &k, &v, KeyMask::All), exact.causal(&q, &k, &v, KeyMask::All));
     let (short, softmax) = (short.expect("valid input"), softmax.expect("valid input"));
     let rows = n.min(2 * common::CHUNK);
-    for (a, b) in short.slice_axis(Axis(1), (..rows).into()).iter().zip(softmax.slice_axis(Axis(1), (..rows).into())) {
+    for (a, b) in short
+        .slice_axis(Axis(1), (..rows).into())
+        .iter()
+        .zip(softmax.slice_axis(Axis(1), (..rows).into()))
+    {
         assert!((a.to_f64() - b.to_f64()).abs() < 1e-4, "{a} is not {b}");
     }
 
@@ -47,9 +57,20 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
         });
     });
     for (mode, linear) in [("pure", &pure), ("near", &near)] {
-        let (mut gradients, mut ws) = (linear.new_gradients(n, n).expect("room for them"), linear.backward_workspace());
+        let (mut gradients, mut ws) =
+            (linear.new_gradients(n, n).expect("room for them"), linear.backward_workspace());
         group.bench_function(format!("{mode}_backward/{name}"), |b| {
-            b.iter(|| linear.causal_backward_into(black_box(&q), &k, &v, KeyMask::All, &grad, &mut gradients, &mut ws));
+            b.iter(|| {
+                linear.causal_backward_into(
+                    black_box(&q),
+                    &k,
+                    &v,
+                    KeyMask::All,
+                    &grad,
+                    &mut gradients,
+                    &mut ws,
+                )
+            });
         });
     }
     let mut ws = exact.workspace();
@@ -58,12 +79,16 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     });
     if n <= 512 && T::NAME == "f64" {
         let root_scale = (d as f64).powf(-0.25);
-        let [x, y, v] = [(&q, root_scale), (&k, root_scale), (&v, 1.0)].map(|(x, scale)| x.mapv(|x| x.to_f64() * scale));
+        let [x, y, v] = [(&q, root_scale), (&k, root_scale), (&v, 1.0)]
+            .map(|(x, scale)| x.mapv(|x| x.to_f64() * scale));
         group.bench_function(format!("softmax_naive/{name}"), |b| {
             b.iter(|| {
                 for ((x, y), v) in x.outer_iter().zip(y.outer_iter()).zip(v.outer_iter()) {
                     let scores = reference::scores(&x, &y).expect("valid input");
-                    black_box(reference::softmax_attention(&scores, &v, &reference::Pairs::causal()).expect("valid input"));
+                    black_box(
+                        reference::softmax_attention(&scores, &v, &reference::Pairs::causal())
+                            .expect("valid input"),
+                    );
                 }
             });
         });
@@ -76,9 +101,20 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     group.bench_function(format!("linear/{name}"), |b| {
         b.iter(|| pure.full_into(black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws));
     });
-    let (mut gradients, mut ws) = (pure.new_gradients(n, n).expect("room for them"), pure.backward_workspace());
+    let (mut gradients, mut ws) =
+        (pure.new_gradients(n, n).expect("room for them"), pure.backward_workspace());
     group.bench_function(format!("linear_backward/{name}"), |b| {
-        b.iter(|| pure.full_backward_into(black_box(&q), &k, &v, KeyMask::All, &grad, &mut gradients, &mut ws));
+        b.iter(|| {
+            pure.full_backward_into(
+                black_box(&q),
+                &k,
+                &v,
+                KeyMask::All,
+                &grad,
+                &mut gradients,
+                &mut ws,
+            )
+        });
     });
     let mut ws = exact.workspace();
     group.bench_function(format!("softmax_tiled/{name}"), |b| {
@@ -88,9 +124,16 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
 }
 
 fn attention(c: &mut Criterion) {
-    rayon::ThreadPoolBuilder::new().num_threads(1).build_global().expect("the first to ask for a pool");
+    rayon::ThreadPoolBuilder::new()
+        .num_threads(1)
+        .build_global()
+        .expect("the first to ask for a pool");
     // In test mode (`-- --test`) the long sequences would only cost time.
-    let longest = if std::env::args().any(|arg| arg == "--test") || cfg!(debug_assertions) { 256 } else { 8192 };
+    let longest = if std::env::args().any(|arg| arg == "--test") || cfg!(debug_assertions) {
+        256
+    } else {
+        8192
+    };
     for n in [64, 128, 256, 512, 1024, 2048, 4096, 8192].into_iter().filter(|&n| n <= longest) {
         sequences::<f32>(c, n, 64);
     }

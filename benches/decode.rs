@@ -1,5 +1,5 @@
-//! One more token after n: a state of constant size against a cache of keys and values. Time is for all 8 heads. And one more token
-//! of each of many sequences, and short prompts of many.
+//! One more token after n: a state of constant size against a cache of keys and values. Time is for
+//! all 8 heads. And one more token of each of many sequences, and short prompts of many.
 #![allow(missing_docs)]
 
 mod common;
@@ -10,7 +10,10 @@ use common::{gaussian, id, linear};
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use dijiang::Real;
 use dijiang::attention::{ExactConfig, KeyMask, Near};
-use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
+use dijiang::layer::{
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+    SoftmaxAttention,
+};
 use ndarray::{Array2, Axis};
 
 const HEADS: usize = 8;
@@ -36,13 +39,21 @@ fn token<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     let (mut cache, mut ws) = (exact.new_cache(), exact.workspace());
     exact.extend(&mut cache, &k, &v, KeyMask::All, &mut ws).expect("valid input");
     group.bench_function(format!("softmax/{}", id::<T>(n, d, d)), |b| {
-        b.iter_batched_ref(|| cache.clone(), |cache| exact.step(cache, black_box(&q1), &k1, &v1, &mut out, &mut ws), BatchSize::LargeInput);
+        b.iter_batched_ref(
+            || cache.clone(),
+            |cache| exact.step(cache, black_box(&q1), &k1, &v1, &mut out, &mut ws),
+            BatchSize::LargeInput,
+        );
     });
     group.finish();
 }
 
 fn decode(c: &mut Criterion) {
-    let longest = if std::env::args().any(|arg| arg == "--test") || cfg!(debug_assertions) { 256 } else { 8192 };
+    let longest = if std::env::args().any(|arg| arg == "--test") || cfg!(debug_assertions) {
+        256
+    } else {
+        8192
+    };
     for n in [64, 256, 1024, 8192].into_iter().filter(|&n| n <= longest) {
         token::<f32>(c, n, 64);
     }
@@ -52,13 +63,18 @@ fn decode(c: &mut Criterion) {
 /// A layer of [`HEADS`] heads of 64.
 fn layer(near: Option<Near>) -> DijiangAttention<f32> {
     let width = 64 * HEADS;
-    let matrix = |seed| gaussian::<f32>(seed, (1, width, width)).index_axis_move(Axis(0), 0) / (width as f32).sqrt();
+    let matrix = |seed| {
+        gaussian::<f32>(seed, (1, width, width)).index_axis_move(Axis(0), 0) / (width as f32).sqrt()
+    };
     let weights = AttentionWeights::new(matrix(1), matrix(2), matrix(3), matrix(4));
-    let softmax = SoftmaxAttention::new(AttentionConfig::new(width, HEADS), weights).expect("valid weights");
-    DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near)).expect("a causal layer")
+    let softmax =
+        SoftmaxAttention::new(AttentionConfig::new(width, HEADS), weights).expect("valid weights");
+    DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near))
+        .expect("a causal layer")
 }
 
-/// A token of each of 32 sequences, through the layer: together, and one sequence after another. On one thread.
+/// A token of each of 32 sequences, through the layer: together, and one sequence after another. On
+/// one thread.
 fn batch(c: &mut Criterion) {
     const SLOTS: usize = 32;
     let width = 64 * HEADS;
@@ -72,19 +88,26 @@ fn batch(c: &mut Criterion) {
         group.bench_function(format!("{name}/separate/{SLOTS}"), |b| {
             b.iter(|| {
                 for (i, state) in states.iter_mut().enumerate() {
-                    layer.step(state, black_box(&x.row(i)), &mut out.row_mut(i)).expect("valid input");
+                    layer
+                        .step(state, black_box(&x.row(i)), &mut out.row_mut(i))
+                        .expect("valid input");
                 }
             });
         });
         group.bench_function(format!("{name}/together/{SLOTS}"), |b| {
             let mut states: Vec<_> = states.iter_mut().collect();
-            one_thread.install(|| b.iter(|| layer.step_batch(&mut states, black_box(&x), &mut out).expect("valid input")));
+            one_thread.install(|| {
+                b.iter(|| {
+                    layer.step_batch(&mut states, black_box(&x), &mut out).expect("valid input")
+                })
+            });
         });
     }
     group.finish();
 }
 
-/// Prompts of 20 tokens of 32 sequences, through the layer: packed, and one after another. On one thread.
+/// Prompts of 20 tokens of 32 sequences, through the layer: packed, and one after another. On one
+/// thread.
 fn packed(c: &mut Criterion) {
     const SLOTS: usize = 32;
     const TOKENS: usize = 20;
@@ -103,7 +126,11 @@ fn packed(c: &mut Criterion) {
         });
     });
     group.bench_function(format!("together/{SLOTS}x{TOKENS}"), |b| {
-        one_thread.install(|| b.iter(|| layer.forward_packed(black_box(&x), &offsets, KeyMask::All).expect("valid input")));
+        one_thread.install(|| {
+            b.iter(|| {
+                layer.forward_packed(black_box(&x), &offsets, KeyMask::All).expect("valid input")
+            })
+        });
     });
     group.finish();
 }

@@ -1,4 +1,5 @@
-//! Feature maps: the batched DCT against the product with a matrix of the same shape (FAVOR+ has one).
+//! Feature maps: the batched DCT against the product with a matrix of the same shape (FAVOR+ has
+//! one).
 #![allow(missing_docs)]
 
 mod common;
@@ -21,7 +22,8 @@ fn panel<T: Real>(c: &mut Criterion, name: &str, d: usize, map: &impl FeatureMap
     let mut scratch = vec![T::from_f64(f64::NAN); map.scratch_len(WIDTH)];
     map.query_panel(WIDTH, x, &mut out, &mut scratch);
     // The panel agrees with the row-wise method, so what is timed is right.
-    let rows = ndarray::ArrayView2::from_shape((d, WIDTH), x).expect("a panel").reversed_axes().to_owned();
+    let rows =
+        ndarray::ArrayView2::from_shape((d, WIDTH), x).expect("a panel").reversed_axes().to_owned();
     let expected = map.query_log_features(&rows).expect("valid rows");
     for (f, row) in out.chunks_exact(WIDTH).enumerate() {
         for (got, expected) in row.iter().zip(expected.index_axis(Axis(1), f)) {
@@ -43,7 +45,12 @@ fn maps<T: Real>(c: &mut Criterion) {
     }
     let antithetic = DctMapConfig::new(64).with_blocks(2).with_pairing(Pairing::Antithetic);
     panel::<T>(c, "antithetic", 64, &antithetic.build().expect("a valid map"));
-    panel::<T>(c, "mixed", 64, &DctMapConfig::new(64).with_mixing(Mixing::Mixed).build().expect("a valid map"));
+    panel::<T>(
+        c,
+        "mixed",
+        64,
+        &DctMapConfig::new(64).with_mixing(Mixing::Mixed).build().expect("a valid map"),
+    );
 }
 
 fn kernel(c: &mut Criterion) {

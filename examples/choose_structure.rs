@@ -5,8 +5,9 @@
 //! cargo run --release --example choose_structure -- --layer 3 --budget 12
 //! ```
 //!
-//! Gives one layer of a language model a budget of microseconds per token, lets `DijiangAttention::choose` try structures on real
-//! hidden states, shows what it tried and why it chose as it did, and compares with the default structure on text nobody has seen.
+//! Gives one layer of a language model a budget of microseconds per token, lets
+//! `DijiangAttention::choose` try structures on real hidden states, shows what it tried and why it
+//! chose as it did, and compares with the default structure on text nobody has seen.
 
 #[allow(dead_code, reason = "each example uses its own part")]
 #[path = "lm/mod.rs"]
@@ -21,7 +22,8 @@ use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use dijiang::attention::Near;
 use dijiang::layer::{
-    CalibrateOptions, ChooseOptions, ChooseReport, DijiangAttention, DijiangOptions, ProjectionFit, SoftmaxAttention, Trial,
+    CalibrateOptions, ChooseOptions, ChooseReport, DijiangAttention, DijiangOptions, ProjectionFit,
+    SoftmaxAttention, Trial,
 };
 use ndarray::{Array2, ArrayView2};
 
@@ -39,7 +41,8 @@ struct Args {
     /// The layer, counted from 0
     #[arg(long, value_name = "N", default_value_t = 1)]
     layer: usize,
-    /// Longest time for attention of the layer per token on one thread [default: 1.7 times what the default structure takes]
+    /// Longest time for attention of the layer per token on one thread [default: 1.7 times what the
+    /// default structure takes]
     #[arg(long, value_name = "MICROSECONDS")]
     budget: Option<f64>,
     /// Windows of the model's context to calibrate on
@@ -73,7 +76,8 @@ fn run(args: &Args) -> Result<()> {
         let text = Text::read(&args.model.join(file), context)?;
         Ok(model.attention_inputs(args.layer, &text.spread(windows).collect::<Vec<_>>())?)
     };
-    let (samples, unseen) = (inputs("calibration.txt", args.windows.max(2))?, inputs("valid.txt", 4)?);
+    let (samples, unseen) =
+        (inputs("calibration.txt", args.windows.max(2))?, inputs("valid.txt", 4)?);
     let samples: Vec<_> = samples.iter().map(|sample| sample.view()).collect();
     let softmax = &model.attention()[args.layer];
 
@@ -92,43 +96,70 @@ fn run(args: &Args) -> Result<()> {
         None => time(softmax, &samples, &options)?.mul_f64(1.7),
     };
     let mut stage = None;
-    let (chosen, report) = DijiangAttention::choose(softmax, &samples, &options.with_budget(Some(budget)), |state| {
-        if stage.replace(state.trial) != Some(state.trial) {
-            progress.stage("trying structures", state.trials);
-            (0..state.trial).for_each(|_| progress.tick());
-        }
-        ControlFlow::Continue(())
-    })?;
+    let (chosen, report) =
+        DijiangAttention::choose(softmax, &samples, &options.with_budget(Some(budget)), |state| {
+            if stage.replace(state.trial) != Some(state.trial) {
+                progress.stage("trying structures", state.trials);
+                (0..state.trial).for_each(|_| progress.tick());
+            }
+            ControlFlow::Continue(())
+        })?;
     progress.finish();
     print(args, &report, budget, chosen.maps()[0].params().dim());
 
-    let figure = |layer: &DijiangAttention<f32>| output_error(softmax, layer, &unseen).map(|error| format!("{error:.1e}"));
+    let figure = |layer: &DijiangAttention<f32>| {
+        output_error(softmax, layer, &unseen).map(|error| format!("{error:.1e}"))
+    };
     println!("layer output on {} unseen windows of {context} bytes, relative error:", unseen.len());
     println!("  default structure {}, chosen {}", figure(&default)?, figure(&chosen)?);
     Ok(())
 }
 
 /// What the first of all structures takes per token here.
-fn time(softmax: &SoftmaxAttention<f32>, samples: &[ArrayView2<'_, f32>], options: &ChooseOptions) -> Result<Duration> {
+fn time(
+    softmax: &SoftmaxAttention<f32>,
+    samples: &[ArrayView2<'_, f32>],
+    options: &ChooseOptions,
+) -> Result<Duration> {
     let nothing = CalibrateOptions::new().with_steps(0);
-    let first = options.clone().with_near(vec![options.near[0]]).with_blocks(vec![options.blocks[0]]);
-    let first = first.with_projections(vec![ProjectionFit::Keep]).with_trial(nothing.clone()).with_calibrate(nothing);
-    Ok(DijiangAttention::choose(softmax, &samples[..1], &first, |_| ControlFlow::Continue(()))?.1.time)
+    let first =
+        options.clone().with_near(vec![options.near[0]]).with_blocks(vec![options.blocks[0]]);
+    let first = first
+        .with_projections(vec![ProjectionFit::Keep])
+        .with_trial(nothing.clone())
+        .with_calibrate(nothing);
+    Ok(DijiangAttention::choose(softmax, &samples[..1], &first, |_| ControlFlow::Continue(()))?
+        .1
+        .time)
 }
 
 fn print(args: &Args, report: &ChooseReport, budget: Duration, dim: usize) {
     let microseconds = |time: Duration| format!("{:.2}", 1e6 * time.as_secs_f64());
-    let near = |near: Option<Near>| near.map_or("none".to_owned(), |near| format!("{} × {}", near.back + 1, near.chunk));
+    let near = |near: Option<Near>| {
+        near.map_or("none".to_owned(), |near| format!("{} × {}", near.back + 1, near.chunk))
+    };
     let projection = |fit: ProjectionFit| match fit {
         ProjectionFit::Keep => "DCT",
         ProjectionFit::Deep => "deep",
         ProjectionFit::Dense => "dense",
     };
     let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED).set_header(["near part, tokens", "features m", "projection", "µs per token", "error"]);
+    table.load_style(UTF8_FULL_CONDENSED).set_header([
+        "near part, tokens",
+        "features m",
+        "projection",
+        "µs per token",
+        "error",
+    ]);
     for Trial { near: tried, blocks, projection: fit, time, error, .. } in &report.trials {
         let error = error.map_or("over budget".to_owned(), |error| format!("{error:.1e}"));
-        table.add_row([near(*tried), (blocks * dim).to_string(), projection(*fit).to_owned(), microseconds(*time), error]);
+        table.add_row([
+            near(*tried),
+            (blocks * dim).to_string(),
+            projection(*fit).to_owned(),
+            microseconds(*time),
+            error,
+        ]);
     }
     for column in table.column_iter_mut() {
         column.set_cell_alignment(CellAlignment::Right);
@@ -140,7 +171,9 @@ fn print(args: &Args, report: &ChooseReport, budget: Duration, dim: usize) {
         args.trial_steps
     );
     println!("{table}");
-    println!("a costlier structure must lower the error by 2 %; error: of head outputs on held-out windows, relative to their variance\n");
+    println!(
+        "a costlier structure must lower the error by 2 %; error: of head outputs on held-out windows, relative to their variance\n"
+    );
     let projections: Vec<_> = report.projections.iter().map(|&fit| projection(fit)).collect();
     println!(
         "chosen: near part {}, m = {}, projections by head {}, {} µs per token; after {} steps error {:.1e}",

@@ -4,11 +4,13 @@
 //! cargo run --release --example cross_attention
 //! ```
 //!
-//! Queries of one sequence, keys and values of another: `LinearAttention::full`. Where the queries come one by one, the memory is
-//! taken in once and read with a masked key for every query, at a cost that does not depend on its length.
+//! Queries of one sequence, keys and values of another: `LinearAttention::full`. Where the queries
+//! come one by one, the memory is taken in once and read with a masked key for every query, at a
+//! cost that does not depend on its length.
 //!
-//! There is no near part here, so the map has to stand for all of softmax, and the paper's does not: of the maps that need no
-//! calibration, those that are unbiased for exp(x·y) get better with every feature.
+//! There is no near part here, so the map has to stand for all of softmax, and the paper's does
+//! not: of the maps that need no calibration, those that are unbiased for exp(x·y) get better with
+//! every feature.
 
 use std::time::Instant;
 
@@ -70,7 +72,10 @@ fn main() -> Result<()> {
     for n in memory {
         let k = normal((HEADS, n, DIM), 0.4) + &key_mean;
         let mut v = normal((HEADS, n, DIM), 0.2);
-        v.outer_iter_mut().zip(k.outer_iter()).zip(mix.outer_iter()).for_each(|((mut v, k), mix)| v += &k.dot(&mix));
+        v.outer_iter_mut()
+            .zip(k.outer_iter())
+            .zip(mix.outer_iter())
+            .for_each(|((mut v, k), mix)| v += &k.dot(&mix));
         // The last tenth is padding.
         let valid = (0..n).map(|j| j < n.div_ceil(10) * 9).collect();
         table.add_row([vec![n.to_string()], row(features, &q, &Memory { k, v, valid })?].concat());
@@ -78,8 +83,12 @@ fn main() -> Result<()> {
     for column in table.column_iter_mut() {
         column.set_cell_alignment(CellAlignment::Right);
     }
-    println!("{queries} queries, {HEADS} heads of {DIM}, all threads, centred maps, times per query\n{table}");
-    println!("error: Σ|ô − o|² / Σ|o − ō|², o exact, ô linear; a plain mean of the values has about 1");
+    println!(
+        "{queries} queries, {HEADS} heads of {DIM}, all threads, centred maps, times per query\n{table}"
+    );
+    println!(
+        "error: Σ|ô − o|² / Σ|o − ō|², o exact, ô linear; a plain mean of the values has about 1"
+    );
     Ok(())
 }
 
@@ -96,40 +105,78 @@ fn row(features: usize, q: &Array3<f32>, memory: &Memory) -> Result<Vec<String>>
     let mask = KeyMask::Valid(valid);
     let exact = ExactConfig::new(HEADS, DIM).build::<f32>()?;
     let paper = DctMapConfig::new(DIM);
-    let normal_rows = paper.clone().with_blocks(features).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
+    let normal_rows =
+        paper.clone().with_blocks(features).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
     let normal_rows = normal_rows.with_envelope(Envelope::Gaussian);
     let linear = attention(&normal_rows, q, k, true)?;
     let expected = exact.full(q, k, v, mask)?;
     let mut row = Vec::new();
-    for linear in [&attention(&paper, q, k, false)?, &attention(&normal_rows, q, k, false)?, &linear] {
+    for linear in
+        [&attention(&paper, q, k, false)?, &attention(&normal_rows, q, k, false)?, &linear]
+    {
         row.push(format!("{:.3}", error(&linear.full(q, k, v, mask)?, &expected)));
     }
 
-    let (mut out, mut workspace, mut exact_workspace) = (Array3::zeros(q.raw_dim()), linear.workspace(), exact.workspace());
-    let mut add = |seconds: f64, queries: usize| row.push(format!("{:.1}", 1e6 * seconds / queries as f64));
+    let (mut out, mut workspace, mut exact_workspace) =
+        (Array3::zeros(q.raw_dim()), linear.workspace(), exact.workspace());
+    let mut add =
+        |seconds: f64, queries: usize| row.push(format!("{:.1}", 1e6 * seconds / queries as f64));
     add(shortest(|| linear.full_into(q, k, v, mask, &mut out, &mut workspace))?, q.len_of(Axis(1)));
-    add(shortest(|| exact.full_into(q, k, v, mask, &mut out, &mut exact_workspace))?, q.len_of(Axis(1)));
+    add(
+        shortest(|| exact.full_into(q, k, v, mask, &mut out, &mut exact_workspace))?,
+        q.len_of(Axis(1)),
+    );
 
-    // The memory once, without anybody to ask; then queries whose own keys are masked, which leaves the state as it is.
+    // The memory once, without anybody to ask; then queries whose own keys are masked, which leaves
+    // the state as it is.
     let (mut state, mut cache) = (linear.new_state(), exact.new_cache());
     linear.prefill(&mut state, &Array3::zeros(k.raw_dim()), k, v, mask)?;
     exact.extend(&mut cache, k, v, mask, &mut exact_workspace)?;
     let some = q.slice(s![.., ..q.len_of(Axis(1)).min(100), ..]);
-    let (nothing, mut one, unseen) = (Array3::zeros((HEADS, 1, DIM)), Array3::zeros((HEADS, 1, DIM)), KeyMask::Valid(&[false]));
+    let (nothing, mut one, unseen) =
+        (Array3::zeros((HEADS, 1, DIM)), Array3::zeros((HEADS, 1, DIM)), KeyMask::Valid(&[false]));
     let each = || some.axis_chunks_iter(Axis(1), 1);
-    let read = || each().try_for_each(|q| linear.prefill_into(&mut state, &q, &nothing, &nothing, unseen, &mut one, &mut workspace));
+    let read = || {
+        each().try_for_each(|q| {
+            linear.prefill_into(
+                &mut state,
+                &q,
+                &nothing,
+                &nothing,
+                unseen,
+                &mut one,
+                &mut workspace,
+            )
+        })
+    };
     add(shortest(read)?, some.len_of(Axis(1)));
     let read = || {
         // A cache grows with masked keys as well.
         let mut cache = cache.clone();
-        each().try_for_each(|q| exact.prefill_into(&mut cache, &q, &nothing, &nothing, unseen, &mut one, &mut exact_workspace))
+        each().try_for_each(|q| {
+            exact.prefill_into(
+                &mut cache,
+                &q,
+                &nothing,
+                &nothing,
+                unseen,
+                &mut one,
+                &mut exact_workspace,
+            )
+        })
     };
     add(shortest(read)?, some.len_of(Axis(1)));
     Ok(row)
 }
 
-/// Attention by a map for every head, centred on its queries and keys; with OPRF weights if asked for.
-fn attention(config: &DctMapConfig, q: &Array3<f32>, k: &Array3<f32>, oprf: bool) -> Result<LinearAttention<f32, DctMap<f32>>> {
+/// Attention by a map for every head, centred on its queries and keys; with OPRF weights if asked
+/// for.
+fn attention(
+    config: &DctMapConfig,
+    q: &Array3<f32>,
+    k: &Array3<f32>,
+    oprf: bool,
+) -> Result<LinearAttention<f32, DctMap<f32>>> {
     let map = |h: usize| {
         let mut params = config.clone().with_seed(h as u64).params()?;
         let (query, key) = (moments(q.index_axis(Axis(0), h)), moments(k.index_axis(Axis(0), h)));
@@ -145,7 +192,8 @@ fn moments(rows: ArrayView2<'_, f32>) -> (Vec<f64>, f64) {
     let root = (DIM as f64).powf(-0.25);
     let columns = rows.columns().into_iter().map(|column| {
         let mean = column.iter().map(|&x| root * f64::from(x)).sum::<f64>() / column.len() as f64;
-        let variance = column.iter().map(|&x| (root * f64::from(x) - mean).powi(2)).sum::<f64>() / column.len() as f64;
+        let variance = column.iter().map(|&x| (root * f64::from(x) - mean).powi(2)).sum::<f64>()
+            / column.len() as f64;
         (mean, variance)
     });
     let (means, variances): (Vec<f64>, Vec<f64>) = columns.unzip();
@@ -156,10 +204,11 @@ fn moments(rows: ArrayView2<'_, f32>) -> (Vec<f64>, f64) {
 fn error(found: &Array3<f32>, expected: &Array3<f32>) -> f64 {
     let squares = |rows: Array2<f32>| rows.iter().map(|&x| f64::from(x * x)).sum::<f64>();
     let heads = found.outer_iter().zip(expected.outer_iter());
-    let (difference, variance) = heads.fold((0.0, 0.0), |(difference, variance), (found, expected)| {
-        let mean = expected.sum_axis(Axis(0)) / expected.nrows() as f32;
-        (difference + squares(&found - &expected), variance + squares(&expected - &mean))
-    });
+    let (difference, variance) =
+        heads.fold((0.0, 0.0), |(difference, variance), (found, expected)| {
+            let mean = expected.sum_axis(Axis(0)) / expected.nrows() as f32;
+            (difference + squares(&found - &expected), variance + squares(&expected - &mean))
+        });
     difference / variance
 }
 

@@ -5,11 +5,13 @@
 //! cargo run --release --example encoder -- --model path/to/bert --states states.safetensors
 //! ```
 //!
-//! The second form takes any directory that `Checkpoint` opens, with a safetensors file of hidden states `[b, n, D]` called
-//! `layers.N.attention_input`. The first one takes the language model of the repository, for want of an encoder of that size: its
-//! trained projections, with every token looking at the whole window, on real text.
+//! The second form takes any directory that `Checkpoint` opens, with a safetensors file of hidden
+//! states `[b, n, D]` called `layers.N.attention_input`. The first one takes the language model of
+//! the repository, for want of an encoder of that size: its trained projections, with every token
+//! looking at the whole window, on real text.
 //!
-//! There is no near part here, whose exactness a causal layer leans on: what the maps can express is what there is.
+//! There is no near part here, whose exactness a causal layer leans on: what the maps can express
+//! is what there is.
 
 #[allow(dead_code, reason = "each example uses its own part")]
 #[path = "lm/mod.rs"]
@@ -24,7 +26,10 @@ use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use dijiang::attention::KeyMask;
 use dijiang::checkpoint::{Checkpoint, Tensors};
-use dijiang::layer::{Attention, CalibrateOptions, Causality, DijiangAttention, DijiangOptions, ProjectionFit, SoftmaxAttention};
+use dijiang::layer::{
+    Attention, CalibrateOptions, Causality, DijiangAttention, DijiangOptions, ProjectionFit,
+    SoftmaxAttention,
+};
 use ndarray::{Array2, Array3, Axis, concatenate, s};
 
 use crate::lm::evaluate::output_error;
@@ -32,10 +37,12 @@ use crate::lm::llama::Llama;
 use crate::lm::progress::Progress;
 use crate::lm::text::Text;
 
-/// Exchanges and calibrates bidirectional attention layers, and compares them with the softmax layers they came from.
+/// Exchanges and calibrates bidirectional attention layers, and compares them with the softmax
+/// layers they came from.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Model directory: with --states of any family, else of a byte-level LLaMA-format model with calibration.txt
+    /// Model directory: with --states of any family, else of a byte-level LLaMA-format model with
+    /// calibration.txt
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
     model: PathBuf,
     /// Hidden states of the model's attention layers
@@ -91,14 +98,28 @@ fn run(args: &Args) -> Result<()> {
     let progress = Progress::new();
     progress.stage("calibrating", 3 * layers.len());
     let mut table = Table::new();
-    table.load_style(UTF8_FULL_CONDENSED).set_header(["layer", "as exchanged", "centres only", "calibrated", "dense projections"]);
+    table.load_style(UTF8_FULL_CONDENSED).set_header([
+        "layer",
+        "as exchanged",
+        "centres only",
+        "calibrated",
+        "dense projections",
+    ]);
     let mut kept = None;
     for (l, Layer { softmax, states }) in layers.iter().enumerate() {
         let (calibration, unseen) = states.split_at(states.len() - apart);
         let calibration: Vec<_> = calibration.iter().map(|x| x.view()).collect();
-        let exchanged = DijiangAttention::from_softmax(softmax, DijiangOptions::new().with_blocks(args.blocks))?;
-        let mut row = vec![l.to_string(), format!("{:.3}", output_error(softmax, &exchanged, unseen)?)];
-        for (steps, projection) in [(0, ProjectionFit::Keep), (args.steps, ProjectionFit::Keep), (args.steps, ProjectionFit::Dense)] {
+        let exchanged = DijiangAttention::from_softmax(
+            softmax,
+            DijiangOptions::new().with_blocks(args.blocks),
+        )?;
+        let mut row =
+            vec![l.to_string(), format!("{:.3}", output_error(softmax, &exchanged, unseen)?)];
+        for (steps, projection) in [
+            (0, ProjectionFit::Keep),
+            (args.steps, ProjectionFit::Keep),
+            (args.steps, ProjectionFit::Dense),
+        ] {
             let options = CalibrateOptions::new().with_steps(steps).with_projection(projection);
             let mut linear = exchanged.clone();
             linear.calibrate(&calibration, &options, |_| ControlFlow::Continue(()))?;
@@ -113,14 +134,22 @@ fn run(args: &Args) -> Result<()> {
         column.set_cell_alignment(CellAlignment::Right);
     }
     println!("{table}");
-    println!("error of the layer's output on the unseen sequences: Σ|ŷ − y|² / Σ|y − ȳ|², 1 for a plain mean\n");
+    println!(
+        "error of the layer's output on the unseen sequences: Σ|ŷ − y|² / Σ|y − ȳ|², 1 for a plain mean\n"
+    );
 
-    let (Some(Layer { softmax, states }), Some(linear)) = (layers.last(), kept) else { return Ok(()) };
+    let (Some(Layer { softmax, states }), Some(linear)) = (layers.last(), kept) else {
+        return Ok(());
+    };
     padding(&linear, states)?;
-    let repeated: Vec<_> = states.iter().cycle().take(args.long.div_ceil(n)).map(|x| x.view()).collect();
+    let repeated: Vec<_> =
+        states.iter().cycle().take(args.long.div_ceil(n)).map(|x| x.view()).collect();
     let long = concatenate(Axis(0), &repeated)?.slice_move(s![..args.long, ..]);
     let [softmax, linear] = [microseconds(softmax, &long)?, microseconds(&linear, &long)?];
-    println!("{} tokens at once, projections included, all threads: softmax {softmax:.1}, linear {linear:.1} µs per token", args.long);
+    println!(
+        "{} tokens at once, projections included, all threads: softmax {softmax:.1}, linear {linear:.1} µs per token",
+        args.long
+    );
     Ok(())
 }
 
@@ -132,7 +161,8 @@ fn stored(directory: &Path, states: &Path) -> Result<Vec<Layer>> {
         let Some(&[b, n, width]) = tensors.shape(&name) else {
             return Err(format!("{}: no tensor {name} of three axes", states.display()).into());
         };
-        let values = Array3::from_shape_vec((b, n, width), tensors.numbers(&name, &[b, n, width])?)?;
+        let values =
+            Array3::from_shape_vec((b, n, width), tensors.numbers(&name, &[b, n, width])?)?;
         let states = values.outer_iter().map(|x| x.to_owned()).collect();
         Ok(Layer { softmax: bidirectional(&checkpoint.softmax_attention(l)?)?, states })
     };
@@ -155,7 +185,10 @@ fn language_model(args: &Args) -> Result<Vec<Layer>> {
 
 /// The same layer, every token looking at every other one.
 fn bidirectional(layer: &SoftmaxAttention<f32>) -> dijiang::Result<SoftmaxAttention<f32>> {
-    SoftmaxAttention::new(layer.config().clone().with_causality(Causality::Bidirectional), layer.weights().clone())
+    SoftmaxAttention::new(
+        layer.config().clone().with_causality(Causality::Bidirectional),
+        layer.weights().clone(),
+    )
 }
 
 /// Sequences of different lengths in one batch: padding changes nothing.
@@ -168,8 +201,12 @@ fn padding(linear: &DijiangAttention<f32>, states: &[Array2<f32>]) -> Result<()>
     let masks = Array2::from_shape_fn((2, n), |(i, j)| i == 0 || j < short);
     let padded = linear.forward_batch(&batch, Some(&masks))?;
     let alone = linear.forward(&states[1].slice(s![..short, ..]), KeyMask::All)?;
-    let difference = (&padded.slice(s![1, ..short, ..]) - &alone).iter().fold(0.0_f32, |most, d| most.max(d.abs()));
-    println!("a sequence of {short} tokens padded to {n} differs from the same one alone by at most {difference:.1e}");
+    let difference = (&padded.slice(s![1, ..short, ..]) - &alone)
+        .iter()
+        .fold(0.0_f32, |most, d| most.max(d.abs()));
+    println!(
+        "a sequence of {short} tokens padded to {n} differs from the same one alone by at most {difference:.1e}"
+    );
     Ok(())
 }
 

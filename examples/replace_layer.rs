@@ -8,7 +8,8 @@ use std::ops::ControlFlow;
 
 use dijiang::attention::KeyMask;
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, DijiangAttention, DijiangOptions, Rotary, SoftmaxAttention,
+    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, DijiangAttention,
+    DijiangOptions, Rotary, SoftmaxAttention,
 };
 use ndarray::{Array, Array2};
 use rand::SeedableRng;
@@ -29,10 +30,16 @@ fn main() -> dijiang::Result<()> {
         })
     };
 
-    // 1. The layer as trained: Hugging Face layout, [out, in]. Random numbers stand in for your weights and hidden states here.
+    // 1. The layer as trained: Hugging Face layout, [out, in]. Random numbers stand in for your
+    //    weights and hidden states here.
     let config = AttentionConfig::new(D, 8).with_kv_heads(2).with_rotary(Rotary::new(10_000.0));
     let kv = 2 * D / 8;
-    let weights = AttentionWeights::new(normal(D, D, 0.09), normal(kv, D, 0.09), normal(kv, D, 0.06), normal(D, D, 0.06));
+    let weights = AttentionWeights::new(
+        normal(D, D, 0.09),
+        normal(kv, D, 0.09),
+        normal(kv, D, 0.06),
+        normal(D, D, 0.06),
+    );
     let softmax = SoftmaxAttention::new(config, weights)?;
     let mean = normal(1, D, 0.5);
     let mut hidden = || &normal(N, D, 1.0) + &mean;
@@ -43,12 +50,22 @@ fn main() -> dijiang::Result<()> {
     let exchanged = linear.forward(&unseen, KeyMask::All)?;
 
     // 3. Calibration on some hidden states, the ones this layer receives in the model.
-    let report = linear.calibrate(&samples.each_ref().map(|x| x.view()), &CalibrateOptions::new(), |_| ControlFlow::Continue(()))?;
+    let report = linear.calibrate(
+        &samples.each_ref().map(|x| x.view()),
+        &CalibrateOptions::new(),
+        |_| ControlFlow::Continue(()),
+    )?;
     let calibrated = linear.forward(&unseen, KeyMask::All)?;
 
     let expected = softmax.forward(&unseen, KeyMask::All)?;
-    let error = |found: &Array2<f32>| ((found - &expected).mapv(|x| x * x).sum() / expected.mapv(|x| x * x).sum()).sqrt();
-    println!("head outputs on the samples, error before and after calibration: {:.4}, {:.4}", report.before(), report.after());
+    let error = |found: &Array2<f32>| {
+        ((found - &expected).mapv(|x| x * x).sum() / expected.mapv(|x| x * x).sum()).sqrt()
+    };
+    println!(
+        "head outputs on the samples, error before and after calibration: {:.4}, {:.4}",
+        report.before(),
+        report.after()
+    );
     println!(
         "layer output on an unseen sequence, relative error: exchanged {:.4}, calibrated {:.4}",
         error(&exchanged),

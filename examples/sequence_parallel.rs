@@ -1,8 +1,10 @@
-//! One long sequence over several workers that share nothing but messages: how far are their outputs from those of one worker?
+//! One long sequence over several workers that share nothing but messages: how far are their
+//! outputs from those of one worker?
 //!
-//! Each worker sums up its own segment, waits for the state of everything before it, hands on that of everything up to its end, and
-//! computes its outputs. Here workers are threads and messages go through channels; they are bytes, so that MPI (`MPI_Send` and
-//! `MPI_Recv` in this order, or `MPI_Exscan` with an operation of the user) or sockets do just as well.
+//! Each worker sums up its own segment, waits for the state of everything before it, hands on that
+//! of everything up to its end, and computes its outputs. Here workers are threads and messages go
+//! through channels; they are bytes, so that MPI (`MPI_Send` and `MPI_Recv` in this order, or
+//! `MPI_Exscan` with an operation of the user) or sockets do just as well.
 //!
 //! ```sh
 //! cargo run --release --example sequence_parallel
@@ -15,7 +17,10 @@ use std::thread;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use dijiang::attention::{KeyMask, Storage};
-use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary, SoftmaxAttention};
+use dijiang::layer::{
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary,
+    SoftmaxAttention,
+};
 use ndarray::{Array, Array2, ArrayView2, Axis, concatenate, s};
 use rand::SeedableRng;
 use rand::rngs::ChaCha12Rng;
@@ -34,20 +39,36 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         })
     };
     let config = AttentionConfig::new(D, 2).with_rotary(Rotary::new(10_000.0));
-    let weights = AttentionWeights::new(normal(D, 0.2), normal(D, 0.2), normal(D, 0.2), normal(D, 0.2));
-    let layer = DijiangAttention::from_softmax(&SoftmaxAttention::new(config, weights)?, DijiangOptions::new())?;
+    let weights =
+        AttentionWeights::new(normal(D, 0.2), normal(D, 0.2), normal(D, 0.2), normal(D, 0.2));
+    let layer = DijiangAttention::from_softmax(
+        &SoftmaxAttention::new(config, weights)?,
+        DijiangOptions::new(),
+    )?;
     let x = normal(TOKENS, 1.0);
 
     let alone = layer.forward(&x, KeyMask::All)?;
     let largest = alone.iter().fold(0.0, |top: f32, y| top.max(y.abs()));
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
-    table.set_header(["workers", "tokens per worker", "kB handed on by each", "largest difference, of the largest output"]);
+    table.set_header([
+        "workers",
+        "tokens per worker",
+        "kB handed on by each",
+        "largest difference, of the largest output",
+    ]);
     for workers in [1, 2, 3, 8] {
         let (outputs, bytes) = together(&layer, &x, workers)?;
-        let difference = outputs.iter().zip(&alone).fold(0.0, |top: f32, (y, expected)| top.max((y - expected).abs()));
-        let row =
-            [workers.to_string(), (TOKENS / workers).to_string(), (bytes / 1000).to_string(), format!("{:.1e}", difference / largest)];
+        let difference = outputs
+            .iter()
+            .zip(&alone)
+            .fold(0.0, |top: f32, (y, expected)| top.max((y - expected).abs()));
+        let row = [
+            workers.to_string(),
+            (TOKENS / workers).to_string(),
+            (bytes / 1000).to_string(),
+            format!("{:.1e}", difference / largest),
+        ];
         table.add_row(row);
         assert!(difference <= 1e-5 * largest, "rounding only");
     }
@@ -56,8 +77,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
 }
 
 /// The layer's outputs, computed by `workers` threads, and the bytes of a message.
-fn together(layer: &DijiangAttention<f32>, x: &Array2<f32>, workers: usize) -> dijiang::Result<(Array2<f32>, usize)> {
-    let segments: Vec<Range<usize>> = (0..workers).map(|i| i * TOKENS / workers..(i + 1) * TOKENS / workers).collect();
+fn together(
+    layer: &DijiangAttention<f32>,
+    x: &Array2<f32>,
+    workers: usize,
+) -> dijiang::Result<(Array2<f32>, usize)> {
+    let segments: Vec<Range<usize>> =
+        (0..workers).map(|i| i * TOKENS / workers..(i + 1) * TOKENS / workers).collect();
     let message = layer.new_state().to_bytes(Storage::Exact);
     let (first, mut from_left) = channel();
     let bytes = message.len();
@@ -70,7 +96,10 @@ fn together(layer: &DijiangAttention<f32>, x: &Array2<f32>, workers: usize) -> d
             let (own, left) = (x.slice(s![segment, ..]), std::mem::replace(&mut from_left, next));
             running.push(scope.spawn(move || worker(layer, start, own, &left, &to_right)));
         }
-        running.into_iter().map(|worker| worker.join().expect("no worker panics")).collect::<dijiang::Result<Vec<_>>>()
+        running
+            .into_iter()
+            .map(|worker| worker.join().expect("no worker panics"))
+            .collect::<dijiang::Result<Vec<_>>>()
     })?;
     let views: Vec<_> = outputs.iter().map(|rows| rows.view()).collect();
     Ok((concatenate(Axis(0), &views).expect("as many columns"), bytes))

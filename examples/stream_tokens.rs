@@ -9,7 +9,10 @@ use std::time::Instant;
 use comfy_table::Table;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use dijiang::attention::KeyMask;
-use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary, SoftmaxAttention};
+use dijiang::layer::{
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary,
+    SoftmaxAttention,
+};
 use ndarray::{Array, Array1, Array2};
 use rand::SeedableRng;
 use rand::rngs::ChaCha12Rng;
@@ -29,14 +32,21 @@ fn main() -> dijiang::Result<()> {
         })
     };
     let config = AttentionConfig::new(D, 4).with_rotary(Rotary::new(10_000.0));
-    let weights = AttentionWeights::new(normal(D, 0.06), normal(D, 0.06), normal(D, 0.06), normal(D, 0.06));
+    let weights =
+        AttentionWeights::new(normal(D, 0.06), normal(D, 0.06), normal(D, 0.06), normal(D, 0.06));
     let softmax = SoftmaxAttention::new(config, weights)?;
     let linear = DijiangAttention::from_softmax(&softmax, DijiangOptions::new())?;
     let tokens = normal(1000, 1.0);
 
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED);
-    table.set_header(["tokens so far", "linear: µs per token", "state, kB", "softmax: µs per token", "key-value cache, kB"]);
+    table.set_header([
+        "tokens so far",
+        "linear: µs per token",
+        "state, kB",
+        "softmax: µs per token",
+        "key-value cache, kB",
+    ]);
     let (mut state, mut cache) = (linear.new_state(), softmax.new_state());
     for length in [100, 1_000, 4_000, 16_000] {
         let seen = state.position();
@@ -44,14 +54,26 @@ fn main() -> dijiang::Result<()> {
         let softmax_time = advance(&softmax, &mut cache, &tokens, length - seen)?;
         let number = |x: f64| format!("{x:.1}");
         let kb = |bytes: usize| (bytes / 1000).to_string();
-        table.add_row([length.to_string(), number(linear_time), kb(state.bytes()), number(softmax_time), kb(cache.bytes())]);
+        table.add_row([
+            length.to_string(),
+            number(linear_time),
+            kb(state.bytes()),
+            number(softmax_time),
+            kb(cache.bytes()),
+        ]);
     }
     println!("{table}");
     Ok(())
 }
 
-/// Feeds `count` more tokens to a stream, the last of them one by one; returns the microseconds one of these took.
-fn advance<A: Attention<f32>>(layer: &A, state: &mut A::State, tokens: &Array2<f32>, count: usize) -> dijiang::Result<f64> {
+/// Feeds `count` more tokens to a stream, the last of them one by one; returns the microseconds one
+/// of these took.
+fn advance<A: Attention<f32>>(
+    layer: &A,
+    state: &mut A::State,
+    tokens: &Array2<f32>,
+    count: usize,
+) -> dijiang::Result<f64> {
     let mut rest = count.saturating_sub(STEPS);
     while rest > 0 {
         let piece = rest.min(tokens.nrows());

@@ -4,7 +4,8 @@ use ndarray::{ArrayRef, Dimension};
 
 use crate::real::Real;
 
-/// What a caller can do wrong. Every variant names the argument, what was expected and what was given.
+/// What a caller can do wrong. Every variant names the argument, what was expected and what was
+/// given.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -81,7 +82,9 @@ pub enum Error {
         got: usize,
     },
     /// A state, cache or workspace was made by a layer of another shape.
-    #[error("the {argument} belongs to another layer: its {what} is {got}, this layer's is {expected}")]
+    #[error(
+        "the {argument} belongs to another layer: its {what} is {got}, this layer's is {expected}"
+    )]
     Foreign {
         /// `state`, `cache` or `workspace`.
         argument: &'static str,
@@ -120,7 +123,8 @@ pub enum Error {
         /// What the system says.
         message: String,
     },
-    /// A tensor of another library is not of a kind that can be worked with: its rank, element type or device.
+    /// A tensor of another library is not of a kind that can be worked with: its rank, element type
+    /// or device.
     #[cfg(feature = "candle")]
     #[error("{argument} must be {expected}, got {got}")]
     Tensor {
@@ -145,7 +149,11 @@ pub(crate) fn check_len(argument: &'static str, expected: usize, got: usize) -> 
 }
 
 /// Every axis of `array` has the length `expected` names.
-pub(crate) fn check_shape<T, D: Dimension>(argument: &'static str, array: &ArrayRef<T, D>, expected: &[usize]) -> Result<()> {
+pub(crate) fn check_shape<T, D: Dimension>(
+    argument: &'static str,
+    array: &ArrayRef<T, D>,
+    expected: &[usize],
+) -> Result<()> {
     debug_assert_eq!(array.ndim(), expected.len());
     for (axis, (&got, &expected)) in array.shape().iter().zip(expected).enumerate() {
         if got != expected {
@@ -160,15 +168,20 @@ pub(crate) fn check_positive(argument: &'static str, got: usize) -> Result<()> {
     if got > 0 { Ok(()) } else { Err(Error::Value { argument, expected: "at least 1", got: 0.0 }) }
 }
 
-/// There is room for `sizes[0]·sizes[1]·…` elements: an axis without stride costs its owner nothing, and what is made of it
-/// must not bring the process down. The room is asked for and given back at once.
+/// There is room for `sizes[0]·sizes[1]·…` elements: an axis without stride costs its owner
+/// nothing, and what is made of it must not bring the process down. The room is asked for and given
+/// back at once.
 pub(crate) fn check_room<T>(argument: &'static str, sizes: &[usize]) -> Result<()> {
     let elements = sizes.iter().fold(1, |product: usize, &size| product.saturating_mul(size));
     let mut room = Vec::<T>::new();
     let fits = room.try_reserve_exact(elements).is_ok();
     std::hint::black_box(&room); // or the compiler takes the room for granted
     // How much less there would be room for, nobody knows.
-    if fits { Ok(()) } else { Err(Error::TooLarge { argument, limit: elements - 1, got: elements }) }
+    if fits {
+        Ok(())
+    } else {
+        Err(Error::TooLarge { argument, limit: elements - 1, got: elements })
+    }
 }
 
 /// A single parameter that must be finite.
@@ -182,7 +195,10 @@ pub(crate) fn within<T: Real>(value: T, limit: T) -> bool {
 }
 
 /// Every element of `array` is finite and at most [`Real::LIMIT`] in magnitude.
-pub(crate) fn check_elements<T: Real, D: Dimension>(argument: &'static str, array: &ArrayRef<T, D>) -> Result<()> {
+pub(crate) fn check_elements<T: Real, D: Dimension>(
+    argument: &'static str,
+    array: &ArrayRef<T, D>,
+) -> Result<()> {
     let limit = T::from_f64(T::LIMIT);
     let fits = |slice: &[T]| (T::ops().all_within)(slice, limit);
     let clean = match array.as_slice_memory_order() {
@@ -196,7 +212,9 @@ pub(crate) fn check_elements<T: Real, D: Dimension>(argument: &'static str, arra
         return Ok(());
     }
     match array.iter().enumerate().find(|(_, v)| !within(**v, limit)) {
-        Some((index, v)) => Err(Error::NonFinite { argument, index, limit: T::LIMIT, got: v.to_f64() }),
+        Some((index, v)) => {
+            Err(Error::NonFinite { argument, index, limit: T::LIMIT, got: v.to_f64() })
+        }
         None => Ok(()),
     }
 }

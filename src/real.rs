@@ -33,14 +33,16 @@ pub trait Real:
     const EPSILON: Self;
     /// Minus infinity, the log of a weight of zero.
     const NEG_INFINITY: Self;
-    /// Largest magnitude accepted for an element of q, k, v or a hidden state: 1e15 for `f32`, 1e100 for `f64`.
+    /// Largest magnitude accepted for an element of q, k, v or a hidden state: 1e15 for `f32`,
+    /// 1e100 for `f64`.
     ///
     /// Below it no intermediate of this crate can overflow; a trained model stays far below.
     const LIMIT: f64;
     /// `"f32"` or `"f64"`.
     const NAME: &'static str;
 
-    /// The instructions that the inner loops of this type run on here: `"avx512"`, `"avx2"` or `"portable"`.
+    /// The instructions that the inner loops of this type run on here: `"avx512"`, `"avx2"` or
+    /// `"portable"`.
     fn instruction_set() -> &'static str {
         Self::ops().name
     }
@@ -101,7 +103,8 @@ pub(crate) mod sealed {
     pub trait Sealed: Sized {
         /// Plans DCTs of rows of `len` ≥ 1 elements.
         fn plan_dct(len: usize) -> RowDct<Self>;
-        /// Halves of the DCT matrices that maps of one dimension share: together they stay in the fastest cache.
+        /// Halves of the DCT matrices that maps of one dimension share: together they stay in the
+        /// fastest cache.
         fn dct_halves() -> &'static Shared<Self>;
         /// The fastest loops this CPU can run, chosen once.
         fn ops() -> &'static crate::simd::Ops<Self>;

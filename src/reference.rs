@@ -1,7 +1,8 @@
 //! Slow literal oracles: the specification one can run.
 //!
-//! Every function is its formula in plain loops over `f64`, one head at a time, in O(n²) time and memory. Nothing here is
-//! shared with the fast paths it judges, so that an error would have to be made twice, independently, to go unseen.
+//! Every function is its formula in plain loops over `f64`, one head at a time, in O(n²) time and
+//! memory. Nothing here is shared with the fast paths it judges, so that an error would have to be
+//! made twice, independently, to go unseen.
 //!
 //! ```text
 //! x, y         = √σ·q, √σ·k                                the caller scales
@@ -61,7 +62,8 @@ use crate::error::{Result, check_len, check_positive, check_room, check_shape};
 pub fn dct_matrix(d: usize) -> Array2<f64> {
     Array2::from_shape_fn((d, d), |(f, i)| {
         let norm = if f == 0 { (1.0 / d as f64).sqrt() } else { (2.0 / d as f64).sqrt() };
-        // The cosine has period 4d in (2i+1)f: reduced in integers, the angle is exact to the last bit.
+        // The cosine has period 4d in (2i+1)f: reduced in integers, the angle is exact to the last
+        // bit.
         norm * (PI * ((2 * i + 1) * f % (4 * d)) as f64 / (2 * d) as f64).cos()
     })
 }
@@ -141,7 +143,8 @@ impl PlainMap {
     /// If there is no room for d numbers.
     #[must_use]
     pub fn new(d: usize) -> Self {
-        let side = PlainSide { center: vec![0.0; d], scale: Array2::ones((1, d)), radii: vec![1.0; d] };
+        let side =
+            PlainSide { center: vec![0.0; d], scale: Array2::ones((1, d)), radii: vec![1.0; d] };
         Self {
             query: side.clone(),
             key: side,
@@ -167,10 +170,13 @@ impl PlainMap {
     /// O(n·m·d).
     ///
     /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Length`](crate::Error::Length) where `x` or a parameter does not fit.
+    /// [`Error::Shape`](crate::Error::Shape) or [`Error::Length`](crate::Error::Length) where `x`
+    /// or a parameter does not fit.
     pub fn query_log_features(&self, x: &ArrayRef2<f64>) -> Result<Array2<f64>> {
         self.check("x", x)?;
-        Ok(self.log_features(&self.query, x, |x, _| dot(x, &self.key.center) - dot(&self.query.center, &self.key.center) + self.log_mix))
+        Ok(self.log_features(&self.query, x, |x, _| {
+            dot(x, &self.key.center) - dot(&self.query.center, &self.key.center) + self.log_mix
+        }))
     }
 
     /// b_f(y), w included.
@@ -189,7 +195,12 @@ impl PlainMap {
     }
 
     /// ±u_f(z − μ) + p(z − μ) + rest(z, f).
-    fn log_features(&self, side: &PlainSide, z: &ArrayRef2<f64>, rest: impl Fn(&[f64], usize) -> f64) -> Array2<f64> {
+    fn log_features(
+        &self,
+        side: &PlainSide,
+        z: &ArrayRef2<f64>,
+        rest: impl Fn(&[f64], usize) -> f64,
+    ) -> Array2<f64> {
         let (n, d) = z.dim();
         let c = dct_matrix(d);
         let mut out = Array2::zeros((n, self.features()));
@@ -251,10 +262,13 @@ impl PlainMap {
 pub fn scores(x: &ArrayRef2<f64>, y: &ArrayRef2<f64>) -> Result<Array2<f64>> {
     check_shape("y", y, &[y.nrows(), x.ncols()])?;
     check_room::<f64>("scores", &[x.nrows(), y.nrows()])?;
-    Ok(Array2::from_shape_fn((x.nrows(), y.nrows()), |(i, j)| (0..x.ncols()).map(|l| x[[i, l]] * y[[j, l]]).sum()))
+    Ok(Array2::from_shape_fn((x.nrows(), y.nrows()), |(i, j)| {
+        (0..x.ncols()).map(|l| x[[i, l]] * y[[j, l]]).sum()
+    }))
 }
 
-/// L_ij = ln Σ_f exp(a_if + b_jf), the logarithm of the kernel matrix, by log-sum-exp: finite wherever a and b are.
+/// L_ij = ln Σ_f exp(a_if + b_jf), the logarithm of the kernel matrix, by log-sum-exp: finite
+/// wherever a and b are.
 ///
 /// # Shapes
 /// - `a`: `[n_q, m]`, `b`: `[n_k, m]`, returns `[n_q, n_k]`.
@@ -372,17 +386,19 @@ impl<'a> Pairs<'a> {
 /// ```
 ///
 /// # Shapes
-/// - `scores`: S, `[n_q, n_k]`, read at near pairs only; `log_kernel`: L, `[n_q, n_k]`; `v`: `[n_k, e]`; returns `[n_q, e]`.
+/// - `scores`: S, `[n_q, n_k]`, read at near pairs only; `log_kernel`: L, `[n_q, n_k]`; `v`: `[n_k,
+///   e]`; returns `[n_q, e]`.
 ///
 /// # Conventions
-/// Row i and column j count tokens from the start of the same sequence. Values at pairs that are not allowed are never read.
+/// Row i and column j count tokens from the start of the same sequence. Values at pairs that are
+/// not allowed are never read.
 ///
 /// # Cost
 /// O(n_q·n_k·e).
 ///
 /// # Errors
-/// [`Error::Shape`](crate::Error::Shape), [`Error::Length`](crate::Error::Length) for a mask that does not fit,
-/// [`Error::Value`](crate::Error::Value) for a chunk of length 0.
+/// [`Error::Shape`](crate::Error::Shape), [`Error::Length`](crate::Error::Length) for a mask that
+/// does not fit, [`Error::Value`](crate::Error::Value) for a chunk of length 0.
 ///
 /// # Examples
 /// ```
@@ -412,7 +428,11 @@ pub fn linear_attention(
         (n_q, n_k),
         v,
         |i, j| {
-            if pairs.is_near(i, j) { scores[[i, j]] } else { log_kernel[[i, j]] + pairs.log_decay * i.saturating_sub(j) as f64 }
+            if pairs.is_near(i, j) {
+                scores[[i, j]]
+            } else {
+                log_kernel[[i, j]] + pairs.log_decay * i.saturating_sub(j) as f64
+            }
         },
         |i, j| pairs.allowed(i, j),
     ))
@@ -446,7 +466,11 @@ pub fn linear_attention(
 /// assert!((out[[0, 0]] - 4.0).abs() < 1e-15);
 /// # Ok::<(), dijiang::Error>(())
 /// ```
-pub fn softmax_attention(scores: &ArrayRef2<f64>, v: &ArrayRef2<f64>, pairs: &Pairs<'_>) -> Result<Array2<f64>> {
+pub fn softmax_attention(
+    scores: &ArrayRef2<f64>,
+    v: &ArrayRef2<f64>,
+    pairs: &Pairs<'_>,
+) -> Result<Array2<f64>> {
     let (n_q, n_k) = scores.dim();
     check_shape("v", v, &[n_k, v.ncols()])?;
     pairs.check(n_k)?;
@@ -455,7 +479,8 @@ pub fn softmax_attention(scores: &ArrayRef2<f64>, v: &ArrayRef2<f64>, pairs: &Pa
     Ok(attend((n_q, n_k), v, |i, j| scores[[i, j]], |i, j| pairs.allowed(i, j) && windowed(i, j)))
 }
 
-/// The feature map of the code published with the paper: another function than [`PlainMap`], without a logarithm.
+/// The feature map of the code published with the paper: another function than [`PlainMap`],
+/// without a logarithm.
 ///
 /// ```text
 /// φ_f(x) = exp(t_f·[Cᵀx]_f) / Σ_h exp(t_h·[Cᵀx]_h)

@@ -10,9 +10,14 @@ pub(crate) fn max_threads() -> usize {
     1
 }
 
-/// Calls `work` once for every item, on as many threads as there are scratches (and the pool has); each call has one
-/// scratch to itself. Which scratch and thread an item meets is left open, so results must not depend on it.
-pub(crate) fn for_each<S: Send, I: Send>(scratches: &mut [S], items: impl Iterator<Item = I> + Send, work: impl Fn(&mut S, I) + Sync) {
+/// Calls `work` once for every item, on as many threads as there are scratches (and the pool has);
+/// each call has one scratch to itself. Which scratch and thread an item meets is left open, so
+/// results must not depend on it.
+pub(crate) fn for_each<S: Send, I: Send>(
+    scratches: &mut [S],
+    items: impl Iterator<Item = I> + Send,
+    work: impl Fn(&mut S, I) + Sync,
+) {
     let items = Mutex::new(items);
     let drain = |scratch: &mut S| {
         loop {

@@ -1,5 +1,5 @@
-//! Attention against golden values and against the reference, and what must hold whatever the numbers are: causality,
-//! threads, scratch, layouts.
+//! Attention against golden values and against the reference, and what must hold whatever the
+//! numbers are: causality, threads, scratch, layouts.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
@@ -8,7 +8,10 @@ use common::linear::{Affine, ReferenceMap, Setup, TestMap};
 use common::stream::Stream;
 use common::{Golden, Inputs, Random, assert_close, assert_same_bits, cast, tolerance};
 use dijiang::Real;
-use dijiang::attention::{CausalState, ExactAttention, ExactConfig, KeyMask, KvCache, LinearAttention, LinearConfig, Near, Workspace};
+use dijiang::attention::{
+    CausalState, ExactAttention, ExactConfig, KeyMask, KvCache, LinearAttention, LinearConfig,
+    Near, Workspace,
+};
 use dijiang::kernel::{self, DctMap, DctMapConfig, DctParams, FeatureMap, SideParams};
 use dijiang::reference::{Envelope, Pairing, Pairs, PlainMap, PlainSide};
 use ndarray::{Array1, Array2, Array3, ArrayView3, Axis, s};
@@ -24,8 +27,16 @@ struct Case {
 }
 
 fn golden_cases(n: usize) -> Vec<Case> {
-    let base = || Case { name: "causal", causal: true, envelope: Envelope::None, near: None, log_decay: 0.0, valid: None };
-    let masked = |keep_first: bool| Some((0..n).map(|j| j % 5 != 2 || (keep_first && j == 0)).collect());
+    let base = || Case {
+        name: "causal",
+        causal: true,
+        envelope: Envelope::None,
+        near: None,
+        log_decay: 0.0,
+        valid: None,
+    };
+    let masked =
+        |keep_first: bool| Some((0..n).map(|j| j % 5 != 2 || (keep_first && j == 0)).collect());
     vec![
         Case { name: "full", causal: false, ..base() },
         base(),
@@ -58,7 +69,8 @@ fn golden_map(golden: &Golden, tag: &str, pairing: Pairing, envelope: Envelope) 
     }
 }
 
-/// Calls `check(context, setup, map, causal, mask, inputs, expected)` for every output of the golden file.
+/// Calls `check(context, setup, map, causal, mask, inputs, expected)` for every output of the
+/// golden file.
 fn for_each_golden(check: impl Fn(&str, &Setup, PlainMap, &Case, &Inputs<f64>, &Array3<f64>)) {
     let golden = Golden::open("attention_f64.safetensors");
     let one_head = |name: &str| golden.array2(name).insert_axis(Axis(0));
@@ -81,10 +93,19 @@ impl Case {
         self.valid.as_deref().map_or(KeyMask::All, KeyMask::Valid)
     }
 
-    fn run<T: Real, M: FeatureMap<T>>(&self, setup: &Setup, map: M, inputs: &Inputs<f64>) -> Array3<T> {
+    fn run<T: Real, M: FeatureMap<T>>(
+        &self,
+        setup: &Setup,
+        map: M,
+        inputs: &Inputs<f64>,
+    ) -> Array3<T> {
         let attention = setup.config().build(vec![map]).unwrap();
         let inputs = inputs.cast();
-        let out = if self.causal { attention.causal_of(&inputs, self.mask()) } else { attention.full_of(&inputs, self.mask()) };
+        let out = if self.causal {
+            attention.causal_of(&inputs, self.mask())
+        } else {
+            attention.full_of(&inputs, self.mask())
+        };
         out.unwrap()
     }
 }
@@ -100,7 +121,12 @@ fn golden_outputs_by_the_reference() {
 #[test]
 fn golden_outputs_with_the_references_map() {
     for_each_golden(|name, setup, map, case, inputs, expected| {
-        assert_close(name, &case.run::<f64, _>(setup, ReferenceMap(map.clone()), inputs), expected, 1e-10);
+        assert_close(
+            name,
+            &case.run::<f64, _>(setup, ReferenceMap(map.clone()), inputs),
+            expected,
+            1e-10,
+        );
         assert_close(name, &case.run::<f32, _>(setup, ReferenceMap(map), inputs), expected, 1e-4);
     });
 }
@@ -146,10 +172,21 @@ fn golden_outputs_by_steps() {
         if !case.causal || case.valid.is_some() {
             return;
         }
-        let attention = setup.config().build(vec![DctMap::<f64>::from_params(dct_params(&map)).unwrap()]).unwrap();
+        let attention = setup
+            .config()
+            .build(vec![DctMap::<f64>::from_params(dct_params(&map)).unwrap()])
+            .unwrap();
         assert_close(name, &attention.steps(&mut attention.empty(), inputs), expected, 1e-10);
-        let attention = setup.config().build(vec![DctMap::<f32>::from_params(dct_params(&map)).unwrap()]).unwrap();
-        assert_close(name, &attention.steps(&mut attention.empty(), &inputs.cast()), expected, 1e-4);
+        let attention = setup
+            .config()
+            .build(vec![DctMap::<f32>::from_params(dct_params(&map)).unwrap()])
+            .unwrap();
+        assert_close(
+            name,
+            &attention.steps(&mut attention.empty(), &inputs.cast()),
+            expected,
+            1e-4,
+        );
     });
 }
 
@@ -157,9 +194,11 @@ fn golden_outputs_by_steps() {
 #[test]
 fn dct_map_equals_the_reference() {
     for d in [1, 2, 3, 5, 8, 12, 16, 17, 30, 31, 64, 100, 128] {
-        for (blocks, pairing, envelope) in
-            [(1, Pairing::Single, Envelope::None), (2, Pairing::Antithetic, Envelope::None), (3, Pairing::Single, Envelope::Gaussian)]
-        {
+        for (blocks, pairing, envelope) in [
+            (1, Pairing::Single, Envelope::None),
+            (2, Pairing::Antithetic, Envelope::None),
+            (3, Pairing::Single, Envelope::Gaussian),
+        ] {
             let mut random = Random::new(d as u64);
             let mut side = || PlainSide {
                 center: random.normals(d, 0.3).to_vec(),
@@ -167,17 +206,38 @@ fn dct_map_equals_the_reference() {
                 radii: random.normals(blocks * d, 1.0).to_vec(),
             };
             let (query, key) = (side(), side());
-            let mut map = PlainMap { query, key, log_weight: Vec::new(), log_mix: -0.7, pairing, envelope };
+            let mut map =
+                PlainMap { query, key, log_weight: Vec::new(), log_mix: -0.7, pairing, envelope };
             map.log_weight = random.normals(map.features(), 1.0).to_vec();
             let x = random.normals((19, d), 1.0);
             let context = format!("d = {d}, {blocks} blocks, {pairing:?}, {envelope:?}");
             let (a, b) = (map.query_log_features(&x).unwrap(), map.key_log_features(&x).unwrap());
             let fast = DctMap::<f64>::from_params(dct_params(&map)).unwrap();
-            assert_close(&context, &fast.query_log_features(&x).unwrap(), &a, tolerance::<f64>(16.0, d));
-            assert_close(&context, &fast.key_log_features(&x).unwrap(), &b, tolerance::<f64>(16.0, d));
+            assert_close(
+                &context,
+                &fast.query_log_features(&x).unwrap(),
+                &a,
+                tolerance::<f64>(16.0, d),
+            );
+            assert_close(
+                &context,
+                &fast.key_log_features(&x).unwrap(),
+                &b,
+                tolerance::<f64>(16.0, d),
+            );
             let fast = DctMap::<f32>::from_params(dct_params(&map)).unwrap();
-            assert_close(&context, &fast.query_log_features(&cast(&x)).unwrap(), &a, tolerance::<f32>(16.0, d));
-            assert_close(&context, &fast.key_log_features(&cast(&x)).unwrap(), &b, tolerance::<f32>(16.0, d));
+            assert_close(
+                &context,
+                &fast.query_log_features(&cast(&x)).unwrap(),
+                &a,
+                tolerance::<f32>(16.0, d),
+            );
+            assert_close(
+                &context,
+                &fast.key_log_features(&cast(&x)).unwrap(),
+                &b,
+                tolerance::<f32>(16.0, d),
+            );
         }
     }
 }
@@ -207,21 +267,45 @@ fn check_causal(setup: &Setup, n: usize, mask: KeyMask<'_>) {
     let inputs = setup.inputs(n, n);
     let expected = setup.causal(&inputs, mask);
     let (single, double) = tolerances(setup, n);
-    assert_close(&context, &setup.build::<f64>().causal_of(&inputs, mask).unwrap(), &expected, double);
-    assert_close(&context, &setup.build::<f32>().causal_of(&inputs.cast(), mask).unwrap(), &expected, single);
+    assert_close(
+        &context,
+        &setup.build::<f64>().causal_of(&inputs, mask).unwrap(),
+        &expected,
+        double,
+    );
+    assert_close(
+        &context,
+        &setup.build::<f32>().causal_of(&inputs.cast(), mask).unwrap(),
+        &expected,
+        single,
+    );
 }
 
 fn check_full(setup: &Setup, n_q: usize, n_k: usize, mask: KeyMask<'_>) {
-    let context = format!("{setup:?}, n_q = {n_q}, n_k = {n_k}, mask {}", matches!(mask, KeyMask::Valid(_)));
+    let context =
+        format!("{setup:?}, n_q = {n_q}, n_k = {n_k}, mask {}", matches!(mask, KeyMask::Valid(_)));
     let inputs = setup.inputs(n_q, n_k);
     let expected = setup.full(&inputs, mask);
     let (single, double) = tolerances(setup, n_k);
-    assert_close(&context, &setup.build::<f64>().full_of(&inputs, mask).unwrap(), &expected, double);
-    assert_close(&context, &setup.build::<f32>().full_of(&inputs.cast(), mask).unwrap(), &expected, single);
+    assert_close(
+        &context,
+        &setup.build::<f64>().full_of(&inputs, mask).unwrap(),
+        &expected,
+        double,
+    );
+    assert_close(
+        &context,
+        &setup.build::<f32>().full_of(&inputs.cast(), mask).unwrap(),
+        &expected,
+        single,
+    );
 }
 
 fn check_exact(setup: &Setup, n_q: usize, n_k: usize, mask: KeyMask<'_>) {
-    let context = format!("exact, {setup:?}, n_q = {n_q}, n_k = {n_k}, mask {}", matches!(mask, KeyMask::Valid(_)));
+    let context = format!(
+        "exact, {setup:?}, n_q = {n_q}, n_k = {n_k}, mask {}",
+        matches!(mask, KeyMask::Valid(_))
+    );
     let (single, double) = tolerances(setup, n_k);
     let (fast, fast32) = (setup.build_exact::<f64>(), setup.build_exact::<f32>());
     if setup.near.is_none() {
@@ -235,8 +319,18 @@ fn check_exact(setup: &Setup, n_q: usize, n_k: usize, mask: KeyMask<'_>) {
     assert_close(&context, &fast.causal_of(&inputs, mask).unwrap(), &expected, double);
     assert_close(&context, &fast32.causal_of(&inputs.cast(), mask).unwrap(), &expected, single);
     // Through the cache.
-    assert_close(&context, &fast.prefill_of(&mut fast.new_cache(), &inputs, mask).unwrap(), &expected, double);
-    assert_close(&context, &fast32.prefill_of(&mut fast32.new_cache(), &inputs.cast(), mask).unwrap(), &expected, single);
+    assert_close(
+        &context,
+        &fast.prefill_of(&mut fast.new_cache(), &inputs, mask).unwrap(),
+        &expected,
+        double,
+    );
+    assert_close(
+        &context,
+        &fast32.prefill_of(&mut fast32.new_cache(), &inputs.cast(), mask).unwrap(),
+        &expected,
+        single,
+    );
 }
 
 const LENGTHS: [usize; 10] = [1, 2, 3, 63, 64, 65, 127, 129, 200, 257];
@@ -298,7 +392,8 @@ fn full_equals_the_reference_on_random_configurations() {
     }
 }
 
-/// Cross attention whose queries come one by one: the keys once into a state, then every query with a masked key of its own.
+/// Cross attention whose queries come one by one: the keys once into a state, then every query with
+/// a masked key of its own.
 #[test]
 fn a_state_of_keys_answers_queries_and_stays_as_it_is() {
     let (n_q, n_k) = (19, 77);
@@ -315,9 +410,11 @@ fn a_state_of_keys_answers_queries_and_stays_as_it_is() {
     let (key, value) = (Array3::from_elem((2, 1, 16), 9.0), Array3::from_elem((2, 1, 12), 9.0));
     for i in 0..n_q {
         let query = inputs.q.slice(s![.., i..i + 1, ..]);
-        let found = linear.prefill(&mut state, &query, &key, &value, KeyMask::Valid(&[false])).unwrap();
+        let found =
+            linear.prefill(&mut state, &query, &key, &value, KeyMask::Valid(&[false])).unwrap();
         assert_close(("linear", i), &found, &all.slice(s![.., i..i + 1, ..]), 1e-11);
-        let found = exact.prefill(&mut cache, &query, &key, &value, KeyMask::Valid(&[false])).unwrap();
+        let found =
+            exact.prefill(&mut cache, &query, &key, &value, KeyMask::Valid(&[false])).unwrap();
         assert_close(("exact", i), &found, &all_exact.slice(s![.., i..i + 1, ..]), 1e-11);
     }
 }
@@ -344,7 +441,11 @@ fn causal_equals_the_reference_for_every_length_and_chunk() {
         check_causal(&Setup::new(n as u64).decay(-0.3), n, KeyMask::All);
         for chunk in CHUNKS {
             for back in 0..4 {
-                check_causal(&Setup::new(n as u64).sizes(4, 2, 3).near(chunk, back), n, KeyMask::All);
+                check_causal(
+                    &Setup::new(n as u64).sizes(4, 2, 3).near(chunk, back),
+                    n,
+                    KeyMask::All,
+                );
             }
         }
     }
@@ -368,19 +469,32 @@ fn rows_without_an_allowed_key_are_zeros() {
     let n = 90;
     let first = 70;
     let masks = [vec![false; n], (0..n).map(|j| j >= first).collect()];
-    for setup in [Setup::new(1), Setup::new(2).decay(-0.1), Setup::new(3).near(16, 1), Setup::new(4).near(64, 0).decay(-2.0)] {
+    for setup in [
+        Setup::new(1),
+        Setup::new(2).decay(-0.1),
+        Setup::new(3).near(16, 1),
+        Setup::new(4).near(64, 0).decay(-2.0),
+    ] {
         let setup = setup.heads(4, 2);
         let inputs: Inputs<f32> = setup.inputs(n, n).cast();
         for (valid, first) in masks.iter().zip([n, first]) {
             let out = setup.build::<f32>().causal_of(&inputs, KeyMask::Valid(valid)).unwrap();
             assert!(out.slice(s![.., ..first, ..]).iter().all(|&o| o == 0.0), "{setup:?}");
-            assert!(out.slice(s![.., first.., ..]).iter().all(|o| o.is_finite() && *o != 0.0), "{setup:?}");
-            let exact = setup.build_exact::<f32>().causal_of(&inputs, KeyMask::Valid(valid)).unwrap();
+            assert!(
+                out.slice(s![.., first.., ..]).iter().all(|o| o.is_finite() && *o != 0.0),
+                "{setup:?}"
+            );
+            let exact =
+                setup.build_exact::<f32>().causal_of(&inputs, KeyMask::Valid(valid)).unwrap();
             assert!(exact.slice(s![.., ..first, ..]).iter().all(|&o| o == 0.0), "{setup:?}");
-            assert!(exact.slice(s![.., first.., ..]).iter().all(|o| o.is_finite() && *o != 0.0), "{setup:?}");
+            assert!(
+                exact.slice(s![.., first.., ..]).iter().all(|o| o.is_finite() && *o != 0.0),
+                "{setup:?}"
+            );
         }
         if setup.near.is_none() {
-            let exact = setup.build_exact::<f32>().full_of(&inputs, KeyMask::Valid(&masks[0])).unwrap();
+            let exact =
+                setup.build_exact::<f32>().full_of(&inputs, KeyMask::Valid(&masks[0])).unwrap();
             assert!(exact.iter().all(|&o| o == 0.0));
         }
     }
@@ -395,7 +509,12 @@ fn masked_keys_are_never_looked_at() {
     let mut random = Random::new(11);
     let valid: Vec<bool> = (0..n).map(|_| random.chance(0.6)).collect();
     let mask = KeyMask::Valid(&valid);
-    fn check<T: Real>(attention: &impl Stream<T>, inputs: &Inputs<f64>, valid: &[bool], full: bool) {
+    fn check<T: Real>(
+        attention: &impl Stream<T>,
+        inputs: &Inputs<f64>,
+        valid: &[bool],
+        full: bool,
+    ) {
         let mask = KeyMask::Valid(valid);
         let clean: Inputs<T> = inputs.cast();
         let mut dirty = clean.clone();
@@ -404,7 +523,9 @@ fn masked_keys_are_never_looked_at() {
             dirty.k.index_axis_mut(Axis(1), j).fill(value);
             dirty.v.index_axis_mut(Axis(1), j).fill(value);
         }
-        let run = |inputs| if full { attention.full_of(inputs, mask) } else { attention.causal_of(inputs, mask) };
+        let run = |inputs| {
+            if full { attention.full_of(inputs, mask) } else { attention.causal_of(inputs, mask) }
+        };
         assert_same_bits(format!("{attention:?}"), &run(&dirty).unwrap(), &run(&clean).unwrap());
     }
     for setup in [Setup::new(1), Setup::new(2).decay(-0.1), Setup::new(3).near(16, 1)] {
@@ -435,7 +556,9 @@ fn masked_keys_are_never_looked_at() {
 
 /// Log-features of ±600, values of 1e14: as far from the prefix as finite input gets in this suite.
 fn huge(inputs: &mut Inputs<f64>, from: usize, kind: usize) {
-    let sign = |i: usize, l: usize| if kind == 0 || (kind == 1 && (i + l).is_multiple_of(2)) { 1.0 } else { -1.0 };
+    let sign = |i: usize, l: usize| {
+        if kind == 0 || (kind == 1 && (i + l).is_multiple_of(2)) { 1.0 } else { -1.0 }
+    };
     let n = inputs.tokens();
     for (x, size) in [(&mut inputs.q, 600.0), (&mut inputs.k, 600.0), (&mut inputs.v, 1e14)] {
         for ((_, i, l), value) in x.slice_mut(s![.., from..n, ..]).indexed_iter_mut() {
@@ -465,19 +588,42 @@ fn check_causality<T: Real>(context: &Setup, attention: &impl Stream<T>, inputs:
                     huge(&mut changed, prefix, kind);
                 } else {
                     let other = Random::new(7).normals(changed.k.raw_dim(), 2.0);
-                    changed.k.slice_mut(s![.., prefix.., ..]).assign(&other.slice(s![.., prefix.., ..]));
+                    changed.k.slice_mut(s![.., prefix.., ..]).assign(&other.slice(s![
+                        ..,
+                        prefix..,
+                        ..
+                    ]));
                 }
                 let mut later = valid.clone();
                 later[prefix..].iter_mut().for_each(|valid| *valid ^= kind % 2 == 1);
                 let out = attention.causal_of(&changed.cast(), mask(masked, &later)).unwrap();
-                assert!(out.iter().all(|o| o.to_f64().is_finite()), "{context}, change {kind}: not finite");
+                assert!(
+                    out.iter().all(|o| o.to_f64().is_finite()),
+                    "{context}, change {kind}: not finite"
+                );
                 let cut = s![.., ..prefix, ..];
-                assert_same_bits(format!("{context}, change {kind}"), &out.slice(cut), &base.slice(cut));
-                let out = attention.prefill_of(&mut attention.empty(), &changed.cast(), mask(masked, &later)).unwrap();
-                assert_same_bits(format!("{context}, change {kind}, prefill"), &out.slice(cut), &through_state.slice(cut));
+                assert_same_bits(
+                    format!("{context}, change {kind}"),
+                    &out.slice(cut),
+                    &base.slice(cut),
+                );
+                let out = attention
+                    .prefill_of(&mut attention.empty(), &changed.cast(), mask(masked, &later))
+                    .unwrap();
+                assert_same_bits(
+                    format!("{context}, change {kind}, prefill"),
+                    &out.slice(cut),
+                    &through_state.slice(cut),
+                );
             }
-            let shorter = attention.causal_of(&whole.part(0..prefix), mask(masked, &valid[..prefix])).unwrap();
-            assert_same_bits(format!("{context}, shorter"), &shorter, &base.slice(s![.., ..prefix, ..]));
+            let shorter = attention
+                .causal_of(&whole.part(0..prefix), mask(masked, &valid[..prefix]))
+                .unwrap();
+            assert_same_bits(
+                format!("{context}, shorter"),
+                &shorter,
+                &base.slice(s![.., ..prefix, ..]),
+            );
         }
     }
 }
@@ -515,8 +661,16 @@ fn nothing_later_changes_a_bit_with_log_features_of_600() {
     let setup = Setup { scale: Some(1.0), ..Setup::new(21).sizes(4, 3, 4) };
     for setup in [setup.clone(), setup.clone().decay(-0.5), setup.clone().near(8, 1)] {
         let inputs = setup.inputs(131, 131);
-        check_causality(&setup, &setup.config().build(vec![TestMap::identity(4).cast::<f32>()]).unwrap(), &inputs);
-        check_causality(&setup, &setup.config().build(vec![TestMap::identity(4)]).unwrap(), &inputs);
+        check_causality(
+            &setup,
+            &setup.config().build(vec![TestMap::identity(4).cast::<f32>()]).unwrap(),
+            &inputs,
+        );
+        check_causality(
+            &setup,
+            &setup.config().build(vec![TestMap::identity(4)]).unwrap(),
+            &inputs,
+        );
     }
 }
 
@@ -554,21 +708,38 @@ fn one_thread_and_many_agree_bit_for_bit() {
             let mut out = expected[0].clone();
             out.fill(T::from_f64(f64::NAN));
             common::on_threads(used, || {
-                linear.prefill_into(&mut linear.empty(), &inputs.q, &inputs.k, &inputs.v, KeyMask::All, &mut out, &mut workspace)
+                linear.prefill_into(
+                    &mut linear.empty(),
+                    &inputs.q,
+                    &inputs.k,
+                    &inputs.v,
+                    KeyMask::All,
+                    &mut out,
+                    &mut workspace,
+                )
             })
             .unwrap();
-            assert_same_bits(format!("{setup:?}, made for {made}, used by {used}"), &out, &expected[0]);
+            assert_same_bits(
+                format!("{setup:?}, made for {made}, used by {used}"),
+                &out,
+                &expected[0],
+            );
         }
     }
-    for setup in [Setup::new(1), Setup::new(2).near(16, 1), Setup::new(3).heads(6, 3).decay(-0.05), Setup::new(4).near(64, 1)] {
+    for setup in [
+        Setup::new(1),
+        Setup::new(2).near(16, 1),
+        Setup::new(3).heads(6, 3).decay(-0.05),
+        Setup::new(4).near(64, 1),
+    ] {
         let setup = Setup { heads: 6, kv_heads: 3, ..setup };
         check::<f32>(&setup);
         check::<f64>(&setup);
     }
 }
 
-/// Full attention over keys in several parts, by one thread and by many: the same bits, and the last query sees what it sees in a
-/// causal pass.
+/// Full attention over keys in several parts, by one thread and by many: the same bits, and the
+/// last query sees what it sees in a causal pass.
 #[cfg(feature = "rayon")]
 #[test]
 fn full_attention_shares_keys_and_queries() {
@@ -584,32 +755,52 @@ fn full_attention_shares_keys_and_queries() {
         let run = |threads: usize| {
             let mut workspace = linear.workspace();
             common::on_threads(threads, || {
-                let mut out = Array3::from_elem((setup.heads, queries, setup.e), T::from_f64(f64::NAN));
+                let mut out =
+                    Array3::from_elem((setup.heads, queries, setup.e), T::from_f64(f64::NAN));
                 let Inputs { q, k, v } = &inputs;
-                linear.full_into(q, k, v, KeyMask::Valid(&valid), &mut out, &mut workspace).unwrap();
+                linear
+                    .full_into(q, k, v, KeyMask::Valid(&valid), &mut out, &mut workspace)
+                    .unwrap();
                 out
             })
         };
         let expected = run(1);
         for threads in [2, 4, 7] {
-            assert_same_bits(format!("{setup:?}, {queries} by {keys}, {threads} threads"), &run(threads), &expected);
+            assert_same_bits(
+                format!("{setup:?}, {queries} by {keys}, {threads} threads"),
+                &run(threads),
+                &expected,
+            );
         }
         if queries == keys {
             let causal = linear.causal_of(&inputs, KeyMask::Valid(&valid)).unwrap();
             let last = |out: &Array3<T>| out.slice(s![.., queries - 1.., ..]).mapv(Real::to_f64);
-            assert_close(format!("{setup:?}"), &last(&expected), &last(&causal), tolerance::<T>(50.0, keys));
+            assert_close(
+                format!("{setup:?}"),
+                &last(&expected),
+                &last(&causal),
+                tolerance::<T>(50.0, keys),
+            );
         }
     }
-    for setup in [Setup::new(1).heads(3, 1), Setup::new(2).sizes(16, 5, 7), Setup::new(3).heads(4, 2)] {
-        for (shape, first) in [((4242, 4242), 0), ((4242, 4242), 2100), ((1, 5000), 30), ((777, 3), 0), ((600, 37_000), 0)] {
+    for setup in
+        [Setup::new(1).heads(3, 1), Setup::new(2).sizes(16, 5, 7), Setup::new(3).heads(4, 2)]
+    {
+        for (shape, first) in [
+            ((4242, 4242), 0),
+            ((4242, 4242), 2100),
+            ((1, 5000), 30),
+            ((777, 3), 0),
+            ((600, 37_000), 0),
+        ] {
             check::<f32>(&setup, shape, first);
             check::<f64>(&setup, shape, first);
         }
     }
 }
 
-/// Heads too few for the threads are worked on by several: the same bits in outputs and state, the same errors, and
-/// nothing changed by them.
+/// Heads too few for the threads are worked on by several: the same bits in outputs and state, the
+/// same errors, and nothing changed by them.
 #[cfg(feature = "rayon")]
 #[test]
 fn threads_share_a_head_bit_for_bit() {
@@ -630,20 +821,45 @@ fn threads_share_a_head_bit_for_bit() {
                 let mut outs = Vec::new();
                 for tokens in [0..29, 29..1000, 1000..n] {
                     let part = inputs.part(tokens.clone());
-                    let mut out = Array3::from_elem((setup.heads, tokens.len(), setup.e), T::from_f64(f64::NAN));
+                    let mut out = Array3::from_elem(
+                        (setup.heads, tokens.len(), setup.e),
+                        T::from_f64(f64::NAN),
+                    );
                     let mask = mask(masked, &valid[tokens]);
-                    linear.prefill_into(&mut state, &part.q, &part.k, &part.v, mask, &mut out, &mut workspace).unwrap();
+                    linear
+                        .prefill_into(
+                            &mut state,
+                            &part.q,
+                            &part.k,
+                            &part.v,
+                            mask,
+                            &mut out,
+                            &mut workspace,
+                        )
+                        .unwrap();
                     outs.push(out);
                 }
                 let before = state.clone();
                 for (which, at) in [(0, 1100), (1, 260), (2, n - 1)] {
                     let mut bad = inputs.clone();
-                    let array = [&mut bad.q, &mut bad.k, &mut bad.v].into_iter().nth(which).unwrap();
+                    let array =
+                        [&mut bad.q, &mut bad.k, &mut bad.v].into_iter().nth(which).unwrap();
                     array[[0, at, 0]] = T::from_f64(f64::NAN);
                     let mut out = Array3::zeros((setup.heads, n, setup.e));
-                    let error = linear.prefill_into(&mut state, &bad.q, &bad.k, &bad.v, KeyMask::All, &mut out, &mut workspace);
+                    let error = linear.prefill_into(
+                        &mut state,
+                        &bad.q,
+                        &bad.k,
+                        &bad.v,
+                        KeyMask::All,
+                        &mut out,
+                        &mut workspace,
+                    );
                     assert!(matches!(error, Err(dijiang::Error::NonFinite { .. })), "{error:?}");
-                    assert!(state == before, "{setup:?}, {threads} threads: an error changed the state");
+                    assert!(
+                        state == before,
+                        "{setup:?}, {threads} threads: an error changed the state"
+                    );
                 }
                 (outs, state)
             })
@@ -658,7 +874,12 @@ fn threads_share_a_head_bit_for_bit() {
         }
     }
     let pure = Setup::new(1).heads(3, 1);
-    for setup in [pure.clone(), pure.clone().decay(-0.03), pure.clone().near(16, 1), pure.near(64, 1).decay(-0.02)] {
+    for setup in [
+        pure.clone(),
+        pure.clone().decay(-0.03),
+        pure.clone().near(16, 1),
+        pure.near(64, 1).decay(-0.02),
+    ] {
         for masked in [false, true] {
             check::<f32>(&setup, masked);
             check::<f64>(&setup, masked);
@@ -677,7 +898,9 @@ fn dirty<T: Real>(attention: &impl Stream<T>, setup: &Setup, workspace: &mut Wor
         let mut out = Array3::zeros((setup.heads, n, setup.e));
         let valid: Vec<bool> = (0..n).map(|j| j % 3 != 1).collect();
         let mut state = attention.empty();
-        attention.prefill_into(&mut state, &q, &k, &v, KeyMask::Valid(&valid), &mut out, workspace).unwrap();
+        attention
+            .prefill_into(&mut state, &q, &k, &v, KeyMask::Valid(&valid), &mut out, workspace)
+            .unwrap();
         attention.prefill_into(&mut state, &q, &k, &v, KeyMask::All, &mut out, workspace).unwrap();
         if setup.is_pure() {
             attention.full_into(&q, &k, &v, KeyMask::All, &mut out, workspace).unwrap();
@@ -693,19 +916,37 @@ fn check_scratch<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
     let (mut fresh_out, mut used_out) = (nan(), nan());
     let (mut fresh_state, mut used_state) = (attention.empty(), attention.empty());
     for _ in 0..2 {
-        attention.prefill_into(&mut fresh_state, &q, &k, &v, KeyMask::All, &mut fresh_out, &mut attention.scratch()).unwrap();
-        attention.prefill_into(&mut used_state, &q, &k, &v, KeyMask::All, &mut used_out, &mut used).unwrap();
+        attention
+            .prefill_into(
+                &mut fresh_state,
+                &q,
+                &k,
+                &v,
+                KeyMask::All,
+                &mut fresh_out,
+                &mut attention.scratch(),
+            )
+            .unwrap();
+        attention
+            .prefill_into(&mut used_state, &q, &k, &v, KeyMask::All, &mut used_out, &mut used)
+            .unwrap();
         assert_same_bits(setup, &used_out, &fresh_out);
         assert!(used_state == fresh_state, "{setup:?}");
         dirty(attention, setup, &mut used);
     }
-    let (q2, k2, v2) = (q.index_axis(Axis(1), 0), k.index_axis(Axis(1), 0), v.index_axis(Axis(1), 0));
-    let (mut one, mut two) = (Array2::zeros((setup.heads, setup.e)), Array2::from_elem((setup.heads, setup.e), T::from_f64(f64::NAN)));
+    let (q2, k2, v2) =
+        (q.index_axis(Axis(1), 0), k.index_axis(Axis(1), 0), v.index_axis(Axis(1), 0));
+    let (mut one, mut two) = (
+        Array2::zeros((setup.heads, setup.e)),
+        Array2::from_elem((setup.heads, setup.e), T::from_f64(f64::NAN)),
+    );
     attention.step(&mut fresh_state, &q2, &k2, &v2, &mut one, &mut attention.scratch()).unwrap();
     attention.step(&mut used_state, &q2, &k2, &v2, &mut two, &mut used).unwrap();
     assert_same_bits(setup, &two, &one);
     if setup.is_pure() {
-        attention.full_into(&q, &k, &v, KeyMask::All, &mut fresh_out, &mut attention.scratch()).unwrap();
+        attention
+            .full_into(&q, &k, &v, KeyMask::All, &mut fresh_out, &mut attention.scratch())
+            .unwrap();
         attention.full_into(&q, &k, &v, KeyMask::All, &mut used_out, &mut used).unwrap();
         assert_same_bits(setup, &used_out, &fresh_out);
     }
@@ -713,7 +954,12 @@ fn check_scratch<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
 
 #[test]
 fn what_a_workspace_was_used_for_before_changes_nothing() {
-    for setup in [Setup::new(1), Setup::new(2).decay(-0.2), Setup::new(3).near(16, 1), Setup::new(4).heads(4, 2).near(100, 0)] {
+    for setup in [
+        Setup::new(1),
+        Setup::new(2).decay(-0.2),
+        Setup::new(3).near(16, 1),
+        Setup::new(4).heads(4, 2).near(100, 0),
+    ] {
         check_scratch(&setup.build::<f32>(), &setup);
         check_scratch(&setup.build::<f64>(), &setup);
         check_scratch(&setup.build_exact::<f32>(), &setup);
@@ -744,12 +990,18 @@ fn check_layouts<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
     let Inputs { q, k, v }: Inputs<T> = setup.inputs(71, 71).cast();
     let valid: Vec<bool> = (0..71).map(|j| j % 7 != 3).collect();
     for mask in [KeyMask::All, KeyMask::Valid(&valid)] {
-        let run = |full: bool, q: &ArrayView3<'_, T>, k: &ArrayView3<'_, T>, v: &ArrayView3<'_, T>, out: &mut Array3<T>| {
+        let run = |full: bool,
+                   q: &ArrayView3<'_, T>,
+                   k: &ArrayView3<'_, T>,
+                   v: &ArrayView3<'_, T>,
+                   out: &mut Array3<T>| {
             let mut workspace = attention.scratch();
             if full {
                 attention.full_into(q, k, v, mask, out, &mut workspace).unwrap();
             } else {
-                attention.prefill_into(&mut attention.empty(), q, k, v, mask, out, &mut workspace).unwrap();
+                attention
+                    .prefill_into(&mut attention.empty(), q, k, v, mask, out, &mut workspace)
+                    .unwrap();
             }
         };
         for full in [false, true] {
@@ -763,7 +1015,9 @@ fn check_layouts<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
                 run(full, &q.view(), &k.view(), &v.view(), &mut out);
                 assert_same_bits(format!("{setup:?}: output {name}"), &out, &expected);
             }
-            for (((name, q), (_, k)), (_, v)) in layouts(&q).into_iter().zip(layouts(&k)).zip(layouts(&v)) {
+            for (((name, q), (_, k)), (_, v)) in
+                layouts(&q).into_iter().zip(layouts(&k)).zip(layouts(&v))
+            {
                 let mut out = expected.clone();
                 out.fill(T::from_f64(f64::NAN));
                 run(full, &q.view(), &k.view(), &v.view(), &mut out);
@@ -772,13 +1026,18 @@ fn check_layouts<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
         }
     }
     // A step.
-    let expected = attention.steps(&mut attention.empty(), &Inputs { q: q.clone(), k: k.clone(), v: v.clone() });
+    let expected = attention
+        .steps(&mut attention.empty(), &Inputs { q: q.clone(), k: k.clone(), v: v.clone() });
     for (((name, q), (_, k)), (_, v)) in layouts(&q).into_iter().zip(layouts(&k)).zip(layouts(&v)) {
-        let mut out = Array3::from_elem((setup.e, 71, setup.heads), T::from_f64(f64::NAN)).reversed_axes();
+        let mut out =
+            Array3::from_elem((setup.e, 71, setup.heads), T::from_f64(f64::NAN)).reversed_axes();
         let (mut state, mut workspace) = (attention.empty(), attention.scratch());
         for i in 0..71 {
-            let (q, k, v) = (q.index_axis(Axis(1), i), k.index_axis(Axis(1), i), v.index_axis(Axis(1), i));
-            attention.step(&mut state, &q, &k, &v, &mut out.index_axis_mut(Axis(1), i), &mut workspace).unwrap();
+            let (q, k, v) =
+                (q.index_axis(Axis(1), i), k.index_axis(Axis(1), i), v.index_axis(Axis(1), i));
+            attention
+                .step(&mut state, &q, &k, &v, &mut out.index_axis_mut(Axis(1), i), &mut workspace)
+                .unwrap();
         }
         assert_same_bits(format!("{setup:?}: step {name}"), &out, &expected);
     }
@@ -786,7 +1045,9 @@ fn check_layouts<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
 
 #[test]
 fn memory_layout_changes_nothing() {
-    for setup in [Setup::new(1), Setup::new(2).sizes(17, 16, 5), Setup::new(3).heads(4, 2).near(16, 1)] {
+    for setup in
+        [Setup::new(1), Setup::new(2).sizes(17, 16, 5), Setup::new(3).heads(4, 2).near(16, 1)]
+    {
         check_layouts(&setup.build::<f32>(), &setup);
         check_layouts(&setup.build::<f64>(), &setup);
         check_layouts(&setup.build_exact::<f32>(), &setup);
@@ -825,7 +1086,8 @@ fn rows_beyond_the_tokens_of_an_output_are_left_alone() {
     assert!(out.iter().all(|&o| o == 7.0));
 }
 
-/// Outputs are weighted means: inside the range of the values, and exactly them if they are all the same.
+/// Outputs are weighted means: inside the range of the values, and exactly them if they are all the
+/// same.
 #[test]
 fn outputs_are_weighted_means() {
     for seed in 300..340 {
@@ -842,13 +1104,17 @@ fn outputs_are_weighted_means() {
         let mut inputs: Inputs<f32> = setup.inputs(n, n).cast();
         let out = attention.causal_of(&inputs, KeyMask::All).unwrap();
         for h in 0..setup.heads {
-            let values = inputs.v.index_axis(Axis(0), h / (setup.heads / setup.kv_heads)).to_owned();
+            let values =
+                inputs.v.index_axis(Axis(0), h / (setup.heads / setup.kv_heads)).to_owned();
             for l in 0..setup.e {
                 let (mut low, mut high) = (f32::INFINITY, f32::NEG_INFINITY);
                 for i in 0..n {
                     (low, high) = (low.min(values[[i, l]]), high.max(values[[i, l]]));
                     let o = out[[h, i, l]];
-                    assert!(low - 1e-5 <= o && o <= high + 1e-5, "{setup:?}: {o} at token {i} outside {low}..{high}");
+                    assert!(
+                        low - 1e-5 <= o && o <= high + 1e-5,
+                        "{setup:?}: {o} at token {i} outside {low}..{high}"
+                    );
                 }
             }
         }
@@ -863,11 +1129,19 @@ fn outputs_are_weighted_means() {
 fn a_constant_kernel_gives_the_running_mean() {
     let (n, d) = (150, 3);
     let flat = Affine { weight: Array2::zeros((2, d)), offset: Array1::from(vec![0.5, -1.0]) };
-    let attention = LinearConfig::new().with_value_dim(1).build(vec![TestMap { query: flat.clone(), key: flat }]).unwrap();
+    let attention = LinearConfig::new()
+        .with_value_dim(1)
+        .build(vec![TestMap { query: flat.clone(), key: flat }])
+        .unwrap();
     let x = Random::new(1).normals((1, n, d), 1.0);
     let v = Array3::from_shape_fn((1, n, 1), |(_, i, _)| i as f64);
     let out = attention.causal(&x, &x, &v, KeyMask::All).unwrap();
-    assert_close("mean", &out, &Array3::from_shape_fn((1, n, 1), |(_, i, _)| i as f64 / 2.0), 1e-14);
+    assert_close(
+        "mean",
+        &out,
+        &Array3::from_shape_fn((1, n, 1), |(_, i, _)| i as f64 / 2.0),
+        1e-14,
+    );
 }
 
 /// A near part that reaches back to the start is softmax attention, whatever the map.
@@ -876,26 +1150,47 @@ fn a_near_part_of_everything_is_softmax_attention() {
     let setup = Setup::new(1).heads(4, 2).near(100, 2);
     let inputs = setup.inputs(300, 300);
     let exact = Setup { near: None, ..setup.clone() }.exact(Pairs::causal(), &inputs, KeyMask::All);
-    assert_close("near", &setup.build::<f64>().causal_of(&inputs, KeyMask::All).unwrap(), &exact, 1e-13);
+    assert_close(
+        "near",
+        &setup.build::<f64>().causal_of(&inputs, KeyMask::All).unwrap(),
+        &exact,
+        1e-13,
+    );
     let setup = setup.near(1, 299);
-    assert_close("chunks of one", &setup.build::<f64>().causal_of(&inputs, KeyMask::All).unwrap(), &exact, 1e-13);
+    assert_close(
+        "chunks of one",
+        &setup.build::<f64>().causal_of(&inputs, KeyMask::All).unwrap(),
+        &exact,
+        1e-13,
+    );
 }
 
 /// What a configuration leaves open has its documented default.
 #[test]
 fn defaults() {
     let (h, n, d) = (2, 20, 4);
-    let maps = || (0..h).map(|seed| TestMap::random(&mut Random::new(seed), d, 6, 1.0)).collect::<Vec<_>>();
+    let maps = || {
+        (0..h).map(|seed| TestMap::random(&mut Random::new(seed), d, 6, 1.0)).collect::<Vec<_>>()
+    };
     let mut random = Random::new(3);
     let mut next = || random.normals((h as usize, n, d), 1.0);
     let (q, k, v) = (next(), next(), next());
     let plain = LinearConfig::new().build(maps()).unwrap();
-    let explicit = LinearConfig::new().with_heads(2).with_value_dim(4).with_scale(0.5).with_log_decay(vec![0.0; 2]);
+    let explicit = LinearConfig::new()
+        .with_heads(2)
+        .with_value_dim(4)
+        .with_scale(0.5)
+        .with_log_decay(vec![0.0; 2]);
     let expected = explicit.build(maps()).unwrap().causal(&q, &k, &v, KeyMask::All).unwrap();
     assert_same_bits("linear", &plain.causal(&q, &k, &v, KeyMask::All).unwrap(), &expected);
     assert_eq!(plain.maps().len(), 2);
     let plain = ExactConfig::new(2, d).build::<f64>().unwrap();
-    let explicit = ExactConfig::new(2, d).with_kv_heads(2).with_value_dim(4).with_scale(0.5).build::<f64>().unwrap();
+    let explicit = ExactConfig::new(2, d)
+        .with_kv_heads(2)
+        .with_value_dim(4)
+        .with_scale(0.5)
+        .build::<f64>()
+        .unwrap();
     let expected = explicit.causal(&q, &k, &v, KeyMask::All).unwrap();
     assert_same_bits("exact", &plain.causal(&q, &k, &v, KeyMask::All).unwrap(), &expected);
     assert_eq!(KeyMask::default(), KeyMask::All);

@@ -8,7 +8,10 @@ use common::assert_same_bits;
 use common::gradients::{CASES, Gradients, Problem, golden_problem};
 use common::{Golden, Inputs, Random, argument, assert_close, on_threads};
 use dijiang::attention::{BackwardWorkspace, KeyMask, LinearConfig, Near};
-use dijiang::kernel::{DctMap, DctMapConfig, DctParams, DifferentiableMap, Envelope, FavorConfig, FeatureMap, Mixing, Pairing, Projection};
+use dijiang::kernel::{
+    DctMap, DctMapConfig, DctParams, DifferentiableMap, Envelope, FavorConfig, FeatureMap, Mixing,
+    Pairing, Projection,
+};
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array3, ArrayD, Axis, ShapeBuilder, s};
 
@@ -35,7 +38,8 @@ fn by_name<T: Real>(gradients: &Gradients<T>, h: usize, name: &str) -> Vec<f64> 
     }
 }
 
-// ------------------------------------------------------------------------------------------------ golden values
+// ------------------------------------------------------------------------------------------------
+// golden values
 
 /// Largest error of every golden gradient, relative to the largest element of that gradient.
 fn golden_gradients<T: Real>(tolerance: f64) {
@@ -45,17 +49,37 @@ fn golden_gradients<T: Real>(tolerance: f64) {
         for case in CASES {
             let mut problem = golden_problem(&golden, tag, case);
             let gradients = problem.gradients::<T>();
-            let names: Vec<&str> = problem.tensors(0).iter().map(|(name, _)| *name).filter(|name| !name.ends_with("projection")).collect();
-            for name in names.into_iter().filter(|&name| name != "log_decay" || case.ends_with("decay")) {
-                let expected: Vec<f64> = golden.array::<ndarray::IxDyn>(&format!("{tag}.{case}.grad.{name}")).into_iter().collect();
+            let names: Vec<&str> = problem
+                .tensors(0)
+                .iter()
+                .map(|(name, _)| *name)
+                .filter(|name| !name.ends_with("projection"))
+                .collect();
+            for name in
+                names.into_iter().filter(|&name| name != "log_decay" || case.ends_with("decay"))
+            {
+                let expected: Vec<f64> = golden
+                    .array::<ndarray::IxDyn>(&format!("{tag}.{case}.grad.{name}"))
+                    .into_iter()
+                    .collect();
                 let got = by_name(&gradients, 0, name);
                 let largest = |x: &[f64]| x.iter().fold(0.0_f64, |top, x| top.max(x.abs()));
-                // Without a near part the mix cancels: what is left of its gradient is rounding of sums of this size.
-                let scale = if name == "log_mix" { largest(&gradients.maps[0].log_weight) } else { 0.0 };
+                // Without a near part the mix cancels: what is left of its gradient is rounding of
+                // sums of this size.
+                let scale =
+                    if name == "log_mix" { largest(&gradients.maps[0].log_weight) } else { 0.0 };
                 let scale = scale.max(largest(&expected));
-                let error = got.iter().zip(&expected).map(|(got, expected)| (got - expected).abs()).fold(0.0, f64::max) / scale;
+                let error = got
+                    .iter()
+                    .zip(&expected)
+                    .map(|(got, expected)| (got - expected).abs())
+                    .fold(0.0, f64::max)
+                    / scale;
                 assert_eq!(got.len(), expected.len());
-                assert!(error <= tolerance, "{tag}.{case}.grad.{name}: error {error:e} of {scale:e}");
+                assert!(
+                    error <= tolerance,
+                    "{tag}.{case}.grad.{name}: error {error:e} of {scale:e}"
+                );
                 if error > worst.0 {
                     worst = (error, format!("{tag}.{case}.grad.{name}"));
                 }
@@ -75,7 +99,8 @@ fn golden_gradients_in_f32() {
     golden_gradients::<f32>(2e-3);
 }
 
-// ------------------------------------------------------------------------------------------------ finite differences
+// ------------------------------------------------------------------------------------------------
+// finite differences
 
 /// Random parameters and inputs; every choice follows from the seed.
 fn random_problem(seed: u64) -> Problem {
@@ -91,7 +116,9 @@ fn random_problem(seed: u64) -> Problem {
         Near::new(chunk, random.choose(&[0, 1, 2]))
     });
     let maps = (0..kv_heads).map(|h| random_map(&mut random, d, seed + h as u64)).collect();
-    let log_decay = (0..kv_heads).map(|_| if causal && random.chance(0.5) { -0.2 * random.normal().abs() } else { 0.0 }).collect();
+    let log_decay = (0..kv_heads)
+        .map(|_| if causal && random.chance(0.5) { -0.2 * random.normal().abs() } else { 0.0 })
+        .collect();
     let valid = random.chance(0.4).then(|| (0..n_k).map(|_| random.chance(0.7)).collect());
     let inputs = Inputs {
         q: random.normals((heads, n, d), 1.5),
@@ -108,10 +135,20 @@ fn random_map(random: &mut Random, d: usize, seed: u64) -> DctParams {
     let mut map = match random.below(7) {
         0 => DctMapConfig::new(d).with_blocks(2).params().unwrap(),
         1 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap(),
-        2 => DctMapConfig::new(d).with_blocks(2).with_mixing(Mixing::Mixed).with_seed(seed).params().unwrap(),
+        2 => DctMapConfig::new(d)
+            .with_blocks(2)
+            .with_mixing(Mixing::Mixed)
+            .with_seed(seed)
+            .params()
+            .unwrap(),
         3 => DctMapConfig::new(d).with_blocks(2).params().unwrap().to_deep(),
         4 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap().to_deep(),
-        5 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).with_mixing(Mixing::Mixed).with_seed(seed).params().unwrap(),
+        5 => DctMapConfig::new(d)
+            .with_pairing(Pairing::Antithetic)
+            .with_mixing(Mixing::Mixed)
+            .with_seed(seed)
+            .params()
+            .unwrap(),
         _ => FavorConfig::new(d, 2 * d).with_seed(seed).params().unwrap(),
     };
     map.envelope = envelope;
@@ -128,7 +165,8 @@ fn random_map(random: &mut Random, d: usize, seed: u64) -> DctParams {
     map
 }
 
-/// Along a random direction of every tensor, the slope of the loss is the gradient times the direction.
+/// Along a random direction of every tensor, the slope of the loss is the gradient times the
+/// direction.
 #[test]
 fn finite_differences() {
     for seed in 0..60 {
@@ -136,8 +174,11 @@ fn finite_differences() {
         let gradients = problem.gradients::<f64>();
         let mut random = Random::new(seed + 1000);
         for h in 0..problem.maps.len() {
-            let names: Vec<(&str, usize)> = problem.tensors(h).iter().map(|(name, x)| (*name, x.len())).collect();
-            for (index, (name, len)) in names.into_iter().enumerate().filter(|(_, (_, len))| *len > 0) {
+            let names: Vec<(&str, usize)> =
+                problem.tensors(h).iter().map(|(name, x)| (*name, x.len())).collect();
+            for (index, (name, len)) in
+                names.into_iter().enumerate().filter(|(_, (_, len))| *len > 0)
+            {
                 // γ must not exceed one, and full attention takes no decay.
                 let fixed = name == "log_decay" && (problem.log_decay[h] > -1e-3);
                 if fixed || (h > 0 && ["q", "k", "v"].contains(&name)) {
@@ -149,10 +190,15 @@ fn finite_differences() {
                 let step = 1e-5;
                 let at = |step: f64| {
                     let mut moved = problem.clone();
-                    moved.tensors(h)[index].1.iter_mut().zip(&direction).for_each(|(x, u)| *x += step * u);
+                    moved.tensors(h)[index]
+                        .1
+                        .iter_mut()
+                        .zip(&direction)
+                        .for_each(|(x, u)| *x += step * u);
                     moved.loss()
                 };
-                let slope = (8.0 * (at(step) - at(-step)) - (at(2.0 * step) - at(-2.0 * step))) / (12.0 * step);
+                let slope = (8.0 * (at(step) - at(-step)) - (at(2.0 * step) - at(-2.0 * step)))
+                    / (12.0 * step);
                 let size = (gradient.dot(&gradient) * direction.dot(&direction)).sqrt();
                 let error = (gradient.dot(&direction) - slope).abs();
                 let shape = (problem.inputs.q.shape(), problem.inputs.v.shape());
@@ -170,10 +216,11 @@ fn finite_differences() {
     }
 }
 
-// ------------------------------------------------------------------------------------------------ properties
+// ------------------------------------------------------------------------------------------------
+// properties
 
-/// Gradients of the second part of a sequence, continued from the state of the first, are those of the whole sequence
-/// with nothing asked of the first part.
+/// Gradients of the second part of a sequence, continued from the state of the first, are those of
+/// the whole sequence with nothing asked of the first part.
 #[test]
 fn continuing_a_state() {
     for seed in 0..40 {
@@ -200,7 +247,9 @@ fn continuing_a_state() {
             attention.prefill(&mut state, &first.q, &first.k, &first.v, KeyMask::All).unwrap();
         }
         let grad = problem.cotangent.slice(s![.., cut.., ..]).to_owned();
-        let (part, states) = attention.prefill_backward(&state, &second.q, &second.k, &second.v, KeyMask::All, &grad).unwrap();
+        let (part, states) = attention
+            .prefill_backward(&state, &second.q, &second.k, &second.v, KeyMask::All, &grad)
+            .unwrap();
         let context = format!("seed {seed} cut {cut} near {:?}", problem.near);
         assert_close(&context, &part.q, &whole.q.slice(s![.., cut.., ..]), 1e-10);
         assert_close(&context, &part.k, &whole.k.slice(s![.., cut.., ..]), 1e-10);
@@ -225,7 +274,11 @@ fn extreme_log_features() {
         for side in [&mut map.query, &mut map.key] {
             side.radii.fill(250.0);
         }
-        let inputs = Inputs { q: random.normals((1, n, d), 2.0), k: random.normals((1, n, d), 2.0), v: random.normals((1, n, d), 1.0) };
+        let inputs = Inputs {
+            q: random.normals((1, n, d), 2.0),
+            k: random.normals((1, n, d), 2.0),
+            v: random.normals((1, n, d), 1.0),
+        };
         let problem = Problem {
             maps: vec![map],
             heads: 1,
@@ -239,14 +292,24 @@ fn extreme_log_features() {
         let map = DctMap::<f64>::from_params(problem.maps[0].clone()).unwrap();
         let x = problem.inputs.k.index_axis(Axis(0), 0).mapv(|x| x * 0.5);
         let features = dijiang::kernel::FeatureMap::key_log_features(&map, &x).unwrap();
-        assert!(features.iter().any(|&b| b > 600.0) && features.iter().any(|&b| b < -600.0), "as extreme as promised");
+        assert!(
+            features.iter().any(|&b| b > 600.0) && features.iter().any(|&b| b < -600.0),
+            "as extreme as promised"
+        );
         let (single, double) = (problem.gradients::<f32>(), problem.gradients::<f64>());
-        for (name, single, double) in [("q", &single.q, &double.q), ("k", &single.k, &double.k), ("v", &single.v, &double.v)] {
+        for (name, single, double) in
+            [("q", &single.q, &double.q), ("k", &single.k, &double.k), ("v", &single.v, &double.v)]
+        {
             assert_close((seed, name), single, double, 2e-2);
         }
         for name in ["query_scale", "key_radii", "log_weight", "log_decay"] {
             let array = |x: Vec<f64>| ArrayD::from_shape_vec(vec![x.len()], x).unwrap();
-            assert_close((seed, name), &array(by_name(&single, 0, name)), &array(by_name(&double, 0, name)), 2e-2);
+            assert_close(
+                (seed, name),
+                &array(by_name(&single, 0, name)),
+                &array(by_name(&double, 0, name)),
+                2e-2,
+            );
         }
     }
 }
@@ -261,7 +324,8 @@ fn threads_change_no_bit() {
         problem.log_decay = vec![problem.log_decay[0]; kv_heads];
         problem.heads = kv_heads * group;
         let mut random = Random::new(seed + 5);
-        let mut heads = |x: &Array3<f64>, h: usize| random.normals((h, x.shape()[1], x.shape()[2]), 1.0);
+        let mut heads =
+            |x: &Array3<f64>, h: usize| random.normals((h, x.shape()[1], x.shape()[2]), 1.0);
         problem.inputs = Inputs {
             q: heads(&problem.inputs.q, problem.heads),
             k: heads(&problem.inputs.k, kv_heads),
@@ -278,19 +342,33 @@ fn threads_change_no_bit() {
 }
 
 /// The gradients of `problem`, in memory that is full of NaN.
-fn gradients_into(problem: &Problem, gradients: &mut Gradients<f64>, ws: &mut BackwardWorkspace<f64>) -> dijiang::Result<()> {
+fn gradients_into(
+    problem: &Problem,
+    gradients: &mut Gradients<f64>,
+    ws: &mut BackwardWorkspace<f64>,
+) -> dijiang::Result<()> {
     let (attention, Inputs { q, k, v }) = (problem.attention::<f64>(), &problem.inputs);
     for array in [&mut gradients.q, &mut gradients.k, &mut gradients.v] {
         array.fill(f64::NAN);
     }
     match problem.causal {
-        true => attention.causal_backward_into(q, k, v, problem.mask(), &problem.cotangent, gradients, ws),
-        false => attention.full_backward_into(q, k, v, problem.mask(), &problem.cotangent, gradients, ws),
+        true => attention.causal_backward_into(
+            q,
+            k,
+            v,
+            problem.mask(),
+            &problem.cotangent,
+            gradients,
+            ws,
+        ),
+        false => {
+            attention.full_backward_into(q, k, v, problem.mask(), &problem.cotangent, gradients, ws)
+        }
     }
 }
 
-/// The same bits in memory that was used for other inputs before, on another number of threads, and in another layout; also after
-/// an error.
+/// The same bits in memory that was used for other inputs before, on another number of threads, and
+/// in another layout; also after an error.
 #[test]
 fn memory_that_is_used_again() {
     for seed in 0..30 {
@@ -313,7 +391,10 @@ fn memory_that_is_used_again() {
                 gradients_into(&other, &mut gradients, &mut ws).unwrap();
                 let error = gradients_into(&bad, &mut gradients, &mut ws).unwrap_err();
                 let index = (at[0] * n_k + at[1]) * problem.inputs.v.shape()[2];
-                assert!(matches!(error, Error::NonFinite { argument: "v", index: got, .. } if got == index), "{error:?}");
+                assert!(
+                    matches!(error, Error::NonFinite { argument: "v", index: got, .. } if got == index),
+                    "{error:?}"
+                );
                 gradients_into(&problem, &mut gradients, &mut ws).unwrap();
             });
             assert!(gradients == expected, "seed {seed}, {threads} threads");
@@ -321,13 +402,16 @@ fn memory_that_is_used_again() {
     }
 }
 
-/// What a map's parameters need does not depend on whether the inputs' gradients are wanted, nor on what the scratch held.
+/// What a map's parameters need does not depend on whether the inputs' gradients are wanted, nor on
+/// what the scratch held.
 #[test]
 fn panels_of_a_map() {
     fn check<T: Real>(random: &mut Random, d: usize) {
         let map = DctMap::<T>::from_params(random_map(random, d, 3)).unwrap();
         let width = 48;
-        let mut panel = |rows: usize| -> Vec<T> { (0..rows * width).map(|_| T::from_f64(random.normal())).collect() };
+        let mut panel = |rows: usize| -> Vec<T> {
+            (0..rows * width).map(|_| T::from_f64(random.normal())).collect()
+        };
         let (x, grad, start) = (panel(d), panel(map.features()), panel(d));
         let run = |fill: f64, wanted: bool| {
             let (mut sums, mut grad_x) = (map.new_sums(), start.clone());
@@ -347,11 +431,14 @@ fn panels_of_a_map() {
     }
 }
 
-/// Masked keys before the first other one, more than a block of them, are as if they were not there, and so are their queries.
+/// Masked keys before the first other one, more than a block of them, are as if they were not
+/// there, and so are their queries.
 #[test]
 fn masked_beginnings() {
     let mut random = Random::new(3);
-    for (causal, first, n) in [(true, 70, 150), (true, 150, 150), (false, 70, 150), (false, 131, 131)] {
+    for (causal, first, n) in
+        [(true, 70, 150), (true, 150, 150), (false, 70, 150), (false, 131, 131)]
+    {
         let (h, d, e) = (2, 8, 5);
         let mut problem = Problem {
             maps: vec![random_map(&mut random, d, 1)],
@@ -360,7 +447,11 @@ fn masked_beginnings() {
             log_decay: vec![if causal { -0.02 } else { 0.0 }],
             causal,
             valid: Some((0..n).map(|j| j >= first).collect()),
-            inputs: Inputs { q: random.normals((h, n, d), 1.0), k: random.normals((1, n, d), 1.0), v: random.normals((1, n, e), 1.0) },
+            inputs: Inputs {
+                q: random.normals((h, n, d), 1.0),
+                k: random.normals((1, n, d), 1.0),
+                v: random.normals((1, n, e), 1.0),
+            },
             cotangent: random.normals((h, n, e), 1.0),
         };
         // Nobody looks at them.
@@ -370,7 +461,11 @@ fn masked_beginnings() {
         let mut gradients = attention.new_gradients(n, n).unwrap();
         gradients_into(&problem, &mut gradients, &mut attention.backward_workspace()).unwrap();
         let zeros = |part: ndarray::ArrayView3<'_, f64>| part.iter().all(|&x| x == 0.0);
-        assert!(zeros(gradients.k.slice(s![.., ..first, ..])) && zeros(gradients.v.slice(s![.., ..first, ..])), "{causal} {first}");
+        assert!(
+            zeros(gradients.k.slice(s![.., ..first, ..]))
+                && zeros(gradients.v.slice(s![.., ..first, ..])),
+            "{causal} {first}"
+        );
         let queries = if causal || first == n { first } else { 0 };
         assert!(zeros(gradients.q.slice(s![.., ..queries, ..])), "{causal} {first}");
         if first == n {
@@ -379,7 +474,11 @@ fn masked_beginnings() {
         let mut rest = problem.clone();
         rest.valid = None;
         let part = |x: &Array3<f64>, first: usize| x.slice(s![.., first.., ..]).to_owned();
-        rest.inputs = Inputs { q: part(&problem.inputs.q, queries), k: part(&problem.inputs.k, first), v: part(&problem.inputs.v, first) };
+        rest.inputs = Inputs {
+            q: part(&problem.inputs.q, queries),
+            k: part(&problem.inputs.k, first),
+            v: part(&problem.inputs.v, first),
+        };
         rest.cotangent = part(&problem.cotangent, queries);
         let expected = rest.gradients::<f64>();
         assert_close("q", &part(&gradients.q, queries), &expected.q, 1e-12);
@@ -391,20 +490,32 @@ fn masked_beginnings() {
 #[test]
 fn results_and_memory_of_another_shape() {
     let problem = random_problem(1);
-    let (attention, Inputs { q, k, v }, grad) = (problem.attention::<f64>(), &problem.inputs, &problem.cotangent);
+    let (attention, Inputs { q, k, v }, grad) =
+        (problem.attention::<f64>(), &problem.inputs, &problem.cotangent);
     let n = q.shape()[1];
     let run = |gradients: &mut Gradients<f64>, ws: &mut BackwardWorkspace<f64>| {
         attention.causal_backward_into(q, k, v, KeyMask::All, grad, gradients, ws).unwrap_err()
     };
     for (name, queries, keys) in [("gradients.q", n + 1, n), ("gradients.k", n, n - 1)] {
-        let error = run(&mut attention.new_gradients(queries, keys).unwrap(), &mut attention.backward_workspace());
+        let error = run(
+            &mut attention.new_gradients(queries, keys).unwrap(),
+            &mut attention.backward_workspace(),
+        );
         assert_eq!(argument(&error), name);
     }
     let mut narrow = attention.new_gradients(n, n).unwrap();
     narrow.v = Array3::zeros((narrow.v.shape()[0], n, narrow.v.shape()[2] + 1));
     assert_eq!(argument(&run(&mut narrow, &mut attention.backward_workspace())), "gradients.v");
-    let other = LinearConfig::new().build(vec![DctMapConfig::new(q.shape()[2] + 1).build::<f64>().unwrap()]).unwrap();
-    assert_eq!(argument(&run(&mut attention.new_gradients(n, n).unwrap(), &mut other.backward_workspace())), "workspace");
+    let other = LinearConfig::new()
+        .build(vec![DctMapConfig::new(q.shape()[2] + 1).build::<f64>().unwrap()])
+        .unwrap();
+    assert_eq!(
+        argument(&run(
+            &mut attention.new_gradients(n, n).unwrap(),
+            &mut other.backward_workspace()
+        )),
+        "workspace"
+    );
     assert!(matches!(attention.new_gradients(1 << 60, 1), Err(Error::TooLarge { .. })));
 }
 
@@ -414,7 +525,8 @@ fn errors_name_the_argument() {
     let attention = problem.attention::<f64>();
     let Inputs { q, k, v } = &problem.inputs;
     let n = q.shape()[1];
-    let run = |grad: &Array3<f64>| attention.causal_backward(q, k, v, KeyMask::All, grad).unwrap_err();
+    let run =
+        |grad: &Array3<f64>| attention.causal_backward(q, k, v, KeyMask::All, grad).unwrap_err();
     let shape = problem.cotangent.raw_dim();
     assert_eq!(argument(&run(&Array3::zeros((shape[0], n + 1, shape[2])))), "grad_out");
     assert_eq!(argument(&run(&Array3::zeros((shape[0], n, shape[2] + 1)))), "grad_out");
@@ -423,7 +535,12 @@ fn errors_name_the_argument() {
     assert_eq!(argument(&run(&bad)), "grad_out");
     let mut decaying = problem.clone();
     (decaying.near, decaying.log_decay) = (Some(Near::new(4, 0)), vec![0.0; problem.maps.len()]);
-    let full = |problem: &Problem| problem.attention::<f64>().full_backward(q, q, q, KeyMask::All, &problem.cotangent).unwrap_err();
+    let full = |problem: &Problem| {
+        problem
+            .attention::<f64>()
+            .full_backward(q, q, q, KeyMask::All, &problem.cotangent)
+            .unwrap_err()
+    };
     assert_eq!(argument(&full(&decaying)), "full attention");
     (decaying.near, decaying.log_decay) = (None, vec![-0.1; problem.maps.len()]);
     assert_eq!(argument(&full(&decaying)), "full attention");

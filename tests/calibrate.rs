@@ -12,19 +12,24 @@ use dijiang::Error;
 use dijiang::attention::Near;
 use dijiang::kernel::{DctParams, Pairing, Projection, Sides};
 use dijiang::layer::{
-    AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateReport, Causality, ChooseOptions, ChooseReport, DijiangAttention,
-    DijiangOptions, Fit, ProjectionFit, SoftmaxAttention,
+    AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateReport, Causality, ChooseOptions,
+    ChooseReport, DijiangAttention, DijiangOptions, Fit, ProjectionFit, SoftmaxAttention,
 };
 use ndarray::{Array2, ArrayView2};
 
-/// D = 32, four query heads of 8 on two key-value heads, with biases that move queries and keys off the origin.
+/// D = 32, four query heads of 8 on two key-value heads, with biases that move queries and keys off
+/// the origin.
 fn exact(causality: Causality) -> SoftmaxAttention<f64> {
     let mut random = Random::new(61);
     let mut matrix = |rows| random.normals((rows, 32), 1.0 / 32.0_f64.sqrt());
     let weights = AttentionWeights::new(matrix(32), matrix(16), matrix(16), matrix(32));
     let mut bias = |rows, scale| random.normals(rows, scale);
     let weights = weights.with_biases(bias(32, 1.0), bias(16, 1.0), bias(16, 0.5), bias(32, 0.5));
-    SoftmaxAttention::new(AttentionConfig::new(32, 4).with_kv_heads(2).with_causality(causality), weights).unwrap()
+    SoftmaxAttention::new(
+        AttentionConfig::new(32, 4).with_kv_heads(2).with_causality(causality),
+        weights,
+    )
+    .unwrap()
 }
 
 /// Correlated tokens: a random walk that forgets.
@@ -49,7 +54,11 @@ fn near() -> DijiangOptions {
     DijiangOptions::new().with_near(Some(Near::new(8, 1)))
 }
 
-fn calibrate(layer: &mut DijiangAttention<f64>, samples: &[Array2<f64>], options: &CalibrateOptions) -> CalibrateReport {
+fn calibrate(
+    layer: &mut DijiangAttention<f64>,
+    samples: &[Array2<f64>],
+    options: &CalibrateOptions,
+) -> CalibrateReport {
     let views: Vec<ArrayView2<'_, f64>> = samples.iter().map(|sample| sample.view()).collect();
     layer.calibrate(&views, options, |_| ControlFlow::Continue(())).unwrap()
 }
@@ -80,18 +89,32 @@ fn the_gradient_goes_far_beyond_the_closed_form() {
         });
         let report = report.unwrap();
         let closed: f64 = report.heads.iter().map(|head| head.closed_form).sum::<f64>() / 2.0;
-        assert!(report.after() < gain * closed && report.after() < report.before(), "{causality:?} {options:?}: {report:?}");
+        assert!(
+            report.after() < gain * closed && report.after() < report.before(),
+            "{causality:?} {options:?}: {report:?}"
+        );
         assert!(report.heads.iter().all(|head| head.after <= head.before));
-        assert_eq!((report.held_out, report.tokens), (samples[8].nrows(), samples[..8].iter().map(Array2::nrows).sum()));
+        assert_eq!(
+            (report.held_out, report.tokens),
+            (samples[8].nrows(), samples[..8].iter().map(Array2::nrows).sum())
+        );
         let all_far = options.0.near.is_none() || causality == Causality::Bidirectional;
         let mass = |mass: f64| if all_far { mass == 1.0 } else { mass > 0.1 && mass < 0.95 };
         assert!(report.heads.iter().all(|head| mass(head.far_mass)), "{report:?}");
-        assert!(told.iter().enumerate().all(|(i, told)| told.done == i + 1 && told.done <= told.total));
+        assert!(
+            told.iter().enumerate().all(|(i, told)| told.done == i + 1 && told.done <= told.total)
+        );
         // The last look at the mix is not one for a smaller error.
-        assert!(told[..told.len() - 1].windows(2).all(|pair| pair[1].error <= pair[0].error && pair[1].total == pair[0].total));
+        assert!(
+            told[..told.len() - 1]
+                .windows(2)
+                .all(|pair| pair[1].error <= pair[0].error && pair[1].total == pair[0].total)
+        );
         let last = told[told.len() - 1];
         assert_eq!((last.done, last.error), (last.total, report.after()));
-        for (head, (params, log_decay)) in report.heads.iter().zip(numbers(&layer).0.into_iter().zip(layer.log_decay())) {
+        for (head, (params, log_decay)) in
+            report.heads.iter().zip(numbers(&layer).0.into_iter().zip(layer.log_decay()))
+        {
             assert_eq!((head.log_mix, head.log_decay), (params.log_mix, *log_decay));
             assert_eq!(decay == Fit::Train, *log_decay < 0.0);
         }
@@ -106,11 +129,15 @@ fn tied_sides_stay_tied() {
     assert!(report.heads.iter().all(|head| head.after < head.closed_form), "{report:?}");
     let after = numbers(&layer).0;
     for params in &after {
-        assert_eq!((&params.query.scale, &params.query.radii), (&params.key.scale, &params.key.radii));
+        assert_eq!(
+            (&params.query.scale, &params.query.radii),
+            (&params.key.scale, &params.key.radii)
+        );
     }
     // A head that nothing made better keeps its numbers; not all of them do.
-    let moved =
-        |(params, before): (&DctParams, &DctParams)| params.query.scale != before.query.scale && params.query.radii != before.query.radii;
+    let moved = |(params, before): (&DctParams, &DctParams)| {
+        params.query.scale != before.query.scale && params.query.radii != before.query.radii
+    };
     assert!(after.iter().zip(&before).any(moved), "{report:?}");
 }
 
@@ -136,7 +163,9 @@ fn projections_change_only_when_asked() {
         let report = calibrate(&mut layer, &samples, &options.clone().with_projection(fit));
         (layer, report)
     };
-    let all = |layer: &DijiangAttention<f64>, fits: fn(&Projection) -> bool| layer.maps().iter().all(|map| fits(&map.params().projection));
+    let all = |layer: &DijiangAttention<f64>, fits: fn(&Projection) -> bool| {
+        layer.maps().iter().all(|map| fits(&map.params().projection))
+    };
     let (layer, plain) = fitted(ProjectionFit::Keep);
     assert!(all(&layer, |projection| *projection == Projection::Dct));
     let (layer, deep) = fitted(ProjectionFit::Deep);
@@ -155,8 +184,15 @@ fn never_worse_than_given() {
     let samples = texts();
     for rate in [5.0, 1e3, 1e300] {
         let mut layer = layer(near());
-        let report = calibrate(&mut layer, &samples, &CalibrateOptions::new().with_learning_rate(rate).with_decay(Fit::Train));
-        assert!(report.heads.iter().all(|head| head.after.is_finite() && head.after <= head.before), "{report:?}");
+        let report = calibrate(
+            &mut layer,
+            &samples,
+            &CalibrateOptions::new().with_learning_rate(rate).with_decay(Fit::Train),
+        );
+        assert!(
+            report.heads.iter().all(|head| head.after.is_finite() && head.after <= head.before),
+            "{report:?}"
+        );
     }
     // A second calibration starts from the first one's end.
     let mut layer = layer(near());
@@ -185,10 +221,13 @@ fn cancelled_calibrations_change_nothing() {
     let samples = [text(60, 1), text(50, 2)];
     for stop in [1, 14, 15, 40, 74] {
         let options = CalibrateOptions::new().with_decay(Fit::Train);
-        let result = layer.calibrate(&[samples[0].view(), samples[1].view()], &options, |progress| match progress.done == stop {
-            true => ControlFlow::Break(()),
-            false => ControlFlow::Continue(()),
-        });
+        let result =
+            layer.calibrate(&[samples[0].view(), samples[1].view()], &options, |progress| {
+                match progress.done == stop {
+                    true => ControlFlow::Break(()),
+                    false => ControlFlow::Continue(()),
+                }
+            });
         assert_eq!(result, Err(Error::Cancelled), "{stop}");
         assert_eq!(numbers(&layer), before);
     }
@@ -212,7 +251,8 @@ fn a_limit_of_time_ends_it() {
 #[test]
 fn threads_change_no_bit() {
     let samples = texts();
-    let options = CalibrateOptions::new().with_steps(15).with_batch(3).with_decay(Fit::Train).with_seed(5);
+    let options =
+        CalibrateOptions::new().with_steps(15).with_batch(3).with_decay(Fit::Train).with_seed(5);
     let run = |threads| {
         common::on_threads(threads, || {
             let mut layer = layer(near());
@@ -241,7 +281,10 @@ fn short_samples() {
     let before = numbers(&with);
     let (a, b) = (text(16, 1), text(3, 2));
     let result = with.calibrate(&[b.view(), a.view()], &options, |_| ControlFlow::Continue(()));
-    assert_eq!(result, Err(Error::Value { argument: "samples", expected: "longer than the near part", got: 16.0 }));
+    assert_eq!(
+        result,
+        Err(Error::Value { argument: "samples", expected: "longer than the near part", got: 16.0 })
+    );
     assert_eq!(numbers(&with), before);
 }
 
@@ -250,7 +293,8 @@ fn impossible_options() {
     let mut layer = layer(near());
     let (before, sample) = (numbers(&layer), text(60, 1));
     let mut refused = |options: CalibrateOptions| {
-        let error = layer.calibrate(&[sample.view()], &options, |_| panic!("nothing to tell")).unwrap_err();
+        let error =
+            layer.calibrate(&[sample.view()], &options, |_| panic!("nothing to tell")).unwrap_err();
         assert_eq!(numbers(&layer), before);
         argument(&error)
     };
@@ -262,16 +306,28 @@ fn impossible_options() {
     assert_eq!(refused(plain().with_batch(0)), "batch");
     assert_eq!(refused(plain().with_steps(usize::MAX)), "steps");
 
-    let mut layer = DijiangAttention::from_softmax(&exact(Causality::Bidirectional), near()).unwrap();
-    let result = layer.calibrate(&[sample.view()], &plain().with_decay(Fit::Train), |_| ControlFlow::Continue(()));
-    assert_eq!(result, Err(Error::Conflict { argument: "decay", other: "bidirectional attention" }));
+    let mut layer =
+        DijiangAttention::from_softmax(&exact(Causality::Bidirectional), near()).unwrap();
+    let result = layer.calibrate(&[sample.view()], &plain().with_decay(Fit::Train), |_| {
+        ControlFlow::Continue(())
+    });
+    assert_eq!(
+        result,
+        Err(Error::Conflict { argument: "decay", other: "bidirectional attention" })
+    );
 }
 
-fn choose(causality: Causality, options: &ChooseOptions) -> dijiang::Result<(DijiangAttention<f64>, ChooseReport)> {
+fn choose(
+    causality: Causality,
+    options: &ChooseOptions,
+) -> dijiang::Result<(DijiangAttention<f64>, ChooseReport)> {
     let samples = texts();
     let views: Vec<ArrayView2<'_, f64>> = samples.iter().map(|sample| sample.view()).collect();
     DijiangAttention::choose(&exact(causality), &views, options, |progress| {
-        assert!(progress.trial <= progress.trials && progress.calibrate.done <= progress.calibrate.total);
+        assert!(
+            progress.trial <= progress.trials
+                && progress.calibrate.done <= progress.calibrate.total
+        );
         ControlFlow::Continue(())
     })
 }
@@ -286,7 +342,11 @@ fn choice() -> ChooseOptions {
 fn a_choice_without_limits_takes_what_lowers_the_error() {
     let (layer, report) = choose(Causality::Causal, &choice()).unwrap();
     let trials = &report.trials;
-    assert_eq!(trials.len(), 5, "two near parts, two numbers of blocks, three projections: {trials:?}");
+    assert_eq!(
+        trials.len(),
+        5,
+        "two near parts, two numbers of blocks, three projections: {trials:?}"
+    );
     assert!(trials[1].error < trials[0].error, "{trials:?}");
     assert_eq!((layer.near(), report.near), (Some(Near::new(16, 1)), Some(Near::new(16, 1))));
     assert_eq!(layer.maps()[0].params().features(), 8 * report.blocks);
@@ -340,6 +400,9 @@ fn impossible_choices_are_errors() {
         assert_eq!(argument(&choose(Causality::Causal, &options).unwrap_err()), name);
     }
     let sample = text(100, 1);
-    let cancelled = DijiangAttention::choose(&exact(Causality::Causal), &[sample.view()], &choice(), |_| ControlFlow::Break(()));
+    let cancelled =
+        DijiangAttention::choose(&exact(Causality::Causal), &[sample.view()], &choice(), |_| {
+            ControlFlow::Break(())
+        });
     assert!(matches!(cancelled, Err(Error::Cancelled)));
 }

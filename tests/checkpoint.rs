@@ -19,8 +19,12 @@ use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-const FAMILIES: [(&str, Family); 4] =
-    [("hf-llama", Family::Llama), ("hf-gpt_neox", Family::GptNeox), ("hf-opt", Family::Opt), ("hf-bert", Family::Bert)];
+const FAMILIES: [(&str, Family); 4] = [
+    ("hf-llama", Family::Llama),
+    ("hf-gpt_neox", Family::GptNeox),
+    ("hf-opt", Family::Opt),
+    ("hf-bert", Family::Bert),
+];
 
 fn golden(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
@@ -31,7 +35,8 @@ struct Directory(PathBuf);
 
 impl Directory {
     fn new(test: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("dijiang-checkpoint-{}-{test}", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("dijiang-checkpoint-{}-{test}", std::process::id()));
         fs::create_dir_all(&path).unwrap();
         Self(path)
     }
@@ -50,7 +55,9 @@ impl Directory {
     }
 
     fn write_tensors(&self, file: &str, tensors: &Stored) {
-        let views = tensors.iter().map(|(name, (dtype, shape, bytes))| (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+        let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
+            (name, TensorView::new(*dtype, shape.clone(), bytes).unwrap())
+        });
         self.write(file, safetensors::serialize(views, None).unwrap());
     }
 
@@ -71,7 +78,12 @@ type Stored = BTreeMap<String, (Dtype, Vec<usize>, Vec<u8>)>;
 fn stored(name: &str) -> Stored {
     let bytes = fs::read(golden(name).join("model.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    tensors.iter().map(|(name, view)| (name.to_owned(), (view.dtype(), view.shape().to_vec(), view.data().to_vec()))).collect()
+    tensors
+        .iter()
+        .map(|(name, view)| {
+            (name.to_owned(), (view.dtype(), view.shape().to_vec(), view.data().to_vec()))
+        })
+        .collect()
 }
 
 /// The same numbers, as well as two bytes hold them.
@@ -80,8 +92,12 @@ fn shortened(tensors: &Stored, dtype: Dtype) -> Stored {
         Dtype::F16 => f16::from_f32(f32::from_le_bytes(bytes)).to_le_bytes(),
         _ => bf16::from_f32(f32::from_le_bytes(bytes)).to_le_bytes(),
     };
-    let shorten = |bytes: &[u8]| bytes.as_chunks().0.iter().flat_map(|&bytes| short(bytes)).collect();
-    tensors.iter().map(|(name, (_, shape, bytes))| (name.clone(), (dtype, shape.clone(), shorten(bytes)))).collect()
+    let shorten =
+        |bytes: &[u8]| bytes.as_chunks().0.iter().flat_map(|&bytes| short(bytes)).collect();
+    tensors
+        .iter()
+        .map(|(name, (_, shape, bytes))| (name.clone(), (dtype, shape.clone(), shorten(bytes))))
+        .collect()
 }
 
 /// What [`Error::Format`] names.
@@ -102,9 +118,11 @@ fn every_family_gives_what_transformers_gave() {
             let mut attention = checkpoint.softmax_attention::<f32>(l).unwrap();
             if family == Family::Bert {
                 // The golden output is taken before the output projection.
-                let AttentionWeights { q, k, v, q_bias, k_bias, v_bias, .. } = AttentionWeights::clone(attention.weights());
+                let AttentionWeights { q, k, v, q_bias, k_bias, v_bias, .. } =
+                    AttentionWeights::clone(attention.weights());
                 let weights = AttentionWeights::new(q, k, v, Array2::eye(64));
-                let weights = weights.with_qkv_biases(q_bias.unwrap(), k_bias.unwrap(), v_bias.unwrap());
+                let weights =
+                    weights.with_qkv_biases(q_bias.unwrap(), k_bias.unwrap(), v_bias.unwrap());
                 attention = SoftmaxAttention::new(attention.config().clone(), weights).unwrap();
             }
             let rows = |what: &str| golden_rows(name, &format!("layers.{l}.attention_{what}"));
@@ -122,7 +140,9 @@ fn every_family_gives_what_transformers_gave() {
                 }
             }
         }
-        assert!(io.contains("layers.0.attention_input") && !io.contains("layers.2.attention_input"));
+        assert!(
+            io.contains("layers.0.attention_input") && !io.contains("layers.2.attention_input")
+        );
         let beyond = checkpoint.attention_weights::<f32>(2).unwrap_err();
         assert!(matches!(beyond, Error::Value { argument: "layer", .. }), "{beyond}");
     }
@@ -131,18 +151,34 @@ fn every_family_gives_what_transformers_gave() {
 fn golden_rows(name: &str, tensor: &str) -> Array3<f32> {
     let bytes = fs::read(golden(name).join("io.safetensors")).unwrap();
     let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let values = tensors.tensor(tensor).unwrap().data().as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)).collect();
+    let values = tensors
+        .tensor(tensor)
+        .unwrap()
+        .data()
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&bytes| f32::from_le_bytes(bytes))
+        .collect();
     Array3::from_shape_vec((2, 40, 64), values).unwrap()
 }
 
 #[test]
 fn prefixes_shards_and_short_floats() {
     // The golden BERT is stored without its prefix, the others with theirs.
-    for (name, prefix) in [("hf-llama", "model."), ("hf-gpt_neox", "gpt_neox."), ("hf-opt", "model."), ("hf-bert", "bert.")] {
+    for (name, prefix) in [
+        ("hf-llama", "model."),
+        ("hf-gpt_neox", "gpt_neox."),
+        ("hf-opt", "model."),
+        ("hf-bert", "bert."),
+    ] {
         let directory = Directory::copy(&format!("prefix-{name}"), name);
         let whole = directory.weights().unwrap();
-        let rename = |name: &str| name.strip_prefix(prefix).map_or_else(|| format!("{prefix}{name}"), str::to_owned);
-        let renamed = stored(name).into_iter().map(|(name, tensor)| (rename(&name), tensor)).collect();
+        let rename = |name: &str| {
+            name.strip_prefix(prefix).map_or_else(|| format!("{prefix}{name}"), str::to_owned)
+        };
+        let renamed =
+            stored(name).into_iter().map(|(name, tensor)| (rename(&name), tensor)).collect();
         directory.write_tensors("model.safetensors", &renamed);
         assert_eq!(directory.weights().unwrap(), whole, "{name} with other prefixes");
     }
@@ -150,10 +186,18 @@ fn prefixes_shards_and_short_floats() {
     for dtype in [Dtype::F16, Dtype::BF16] {
         directory.write_tensors("model.safetensors", &shortened(&stored("hf-llama"), dtype));
         let whole = directory.weights().unwrap();
-        let exact = Checkpoint::open(golden("hf-llama")).unwrap().attention_weights::<f32>(0).unwrap();
-        let rounded = |x: f32| if dtype == Dtype::F16 { f16::from_f32(x).to_f32() } else { bf16::from_f32(x).to_f32() };
+        let exact =
+            Checkpoint::open(golden("hf-llama")).unwrap().attention_weights::<f32>(0).unwrap();
+        let rounded = |x: f32| {
+            if dtype == Dtype::F16 { f16::from_f32(x).to_f32() } else { bf16::from_f32(x).to_f32() }
+        };
         let AttentionWeights { q, k, v, o, .. } = AttentionWeights::clone(&exact);
-        let expected = AttentionWeights::new(q.mapv(rounded), k.mapv(rounded), v.mapv(rounded), o.mapv(rounded));
+        let expected = AttentionWeights::new(
+            q.mapv(rounded),
+            k.mapv(rounded),
+            v.mapv(rounded),
+            o.mapv(rounded),
+        );
         assert!(expected == whole && expected != exact, "{dtype:?}");
 
         fs::remove_file(directory.0.join("model.safetensors")).unwrap();
@@ -162,18 +206,33 @@ fn prefixes_shards_and_short_floats() {
         directory.write_tensors("a.safetensors", &first);
         directory.write_tensors("b.safetensors", &second);
         let file = |(name, file): (&String, &str)| (name.clone(), json!(file));
-        let names = first.keys().map(|name| (name, "a.safetensors")).chain(second.keys().map(|name| (name, "b.safetensors")));
+        let names = first
+            .keys()
+            .map(|name| (name, "a.safetensors"))
+            .chain(second.keys().map(|name| (name, "b.safetensors")));
         let map: serde_json::Map<String, Value> = names.map(file).collect();
-        directory.write("model.safetensors.index.json", json!({ "metadata": {}, "weight_map": map }).to_string());
+        directory.write(
+            "model.safetensors.index.json",
+            json!({ "metadata": {}, "weight_map": map }).to_string(),
+        );
         assert_eq!(directory.weights().unwrap(), whole);
         fs::remove_file(directory.0.join("model.safetensors.index.json")).unwrap();
     }
     for elsewhere in ["../a.safetensors", "/etc/passwd", "", ".."] {
-        directory.write("model.safetensors.index.json", json!({ "weight_map": { "model.norm.weight": elsewhere } }).to_string());
+        directory.write(
+            "model.safetensors.index.json",
+            json!({ "weight_map": { "model.norm.weight": elsewhere } }).to_string(),
+        );
         assert!(named(directory.weights()).ends_with("weight_map"), "{elsewhere}");
     }
-    directory.write("model.safetensors.index.json", json!({ "weight_map": { "a": "missing.safetensors" } }).to_string());
-    assert!(matches!(directory.weights().unwrap_err(), Error::Io { kind: std::io::ErrorKind::NotFound, .. }));
+    directory.write(
+        "model.safetensors.index.json",
+        json!({ "weight_map": { "a": "missing.safetensors" } }).to_string(),
+    );
+    assert!(matches!(
+        directory.weights().unwrap_err(),
+        Error::Io { kind: std::io::ErrorKind::NotFound, .. }
+    ));
     directory.write("model.safetensors.index.json", "{");
     assert!(named(directory.weights()).ends_with("index.json"));
 }
@@ -185,9 +244,13 @@ fn damaged_files_are_refused() {
     let header = 8 + u64::from_le_bytes(*bytes.first_chunk().unwrap()) as usize;
     for keep in (0..header + 64).step_by(97).chain([bytes.len() / 2, bytes.len() - 1]) {
         directory.write("model.safetensors", &bytes[..keep]);
-        assert!(matches!(directory.weights().unwrap_err(), Error::Format { .. } | Error::Io { .. }), "{keep} bytes");
+        assert!(
+            matches!(directory.weights().unwrap_err(), Error::Format { .. } | Error::Io { .. }),
+            "{keep} bytes"
+        );
     }
-    // A flipped bit of the header is found, or makes no difference to what is read, or to names nobody asks for.
+    // A flipped bit of the header is found, or makes no difference to what is read, or to names
+    // nobody asks for.
     for bit in (0..8 * header).step_by(13) {
         let mut flipped = bytes.clone();
         flipped[bit / 8] ^= 1 << (bit % 8);
@@ -197,7 +260,10 @@ fn damaged_files_are_refused() {
         }
     }
     fs::remove_file(directory.0.join("model.safetensors")).unwrap();
-    assert!(matches!(directory.weights().unwrap_err(), Error::Io { kind: std::io::ErrorKind::NotFound, .. }));
+    assert!(matches!(
+        directory.weights().unwrap_err(),
+        Error::Io { kind: std::io::ErrorKind::NotFound, .. }
+    ));
     fs::create_dir(directory.0.join("model.safetensors")).unwrap();
     assert!(matches!(directory.weights().unwrap_err(), Error::Io { .. }));
 }
@@ -232,7 +298,9 @@ fn foreign_tensors_are_refused() {
         });
         assert!(whole_numbers.ends_with(tensor));
         for bad in [f32::NAN, f32::NEG_INFINITY, 3e38] {
-            let not_finite = change(&|tensors| tensors.get_mut(tensor).unwrap().2[8..12].copy_from_slice(&bad.to_le_bytes()));
+            let not_finite = change(&|tensors| {
+                tensors.get_mut(tensor).unwrap().2[8..12].copy_from_slice(&bad.to_le_bytes())
+            });
             assert!(not_finite.ends_with(tensor));
         }
     }
@@ -241,7 +309,8 @@ fn foreign_tensors_are_refused() {
 #[test]
 fn impossible_configs_are_refused() {
     let directory = Directory::copy("configs", "hf-llama");
-    let good: Value = serde_json::from_slice(&fs::read(golden("hf-llama").join("config.json")).unwrap()).unwrap();
+    let good: Value =
+        serde_json::from_slice(&fs::read(golden("hf-llama").join("config.json")).unwrap()).unwrap();
     let open = |key: &str, value: Value| {
         let mut config = good.clone();
         config[key] = value;
@@ -263,31 +332,51 @@ fn impossible_configs_are_refused() {
         let text = value.to_string();
         assert!(named(open(key, value)).ends_with(key), "{key}: {text}");
     }
-    for (key, value) in [("rope_theta", json!(-1.0)), ("rope_scaling", json!({ "type": "linear", "factor": 0.0 })), ("head_dim", json!(7))]
-    {
+    for (key, value) in [
+        ("rope_theta", json!(-1.0)),
+        ("rope_scaling", json!({ "type": "linear", "factor": 0.0 })),
+        ("head_dim", json!(7)),
+    ] {
         assert!(named(open(key, value)).ends_with("attention"), "{key}");
     }
     for value in [json!(-1), json!("8"), json!(null), json!(8.5)] {
         assert!(named(open("hidden_size", value)).ends_with("config.json"));
     }
     // Sizes that no file can hold meet the file before they meet memory.
-    for (key, value) in [("hidden_size", json!(1 << 30)), ("num_attention_heads", json!(1 << 20)), ("head_dim", json!(1 << 20))] {
+    for (key, value) in [
+        ("hidden_size", json!(1 << 30)),
+        ("num_attention_heads", json!(1 << 20)),
+        ("head_dim", json!(1 << 20)),
+    ] {
         let found = open(key, value).and_then(|checkpoint| checkpoint.attention_weights::<f64>(0));
         assert!(matches!(found.unwrap_err(), Error::Format { .. }), "{key}");
     }
     assert_eq!(open("num_hidden_layers", json!(1 << 30)).unwrap().layers(), 1 << 30);
-    let scaling = |value| open("rope_scaling", value).unwrap().attention_config().rotary.clone().unwrap().scaling;
+    let scaling = |value| {
+        open("rope_scaling", value).unwrap().attention_config().rotary.clone().unwrap().scaling
+    };
     assert_eq!(scaling(json!({ "rope_type": "default" })), RotaryScaling::None);
-    assert_eq!(scaling(json!({ "type": "linear", "factor": 2.0 })), RotaryScaling::Linear { factor: 2.0 });
+    assert_eq!(
+        scaling(json!({ "type": "linear", "factor": 2.0 })),
+        RotaryScaling::Linear { factor: 2.0 }
+    );
     let llama3 = json!({ "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192 });
     assert!(matches!(scaling(llama3), RotaryScaling::Llama3 { original_context: 8192, .. }));
     // Newer files have base, scaling and share of rotated coordinates in one place.
     for (name, older) in [("hf-llama", "rope_theta"), ("hf-gpt_neox", "rotary_emb_base")] {
         let directory = Directory::copy(&format!("newer-{name}"), name);
-        let mut config: Value = serde_json::from_slice(&fs::read(golden(name).join("config.json")).unwrap()).unwrap();
+        let mut config: Value =
+            serde_json::from_slice(&fs::read(golden(name).join("config.json")).unwrap()).unwrap();
         let object = config.as_object_mut().unwrap();
-        for key in [older, "rotary_emb_base", "rope_theta", "rotary_pct", "partial_rotary_factor", "rope_scaling"] {
+        for key in [
+            older,
+            "rotary_emb_base",
+            "rope_theta",
+            "rotary_pct",
+            "partial_rotary_factor",
+            "rope_scaling",
+        ] {
             object.remove(key);
         }
         let parameters = json!({ "rope_type": "linear", "factor": 3.0, "rope_theta": 5e5, "partial_rotary_factor": 0.5 });
@@ -295,12 +384,17 @@ fn impossible_configs_are_refused() {
         directory.write("config.json", config.to_string());
         let checkpoint = Checkpoint::open(&directory.0).unwrap();
         let rotary = checkpoint.attention_config().rotary.clone().unwrap();
-        assert_eq!((rotary.base, rotary.scaling), (5e5, RotaryScaling::Linear { factor: 3.0 }), "{name}");
+        assert_eq!(
+            (rotary.base, rotary.scaling),
+            (5e5, RotaryScaling::Linear { factor: 3.0 }),
+            "{name}"
+        );
         assert_eq!(rotary.dims, (name == "hf-gpt_neox").then_some(8), "{name}");
     }
 
     let directory = Directory::copy("configs-bert", "hf-bert");
-    let mut config: Value = serde_json::from_slice(&fs::read(golden("hf-bert").join("config.json")).unwrap()).unwrap();
+    let mut config: Value =
+        serde_json::from_slice(&fs::read(golden("hf-bert").join("config.json")).unwrap()).unwrap();
     config["position_embedding_type"] = json!("relative_key");
     directory.write("config.json", config.to_string());
     assert!(named(Checkpoint::open(&directory.0)).ends_with("position_embedding_type"));

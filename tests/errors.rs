@@ -22,31 +22,49 @@ fn build(config: LinearConfig, maps: Vec<TestMap<f64>>) -> Error {
 #[test]
 fn no_maps() {
     assert_eq!(build(LinearConfig::new(), Vec::new()), Error::Empty { argument: "maps" });
-    assert_eq!(build(LinearConfig::new().with_heads(4), Vec::new()), Error::Empty { argument: "maps" });
+    assert_eq!(
+        build(LinearConfig::new().with_heads(4), Vec::new()),
+        Error::Empty { argument: "maps" }
+    );
 }
 
 #[test]
 fn maps_that_differ() {
     let error = build(LinearConfig::new(), vec![map(4, 6), map(4, 6), map(5, 6)]);
-    assert!(matches!(error, Error::Shape { argument: "maps", expected: 4, got: 5, .. }), "{error:?}");
+    assert!(
+        matches!(error, Error::Shape { argument: "maps", expected: 4, got: 5, .. }),
+        "{error:?}"
+    );
     let error = build(LinearConfig::new(), vec![map(4, 6), map(4, 7)]);
-    assert!(matches!(error, Error::Shape { argument: "maps", expected: 6, got: 7, .. }), "{error:?}");
+    assert!(
+        matches!(error, Error::Shape { argument: "maps", expected: 6, got: 7, .. }),
+        "{error:?}"
+    );
 }
 
 #[test]
 fn maps_without_coordinates_or_features() {
     for (d, m) in [(0, 3), (3, 0), (0, 0)] {
         let error = build(LinearConfig::new(), vec![map(d, m)]);
-        assert!(matches!(error, Error::Value { got: 0.0, .. }) && argument(&error).contains("map"), "{error:?}");
+        assert!(
+            matches!(error, Error::Value { got: 0.0, .. }) && argument(&error).contains("map"),
+            "{error:?}"
+        );
     }
 }
 
 #[test]
 fn heads_that_cannot_be_shared_out() {
     let error = build(LinearConfig::new().with_heads(5), vec![map(4, 6), map(4, 6)]);
-    assert!(matches!(error, Error::NotDivisible { argument: "heads", divisor_value: 2, got: 5, .. }), "{error:?}");
+    assert!(
+        matches!(error, Error::NotDivisible { argument: "heads", divisor_value: 2, got: 5, .. }),
+        "{error:?}"
+    );
     let error = build(LinearConfig::new().with_heads(1), vec![map(4, 6), map(4, 6)]);
-    assert!(matches!(error, Error::NotDivisible { argument: "heads", divisor_value: 2, got: 1, .. }), "{error:?}");
+    assert!(
+        matches!(error, Error::NotDivisible { argument: "heads", divisor_value: 2, got: 1, .. }),
+        "{error:?}"
+    );
     let error = build(LinearConfig::new().with_heads(0), vec![map(4, 6)]);
     assert!(matches!(error, Error::Value { argument: "heads", got: 0.0, .. }), "{error:?}");
 }
@@ -57,7 +75,10 @@ fn value_dim_of_zero_or_beyond_memory() {
     assert!(matches!(error, Error::Value { argument: "value_dim", got: 0.0, .. }), "{error:?}");
     for value_dim in [usize::MAX, usize::MAX / 2, usize::MAX / 64, 1 << 60] {
         let error = build(LinearConfig::new().with_value_dim(value_dim), vec![map(4, 6)]);
-        assert!(matches!(error, Error::TooLarge { argument: "value_dim", .. }), "{value_dim}: {error:?}");
+        assert!(
+            matches!(error, Error::TooLarge { argument: "value_dim", .. }),
+            "{value_dim}: {error:?}"
+        );
     }
 }
 
@@ -74,15 +95,28 @@ fn scales_that_are_no_positive_number() {
 #[test]
 fn near_parts_of_no_chunk_or_beyond_memory() {
     let linear = |near| build(LinearConfig::new().with_near(near), vec![map(4, 6)]);
-    let exact = |near| ExactConfig::new(1, 4).with_near(near).build::<f32>().map(|_| ()).unwrap_err();
+    let exact =
+        |near| ExactConfig::new(1, 4).with_near(near).build::<f32>().map(|_| ()).unwrap_err();
     for back in [0, 1, usize::MAX] {
         for error in [linear(Near::new(0, back)), exact(Near::new(0, back))] {
-            assert!(matches!(error, Error::Value { .. }) && argument(&error).contains("chunk"), "{error:?}");
+            assert!(
+                matches!(error, Error::Value { .. }) && argument(&error).contains("chunk"),
+                "{error:?}"
+            );
         }
     }
-    for (chunk, back) in [(usize::MAX, 0), (usize::MAX, usize::MAX), (1, usize::MAX), (1 << 40, 1 << 40), (1 << 62, 1)] {
+    for (chunk, back) in [
+        (usize::MAX, 0),
+        (usize::MAX, usize::MAX),
+        (1, usize::MAX),
+        (1 << 40, 1 << 40),
+        (1 << 62, 1),
+    ] {
         let error = linear(Near::new(chunk, back));
-        assert!(matches!(error, Error::TooLarge { .. }) && argument(&error).contains("near"), "{error:?}");
+        assert!(
+            matches!(error, Error::TooLarge { .. }) && argument(&error).contains("near"),
+            "{error:?}"
+        );
     }
 }
 
@@ -98,21 +132,32 @@ fn decay_that_grows_or_is_no_number() {
     }
     for log_decay in [&[-0.1][..], &[-0.1; 3]] {
         let error = build(config(log_decay), vec![map(4, 6), map(4, 6)]);
-        assert_eq!(error, Error::Length { argument: "log_decay", expected: 2, got: log_decay.len() });
+        assert_eq!(
+            error,
+            Error::Length { argument: "log_decay", expected: 2, got: log_decay.len() }
+        );
     }
 }
 
 #[test]
 fn exact_configurations() {
     let build = |config: ExactConfig| config.build::<f64>().map(|_| ()).unwrap_err();
-    let zero = |error: Error, name| assert!(matches!(error, Error::Value { got: 0.0, .. }) && argument(&error) == name, "{error:?}");
+    let zero = |error: Error, name| {
+        assert!(
+            matches!(error, Error::Value { got: 0.0, .. }) && argument(&error) == name,
+            "{error:?}"
+        )
+    };
     zero(build(ExactConfig::new(0, 4)), "heads");
     zero(build(ExactConfig::new(2, 0).with_scale(1.0)), "dim");
     assert_eq!(argument(&build(ExactConfig::new(2, 0))), "dim");
     zero(build(ExactConfig::new(2, 4).with_kv_heads(0)), "kv_heads");
     zero(build(ExactConfig::new(2, 4).with_value_dim(0)), "value_dim");
     let error = build(ExactConfig::new(6, 4).with_kv_heads(4));
-    assert_eq!(error, Error::NotDivisible { argument: "heads", divisor: "kv_heads", divisor_value: 4, got: 6 });
+    assert_eq!(
+        error,
+        Error::NotDivisible { argument: "heads", divisor: "kv_heads", divisor_value: 4, got: 6 }
+    );
     for (config, name) in [
         (ExactConfig::new(1, usize::MAX), "dim"),
         (ExactConfig::new(1, 4).with_value_dim(usize::MAX), "value_dim"),
@@ -123,12 +168,16 @@ fn exact_configurations() {
     }
     // A cache holds something for every key-value head.
     let error = build(ExactConfig::new(1 << 60, 4));
-    assert!(matches!(error, Error::TooLarge { .. }) && argument(&error).contains("heads"), "{error:?}");
+    assert!(
+        matches!(error, Error::TooLarge { .. }) && argument(&error).contains("heads"),
+        "{error:?}"
+    );
 }
 
 /// h = 4, h_kv = 2, d = 5, e = 3, m = 8.
 fn setups() -> [Setup; 3] {
-    [Setup::new(1), Setup::new(2).near(8, 1), Setup::new(3).decay(-0.1)].map(|setup| setup.heads(4, 2))
+    [Setup::new(1), Setup::new(2).near(8, 1), Setup::new(3).decay(-0.1)]
+        .map(|setup| setup.heads(4, 2))
 }
 
 /// A state with a past, and what an undisturbed one yields for the next tokens.
@@ -154,7 +203,8 @@ impl<'a, T: Real, A: Stream<T>> Witness<'a, T, A> {
     fn unharmed(&mut self, context: &str, result: Result<()>) -> Error {
         let Err(error) = result else { panic!("{context}: accepted") };
         assert!(self.state == self.before, "{context}: {error} changed the state");
-        let out = self.attention.prefill_of(&mut self.state.clone(), &self.next, KeyMask::All).unwrap();
+        let out =
+            self.attention.prefill_of(&mut self.state.clone(), &self.next, KeyMask::All).unwrap();
         assert_same_bits(format!("{context}, after {error}"), &out, &self.expected);
         error
     }
@@ -189,19 +239,39 @@ fn shapes_of_many_tokens() {
                     let mut wrong = shapes.map(|(_, shape)| shape);
                     wrong[i][axis] = got;
                     let [q, k, v, mut out] = wrong.map(Array3::<T>::zeros);
-                    let expected = Error::Shape { argument: name, axis, expected: shape[axis], got };
+                    let expected =
+                        Error::Shape { argument: name, axis, expected: shape[axis], got };
                     let context = format!("{name} as {:?}", wrong[i]);
-                    let result = attention.prefill_into(&mut witness.state, &q, &k, &v, KeyMask::All, &mut out, &mut workspace);
+                    let result = attention.prefill_into(
+                        &mut witness.state,
+                        &q,
+                        &k,
+                        &v,
+                        KeyMask::All,
+                        &mut out,
+                        &mut workspace,
+                    );
                     assert_eq!(witness.unharmed(&context, result), expected, "{context}");
                     if name != "out" {
                         let inputs = Inputs { q: q.clone(), k: k.clone(), v: v.clone() };
-                        let result = attention.prefill_of(&mut witness.state, &inputs, KeyMask::All).map(|_| ());
-                        assert_eq!(witness.unharmed(&context, result), expected, "{context}, allocating");
-                        assert_eq!(attention.causal_of(&inputs, KeyMask::All).unwrap_err(), expected, "{context}, causal");
+                        let result = attention
+                            .prefill_of(&mut witness.state, &inputs, KeyMask::All)
+                            .map(|_| ());
+                        assert_eq!(
+                            witness.unharmed(&context, result),
+                            expected,
+                            "{context}, allocating"
+                        );
+                        assert_eq!(
+                            attention.causal_of(&inputs, KeyMask::All).unwrap_err(),
+                            expected,
+                            "{context}, causal"
+                        );
                     }
                     // Full attention takes any number of keys, of at least one.
                     if setup.is_pure() && !(name == "k" && axis == 1) {
-                        let result = attention.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace);
+                        let result =
+                            attention.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace);
                         assert_eq!(result.unwrap_err(), expected, "{context}, full");
                     }
                 }
@@ -230,7 +300,8 @@ fn shapes_beyond_memory() {
         }
     }
     for_all!(check);
-    let attention = LinearConfig::new().with_heads(1 << 60).with_value_dim(3).build(vec![map(5, 8)]).unwrap();
+    let attention =
+        LinearConfig::new().with_heads(1 << 60).with_value_dim(3).build(vec![map(5, 8)]).unwrap();
     let inputs = Setup::new(1).inputs(9, 9);
     let expected = Error::Shape { argument: "q", axis: 0, expected: 1 << 60, got: 1 };
     assert_eq!(attention.causal_of(&inputs, KeyMask::All).unwrap_err(), expected);
@@ -249,9 +320,13 @@ fn shapes_of_one_token() {
                     let mut wrong = shapes.map(|(_, shape)| shape);
                     wrong[i][axis] = got;
                     let [q, k, v, mut out] = wrong.map(Array2::<T>::zeros);
-                    let result = attention.step(&mut witness.state, &q, &k, &v, &mut out, &mut workspace);
+                    let result =
+                        attention.step(&mut witness.state, &q, &k, &v, &mut out, &mut workspace);
                     let error = witness.unharmed(&format!("{name} as {:?}", wrong[i]), result);
-                    assert_eq!(error, Error::Shape { argument: name, axis, expected: shape[axis], got });
+                    assert_eq!(
+                        error,
+                        Error::Shape { argument: name, axis, expected: shape[axis], got }
+                    );
                 }
             }
         }
@@ -267,14 +342,24 @@ fn empty_sequences() {
         let result = attention.prefill_of(&mut witness.state, &none, KeyMask::All).map(|_| ());
         let error = witness.unharmed("no tokens", result);
         assert_eq!(error, Error::Empty { argument: "q" });
-        let result = attention.prefill_of(&mut witness.state, &none, KeyMask::Valid(&[])).map(|_| ());
+        let result =
+            attention.prefill_of(&mut witness.state, &none, KeyMask::Valid(&[])).map(|_| ());
         assert_eq!(witness.unharmed("no tokens, no mask", result), Error::Empty { argument: "q" });
-        assert_eq!(attention.causal_of(&none, KeyMask::All).unwrap_err(), Error::Empty { argument: "q" });
+        assert_eq!(
+            attention.causal_of(&none, KeyMask::All).unwrap_err(),
+            Error::Empty { argument: "q" }
+        );
         if setup.is_pure() {
             let queries: Inputs<T> = setup.inputs(5, 0).cast();
-            assert_eq!(attention.full_of(&queries, KeyMask::All).unwrap_err(), Error::Empty { argument: "k" });
+            assert_eq!(
+                attention.full_of(&queries, KeyMask::All).unwrap_err(),
+                Error::Empty { argument: "k" }
+            );
             let keys: Inputs<T> = setup.inputs(0, 5).cast();
-            assert_eq!(attention.full_of(&keys, KeyMask::All).unwrap_err(), Error::Empty { argument: "q" });
+            assert_eq!(
+                attention.full_of(&keys, KeyMask::All).unwrap_err(),
+                Error::Empty { argument: "q" }
+            );
         }
     }
     for_all!(check);
@@ -304,17 +389,24 @@ fn masks_of_the_wrong_length() {
 
 /// Values no element may have: NaN, infinite, beyond the limit.
 fn bad<T: Real>() -> [T; 6] {
-    [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, T::LIMIT * 1.01, -T::LIMIT * 1.01, T::LIMIT * 1e20].map(T::from_f64)
+    [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, T::LIMIT * 1.01, -T::LIMIT * 1.01, T::LIMIT * 1e20]
+        .map(T::from_f64)
 }
 
 #[track_caller]
 fn assert_non_finite<T: Real>(error: &Error, name: &str, index: usize, got: T) {
-    let Error::NonFinite { argument, index: found, limit, got: value } = *error else { panic!("{error:?}") };
+    let Error::NonFinite { argument, index: found, limit, got: value } = *error else {
+        panic!("{error:?}")
+    };
     assert_eq!((argument, found, limit), (name, index, T::LIMIT), "{error:?}");
-    assert!(value == got.to_f64() || (value.is_nan() && got.to_f64().is_nan()), "{error:?}, not {got}");
+    assert!(
+        value == got.to_f64() || (value.is_nan() && got.to_f64().is_nan()),
+        "{error:?}, not {got}"
+    );
 }
 
-/// Long sequences are read while they are checked: what was read before the bad element is taken back.
+/// Long sequences are read while they are checked: what was read before the bad element is taken
+/// back.
 #[test]
 fn elements_beyond_the_limit_far_into_a_sequence() {
     fn check<T: Real, A: Stream<T>>(setup: &Setup, attention: &A) {
@@ -330,7 +422,8 @@ fn elements_beyond_the_limit_far_into_a_sequence() {
                     _ => &mut inputs.v,
                 };
                 x[(h, i, 1)] = T::from_f64(f64::NAN);
-                let result = attention.prefill_of(&mut witness.state, &inputs, KeyMask::All).map(|_| ());
+                let result =
+                    attention.prefill_of(&mut witness.state, &inputs, KeyMask::All).map(|_| ());
                 let error = witness.unharmed(&format!("{name} {h} {i}"), result);
                 assert_non_finite(&error, name, (h * n + i) * width + 1, T::from_f64(f64::NAN));
                 let mut mask = vec![true; n];
@@ -369,24 +462,47 @@ fn elements_beyond_the_limit() {
                         *x = swapped;
                     }
                     let context = format!("{name}[{position:?}] = {value}");
-                    let result = attention.prefill_of(&mut witness.state, &inputs, KeyMask::All).map(|_| ());
+                    let result =
+                        attention.prefill_of(&mut witness.state, &inputs, KeyMask::All).map(|_| ());
                     assert_non_finite(&witness.unharmed(&context, result), name, index, value);
-                    assert_non_finite(&attention.causal_of(&inputs, KeyMask::All).unwrap_err(), name, index, value);
+                    assert_non_finite(
+                        &attention.causal_of(&inputs, KeyMask::All).unwrap_err(),
+                        name,
+                        index,
+                        value,
+                    );
                     if setup.is_pure() {
-                        assert_non_finite(&attention.full_of(&inputs, KeyMask::All).unwrap_err(), name, index, value);
+                        assert_non_finite(
+                            &attention.full_of(&inputs, KeyMask::All).unwrap_err(),
+                            name,
+                            index,
+                            value,
+                        );
                     }
                     // A masked key or value is not looked at; a query always is.
                     let valid: Vec<bool> = (0..n).map(|j| j != position.1 && j != n - 1).collect();
-                    let result = attention.prefill_of(&mut witness.state.clone(), &inputs, KeyMask::Valid(&valid)).map(|_| ());
+                    let result = attention
+                        .prefill_of(&mut witness.state.clone(), &inputs, KeyMask::Valid(&valid))
+                        .map(|_| ());
                     if name == "q" {
                         assert_non_finite(&witness.unharmed(&context, result), name, index, value);
                     } else {
                         result.unwrap();
                         // Only the masked ones are excused.
-                        let result =
-                            attention.prefill_of(&mut witness.state, &inputs, KeyMask::Valid(&vec![position.1 != n - 1; n])).map(|_| ());
+                        let result = attention
+                            .prefill_of(
+                                &mut witness.state,
+                                &inputs,
+                                KeyMask::Valid(&vec![position.1 != n - 1; n]),
+                            )
+                            .map(|_| ());
                         if position.1 != n - 1 {
-                            assert_non_finite(&witness.unharmed(&context, result), name, index, value);
+                            assert_non_finite(
+                                &witness.unharmed(&context, result),
+                                name,
+                                index,
+                                value,
+                            );
                         } else {
                             result.unwrap();
                             witness = Witness::new(setup, attention);
@@ -412,8 +528,14 @@ fn elements_of_one_token_beyond_the_limit() {
                     let mut token = clean.token(0);
                     *token[i].iter_mut().nth(index).unwrap() = value;
                     let [q, k, v] = token;
-                    let result = attention.step(&mut witness.state, &q, &k, &v, &mut out, &mut workspace);
-                    assert_non_finite(&witness.unharmed(&format!("{name}[{index}] = {value}"), result), name, index, value);
+                    let result =
+                        attention.step(&mut witness.state, &q, &k, &v, &mut out, &mut workspace);
+                    assert_non_finite(
+                        &witness.unharmed(&format!("{name}[{index}] = {value}"), result),
+                        name,
+                        index,
+                        value,
+                    );
                 }
             }
         }
@@ -453,11 +575,24 @@ fn states_of_another_layer() {
         let mut witness = Witness::new(&other, &foreign);
         let result = attention.prefill_of(&mut witness.state, &inputs, KeyMask::All).map(|_| ());
         let error = witness.unharmed(&format!("{other:?}"), result);
-        assert!(matches!(error, Error::Foreign { argument: "state", expected, got, .. } if expected != got), "{other:?}: {error:?}");
+        assert!(
+            matches!(error, Error::Foreign { argument: "state", expected, got, .. } if expected != got),
+            "{other:?}: {error:?}"
+        );
         let [q, k, v] = inputs.token(0);
-        let result = attention.step(&mut witness.state, &q, &k, &v, &mut Array2::zeros((4, 3)), &mut attention.workspace());
+        let result = attention.step(
+            &mut witness.state,
+            &q,
+            &k,
+            &v,
+            &mut Array2::zeros((4, 3)),
+            &mut attention.workspace(),
+        );
         let error = witness.unharmed(&format!("{other:?}"), result);
-        assert!(matches!(error, Error::Foreign { argument: "state", expected, got, .. } if expected != got), "{other:?}: {error:?}");
+        assert!(
+            matches!(error, Error::Foreign { argument: "state", expected, got, .. } if expected != got),
+            "{other:?}: {error:?}"
+        );
     }
     // Another layer of the same shape is no stranger.
     let twin = Setup { seed: 9, ..home.clone() }.build::<f32>();
@@ -469,14 +604,26 @@ fn caches_of_another_layer() {
     let home = Setup::new(1).heads(4, 2);
     let attention = home.build_exact::<f64>();
     let inputs = home.inputs(5, 5);
-    for other in [home.clone().heads(4, 4), home.clone().sizes(6, 3, 8), home.clone().sizes(5, 4, 8)] {
+    for other in
+        [home.clone().heads(4, 4), home.clone().sizes(6, 3, 8), home.clone().sizes(5, 4, 8)]
+    {
         let foreign = other.build_exact::<f64>();
         let mut witness = Witness::new(&other, &foreign);
         let result = attention.prefill_of(&mut witness.state, &inputs, KeyMask::All).map(|_| ());
         let error = witness.unharmed(&format!("{other:?}"), result);
-        assert!(matches!(error, Error::Foreign { argument: "cache", expected, got, .. } if expected != got), "{other:?}: {error:?}");
+        assert!(
+            matches!(error, Error::Foreign { argument: "cache", expected, got, .. } if expected != got),
+            "{other:?}: {error:?}"
+        );
         let [q, k, v] = inputs.token(0);
-        let result = attention.step(&mut witness.state, &q, &k, &v, &mut Array2::zeros((4, 3)), &mut attention.workspace());
+        let result = attention.step(
+            &mut witness.state,
+            &q,
+            &k,
+            &v,
+            &mut Array2::zeros((4, 3)),
+            &mut attention.workspace(),
+        );
         let error = witness.unharmed(&format!("{other:?}"), result);
         assert!(matches!(error, Error::Foreign { argument: "cache", .. }), "{other:?}: {error:?}");
     }
@@ -488,18 +635,40 @@ fn workspaces_of_another_layer() {
         let mut witness = Witness::new(setup, attention);
         let Inputs { q, k, v }: Inputs<T> = setup.inputs(5, 5).cast();
         let mut out = Array3::zeros((4, 5, 3));
-        let foreign = |other: Setup| -> [Workspace<T>; 2] { [other.build::<T>().workspace(), other.build_exact::<T>().workspace()] };
+        let foreign = |other: Setup| -> [Workspace<T>; 2] {
+            [other.build::<T>().workspace(), other.build_exact::<T>().workspace()]
+        };
         let others = [setup.clone().sizes(6, 3, 8), setup.clone().sizes(5, 30, 8)].map(foreign);
         for mut workspace in others.into_iter().flatten() {
-            let result = attention.prefill_into(&mut witness.state, &q, &k, &v, KeyMask::All, &mut out, &mut workspace);
+            let result = attention.prefill_into(
+                &mut witness.state,
+                &q,
+                &k,
+                &v,
+                KeyMask::All,
+                &mut out,
+                &mut workspace,
+            );
             let error = witness.unharmed("workspace", result);
-            assert!(matches!(error, Error::Foreign { argument: "workspace", expected, got, .. } if expected != got), "{error:?}");
+            assert!(
+                matches!(error, Error::Foreign { argument: "workspace", expected, got, .. } if expected != got),
+                "{error:?}"
+            );
             let token = [&q, &k, &v].map(|x| x.index_axis(Axis(1), 0).to_owned());
-            let result = attention.step(&mut witness.state, &token[0], &token[1], &token[2], &mut Array2::zeros((4, 3)), &mut workspace);
+            let result = attention.step(
+                &mut witness.state,
+                &token[0],
+                &token[1],
+                &token[2],
+                &mut Array2::zeros((4, 3)),
+                &mut workspace,
+            );
             let error = witness.unharmed("workspace", result);
             assert!(matches!(error, Error::Foreign { argument: "workspace", .. }), "{error:?}");
             if setup.is_pure() {
-                let error = attention.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace).unwrap_err();
+                let error = attention
+                    .full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)
+                    .unwrap_err();
                 assert!(matches!(error, Error::Foreign { argument: "workspace", .. }), "{error:?}");
             }
         }
@@ -511,25 +680,35 @@ fn workspaces_of_another_layer() {
     let mut small = Setup::new(1).near(8, 1).build::<f32>().workspace();
     let Inputs { q, k, v }: Inputs<f32> = setup.inputs(5, 5).cast();
     let mut out = Array3::zeros((1, 5, 3));
-    let error = attention.prefill_into(&mut attention.new_state(), &q, &k, &v, KeyMask::All, &mut out, &mut small).unwrap_err();
+    let error = attention
+        .prefill_into(&mut attention.new_state(), &q, &k, &v, KeyMask::All, &mut out, &mut small)
+        .unwrap_err();
     assert!(matches!(error, Error::Foreign { argument: "workspace", .. }), "{error:?}");
 }
 
 #[test]
 fn full_attention_with_a_near_part_or_decay() {
-    for setup in [Setup::new(1).near(8, 1), Setup::new(1).decay(-0.1), Setup::new(1).near(8, 1).decay(-0.1)] {
+    for setup in
+        [Setup::new(1).near(8, 1), Setup::new(1).decay(-0.1), Setup::new(1).near(8, 1).decay(-0.1)]
+    {
         let attention = setup.build::<f32>();
         let inputs: Inputs<f32> = setup.inputs(5, 7).cast();
         let error = attention.full_of(&inputs, KeyMask::All).unwrap_err();
         let other = if setup.near.is_some() { "near" } else { "decay" };
-        assert!(matches!(error, Error::Conflict { other: name, .. } if name.contains(other)), "{error:?}");
+        assert!(
+            matches!(error, Error::Conflict { other: name, .. } if name.contains(other)),
+            "{error:?}"
+        );
         let mut out = Array3::from_elem((1, 5, setup.e), 7.0);
         let Inputs { q, k, v } = &inputs;
-        attention.full_into(q, k, v, KeyMask::All, &mut out, &mut attention.workspace()).unwrap_err();
+        attention
+            .full_into(q, k, v, KeyMask::All, &mut out, &mut attention.workspace())
+            .unwrap_err();
         assert!(out.iter().all(|&o| o == 7.0));
     }
     let setup = Setup::new(1).near(8, 1);
-    let error = setup.build_exact::<f32>().full_of(&setup.inputs(5, 7).cast(), KeyMask::All).unwrap_err();
+    let error =
+        setup.build_exact::<f32>().full_of(&setup.inputs(5, 7).cast(), KeyMask::All).unwrap_err();
     assert!(matches!(error, Error::Conflict { .. }), "{error:?}");
 }
 
@@ -539,10 +718,14 @@ fn messages() {
     let setup = Setup::new(1);
     let attention = setup.build::<f32>();
     let mut inputs: Inputs<f32> = setup.inputs(4, 4).cast();
-    let message = |inputs: &Inputs<f32>, mask| attention.causal_of(inputs, mask).unwrap_err().to_string();
+    let message =
+        |inputs: &Inputs<f32>, mask| attention.causal_of(inputs, mask).unwrap_err().to_string();
     assert_eq!(message(&inputs, KeyMask::Valid(&[true; 3])), "mask must have 4 elements, got 3");
     inputs.q[[0, 1, 2]] = f32::NAN;
-    assert_eq!(message(&inputs, KeyMask::All), "q[7] must be finite and at most 1e15 in magnitude, got NaN");
+    assert_eq!(
+        message(&inputs, KeyMask::All),
+        "q[7] must be finite and at most 1e15 in magnitude, got NaN"
+    );
     inputs.k = Array3::zeros((1, 5, 5));
     assert_eq!(message(&inputs, KeyMask::All), "k: axis 1 must have length 4, got 5");
 }
@@ -556,24 +739,54 @@ fn the_reference_checks_its_arguments_too() {
     assert_eq!(map.key_log_features(&zeros(3, 3)).unwrap_err(), shape("y", 1, 4, 3));
     for (name, broken) in [
         ("log_weight", PlainMap { log_weight: vec![0.0; 3], ..map.clone() }),
-        ("scale", PlainMap { key: reference::PlainSide { scale: zeros(2, 4), ..map.key.clone() }, ..map.clone() }),
-        ("center", PlainMap { key: reference::PlainSide { center: vec![], ..map.key.clone() }, ..map.clone() }),
-        ("radii", PlainMap { query: reference::PlainSide { radii: vec![1.0; 5], ..map.query.clone() }, ..map.clone() }),
+        (
+            "scale",
+            PlainMap {
+                key: reference::PlainSide { scale: zeros(2, 4), ..map.key.clone() },
+                ..map.clone()
+            },
+        ),
+        (
+            "center",
+            PlainMap {
+                key: reference::PlainSide { center: vec![], ..map.key.clone() },
+                ..map.clone()
+            },
+        ),
+        (
+            "radii",
+            PlainMap {
+                query: reference::PlainSide { radii: vec![1.0; 5], ..map.query.clone() },
+                ..map.clone()
+            },
+        ),
     ] {
         assert_eq!(argument(&broken.query_log_features(&zeros(3, 4)).unwrap_err()), name);
         assert_eq!(argument(&broken.key_log_features(&zeros(3, 4)).unwrap_err()), name);
     }
     assert_eq!(reference::scores(&zeros(2, 4), &zeros(3, 5)).unwrap_err(), shape("y", 1, 4, 5));
     assert_eq!(reference::log_kernel(&zeros(2, 4), &zeros(3, 5)).unwrap_err(), shape("b", 1, 4, 5));
-    let linear =
-        |kernel: Array2<f64>, v: Array2<f64>, pairs: &Pairs<'_>| reference::linear_attention(&zeros(2, 3), &kernel, &v, pairs).unwrap_err();
+    let linear = |kernel: Array2<f64>, v: Array2<f64>, pairs: &Pairs<'_>| {
+        reference::linear_attention(&zeros(2, 3), &kernel, &v, pairs).unwrap_err()
+    };
     assert_eq!(linear(zeros(2, 4), zeros(3, 1), &Pairs::full()), shape("log_kernel", 1, 3, 4));
     assert_eq!(linear(zeros(2, 3), zeros(2, 1), &Pairs::full()), shape("v", 0, 3, 2));
-    assert_eq!(argument(&linear(zeros(2, 3), zeros(3, 1), &Pairs::full().with_near(0, 1))), "chunk");
-    assert_eq!(argument(&linear(zeros(2, 3), zeros(3, 1), &Pairs::full().with_valid(&[true]))), "valid");
-    let softmax = |v: Array2<f64>, pairs: &Pairs<'_>| reference::softmax_attention(&zeros(2, 3), &v, pairs).unwrap_err();
+    assert_eq!(
+        argument(&linear(zeros(2, 3), zeros(3, 1), &Pairs::full().with_near(0, 1))),
+        "chunk"
+    );
+    assert_eq!(
+        argument(&linear(zeros(2, 3), zeros(3, 1), &Pairs::full().with_valid(&[true]))),
+        "valid"
+    );
+    let softmax = |v: Array2<f64>, pairs: &Pairs<'_>| {
+        reference::softmax_attention(&zeros(2, 3), &v, pairs).unwrap_err()
+    };
     assert_eq!(softmax(zeros(2, 1), &Pairs::full()), shape("v", 0, 3, 2));
     assert_eq!(argument(&softmax(zeros(3, 1), &Pairs::causal().with_near(0, 1))), "chunk");
     assert_eq!(argument(&softmax(zeros(3, 1), &Pairs::causal().with_valid(&[]))), "valid");
-    assert_eq!(argument(&reference::published_features(&zeros(2, 3), &[1.0]).unwrap_err()), "radii");
+    assert_eq!(
+        argument(&reference::published_features(&zeros(2, 3), &[1.0]).unwrap_err()),
+        "radii"
+    );
 }

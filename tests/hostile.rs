@@ -1,5 +1,5 @@
-//! What nobody should send, by name: arrays whose axes cost nothing, sizes beyond memory, pipes for files, callbacks that panic.
-//! `fuzz` tries everything else.
+//! What nobody should send, by name: arrays whose axes cost nothing, sizes beyond memory, pipes for
+//! files, callbacks that panic. `fuzz` tries everything else.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
@@ -11,10 +11,13 @@ use std::path::{Path, PathBuf};
 use common::{argument, assert_same_bits};
 use dijiang::attention::{ExactConfig, KeyMask, LinearConfig, Near};
 use dijiang::checkpoint::{Checkpoint, Tensors};
-use dijiang::kernel::{DctMap, DctMapConfig, DctParams, FavorConfig, FeatureMap, published_features};
+use dijiang::kernel::{
+    DctMap, DctMapConfig, DctParams, FavorConfig, FeatureMap, published_features,
+};
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, ChooseOptions, DijiangAttention, DijiangOptions, PublishedAttention,
-    PublishedWeights, SoftmaxAttention, StatePool,
+    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, ChooseOptions,
+    DijiangAttention, DijiangOptions, PublishedAttention, PublishedWeights, SoftmaxAttention,
+    StatePool,
 };
 use dijiang::{Error, reference};
 use ndarray::{Array1, Array2, Array3, ArrayView2, ArrayView3, Axis, arr0, s};
@@ -27,7 +30,8 @@ fn matrix(p: usize, rows: usize, columns: usize) -> Array2<f32> {
 }
 
 fn softmax() -> SoftmaxAttention<f32> {
-    let weights = AttentionWeights::new(matrix(5, 8, 8), matrix(7, 8, 8), matrix(11, 8, 8), matrix(13, 8, 8));
+    let weights =
+        AttentionWeights::new(matrix(5, 8, 8), matrix(7, 8, 8), matrix(11, 8, 8), matrix(13, 8, 8));
     SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap()
 }
 
@@ -37,7 +41,13 @@ fn linear(near: Option<Near>) -> DijiangAttention<f32> {
 
 fn published() -> PublishedAttention<f32> {
     let (softmax, ones) = (softmax(), Array1::ones(8));
-    let weights = PublishedWeights::new(vec![1.0; 4], PublishedWeights::<f32>::decays(2), matrix(3, 8, 8), ones.clone(), ones);
+    let weights = PublishedWeights::new(
+        vec![1.0; 4],
+        PublishedWeights::<f32>::decays(2),
+        matrix(3, 8, 8),
+        ones.clone(),
+        ones,
+    );
     PublishedAttention::new(softmax.config().clone(), softmax.weights().clone(), weights).unwrap()
 }
 
@@ -55,26 +65,59 @@ fn too_large<T>(result: dijiang::Result<T>) {
 fn endless_sequences_are_refused_at_once() {
     let zero = arr0(0.0_f32);
     let rows = |width: usize| -> ArrayView2<'_, f32> { zero.broadcast((ENDLESS, width)).unwrap() };
-    let heads = |h: usize, width: usize| -> ArrayView3<'_, f32> { zero.broadcast((h, ENDLESS, width)).unwrap() };
+    let heads = |h: usize, width: usize| -> ArrayView3<'_, f32> {
+        zero.broadcast((h, ENDLESS, width)).unwrap()
+    };
 
     let map = DctMapConfig::new(4).build::<f32>().unwrap();
     too_large(map.query_log_features(&rows(4)));
     too_large(map.key_log_features(&rows(4)));
     too_large(published_features(&rows(4), &[1.0; 4]));
-    let attention = LinearConfig::new().with_near(Near::new(4, 1)).build(vec![map.clone()]).unwrap();
+    let attention =
+        LinearConfig::new().with_near(Near::new(4, 1)).build(vec![map.clone()]).unwrap();
     too_large(attention.causal(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
     let mut state = attention.new_state();
-    too_large(attention.prefill(&mut state, &heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
+    too_large(attention.prefill(
+        &mut state,
+        &heads(1, 4),
+        &heads(1, 4),
+        &heads(1, 4),
+        KeyMask::All,
+    ));
     assert!(state == attention.new_state());
     let attention = LinearConfig::new().build(vec![map]).unwrap();
     too_large(attention.full(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
     let exact = ExactConfig::new(1, 4).build::<f32>().unwrap();
     too_large(exact.full(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
     too_large(exact.causal(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
-    too_large(exact.prefill(&mut exact.new_cache(), &heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
-    too_large(exact.extend(&mut exact.new_cache(), &heads(1, 4), &heads(1, 4), KeyMask::All, &mut exact.workspace()));
-    too_large(attention.causal_backward(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All, &heads(1, 4)));
-    too_large(attention.full_backward(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All, &heads(1, 4)));
+    too_large(exact.prefill(
+        &mut exact.new_cache(),
+        &heads(1, 4),
+        &heads(1, 4),
+        &heads(1, 4),
+        KeyMask::All,
+    ));
+    too_large(exact.extend(
+        &mut exact.new_cache(),
+        &heads(1, 4),
+        &heads(1, 4),
+        KeyMask::All,
+        &mut exact.workspace(),
+    ));
+    too_large(attention.causal_backward(
+        &heads(1, 4),
+        &heads(1, 4),
+        &heads(1, 4),
+        KeyMask::All,
+        &heads(1, 4),
+    ));
+    too_large(attention.full_backward(
+        &heads(1, 4),
+        &heads(1, 4),
+        &heads(1, 4),
+        KeyMask::All,
+        &heads(1, 4),
+    ));
 
     fn layer<A: Attention<f32>>(layer: &A, rows: ArrayView2<'_, f32>, batch: ArrayView3<'_, f32>) {
         too_large(layer.forward(&rows, KeyMask::All));
@@ -86,9 +129,13 @@ fn endless_sequences_are_refused_at_once() {
     layer(&published(), rows(8), heads(3, 8));
     too_large(softmax().project(&rows(8)));
     too_large(linear(None).backward(&rows(8), KeyMask::All, &rows(8)));
-    too_large(linear(None).calibrate(&[rows(8)], &CalibrateOptions::new(), |_| ControlFlow::Continue(())));
+    too_large(
+        linear(None).calibrate(&[rows(8)], &CalibrateOptions::new(), |_| ControlFlow::Continue(())),
+    );
     let options = ChooseOptions::new();
-    too_large(DijiangAttention::choose(&softmax(), &[rows(8)], &options, |_| ControlFlow::Continue(())));
+    too_large(DijiangAttention::choose(&softmax(), &[rows(8)], &options, |_| {
+        ControlFlow::Continue(())
+    }));
 
     let wide = Array2::<f64>::zeros((1 << 40, 0));
     too_large(reference::scores(&wide, &wide));
@@ -103,14 +150,21 @@ fn repeated_rows_are_rows() {
     let copied = repeated.to_owned();
     for near in [None, Some(Near::new(8, 1))] {
         let layer = linear(near);
-        let (got, expected) = (layer.forward(&repeated, KeyMask::All).unwrap(), layer.forward(&copied, KeyMask::All).unwrap());
+        let (got, expected) = (
+            layer.forward(&repeated, KeyMask::All).unwrap(),
+            layer.forward(&copied, KeyMask::All).unwrap(),
+        );
         assert_same_bits("repeated", &got, &expected);
     }
     let map = DctMapConfig::new(8).build::<f32>().unwrap();
     let attention = LinearConfig::new().build(vec![map]).unwrap();
     let (views, copies) = (repeated.insert_axis(Axis(0)), copied.clone().insert_axis(Axis(0)));
     let got = attention.causal(&views, &views, &views, KeyMask::All).unwrap();
-    assert_same_bits("heads", &got, &attention.causal(&copies, &copies, &copies, KeyMask::All).unwrap());
+    assert_same_bits(
+        "heads",
+        &got,
+        &attention.causal(&copies, &copies, &copies, KeyMask::All).unwrap(),
+    );
     // Keys and values of one memory, and a column that is one number.
     let column = row.slice(s![.., ..1]).to_owned();
     let flat = column.broadcast((70, 8)).unwrap();
@@ -132,26 +186,47 @@ fn sizes_beyond_memory() {
         assert_eq!(DctParams::new(size), DctParams::new(0));
         assert!(DctMap::<f64>::from_params(DctParams::new(size)).is_err());
         assert!(DctParams::new(size).to_dense().is_err());
-        too_large(DijiangAttention::from_softmax(&softmax(), DijiangOptions::new().with_blocks(size)));
-        too_large(DijiangAttention::from_softmax(&softmax(), DijiangOptions::new().with_near(Some(Near::new(size, 1)))));
-        too_large(DijiangAttention::from_softmax(&softmax(), DijiangOptions::new().with_near(Some(Near::new(1, size)))));
+        too_large(DijiangAttention::from_softmax(
+            &softmax(),
+            DijiangOptions::new().with_blocks(size),
+        ));
+        too_large(DijiangAttention::from_softmax(
+            &softmax(),
+            DijiangOptions::new().with_near(Some(Near::new(size, 1))),
+        ));
+        too_large(DijiangAttention::from_softmax(
+            &softmax(),
+            DijiangOptions::new().with_near(Some(Near::new(1, size))),
+        ));
         too_large(StatePool::new(&linear(None), size));
         assert!(PublishedWeights::<f32>::decays(size).is_empty());
         too_large(AttentionConfig::new(size, 1).with_head_dim(size).check());
     }
     // Each within its own limit, too much together.
     let map = DctMapConfig::new(4).build::<f32>().unwrap();
-    too_large(LinearConfig::new().with_near(Near::new(1 << 20, 0)).with_value_dim(1 << 20).build(vec![map.clone()]));
+    too_large(
+        LinearConfig::new()
+            .with_near(Near::new(1 << 20, 0))
+            .with_value_dim(1 << 20)
+            .build(vec![map.clone()]),
+    );
     too_large(LinearConfig::new().with_near(Near::new(1 << 20, 0)).build(vec![map; 1 << 10]));
 }
 
 /// Scales and decays with which numbers in range would overflow.
 #[test]
 fn numbers_beyond_sense() {
-    let build = |config: LinearConfig| config.build(vec![DctMapConfig::new(4).build::<f32>().unwrap()]).map(|_| ()).unwrap_err();
+    let build = |config: LinearConfig| {
+        config.build(vec![DctMapConfig::new(4).build::<f32>().unwrap()]).map(|_| ()).unwrap_err()
+    };
     for scale in [1e7, 1e30, f64::MAX, 0.0, f64::NAN] {
         assert_eq!(argument(&build(LinearConfig::new().with_scale(scale))), "scale");
-        assert_eq!(argument(&ExactConfig::new(1, 4).with_scale(scale).build::<f32>().map(|_| ()).unwrap_err()), "scale");
+        assert_eq!(
+            argument(
+                &ExactConfig::new(1, 4).with_scale(scale).build::<f32>().map(|_| ()).unwrap_err()
+            ),
+            "scale"
+        );
     }
     for decay in [-1e16, -1e300, f64::NEG_INFINITY, 1e-9] {
         assert_eq!(argument(&build(LinearConfig::new().with_log_decay(vec![decay]))), "log_decay");
@@ -185,11 +260,15 @@ fn published_gates_beyond_the_range() {
         Array1::from_elem(8, 1e15),
         Array1::ones(8),
     );
-    let layer = PublishedAttention::new(base.config().clone(), base.weights().clone(), weights).unwrap();
+    let layer =
+        PublishedAttention::new(base.config().clone(), base.weights().clone(), weights).unwrap();
     let mut state = layer.new_state();
     let x = text(5) * 1e12;
     assert!(matches!(layer.prefill(&mut state, &x, KeyMask::All), Err(Error::NonFinite { .. })));
-    assert!(matches!(layer.step(&mut state, &x.row(0), &mut Array1::zeros(8)), Err(Error::NonFinite { .. })));
+    assert!(matches!(
+        layer.step(&mut state, &x.row(0), &mut Array1::zeros(8)),
+        Err(Error::NonFinite { .. })
+    ));
     assert!(state == layer.new_state());
 }
 
@@ -215,13 +294,19 @@ fn callbacks_that_panic() {
     }
     let options = ChooseOptions::new().with_near(vec![Some(Near::new(8, 1))]).with_blocks(vec![1]);
     let softmax = softmax();
-    let run =
-        catch_unwind(AssertUnwindSafe(|| DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| panic!("the callback's own"))));
+    let run = catch_unwind(AssertUnwindSafe(|| {
+        DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| {
+            panic!("the callback's own")
+        })
+    }));
     assert!(run.is_err());
-    DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| ControlFlow::Continue(())).unwrap();
+    DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| ControlFlow::Continue(()))
+        .unwrap();
     // So does the panic of a loss, and threads go on working.
     let layer = linear(None);
-    let run = catch_unwind(AssertUnwindSafe(|| layer.backward_with(&sample, KeyMask::All, |_| panic!("the loss's own"))));
+    let run = catch_unwind(AssertUnwindSafe(|| {
+        layer.backward_with(&sample, KeyMask::All, |_| panic!("the loss's own"))
+    }));
     assert!(run.is_err());
     layer.forward(&sample, KeyMask::All).unwrap();
 }
@@ -234,14 +319,28 @@ fn foreign_states() {
     let foreign = |error: Error| assert!(matches!(error, Error::Foreign { .. }), "{error:?}");
     foreign(layer.prefill(&mut other.new_state(), &x, KeyMask::All).unwrap_err());
     foreign(layer.step(&mut other.new_state(), &x.row(0), &mut Array1::zeros(8)).unwrap_err());
-    foreign(layer.step_batch(&mut [&mut other.new_state()], &x.slice(s![..1, ..]), &mut Array2::zeros((1, 8))).unwrap_err());
+    foreign(
+        layer
+            .step_batch(
+                &mut [&mut other.new_state()],
+                &x.slice(s![..1, ..]),
+                &mut Array2::zeros((1, 8)),
+            )
+            .unwrap_err(),
+    );
     foreign(layer.new_state().copy_from(&other.new_state()).unwrap_err());
     let mut pool = StatePool::new(&other, 2).unwrap();
     let slot = pool.take().unwrap();
-    foreign(pool.step(&layer, &[slot], &x.slice(s![..1, ..]), &mut Array2::zeros((1, 8))).unwrap_err());
+    foreign(
+        pool.step(&layer, &[slot], &x.slice(s![..1, ..]), &mut Array2::zeros((1, 8))).unwrap_err(),
+    );
     let small = {
         let eye = || Array2::<f32>::eye(4);
-        let softmax = SoftmaxAttention::new(AttentionConfig::new(4, 1), AttentionWeights::new(eye(), eye(), eye(), eye())).unwrap();
+        let softmax = SoftmaxAttention::new(
+            AttentionConfig::new(4, 1),
+            AttentionWeights::new(eye(), eye(), eye(), eye()),
+        )
+        .unwrap();
         softmax.new_state()
     };
     foreign(softmax().prefill(&mut small.clone(), &x, KeyMask::All).unwrap_err());
@@ -252,7 +351,8 @@ struct Directory(PathBuf);
 
 impl Directory {
     fn new(name: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("dijiang-hostile-{}-{name}", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("dijiang-hostile-{}-{name}", std::process::id()));
         std::fs::create_dir_all(&path).unwrap();
         Self(path)
     }
@@ -283,7 +383,11 @@ fn files_that_are_none() {
         refused(&directory.0);
         std::fs::remove_file(&config).unwrap();
         let pipe = directory.0.join("model.safetensors");
-        if std::process::Command::new("mkfifo").arg(&pipe).status().is_ok_and(|status| status.success()) {
+        if std::process::Command::new("mkfifo")
+            .arg(&pipe)
+            .status()
+            .is_ok_and(|status| status.success())
+        {
             let error = Tensors::open_file(&pipe).map(|_| ()).unwrap_err();
             assert!(matches!(error, Error::Io { .. }), "{error:?}");
         }
@@ -292,7 +396,8 @@ fn files_that_are_none() {
     }
     // A file of no bytes, and one that is all header.
     let file = directory.0.join("empty");
-    for bytes in [&[][..], &[0; 8], &u64::MAX.to_le_bytes(), &[2, 0, 0, 0, 0, 0, 0, 0, b'{', b'}']] {
+    for bytes in [&[][..], &[0; 8], &u64::MAX.to_le_bytes(), &[2, 0, 0, 0, 0, 0, 0, 0, b'{', b'}']]
+    {
         std::fs::write(&file, bytes).unwrap();
         if let Ok(tensors) = Tensors::open_file(&file) {
             assert!(tensors.matrix::<f32>("q", usize::MAX, usize::MAX).is_err());

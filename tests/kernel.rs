@@ -1,12 +1,14 @@
-//! The feature maps: against formulas written out here, against the code published with the paper, and their statistics.
+//! The feature maps: against formulas written out here, against the code published with the paper,
+//! and their statistics.
 
 #![allow(clippy::unwrap_used)]
 
 use std::f64::consts::PI;
 
 use dijiang::kernel::{
-    DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, FavorMap, FavorRows, FeatureMap, InputScales, Mixing, Pairing, Points,
-    Projection, Radial, SideParams, Sides, published_features,
+    DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, FavorMap, FavorRows, FeatureMap,
+    InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides,
+    published_features,
 };
 use dijiang::{Error, Real};
 use ndarray::{Array2, ArrayView2, Axis, array, concatenate, s};
@@ -14,7 +16,8 @@ use rand::SeedableRng;
 use rand::rngs::ChaCha12Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-// ---- inputs and oracles --------------------------------------------------------------------------------------------
+// ---- inputs and oracles
+// --------------------------------------------------------------------------------------------
 
 fn normals(count: usize, seed: u64) -> Vec<f64> {
     let mut rng = ChaCha12Rng::seed_from_u64(seed);
@@ -71,7 +74,9 @@ fn literal_u(params: &DctParams, side: &SideParams, own: &[f64], z: &[f64]) -> V
                 u.extend(dct(&times(s, &dct3(&times(r, &dct(&times(p, z)))))));
             }
         }
-        Projection::Dense { .. } => u.extend(own.chunks(d).map(|row| dot(row, &times(&side.scale, z)))),
+        Projection::Dense { .. } => {
+            u.extend(own.chunks(d).map(|row| dot(row, &times(&side.scale, z))))
+        }
     }
     let mut u = times(&side.radii, &u);
     if params.pairing == Pairing::Antithetic {
@@ -91,7 +96,13 @@ fn literal_envelope(params: &DctParams, z: &[f64]) -> f64 {
 fn literal_query(params: &DctParams, x: &[f64]) -> Vec<f64> {
     let (mu_q, mu_k) = (&params.query.center, &params.key.center);
     let z: Vec<f64> = x.iter().zip(mu_q).map(|(x, mu)| x - mu).collect();
-    let own = if let Projection::Dense { query, .. } | Projection::Deep { query, .. } = &params.projection { &query[..] } else { &[] };
+    let own = if let Projection::Dense { query, .. } | Projection::Deep { query, .. } =
+        &params.projection
+    {
+        &query[..]
+    } else {
+        &[]
+    };
     let rest = literal_envelope(params, &z) + dot(x, mu_k) - dot(mu_q, mu_k) + params.log_mix;
     literal_u(params, &params.query, own, &z).iter().map(|u| u + rest).collect()
 }
@@ -100,9 +111,18 @@ fn literal_query(params: &DctParams, x: &[f64]) -> Vec<f64> {
 fn literal_key(params: &DctParams, y: &[f64]) -> Vec<f64> {
     let (mu_q, mu_k) = (&params.query.center, &params.key.center);
     let z: Vec<f64> = y.iter().zip(mu_k).map(|(y, mu)| y - mu).collect();
-    let own = if let Projection::Dense { key, .. } | Projection::Deep { key, .. } = &params.projection { &key[..] } else { &[] };
+    let own =
+        if let Projection::Dense { key, .. } | Projection::Deep { key, .. } = &params.projection {
+            &key[..]
+        } else {
+            &[]
+        };
     let rest = literal_envelope(params, &z) + dot(mu_q, y);
-    literal_u(params, &params.key, own, &z).iter().zip(&params.log_weight).map(|(u, w)| u + w + rest).collect()
+    literal_u(params, &params.key, own, &z)
+        .iter()
+        .zip(&params.log_weight)
+        .map(|(u, w)| u + w + rest)
+        .collect()
 }
 
 /// K(x_0, y_0) of a map.
@@ -140,10 +160,15 @@ fn moments(seeds: u64, target: f64, kernel: impl Fn(u64) -> f64) -> Moments {
     let n = seeds as f64;
     let mean = ratios.iter().sum::<f64>() / n;
     let variance = ratios.iter().map(|r| (r - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    Moments { mean, error: (variance / n).sqrt(), rms: (ratios.iter().map(|r| (r - 1.0).powi(2)).sum::<f64>() / n).sqrt() }
+    Moments {
+        mean,
+        error: (variance / n).sqrt(),
+        rms: (ratios.iter().map(|r| (r - 1.0).powi(2)).sum::<f64>() / n).sqrt(),
+    }
 }
 
-// ---- log-features against the formula ------------------------------------------------------------------------------
+// ---- log-features against the formula
+// ------------------------------------------------------------------------------
 
 /// Every parameter of its own: radii, scales, centres, weights, mix.
 fn shaken(mut params: DctParams, seed: u64) -> DctParams {
@@ -181,7 +206,8 @@ fn shaken(mut params: DctParams, seed: u64) -> DctParams {
 fn dense(params: &DctParams, rows: usize, seed: u64) -> DctParams {
     let d = params.dim();
     let mut params = params.clone();
-    params.projection = Projection::Dense { query: normals(rows * d, seed), key: normals(rows * d, seed + 1) };
+    params.projection =
+        Projection::Dense { query: normals(rows * d, seed), key: normals(rows * d, seed + 1) };
     for side in [&mut params.query, &mut params.key] {
         side.scale = vec![1.0; d];
         side.radii = vec![0.8; rows];
@@ -199,8 +225,16 @@ fn every_combination(dims: &[usize]) -> Vec<DctParams> {
                 for pairing in [Pairing::Single, Pairing::Antithetic] {
                     for envelope in [Envelope::None, Envelope::Gaussian] {
                         for sides in [Sides::Untied, Sides::Tied] {
-                            let config = DctMapConfig::new(d).with_blocks(blocks).with_mixing(mixing).with_pairing(pairing);
-                            let params = config.with_envelope(envelope).with_sides(sides).with_radial(Radial::Chi).params().unwrap();
+                            let config = DctMapConfig::new(d)
+                                .with_blocks(blocks)
+                                .with_mixing(mixing)
+                                .with_pairing(pairing);
+                            let params = config
+                                .with_envelope(envelope)
+                                .with_sides(sides)
+                                .with_radial(Radial::Chi)
+                                .params()
+                                .unwrap();
                             let seed = all.len() as u64;
                             if sides == Sides::Untied && mixing == Mixing::None {
                                 all.push(shaken(dense(&params, blocks * d + 1, seed), seed));
@@ -218,7 +252,8 @@ fn every_combination(dims: &[usize]) -> Vec<DctParams> {
     }
     // One centre at zero and the other not.
     for zero_query in [true, false] {
-        let mut params = shaken(DctMapConfig::new(6).with_envelope(Envelope::Gaussian).params().unwrap(), 1);
+        let mut params =
+            shaken(DctMapConfig::new(6).with_envelope(Envelope::Gaussian).params().unwrap(), 1);
         if zero_query {
             params.query.center.fill(0.0)
         } else {
@@ -236,7 +271,8 @@ fn log_features_follow_the_formula<T: Real>(dims: &[usize]) {
         let (x, y) = (normal_rows(19, d, 2 * case as u64), normal_rows(19, d, 2 * case as u64 + 1));
         let map = DctMap::<T>::from_params(params.clone()).unwrap();
         assert_eq!((map.dim(), map.features()), (d, params.features()));
-        let (a, b) = (map.query_log_features(&cast(&x)).unwrap(), map.key_log_features(&cast(&y)).unwrap());
+        let (a, b) =
+            (map.query_log_features(&cast(&x)).unwrap(), map.key_log_features(&cast(&y)).unwrap());
         assert_eq!(a.dim(), (19, params.features()));
         for j in 0..19 {
             let sides = [
@@ -246,9 +282,16 @@ fn log_features_follow_the_formula<T: Real>(dims: &[usize]) {
             for (side, expected, got) in sides {
                 for (f, (expected, got)) in expected.iter().zip(got).enumerate() {
                     // The sums run over d terms; log-features here are of order (1 + |z|)·√d.
-                    let tolerance = 16.0 * T::EPSILON.to_f64() * (d as f64).sqrt() * (3.0 + expected.abs() + d as f64);
+                    let tolerance = 16.0
+                        * T::EPSILON.to_f64()
+                        * (d as f64).sqrt()
+                        * (3.0 + expected.abs() + d as f64);
                     let error = (got.to_f64() - expected).abs();
-                    assert!(error <= tolerance, "{} case {case} d {d} {side} token {j} feature {f}: {got} for {expected}", T::NAME);
+                    assert!(
+                        error <= tolerance,
+                        "{} case {case} d {d} {side} token {j} feature {f}: {got} for {expected}",
+                        T::NAME
+                    );
                 }
             }
         }
@@ -267,9 +310,13 @@ fn log_features_follow_the_formula_f32() {
 
 /// Splits a panel at every lane group: the columns must keep their bits.
 fn columns_do_not_depend_on_width<T: Real>() {
-    // Dense rows by the extremes: a single one, and sums longer than one pass of the matrix product.
+    // Dense rows by the extremes: a single one, and sums longer than one pass of the matrix
+    // product.
     let mut cases = every_combination(&[1, 7, 48]);
-    cases.extend([(5, 1), (16, 1), (700, 3), (1100, 40)].map(|(d, rows)| shaken(dense(&DctParams::new(d), rows, 1), 2)));
+    cases.extend(
+        [(5, 1), (16, 1), (700, 3), (1100, 40)]
+            .map(|(d, rows)| shaken(dense(&DctParams::new(d), rows, 1), 2)),
+    );
     for (case, params) in cases.into_iter().enumerate() {
         let (d, m) = (params.dim(), params.features());
         let map = DctMap::<T>::from_params(params).unwrap();
@@ -278,7 +325,10 @@ fn columns_do_not_depend_on_width<T: Real>() {
         let run = |x: ArrayView2<'_, T>, query: bool| {
             let width = x.ncols();
             let x = x.as_standard_layout().into_owned();
-            let (mut out, mut scratch) = (Array2::<T>::zeros((m, width)), vec![T::from_f64(f64::NAN); map.scratch_len(width)]);
+            let (mut out, mut scratch) = (
+                Array2::<T>::zeros((m, width)),
+                vec![T::from_f64(f64::NAN); map.scratch_len(width)],
+            );
             out.fill(T::from_f64(f64::NAN));
             let (x, o) = (x.as_slice().unwrap(), out.as_slice_mut().unwrap());
             if query {
@@ -291,13 +341,21 @@ fn columns_do_not_depend_on_width<T: Real>() {
         for query in [true, false] {
             let whole = run(tokens.view(), query);
             let cuts = [0, 16, 32, 80, 112];
-            let parts: Vec<_> = cuts.windows(2).map(|cut| run(tokens.slice(s![.., cut[0]..cut[1]]), query)).collect();
-            let parts = concatenate(Axis(1), &parts.iter().map(|p| p.view()).collect::<Vec<_>>()).unwrap();
+            let parts: Vec<_> = cuts
+                .windows(2)
+                .map(|cut| run(tokens.slice(s![.., cut[0]..cut[1]]), query))
+                .collect();
+            let parts =
+                concatenate(Axis(1), &parts.iter().map(|p| p.view()).collect::<Vec<_>>()).unwrap();
             assert!(whole == parts, "{} case {case} d {d} m {m} query {query}", T::NAME);
             // Other columns become other tokens: column 5 keeps its bits.
             let mut others = tokens.mapv(|v| -v - T::one());
             others.column_mut(5).assign(&tokens.column(5));
-            assert!(run(others.view(), query).column(5) == whole.column(5), "{} case {case} d {d} m {m} query {query}", T::NAME);
+            assert!(
+                run(others.view(), query).column(5) == whole.column(5),
+                "{} case {case} d {d} m {m} query {query}",
+                T::NAME
+            );
         }
     }
 }
@@ -308,16 +366,24 @@ fn columns_do_not_depend_on_width_or_neighbours() {
     columns_do_not_depend_on_width::<f64>();
 }
 
-// ---- what the kernel is --------------------------------------------------------------------------------------------
+// ---- what the kernel is
+// --------------------------------------------------------------------------------------------
 
 #[test]
 fn a_projection_written_out_is_the_same_map() {
     let x = Array2::from_shape_vec((9, 12), normals(9 * 12, 77)).unwrap();
     for (mixing, deep) in [(Mixing::None, false), (Mixing::None, true), (Mixing::Mixed, false)] {
-        let config = DctMapConfig::new(12).with_blocks(3).with_mixing(mixing).with_pairing(Pairing::Antithetic);
+        let config = DctMapConfig::new(12)
+            .with_blocks(3)
+            .with_mixing(mixing)
+            .with_pairing(Pairing::Antithetic);
         let mut params = config.with_envelope(Envelope::Gaussian).params().unwrap();
         for (side, seed) in [(&mut params.query, 78), (&mut params.key, 79)] {
-            side.center.iter_mut().chain(&mut side.scale).zip(normals(48, seed)).for_each(|(number, by)| *number += by);
+            side.center
+                .iter_mut()
+                .chain(&mut side.scale)
+                .zip(normals(48, seed))
+                .for_each(|(number, by)| *number += by);
         }
         if deep {
             params = shaken(params.to_deep(), 80);
@@ -325,10 +391,21 @@ fn a_projection_written_out_is_the_same_map() {
         let dense = params.to_dense().unwrap();
         assert!(matches!(dense.projection, Projection::Dense { .. }));
         assert_eq!(dense.to_dense().unwrap(), dense);
-        let (plain, dense) = (DctMap::<f64>::from_params(params).unwrap(), DctMap::<f64>::from_params(dense).unwrap());
-        let close = |a: Array2<f64>, b: Array2<f64>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-11 * b.abs().max(1.0));
-        assert!(close(dense.query_log_features(&x).unwrap(), plain.query_log_features(&x).unwrap()), "{mixing:?}");
-        assert!(close(dense.key_log_features(&x).unwrap(), plain.key_log_features(&x).unwrap()), "{mixing:?}");
+        let (plain, dense) = (
+            DctMap::<f64>::from_params(params).unwrap(),
+            DctMap::<f64>::from_params(dense).unwrap(),
+        );
+        let close = |a: Array2<f64>, b: Array2<f64>| {
+            a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-11 * b.abs().max(1.0))
+        };
+        assert!(
+            close(dense.query_log_features(&x).unwrap(), plain.query_log_features(&x).unwrap()),
+            "{mixing:?}"
+        );
+        assert!(
+            close(dense.key_log_features(&x).unwrap(), plain.key_log_features(&x).unwrap()),
+            "{mixing:?}"
+        );
     }
 }
 
@@ -341,10 +418,21 @@ fn a_deep_projection_starts_as_the_plain_one() {
         let deep = params.to_deep();
         assert!(matches!(deep.projection, Projection::Deep { .. }));
         assert_eq!(deep.to_deep(), deep);
-        let (plain, deep) = (DctMap::<f64>::from_params(params).unwrap(), DctMap::<f64>::from_params(deep).unwrap());
-        let close = |a: Array2<f64>, b: Array2<f64>| a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-11 * b.abs().max(1.0));
-        assert!(close(deep.query_log_features(&x).unwrap(), plain.query_log_features(&x).unwrap()), "d {d}");
-        assert!(close(deep.key_log_features(&x).unwrap(), plain.key_log_features(&x).unwrap()), "d {d}");
+        let (plain, deep) = (
+            DctMap::<f64>::from_params(params).unwrap(),
+            DctMap::<f64>::from_params(deep).unwrap(),
+        );
+        let close = |a: Array2<f64>, b: Array2<f64>| {
+            a.iter().zip(&b).all(|(a, b)| (a - b).abs() < 1e-11 * b.abs().max(1.0))
+        };
+        assert!(
+            close(deep.query_log_features(&x).unwrap(), plain.query_log_features(&x).unwrap()),
+            "d {d}"
+        );
+        assert!(
+            close(deep.key_log_features(&x).unwrap(), plain.key_log_features(&x).unwrap()),
+            "d {d}"
+        );
     }
 }
 
@@ -354,12 +442,15 @@ fn centring_changes_the_error_only() {
     let d = 8;
     let (mu_q, mu_k) = (normal_rows(1, d, 1) * 2.0, normal_rows(1, d, 2) * 2.0);
     let (x, y) = (&mu_q + normal_rows(1, d, 3) * 0.3, &mu_k + normal_rows(1, d, 4) * 0.3);
-    let config = DctMapConfig::new(d).with_blocks(512).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
+    let config =
+        DctMapConfig::new(d).with_blocks(512).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
     let plain = config.with_envelope(Envelope::Gaussian).params().unwrap();
     let mut centred = plain.clone();
     centred.query.center = mu_q.into_raw_vec_and_offset().0;
     centred.key.center = mu_k.into_raw_vec_and_offset().0;
-    let error = |params| (kernel(&DctMap::<f64>::from_params(params).unwrap(), &x, &y) / exact(&x, &y) - 1.0).abs();
+    let error = |params| {
+        (kernel(&DctMap::<f64>::from_params(params).unwrap(), &x, &y) / exact(&x, &y) - 1.0).abs()
+    };
     let (plain, centred) = (error(plain), error(centred));
     println!("relative error without centres {plain:.2e}, with {centred:.2e}");
     assert!(centred < 0.02 && plain > 10.0 * centred, "without {plain}, with {centred}");
@@ -372,7 +463,8 @@ fn additive(x: &Array2<f64>, y: &Array2<f64>) -> f64 {
 }
 
 fn plain_map(blocks: usize, points: Points, seed: u64) -> DctMap<f64> {
-    let config = DctMapConfig::new(8).with_blocks(blocks).with_points(points).with_scales(InputScales::Ones);
+    let config =
+        DctMapConfig::new(8).with_blocks(blocks).with_points(points).with_scales(InputScales::Ones);
     config.with_seed(seed).build().unwrap()
 }
 
@@ -381,11 +473,21 @@ fn plain_map_converges_to_the_additive_kernel_and_not_to_softmax() {
     let pairs = [pair(8, 2.0, 0.2, 1), pair(8, 1.5, 0.8, 2), pair(8, 0.5, 0.1, 3)];
     let mut ratios = Vec::new();
     for (x, y) in &pairs {
-        let errors =
-            [4, 64, 1024].map(|blocks| moments(20, additive(x, y), |seed| kernel(&plain_map(blocks, Points::Sobol, seed), x, y)).rms);
+        let errors = [4, 64, 1024].map(|blocks| {
+            moments(20, additive(x, y), |seed| {
+                kernel(&plain_map(blocks, Points::Sobol, seed), x, y)
+            })
+            .rms
+        });
         let last = kernel(&plain_map(1024, Points::Sobol, 0), x, y);
-        println!("rms relative error to the additive kernel {errors:.5?}; K / exp(x·y) = {:.3}", last / exact(x, y));
-        assert!(errors[1] < errors[0] / 1.5 && errors[2] < errors[1] / 1.5 && errors[2] < 2e-3, "{errors:?}");
+        println!(
+            "rms relative error to the additive kernel {errors:.5?}; K / exp(x·y) = {:.3}",
+            last / exact(x, y)
+        );
+        assert!(
+            errors[1] < errors[0] / 1.5 && errors[2] < errors[1] / 1.5 && errors[2] < 2e-3,
+            "{errors:?}"
+        );
         ratios.push(last / exact(x, y));
     }
     // Neither exp(x·y) nor a multiple of it.
@@ -398,15 +500,24 @@ fn sobol_radii_beat_random_ones() {
     let (x, y) = pair(8, 2.0, 0.2, 5);
     // Measured ratios: 2.6, 3.9, 7.3.
     for (blocks, margin) in [(64, 2.0), (256, 3.0), (1024, 5.0)] {
-        let rms = |points| moments(40, additive(&x, &y), |seed| kernel(&plain_map(blocks, points, seed), &x, &y)).rms;
+        let rms = |points| {
+            moments(40, additive(&x, &y), |seed| kernel(&plain_map(blocks, points, seed), &x, &y))
+                .rms
+        };
         let (sobol, random) = (rms(Points::Sobol), rms(Points::Random));
-        println!("G {blocks}: rms relative error Sobol {sobol:.2e}, random {random:.2e}, ratio {:.1}", random / sobol);
+        println!(
+            "G {blocks}: rms relative error Sobol {sobol:.2e}, random {random:.2e}, ratio {:.1}",
+            random / sobol
+        );
         assert!(sobol * margin < random, "blocks {blocks}: Sobol {sobol}, random {random}");
     }
 }
 
 fn mixed_map(d: usize, blocks: usize, seed: u64) -> DctMap<f64> {
-    let config = DctMapConfig::new(d).with_blocks(blocks).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
+    let config = DctMapConfig::new(d)
+        .with_blocks(blocks)
+        .with_mixing(Mixing::Mixed)
+        .with_radial(Radial::Chi);
     config.with_envelope(Envelope::Gaussian).with_seed(seed).build().unwrap()
 }
 
@@ -414,7 +525,8 @@ fn mixed_map(d: usize, blocks: usize, seed: u64) -> DctMap<f64> {
 fn mixed_map_is_unbiased_for_softmax() {
     for (d, sum) in [(16, 1.5), (64, 2.0)] {
         let (x, y) = pair(d, sum, 0.5, 7);
-        let Moments { mean, error, .. } = moments(500, exact(&x, &y), |seed| kernel(&mixed_map(d, 2, seed), &x, &y));
+        let Moments { mean, error, .. } =
+            moments(500, exact(&x, &y), |seed| kernel(&mixed_map(d, 2, seed), &x, &y));
         println!("mixed, d {d}: mean ratio {mean:.4} ± {error:.4}");
         assert!((mean - 1.0).abs() < 3.3 * error && error < 0.05, "d {d}: {mean} ± {error}");
     }
@@ -423,7 +535,9 @@ fn mixed_map_is_unbiased_for_softmax() {
 #[test]
 fn mixed_error_falls_with_features() {
     let (x, y) = pair(16, 2.0, 0.5, 8);
-    let rms = [1, 8, 64].map(|blocks| moments(150, exact(&x, &y), |seed| kernel(&mixed_map(16, blocks, seed), &x, &y)).rms);
+    let rms = [1, 8, 64].map(|blocks| {
+        moments(150, exact(&x, &y), |seed| kernel(&mixed_map(16, blocks, seed), &x, &y)).rms
+    });
     println!("mixed: rms relative error at 1, 8, 64 blocks {rms:.3?}");
     for step in rms.windows(2) {
         // Eight times the features: the error falls by √8 = 2.8.
@@ -443,7 +557,8 @@ fn favor_is_unbiased() {
     let (d, m) = (16, 40);
     let (x, y) = pair(d, 1.2, 0.5, 9);
     for rows in [FavorRows::Iid, FavorRows::Orthogonal] {
-        let Moments { mean, error, .. } = moments(800, exact(&x, &y), |seed| kernel(&favor(d, m, rows, None, seed), &x, &y));
+        let Moments { mean, error, .. } =
+            moments(800, exact(&x, &y), |seed| kernel(&favor(d, m, rows, None, seed), &x, &y));
         println!("FAVOR+ {rows:?}: mean ratio {mean:.4} ± {error:.4}");
         assert!((mean - 1.0).abs() < 3.3 * error && error < 0.02, "{rows:?}: {mean} ± {error}");
     }
@@ -451,13 +566,14 @@ fn favor_is_unbiased() {
 
 #[test]
 fn orthogonal_rows_err_less() {
-    // The rows' signs are independent either way: what orthogonality removes is the error of the even terms, most of it
-    // where antithetic pairs leave no others.
+    // The rows' signs are independent either way: what orthogonality removes is the error of the
+    // even terms, most of it where antithetic pairs leave no others.
     let (d, m) = (8, 16);
     let (x, y) = pair(d, 1.0, 0.5, 9);
     let rms = |rows, pairing| {
         let one = |seed| {
-            let mut params = FavorConfig::new(d, m).with_rows(rows).with_seed(seed).params().unwrap();
+            let mut params =
+                FavorConfig::new(d, m).with_rows(rows).with_seed(seed).params().unwrap();
             if pairing == Pairing::Antithetic {
                 params.pairing = pairing;
                 params.log_weight = vec![-(2.0 * m as f64).ln(); 2 * m];
@@ -468,7 +584,10 @@ fn orthogonal_rows_err_less() {
     };
     for (pairing, margin) in [(Pairing::Single, 1.05), (Pairing::Antithetic, 1.3)] {
         let (iid, orthogonal) = (rms(FavorRows::Iid, pairing), rms(FavorRows::Orthogonal, pairing));
-        println!("FAVOR+ {pairing:?}: rms orthogonal {orthogonal:.4}, iid {iid:.4}, ratio {:.2}", iid / orthogonal);
+        println!(
+            "FAVOR+ {pairing:?}: rms orthogonal {orthogonal:.4}, iid {iid:.4}, ratio {:.2}",
+            iid / orthogonal
+        );
         assert!(orthogonal * margin < iid, "{pairing:?}: orthogonal {orthogonal}, iid {iid}");
     }
 }
@@ -478,10 +597,14 @@ fn oprf_weights_are_unbiased_and_err_less() {
     let (d, m, sum) = (8, 64, 2.0);
     let (x, y) = pair(d, sum, 0.5, 10);
     for rows in [FavorRows::Iid, FavorRows::Orthogonal] {
-        let run = |phi| moments(800, exact(&x, &y), |seed| kernel(&favor(d, m, rows, phi, seed), &x, &y));
+        let run =
+            |phi| moments(800, exact(&x, &y), |seed| kernel(&favor(d, m, rows, phi, seed), &x, &y));
         let (plain, weighted) = (run(None), run(Some(sum * sum)));
         let Moments { mean, error, rms } = weighted;
-        println!("OPRF {rows:?}: mean ratio {mean:.4} ± {error:.4}, rms {rms:.3} instead of {:.3}", plain.rms);
+        println!(
+            "OPRF {rows:?}: mean ratio {mean:.4} ± {error:.4}, rms {rms:.3} instead of {:.3}",
+            plain.rms
+        );
         assert!((mean - 1.0).abs() < 3.3 * error && error < 0.03, "{rows:?}: {mean} ± {error}");
         assert!(rms < plain.rms / 1.5, "{rows:?}: {rms} instead of {}", plain.rms);
     }
@@ -490,26 +613,39 @@ fn oprf_weights_are_unbiased_and_err_less() {
 #[test]
 fn oprf_weights_follow_the_formula() {
     let phi = 5.0;
-    for params in every_combination(&[1, 6]).into_iter().filter(|p| p.envelope == Envelope::Gaussian) {
+    for params in
+        every_combination(&[1, 6]).into_iter().filter(|p| p.envelope == Envelope::Gaussian)
+    {
         let d = params.dim() as f64;
         let a = (d - 2.0 * phi - ((2.0 * phi + d).powi(2) + 8.0 * d * phi).sqrt()) / (16.0 * d);
         let weighted = params.clone().with_oprf(phi).unwrap();
-        assert_eq!((&weighted.query.center, &weighted.query.scale), (&params.query.center, &params.query.scale));
+        assert_eq!(
+            (&weighted.query.center, &weighted.query.scale),
+            (&params.query.center, &params.query.scale)
+        );
         // |ω_f|² by projecting unit vectors.
         let mut norms = vec![0.0; params.features()];
         for i in 0..params.dim() {
             let mut unit = vec![0.0; params.dim()];
             unit[i] = 1.0;
             let (q, k) = match &params.projection {
-                Projection::Dense { query, key } | Projection::Deep { query, key } => (&query[..], &key[..]),
+                Projection::Dense { query, key } | Projection::Deep { query, key } => {
+                    (&query[..], &key[..])
+                }
                 _ => (&[][..], &[][..]),
             };
-            let sides = [literal_u(&params, &params.query, q, &unit), literal_u(&params, &params.key, k, &unit)];
+            let sides = [
+                literal_u(&params, &params.query, q, &unit),
+                literal_u(&params, &params.key, k, &unit),
+            ];
             sides.iter().for_each(|u| norms.iter_mut().zip(u).for_each(|(n, u)| *n += u * u));
         }
         for f in 0..params.features() {
             let expected = params.log_weight[f] + a * norms[f] + d / 2.0 * (1.0 - 4.0 * a).ln();
-            assert!((weighted.log_weight[f] - expected).abs() < 1e-11 * (1.0 + expected.abs()), "feature {f}");
+            assert!(
+                (weighted.log_weight[f] - expected).abs() < 1e-11 * (1.0 + expected.abs()),
+                "feature {f}"
+            );
         }
         for (got, t) in weighted.key.radii.iter().zip(&params.key.radii) {
             assert!((got - t * (1.0 - 4.0 * a).sqrt()).abs() < 1e-12 * (1.0 + t.abs()));
@@ -523,7 +659,9 @@ fn orthogonal_rows_are_orthogonal_with_gaussian_lengths() {
     let mut squares = 0.0;
     for seed in 0..20 {
         let map = favor(d, m, FavorRows::Orthogonal, None, seed);
-        let Projection::Dense { query, key } = &map.params().projection else { panic!("FAVOR+ is dense") };
+        let Projection::Dense { query, key } = &map.params().projection else {
+            panic!("FAVOR+ is dense")
+        };
         assert_eq!(query, key);
         let rows: Vec<&[f64]> = query.chunks(d).collect();
         assert_eq!(rows.len(), m);
@@ -536,33 +674,56 @@ fn orthogonal_rows_are_orthogonal_with_gaussian_lengths() {
             }
         }
         let lengths: Vec<f64> = rows.iter().map(|row| dot(row, row)).collect();
-        assert!(lengths.iter().any(|l| (l - lengths[0]).abs() > 1.0), "lengths are drawn, not fixed");
+        assert!(
+            lengths.iter().any(|l| (l - lengths[0]).abs() > 1.0),
+            "lengths are drawn, not fixed"
+        );
     }
     // E|ω|² = d; the standard error over 1200 rows is √(2d/1200) = 0.2.
     assert!((squares / 20.0 - d as f64).abs() < 0.7, "mean squared length {}", squares / 20.0);
 }
 
-// ---- configuration -------------------------------------------------------------------------------------------------
+// ---- configuration
+// -------------------------------------------------------------------------------------------------
 
 #[test]
 fn parameters_are_what_the_config_says() {
     let d = 10;
-    let params = DctMapConfig::new(d).with_blocks(4).with_pairing(Pairing::Antithetic).params().unwrap();
+    let params =
+        DctMapConfig::new(d).with_blocks(4).with_pairing(Pairing::Antithetic).params().unwrap();
     assert_eq!((params.dim(), params.blocks(), params.features()), (d, 4, 80));
     assert!(params.query.scale[..d].iter().all(|&s| s == 1.0));
-    assert!(params.query.scale[d..].iter().all(|&s| s.abs() == 1.0) && params.query.scale[d..].contains(&-1.0));
+    assert!(
+        params.query.scale[d..].iter().all(|&s| s.abs() == 1.0)
+            && params.query.scale[d..].contains(&-1.0)
+    );
     assert_eq!(params.query, params.key);
     assert_eq!((params.log_weight[79], params.log_mix), (-80.0_f64.ln(), 0.0));
     assert!(params.query.radii.iter().any(|&t| t < 0.0));
 
-    let chi = DctMapConfig::new(d).with_blocks(4).with_radial(Radial::Chi).with_scales(InputScales::Ones).params().unwrap();
+    let chi = DctMapConfig::new(d)
+        .with_blocks(4)
+        .with_radial(Radial::Chi)
+        .with_scales(InputScales::Ones)
+        .params()
+        .unwrap();
     assert!(chi.query.scale.iter().all(|&s| s == 1.0));
     let mean_square = dot(&chi.query.radii, &chi.query.radii) / 40.0;
     assert!((mean_square - d as f64).abs() < 0.5, "E t² = d, got {mean_square}");
 
-    let mixed = DctMapConfig::new(d).with_blocks(2).with_mixing(Mixing::Mixed).with_scales(InputScales::Ones).params().unwrap();
+    let mixed = DctMapConfig::new(d)
+        .with_blocks(2)
+        .with_mixing(Mixing::Mixed)
+        .with_scales(InputScales::Ones)
+        .params()
+        .unwrap();
     let Projection::Mixed { signs } = &mixed.projection else { panic!("asked for mixing") };
-    assert!(signs.len() == 60 && signs.iter().all(|s| s.abs() == 1.0) && signs.contains(&-1.0) && signs.contains(&1.0));
+    assert!(
+        signs.len() == 60
+            && signs.iter().all(|s| s.abs() == 1.0)
+            && signs.contains(&-1.0)
+            && signs.contains(&1.0)
+    );
 
     let plain = DctParams::new(d);
     assert_eq!((plain.blocks(), plain.features(), plain.log_weight[3]), (1, d, -10.0_f64.ln()));
@@ -571,7 +732,8 @@ fn parameters_are_what_the_config_says() {
 
 #[test]
 fn same_seed_same_bits_other_seed_other_bits() {
-    let config = DctMapConfig::new(12).with_blocks(3).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
+    let config =
+        DctMapConfig::new(12).with_blocks(3).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
     for config in [config.clone().with_points(Points::Random), config] {
         assert_eq!(config.params().unwrap(), config.params().unwrap());
         let other = config.clone().with_seed(1).params().unwrap();
@@ -592,22 +754,34 @@ fn same_seed_same_bits_other_seed_other_bits() {
 
 #[test]
 fn empty_and_strided_inputs() {
-    let map = DctMapConfig::new(6).with_blocks(2).with_envelope(Envelope::Gaussian).build::<f64>().unwrap();
+    let map = DctMapConfig::new(6)
+        .with_blocks(2)
+        .with_envelope(Envelope::Gaussian)
+        .build::<f64>()
+        .unwrap();
     assert_eq!(map.query_log_features(&Array2::zeros((0, 6))).unwrap().dim(), (0, 12));
     let wide = normal_rows(40, 12, 3);
     let view = wide.slice(s![..;2, ..;-2]);
-    assert_eq!(map.key_log_features(&view).unwrap(), map.key_log_features(&view.to_owned()).unwrap());
+    assert_eq!(
+        map.key_log_features(&view).unwrap(),
+        map.key_log_features(&view.to_owned()).unwrap()
+    );
 }
 
-// ---- the code published with the paper -----------------------------------------------------------------------------
+// ---- the code published with the paper
+// -----------------------------------------------------------------------------
 
 fn golden(name: &str) -> (Vec<usize>, Vec<f64>) {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/official_neox_attention_f64.safetensors");
+    let path = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/tests/golden/official_neox_attention_f64.safetensors"
+    );
     let bytes = std::fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let tensor = file.tensor(name).unwrap();
     assert_eq!(tensor.dtype(), safetensors::Dtype::F64);
-    let values = tensor.data().chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect();
+    let values =
+        tensor.data().chunks_exact(8).map(|b| f64::from_le_bytes(b.try_into().unwrap())).collect();
     (tensor.shape().to_vec(), values)
 }
 
@@ -618,7 +792,8 @@ fn published_features_are_those_of_the_published_code() {
     let (_, radii) = golden("radii");
     let x = Array2::from_shape_vec((shape[0] * shape[1], shape[2]), input).unwrap();
     let expected = Array2::from_shape_vec(x.dim(), output).unwrap();
-    let worst = |got: Array2<f64>| (got - &expected).iter().fold(0.0_f64, |worst, e| worst.max(e.abs()));
+    let worst =
+        |got: Array2<f64>| (got - &expected).iter().fold(0.0_f64, |worst, e| worst.max(e.abs()));
     let double = worst(published_features(&x, &radii).unwrap());
     let single = worst(published_features(&cast::<f32>(&x), &radii).unwrap().mapv(f64::from));
     println!("published features: off by {double:.1e} in f64, {single:.1e} in f32");
@@ -643,16 +818,21 @@ fn a_token_has_the_features_of_its_row() {
                     map.query_token(&x, &mut out, &mut scratch)
                 }
                 let top = row.iter().fold(1.0, |top: f64, x| top.max(x.to_f64().abs()));
-                let near = |(a, b): (&T, &T)| (a.to_f64() - b.to_f64()).abs() <= 200.0 * T::EPSILON.to_f64() * top;
+                let near = |(a, b): (&T, &T)| {
+                    (a.to_f64() - b.to_f64()).abs() <= 200.0 * T::EPSILON.to_f64() * top
+                };
                 assert!(out.iter().zip(row).all(near), "{label}, d {d}, key {key}");
             }
         }
     }
     for d in [1, 2, 3, 7, 8, 20, 24, 31, 40, 64, 80, 96, 100, 160, 192, 256, 300] {
-        for (blocks, pairing, mixing) in
-            [(1, Pairing::Single, Mixing::None), (2, Pairing::Antithetic, Mixing::None), (1, Pairing::Antithetic, Mixing::Mixed)]
-        {
-            let config = DctMapConfig::new(d).with_blocks(blocks).with_pairing(pairing).with_mixing(mixing);
+        for (blocks, pairing, mixing) in [
+            (1, Pairing::Single, Mixing::None),
+            (2, Pairing::Antithetic, Mixing::None),
+            (1, Pairing::Antithetic, Mixing::Mixed),
+        ] {
+            let config =
+                DctMapConfig::new(d).with_blocks(blocks).with_pairing(pairing).with_mixing(mixing);
             let params = shaken(config.params().unwrap(), 6);
             let label = format!("{blocks} blocks, {pairing:?}, {mixing:?}");
             check(DctMap::<f64>::from_params(params.clone()).unwrap(), &label);
@@ -667,7 +847,9 @@ fn published_features_follow_the_formula() {
         let (x, radii) = (normal_rows(4, d, 1) * 20.0, normals(d, 2));
         let got = published_features(&x, &radii).unwrap();
         for (x, got) in x.rows().into_iter().zip(got.rows()) {
-            let logits: Vec<f64> = (0..d).map(|f| radii[f] * (0..d).map(|i| cosine(d, i, f) * x[i]).sum::<f64>()).collect();
+            let logits: Vec<f64> = (0..d)
+                .map(|f| radii[f] * (0..d).map(|i| cosine(d, i, f) * x[i]).sum::<f64>())
+                .collect();
             let max = logits.iter().fold(f64::NEG_INFINITY, |a, &b| a.max(b));
             let sum: f64 = logits.iter().map(|l| (l - max).exp()).sum();
             for f in 0..d {
@@ -677,10 +859,12 @@ fn published_features_follow_the_formula() {
     }
 }
 
-// ---- errors --------------------------------------------------------------------------------------------------------
+// ---- errors
+// --------------------------------------------------------------------------------------------------------
 
 fn refused(change: impl FnOnce(&mut DctParams)) -> Error {
-    let mut params = DctMapConfig::new(4).with_blocks(2).with_mixing(Mixing::Mixed).params().unwrap();
+    let mut params =
+        DctMapConfig::new(4).with_blocks(2).with_mixing(Mixing::Mixed).params().unwrap();
     change(&mut params);
     DctMap::<f64>::from_params(params).unwrap_err()
 }
@@ -695,11 +879,26 @@ fn impossible_configs_are_refused() {
 
     let limit = 65_536 * 256;
     let too_large = |argument, limit, got| Error::TooLarge { argument, limit, got };
-    assert_eq!(DctMapConfig::new(usize::MAX).params().unwrap_err(), too_large("dim", limit, usize::MAX));
-    assert_eq!(DctMapConfig::new(1).with_blocks(limit + 1).params().unwrap_err(), too_large("blocks", limit, limit + 1));
-    assert_eq!(DctMapConfig::new(8).with_blocks(usize::MAX).params().unwrap_err(), too_large("blocks", limit / 8, usize::MAX));
-    assert_eq!(FavorConfig::new(usize::MAX, 1).params().unwrap_err(), too_large("dim", limit, usize::MAX));
-    assert_eq!(FavorConfig::new(64, usize::MAX).params().unwrap_err(), too_large("features", 1 << 21, usize::MAX));
+    assert_eq!(
+        DctMapConfig::new(usize::MAX).params().unwrap_err(),
+        too_large("dim", limit, usize::MAX)
+    );
+    assert_eq!(
+        DctMapConfig::new(1).with_blocks(limit + 1).params().unwrap_err(),
+        too_large("blocks", limit, limit + 1)
+    );
+    assert_eq!(
+        DctMapConfig::new(8).with_blocks(usize::MAX).params().unwrap_err(),
+        too_large("blocks", limit / 8, usize::MAX)
+    );
+    assert_eq!(
+        FavorConfig::new(usize::MAX, 1).params().unwrap_err(),
+        too_large("dim", limit, usize::MAX)
+    );
+    assert_eq!(
+        FavorConfig::new(64, usize::MAX).params().unwrap_err(),
+        too_large("features", 1 << 21, usize::MAX)
+    );
 }
 
 #[test]
@@ -707,7 +906,8 @@ fn wrong_lengths_are_refused() {
     let length = |argument, expected, got| Error::Length { argument, expected, got };
     assert_eq!(refused(|p| p.query.center.clear()), Error::Empty { argument: "query.center" });
     assert_eq!(refused(|p| p.query.radii.clear()), Error::Empty { argument: "query.radii" });
-    let not_divisible = Error::NotDivisible { argument: "query.radii", divisor: "dim", divisor_value: 4, got: 7 };
+    let not_divisible =
+        Error::NotDivisible { argument: "query.radii", divisor: "dim", divisor_value: 4, got: 7 };
     assert_eq!(refused(|p| p.query.radii.truncate(7)), not_divisible);
     assert_eq!(refused(|p| p.query.scale.truncate(4)), length("query.scale", 8, 4));
     assert_eq!(refused(|p| p.key.center.push(0.0)), length("key.center", 4, 5));
@@ -715,8 +915,15 @@ fn wrong_lengths_are_refused() {
     assert_eq!(refused(|p| p.key.radii.truncate(4)), length("key.radii", 8, 4));
     assert_eq!(refused(|p| p.log_weight.push(0.0)), length("log_weight", 8, 9));
     assert_eq!(refused(|p| p.pairing = Pairing::Antithetic), length("log_weight", 16, 8));
-    assert_eq!(refused(|p| p.projection = Projection::Mixed { signs: vec![1.0; 23] }), length("projection.signs", 24, 23));
-    let deep = |query, key| refused(move |p| p.projection = Projection::Deep { query: vec![1.0; query], key: vec![1.0; key] });
+    assert_eq!(
+        refused(|p| p.projection = Projection::Mixed { signs: vec![1.0; 23] }),
+        length("projection.signs", 24, 23)
+    );
+    let deep = |query, key| {
+        refused(move |p| {
+            p.projection = Projection::Deep { query: vec![1.0; query], key: vec![1.0; key] }
+        })
+    };
     assert_eq!(deep(15, 16), length("projection.query", 16, 15));
     assert_eq!(deep(16, 17), length("projection.key", 16, 17));
     let dense = |query, key| {
@@ -728,7 +935,8 @@ fn wrong_lengths_are_refused() {
     };
     assert_eq!(dense(31, 32), length("projection.query", 32, 31));
     assert_eq!(dense(32, 33), length("projection.key", 32, 33));
-    let wide = refused(|p| p.projection = Projection::Dense { query: vec![0.0; 32], key: vec![0.0; 32] });
+    let wide =
+        refused(|p| p.projection = Projection::Dense { query: vec![0.0; 32], key: vec![0.0; 32] });
     assert_eq!(wide, length("query.scale", 4, 8));
 }
 
@@ -752,15 +960,24 @@ fn numbers_that_are_not_finite_are_refused() {
     ];
     for (name, at, change) in places {
         for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e101] {
-            let Error::NonFinite { argument, index, limit, got } = refused(|p| change(p, value)) else { panic!("{name}") };
+            let Error::NonFinite { argument, index, limit, got } = refused(|p| change(p, value))
+            else {
+                panic!("{name}")
+            };
             assert_eq!((argument, index, limit, got.to_bits()), (name, at, 1e100, value.to_bits()));
         }
     }
     for key in [false, true] {
         let mut params = FavorConfig::new(3, 2).params().unwrap();
-        let Projection::Dense { query, key: keys } = &mut params.projection else { panic!("dense") };
+        let Projection::Dense { query, key: keys } = &mut params.projection else {
+            panic!("dense")
+        };
         (if key { keys } else { query })[5] = f64::NAN;
-        let Error::NonFinite { argument, index: 5, .. } = DctMap::<f64>::from_params(params).unwrap_err() else { panic!("dense") };
+        let Error::NonFinite { argument, index: 5, .. } =
+            DctMap::<f64>::from_params(params).unwrap_err()
+        else {
+            panic!("dense")
+        };
         assert_eq!(argument, if key { "projection.key" } else { "projection.query" });
     }
     // What f64 holds, f32 may not.
@@ -785,7 +1002,10 @@ fn tied_sides_that_differ_are_refused() {
     assert!(DctMap::<f64>::from_params(params.clone()).is_ok());
     let Projection::Dense { key, .. } = &mut params.projection else { panic!("dense") };
     key[0] += 1.0;
-    assert!(matches!(DctMap::<f64>::from_params(params), Err(Error::Conflict { argument: "Sides::Tied", .. })));
+    assert!(matches!(
+        DctMap::<f64>::from_params(params),
+        Err(Error::Conflict { argument: "Sides::Tied", .. })
+    ));
 }
 
 #[test]
@@ -795,9 +1015,16 @@ fn oprf_needs_an_envelope_and_a_sensible_phi() {
     let conflict = plain.params().unwrap().with_oprf(1.0).unwrap_err();
     assert_eq!(conflict, Error::Conflict { argument: "OPRF weights", other: "Envelope::None" });
     for phi in [-1e-9, f64::NAN, f64::INFINITY] {
-        let Error::Value { argument: "phi", expected, got } = gaussian.clone().with_oprf(phi).unwrap_err() else { panic!("{phi}") };
+        let Error::Value { argument: "phi", expected, got } =
+            gaussian.clone().with_oprf(phi).unwrap_err()
+        else {
+            panic!("{phi}")
+        };
         assert_eq!((expected, got.to_bits()), ("finite and at least 0", phi.to_bits()));
-        assert!(matches!(FavorConfig::new(4, 4).with_oprf(phi).build::<f64>(), Err(Error::Value { argument: "phi", .. })));
+        assert!(matches!(
+            FavorConfig::new(4, 4).with_oprf(phi).build::<f64>(),
+            Err(Error::Value { argument: "phi", .. })
+        ));
     }
     let unchanged = gaussian.clone().with_oprf(0.0).unwrap();
     assert_eq!(unchanged.query, gaussian.query);
@@ -812,15 +1039,33 @@ fn wrong_inputs_are_refused() {
     assert_eq!(map.key_log_features(&Array2::zeros((2, 5))).unwrap_err(), shape("y", 5));
     let mut x = Array2::zeros((2, 4));
     x[[1, 2]] = 2e15;
-    assert_eq!(map.key_log_features(&x).unwrap_err(), Error::NonFinite { argument: "y", index: 6, limit: 1e15, got: f64::from(2e15_f32) });
+    assert_eq!(
+        map.key_log_features(&x).unwrap_err(),
+        Error::NonFinite { argument: "y", index: 6, limit: 1e15, got: f64::from(2e15_f32) }
+    );
     x[[1, 2]] = f32::NAN;
-    assert!(matches!(map.query_log_features(&x), Err(Error::NonFinite { argument: "x", index: 6, .. })));
+    assert!(matches!(
+        map.query_log_features(&x),
+        Err(Error::NonFinite { argument: "x", index: 6, .. })
+    ));
 
-    assert_eq!(published_features(&array![[1.0_f64, 2.0]], &[]).unwrap_err(), Error::Empty { argument: "radii" });
-    assert_eq!(published_features(&array![[1.0_f64, 2.0, 3.0]], &[1.0; 4]).unwrap_err(), shape("x", 3));
+    assert_eq!(
+        published_features(&array![[1.0_f64, 2.0]], &[]).unwrap_err(),
+        Error::Empty { argument: "radii" }
+    );
+    assert_eq!(
+        published_features(&array![[1.0_f64, 2.0, 3.0]], &[1.0; 4]).unwrap_err(),
+        shape("x", 3)
+    );
     let radii = [1.0, f64::INFINITY];
-    assert!(matches!(published_features(&array![[1.0, 2.0]], &radii), Err(Error::NonFinite { argument: "radii", index: 1, .. })));
-    assert!(matches!(published_features(&array![[1.0, f64::NAN]], &[1.0; 2]), Err(Error::NonFinite { argument: "x", index: 1, .. })));
+    assert!(matches!(
+        published_features(&array![[1.0, 2.0]], &radii),
+        Err(Error::NonFinite { argument: "radii", index: 1, .. })
+    ));
+    assert!(matches!(
+        published_features(&array![[1.0, f64::NAN]], &[1.0; 2]),
+        Err(Error::NonFinite { argument: "x", index: 1, .. })
+    ));
 }
 
 #[test]
@@ -836,5 +1081,8 @@ fn public_types_cross_threads() {
     check::<Projection>();
     check::<SideParams>();
     let map = FavorConfig::new(3, 5).build::<f32>().unwrap();
-    assert_eq!(format!("{:?}", DctMap::from(map)), "DctMap { dim: 3, features: 5, blocks: 1, envelope: Gaussian, pairing: Single, .. }");
+    assert_eq!(
+        format!("{:?}", DctMap::from(map)),
+        "DctMap { dim: 3, features: 5, blocks: 1, envelope: Gaussian, pairing: Single, .. }"
+    );
 }

@@ -1,4 +1,5 @@
-//! The layers: against models run by `transformers`, against the reference, against each other, and against bad input.
+//! The layers: against models run by `transformers`, against the reference, against each other, and
+//! against bad input.
 
 #![allow(clippy::unwrap_used)]
 
@@ -9,41 +10,55 @@ use std::sync::Arc;
 
 use common::{Random, argument, assert_close, assert_same_bits, cast};
 use dijiang::attention::{ExactConfig, KeyMask, Near};
-use dijiang::kernel::{DctMap, DctMapConfig, Envelope, FeatureMap, Mixing, Pairing, Points, Radial, Sides};
+use dijiang::kernel::{
+    DctMap, DctMapConfig, Envelope, FeatureMap, Mixing, Pairing, Points, Radial, Sides,
+};
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateProgress, Causality, DijiangAttention, DijiangOptions,
-    DijiangState, Rotary, RotaryPairing, RotaryScaling, SoftmaxAttention, SoftmaxState,
+    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateProgress, Causality,
+    DijiangAttention, DijiangOptions, DijiangState, Rotary, RotaryPairing, RotaryScaling,
+    SoftmaxAttention, SoftmaxState,
 };
 use dijiang::reference::{self, Pairs};
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis, concatenate, s};
 
-// ---- models and inputs ---------------------------------------------------------------------------------------------
+// ---- models and inputs
+// ---------------------------------------------------------------------------------------------
 
 /// Random weights whose queries and keys come out with deviation about 1, biases included.
 fn random_weights(config: &AttentionConfig, head_dim: usize, seed: u64) -> AttentionWeights<f64> {
     let mut random = Random::new(seed);
-    let (model, width, kv_width) = (config.model_dim, config.heads * head_dim, config.kv_heads * head_dim);
+    let (model, width, kv_width) =
+        (config.model_dim, config.heads * head_dim, config.kv_heads * head_dim);
     let scale = 1.0 / (model as f64).sqrt();
     let mut matrix = |rows, cols| random.normals((rows, cols), scale);
-    let weights = AttentionWeights::new(matrix(width, model), matrix(kv_width, model), matrix(kv_width, model), matrix(model, width));
+    let weights = AttentionWeights::new(
+        matrix(width, model),
+        matrix(kv_width, model),
+        matrix(kv_width, model),
+        matrix(model, width),
+    );
     let mut bias = |len| random.normals(len, 0.5);
     weights.with_biases(bias(width), bias(kv_width), bias(kv_width), bias(model))
 }
 
 fn cast_weights<T: Real>(weights: &AttentionWeights<f64>) -> AttentionWeights<T> {
     let bias = |bias: &Option<Array1<f64>>| cast(bias.as_ref().unwrap());
-    AttentionWeights::new(cast(&weights.q), cast(&weights.k), cast(&weights.v), cast(&weights.o)).with_biases(
-        bias(&weights.q_bias),
-        bias(&weights.k_bias),
-        bias(&weights.v_bias),
-        bias(&weights.o_bias),
-    )
+    AttentionWeights::new(cast(&weights.q), cast(&weights.k), cast(&weights.v), cast(&weights.o))
+        .with_biases(
+            bias(&weights.q_bias),
+            bias(&weights.k_bias),
+            bias(&weights.v_bias),
+            bias(&weights.o_bias),
+        )
 }
 
 /// D = 24, six query heads of 6 on three key-value heads, four of six coordinates rotated.
 fn grouped() -> AttentionConfig {
-    AttentionConfig::new(24, 6).with_kv_heads(3).with_head_dim(6).with_rotary(Rotary::new(500.0).with_dims(4))
+    AttentionConfig::new(24, 6)
+        .with_kv_heads(3)
+        .with_head_dim(6)
+        .with_rotary(Rotary::new(500.0).with_dims(4))
 }
 
 fn softmax(config: AttentionConfig, seed: u64) -> SoftmaxAttention<f64> {
@@ -58,7 +73,11 @@ fn linear(config: AttentionConfig, options: DijiangOptions, seed: u64) -> Dijian
 
 /// Everything at once: near part, decay, antithetic blocks.
 fn rich() -> DijiangOptions {
-    DijiangOptions::new().with_near(Some(Near::new(8, 1))).with_log_decay(-0.01).with_blocks(2).with_pairing(Pairing::Antithetic)
+    DijiangOptions::new()
+        .with_near(Some(Near::new(8, 1)))
+        .with_log_decay(-0.01)
+        .with_blocks(2)
+        .with_pairing(Pairing::Antithetic)
 }
 
 fn hidden(n: usize, config: &AttentionConfig, seed: u64) -> Array2<f64> {
@@ -69,7 +88,8 @@ fn hidden(n: usize, config: &AttentionConfig, seed: u64) -> Array2<f64> {
 fn streamed<T: Real, A: Attention<T>>(layer: &A, x: &Array2<T>, pieces: &[usize]) -> Array2<T> {
     let (mut state, mut start, mut out) = (layer.new_state(), 0, Array2::zeros(x.raw_dim()));
     for &len in pieces {
-        let y = layer.prefill(&mut state, &x.slice(s![start..start + len, ..]), KeyMask::All).unwrap();
+        let y =
+            layer.prefill(&mut state, &x.slice(s![start..start + len, ..]), KeyMask::All).unwrap();
         out.slice_mut(s![start..start + len, ..]).assign(&y);
         start += len;
     }
@@ -79,21 +99,37 @@ fn streamed<T: Real, A: Attention<T>>(layer: &A, x: &Array2<T>, pieces: &[usize]
     out
 }
 
-// ---- the reference -------------------------------------------------------------------------------------------------
+// ---- the reference
+// -------------------------------------------------------------------------------------------------
 
 /// x Wᵀ + b, every head rotated at its position.
-fn projected(x: &Array2<f64>, weight: &Array2<f64>, bias: &Option<Array1<f64>>, heads: usize, rotary: Option<&Rotary>) -> Vec<Array2<f64>> {
+fn projected(
+    x: &Array2<f64>,
+    weight: &Array2<f64>,
+    bias: &Option<Array1<f64>>,
+    heads: usize,
+    rotary: Option<&Rotary>,
+) -> Vec<Array2<f64>> {
     let rows = x.dot(&weight.t()) + bias.as_ref().unwrap();
     let d = rows.ncols() / heads;
-    let mut heads: Vec<_> = (0..heads).map(|h| rows.slice(s![.., h * d..(h + 1) * d]).to_owned()).collect();
+    let mut heads: Vec<_> =
+        (0..heads).map(|h| rows.slice(s![.., h * d..(h + 1) * d]).to_owned()).collect();
     if let Some(rotary) = rotary {
         let r = rotary.dims.unwrap_or(d);
         for head in &mut heads {
             for p in 0..x.nrows() {
                 for i in 0..r / 2 {
-                    let (a, b) = if rotary.pairing == RotaryPairing::Halves { (i, i + r / 2) } else { (2 * i, 2 * i + 1) };
-                    let (sin, cos) = (p as f64 * rotary.base.powf(-2.0 * i as f64 / r as f64)).sin_cos();
-                    (head[[p, a]], head[[p, b]]) = (head[[p, a]] * cos - head[[p, b]] * sin, head[[p, b]] * cos + head[[p, a]] * sin);
+                    let (a, b) = if rotary.pairing == RotaryPairing::Halves {
+                        (i, i + r / 2)
+                    } else {
+                        (2 * i, 2 * i + 1)
+                    };
+                    let (sin, cos) =
+                        (p as f64 * rotary.base.powf(-2.0 * i as f64 / r as f64)).sin_cos();
+                    (head[[p, a]], head[[p, b]]) = (
+                        head[[p, a]] * cos - head[[p, b]] * sin,
+                        head[[p, b]] * cos + head[[p, a]] * sin,
+                    );
                 }
             }
         }
@@ -122,8 +158,17 @@ fn oracle(
             match maps {
                 None => reference::softmax_attention(&scores, &v[kv], pairs).unwrap(),
                 Some(maps) => {
-                    let (a, b) = (maps[kv].query_log_features(&x).unwrap(), maps[kv].key_log_features(&y).unwrap());
-                    reference::linear_attention(&scores, &reference::log_kernel(&a, &b).unwrap(), &v[kv], pairs).unwrap()
+                    let (a, b) = (
+                        maps[kv].query_log_features(&x).unwrap(),
+                        maps[kv].key_log_features(&y).unwrap(),
+                    );
+                    reference::linear_attention(
+                        &scores,
+                        &reference::log_kernel(&a, &b).unwrap(),
+                        &v[kv],
+                        pairs,
+                    )
+                    .unwrap()
                 }
             }
         })
@@ -142,28 +187,56 @@ fn both_layers_are_their_formulas() {
     ];
     for (i, config) in configs.into_iter().enumerate() {
         for n in [1, 5, 70, 131] {
-            let (x, valid) = (hidden(n, &config, 7), (0..n).map(|i| i % 5 != 2).collect::<Vec<_>>());
+            let (x, valid) =
+                (hidden(n, &config, 7), (0..n).map(|i| i % 5 != 2).collect::<Vec<_>>());
             let layer = softmax(config.clone(), 3);
-            let check = |what: &str, y: Array2<f64>, expected: Array2<f64>| assert_close((what, i, n), &y, &expected, 1e-12);
-            let expected = |maps, pairs: Pairs<'_>| oracle(&x, layer.config(), layer.weights(), maps, &pairs.with_valid(&valid));
+            let check = |what: &str, y: Array2<f64>, expected: Array2<f64>| {
+                assert_close((what, i, n), &y, &expected, 1e-12)
+            };
+            let expected = |maps, pairs: Pairs<'_>| {
+                oracle(&x, layer.config(), layer.weights(), maps, &pairs.with_valid(&valid))
+            };
             let mask = KeyMask::Valid(&valid);
             check("softmax", layer.forward(&x, mask).unwrap(), expected(None, Pairs::causal()));
 
             let near = layer.clone().with_near(Some(Near::new(8, 1))).unwrap();
-            check("near only", near.forward(&x, mask).unwrap(), expected(None, Pairs::causal().with_near(8, 1)));
+            check(
+                "near only",
+                near.forward(&x, mask).unwrap(),
+                expected(None, Pairs::causal().with_near(8, 1)),
+            );
 
             let linear = DijiangAttention::from_softmax(&layer, rich()).unwrap();
             let pairs = Pairs::causal().with_near(8, 1).with_log_decay(-0.01);
-            check("linear", linear.forward(&x, mask).unwrap(), expected(Some(linear.maps()), pairs));
+            check(
+                "linear",
+                linear.forward(&x, mask).unwrap(),
+                expected(Some(linear.maps()), pairs),
+            );
 
-            let pure = linear.clone().with_near(None).unwrap().with_log_decay(vec![-0.02; layer.config().kv_heads]).unwrap();
-            check("pure", pure.forward(&x, mask).unwrap(), expected(Some(pure.maps()), Pairs::causal().with_log_decay(-0.02)));
+            let pure = linear
+                .clone()
+                .with_near(None)
+                .unwrap()
+                .with_log_decay(vec![-0.02; layer.config().kv_heads])
+                .unwrap();
+            check(
+                "pure",
+                pure.forward(&x, mask).unwrap(),
+                expected(Some(pure.maps()), Pairs::causal().with_log_decay(-0.02)),
+            );
 
             let layer = softmax(config.clone().with_causality(Causality::Bidirectional), 3);
             check("full softmax", layer.forward(&x, mask).unwrap(), expected(None, Pairs::full()));
-            let linear = DijiangAttention::from_softmax(&layer, DijiangOptions::new().with_blocks(2)).unwrap();
+            let linear =
+                DijiangAttention::from_softmax(&layer, DijiangOptions::new().with_blocks(2))
+                    .unwrap();
             assert_eq!(linear.near(), None);
-            check("full linear", linear.forward(&x, mask).unwrap(), expected(Some(linear.maps()), Pairs::full()));
+            check(
+                "full linear",
+                linear.forward(&x, mask).unwrap(),
+                expected(Some(linear.maps()), Pairs::full()),
+            );
         }
     }
 }
@@ -181,19 +254,29 @@ fn projected_heads_are_what_attention_is_computed_from() {
     ] {
         assert_eq!(heads.dim(), (count, 70, 6), "{what}");
         let expected = projected(&x, weight, bias, count, rotary);
-        heads.outer_iter().zip(&expected).for_each(|(head, expected)| assert_close(what, &head.to_owned(), expected, 1e-12));
+        heads
+            .outer_iter()
+            .zip(&expected)
+            .for_each(|(head, expected)| assert_close(what, &head.to_owned(), expected, 1e-12));
     }
 
     let exact = ExactConfig::new(6, 6).with_kv_heads(3).build().unwrap();
     let heads = exact.causal(&q, &k, &v, KeyMask::All).unwrap();
     let views: Vec<_> = heads.outer_iter().collect();
-    let y = concatenate(Axis(1), &views).unwrap().dot(&weights.o.t()) + weights.o_bias.as_ref().unwrap();
+    let y = concatenate(Axis(1), &views).unwrap().dot(&weights.o.t())
+        + weights.o_bias.as_ref().unwrap();
     assert_close("outputs", &y, &layer.forward(&x, KeyMask::All).unwrap(), 1e-12);
 
-    assert_eq!(layer.project(&x.slice(s![.., ..23])).unwrap_err(), Error::Shape { argument: "x", axis: 1, expected: 24, got: 23 });
+    assert_eq!(
+        layer.project(&x.slice(s![.., ..23])).unwrap_err(),
+        Error::Shape { argument: "x", axis: 1, expected: 24, got: 23 }
+    );
     assert_eq!(layer.project(&x.slice(s![..0, ..])).unwrap_err(), Error::Empty { argument: "x" });
     let huge = x.mapv(|v| v.signum() * 9e99);
-    assert!(matches!(layer.project(&huge), Err(Error::NonFinite { argument: "q" | "k" | "v", .. })));
+    assert!(matches!(
+        layer.project(&huge),
+        Err(Error::NonFinite { argument: "q" | "k" | "v", .. })
+    ));
 }
 
 #[test]
@@ -201,14 +284,24 @@ fn single_precision_follows_double() {
     let (config, layer) = (grouped(), softmax(grouped(), 3));
     let x = hidden(131, &config, 5);
     let single = SoftmaxAttention::<f32>::new(config, cast_weights(layer.weights())).unwrap();
-    assert_close("softmax", &single.forward(&cast(&x), KeyMask::All).unwrap(), &layer.forward(&x, KeyMask::All).unwrap(), 1e-5);
-    let (linear, expected) = (DijiangAttention::from_softmax(&single, rich()), DijiangAttention::from_softmax(&layer, rich()));
-    let (linear, expected) = (linear.unwrap(), expected.unwrap().forward(&x, KeyMask::All).unwrap());
+    assert_close(
+        "softmax",
+        &single.forward(&cast(&x), KeyMask::All).unwrap(),
+        &layer.forward(&x, KeyMask::All).unwrap(),
+        1e-5,
+    );
+    let (linear, expected) = (
+        DijiangAttention::from_softmax(&single, rich()),
+        DijiangAttention::from_softmax(&layer, rich()),
+    );
+    let (linear, expected) =
+        (linear.unwrap(), expected.unwrap().forward(&x, KeyMask::All).unwrap());
     assert_close("linear", &linear.forward(&cast(&x), KeyMask::All).unwrap(), &expected, 1e-4);
     assert_close("linear, streamed", &streamed(&linear, &cast(&x), &[70, 3]), &expected, 1e-4);
 }
 
-// ---- one sequence, however it arrives ------------------------------------------------------------------------------
+// ---- one sequence, however it arrives
+// ------------------------------------------------------------------------------
 
 fn streams_like_forward<A: Attention<f64>>(context: &str, layer: &A) {
     let x = hidden(150, layer.config(), 11);
@@ -219,7 +312,8 @@ fn streams_like_forward<A: Attention<f64>>(context: &str, layer: &A) {
     // Rows that lie elsewhere in memory are the same rows.
     let columns = x.t().as_standard_layout().into_owned();
     assert_same_bits(context, &layer.forward(&columns.t(), KeyMask::All).unwrap(), &expected);
-    let (mut state, mut a, mut b) = (layer.new_state(), Array1::zeros(x.ncols()), Array2::zeros((x.ncols(), 2)));
+    let (mut state, mut a, mut b) =
+        (layer.new_state(), Array1::zeros(x.ncols()), Array2::zeros((x.ncols(), 2)));
     layer.step(&mut state, &x.row(0), &mut a).unwrap();
     layer.step(&mut layer.new_state(), &columns.column(0), &mut b.column_mut(1)).unwrap();
     assert_same_bits(context, &b.column(1), &a);
@@ -227,12 +321,19 @@ fn streams_like_forward<A: Attention<f64>>(context: &str, layer: &A) {
 
 #[test]
 fn prefill_in_pieces_and_steps_are_forward() {
-    let interleaved = grouped().with_rotary(Rotary::new(100.0).with_pairing(RotaryPairing::Interleaved));
+    let interleaved =
+        grouped().with_rotary(Rotary::new(100.0).with_pairing(RotaryPairing::Interleaved));
     for config in [grouped(), interleaved, AttentionConfig::new(10, 2)] {
         streams_like_forward("softmax", &softmax(config.clone(), 1));
-        streams_like_forward("near only", &softmax(config.clone(), 1).with_near(Some(Near::new(8, 1))).unwrap());
+        streams_like_forward(
+            "near only",
+            &softmax(config.clone(), 1).with_near(Some(Near::new(8, 1))).unwrap(),
+        );
         streams_like_forward("linear", &linear(config.clone(), rich(), 1));
-        streams_like_forward("pure", &linear(config.clone(), DijiangOptions::new().with_near(None), 1));
+        streams_like_forward(
+            "pure",
+            &linear(config.clone(), DijiangOptions::new().with_near(None), 1),
+        );
         streams_like_forward("default", &linear(config.clone(), DijiangOptions::new(), 1));
     }
 }
@@ -244,8 +345,16 @@ fn later_tokens_do_not_matter<A: Attention<f64>>(context: &str, layer: &A) {
         let mut changed = x.clone();
         changed.slice_mut(s![n.., ..]).mapv_inplace(|v| 5.0 - 3.0 * v);
         let prefix = s![..n, ..];
-        assert_same_bits((context, n), &layer.forward(&changed, KeyMask::All).unwrap().slice(prefix), &whole.slice(prefix));
-        assert_same_bits((context, n), &layer.forward(&x.slice(prefix), KeyMask::All).unwrap(), &whole.slice(prefix));
+        assert_same_bits(
+            (context, n),
+            &layer.forward(&changed, KeyMask::All).unwrap().slice(prefix),
+            &whole.slice(prefix),
+        );
+        assert_same_bits(
+            (context, n),
+            &layer.forward(&x.slice(prefix), KeyMask::All).unwrap(),
+            &whole.slice(prefix),
+        );
     }
 }
 
@@ -253,7 +362,10 @@ fn later_tokens_do_not_matter<A: Attention<f64>>(context: &str, layer: &A) {
 fn later_tokens_change_no_bit() {
     later_tokens_do_not_matter("softmax", &softmax(grouped(), 1));
     later_tokens_do_not_matter("linear", &linear(grouped(), rich(), 1));
-    later_tokens_do_not_matter("pure", &linear(grouped(), DijiangOptions::new().with_near(None), 1));
+    later_tokens_do_not_matter(
+        "pure",
+        &linear(grouped(), DijiangOptions::new().with_near(None), 1),
+    );
 }
 
 fn clones_and_resets<A: Attention<f64>>(layer: &A, reset: impl Fn(&mut A::State)) {
@@ -262,9 +374,17 @@ fn clones_and_resets<A: Attention<f64>>(layer: &A, reset: impl Fn(&mut A::State)
     let first = layer.prefill(&mut state, &x.slice(s![..20, ..]), KeyMask::All).unwrap();
     let mut snapshot = state.clone();
     let expected = layer.prefill(&mut state, &rest, KeyMask::All).unwrap();
-    assert_same_bits("snapshot", &layer.prefill(&mut snapshot, &rest, KeyMask::All).unwrap(), &expected);
+    assert_same_bits(
+        "snapshot",
+        &layer.prefill(&mut snapshot, &rest, KeyMask::All).unwrap(),
+        &expected,
+    );
     reset(&mut state);
-    assert_same_bits("reset", &layer.prefill(&mut state, &x.slice(s![..20, ..]), KeyMask::All).unwrap(), &first);
+    assert_same_bits(
+        "reset",
+        &layer.prefill(&mut state, &x.slice(s![..20, ..]), KeyMask::All).unwrap(),
+        &first,
+    );
 }
 
 #[test]
@@ -290,18 +410,35 @@ fn state_size_is_constant_for_linear_and_grows_for_softmax() {
     assert!(sizes.iter().all(|size| size.1 == sizes[0].1 && size.1 > 0), "{sizes:?}");
 }
 
-// ---- batches and threads -------------------------------------------------------------------------------------------
+// ---- batches and threads
+// -------------------------------------------------------------------------------------------
 
 fn batches_are_sequences<A: Attention<f64>>(layer: &A) {
     let x: Array3<f64> = Random::new(23).normals((5, 70, layer.config().model_dim), 1.0);
     let masks = Array2::from_shape_fn((5, 70), |(b, i)| (b + 3) * i % 7 != 1);
-    let (plain, masked) = (layer.forward_batch(&x, None).unwrap(), layer.forward_batch(&x, Some(&masks)).unwrap());
-    let (columns, strided) = (masks.t().as_standard_layout().into_owned(), layer.forward_batch(&x, Some(&masks.t().t())).unwrap());
-    assert_same_bits("mask layout", &layer.forward_batch(&x, Some(&columns.t())).unwrap(), &strided);
+    let (plain, masked) =
+        (layer.forward_batch(&x, None).unwrap(), layer.forward_batch(&x, Some(&masks)).unwrap());
+    let (columns, strided) = (
+        masks.t().as_standard_layout().into_owned(),
+        layer.forward_batch(&x, Some(&masks.t().t())).unwrap(),
+    );
+    assert_same_bits(
+        "mask layout",
+        &layer.forward_batch(&x, Some(&columns.t())).unwrap(),
+        &strided,
+    );
     for (b, x) in x.outer_iter().enumerate() {
-        assert_same_bits(b, &plain.index_axis(Axis(0), b), &layer.forward(&x, KeyMask::All).unwrap());
+        assert_same_bits(
+            b,
+            &plain.index_axis(Axis(0), b),
+            &layer.forward(&x, KeyMask::All).unwrap(),
+        );
         let mask = masks.row(b).to_vec();
-        assert_same_bits(b, &masked.index_axis(Axis(0), b), &layer.forward(&x, KeyMask::Valid(&mask)).unwrap());
+        assert_same_bits(
+            b,
+            &masked.index_axis(Axis(0), b),
+            &layer.forward(&x, KeyMask::Valid(&mask)).unwrap(),
+        );
     }
     assert_ne!(plain, masked);
 }
@@ -322,9 +459,13 @@ fn threads_change_no_bit() {
     let x: Array3<f64> = Random::new(29).normals((3, 300, 24), 1.0);
     let run = |threads| {
         common::on_threads(threads, || {
-            let (mut linear, samples) = (linear.clone(), [x.index_axis(Axis(0), 0), x.index_axis(Axis(0), 1)]);
-            let batches = [exact.forward_batch(&x, None).unwrap(), linear.forward_batch(&x, None).unwrap()];
-            let report = linear.calibrate(&samples, &CalibrateOptions::new(), |_| ControlFlow::Continue(())).unwrap();
+            let (mut linear, samples) =
+                (linear.clone(), [x.index_axis(Axis(0), 0), x.index_axis(Axis(0), 1)]);
+            let batches =
+                [exact.forward_batch(&x, None).unwrap(), linear.forward_batch(&x, None).unwrap()];
+            let report = linear
+                .calibrate(&samples, &CalibrateOptions::new(), |_| ControlFlow::Continue(()))
+                .unwrap();
             (batches, report, linear.forward(&x.index_axis(Axis(0), 2), KeyMask::All).unwrap())
         })
     };
@@ -343,7 +484,12 @@ fn a_masked_token_is_never_attended_to() {
     let (exact, linear) = (softmax(grouped(), 1), linear(grouped(), rich(), 1));
     let mut x = hidden(60, exact.config(), 31);
     let valid: Vec<bool> = (0..60).map(|i| i % 4 != 1).collect();
-    let run = |x: &Array2<f64>| [exact.forward(x, KeyMask::Valid(&valid)).unwrap(), linear.forward(x, KeyMask::Valid(&valid)).unwrap()];
+    let run = |x: &Array2<f64>| {
+        [
+            exact.forward(x, KeyMask::Valid(&valid)).unwrap(),
+            linear.forward(x, KeyMask::Valid(&valid)).unwrap(),
+        ]
+    };
     let before = run(&x);
     (0..60).filter(|i| !valid[*i]).for_each(|i| x.row_mut(i).fill(9.0));
     for (before, after) in before.iter().zip(run(&x)) {
@@ -353,15 +499,25 @@ fn a_masked_token_is_never_attended_to() {
     }
 }
 
-// ---- heads, rotary, near part --------------------------------------------------------------------------------------
+// ---- heads, rotary, near part
+// --------------------------------------------------------------------------------------
 
 #[test]
 fn a_near_part_over_everything_is_softmax() {
     for config in [grouped(), AttentionConfig::new(10, 2)] {
         let exact = softmax(config.clone(), 1);
-        let linear = DijiangAttention::from_softmax(&exact, DijiangOptions::new().with_near(Some(Near::new(50, 2)))).unwrap();
+        let linear = DijiangAttention::from_softmax(
+            &exact,
+            DijiangOptions::new().with_near(Some(Near::new(50, 2))),
+        )
+        .unwrap();
         let x = hidden(150, exact.config(), 37);
-        assert_close("near", &linear.forward(&x, KeyMask::All).unwrap(), &exact.forward(&x, KeyMask::All).unwrap(), 1e-12);
+        assert_close(
+            "near",
+            &linear.forward(&x, KeyMask::All).unwrap(),
+            &exact.forward(&x, KeyMask::All).unwrap(),
+            1e-12,
+        );
         let y = streamed(&linear, &hidden(151, exact.config(), 37), &[]);
         let exact = exact.forward(&hidden(151, exact.config(), 37), KeyMask::All).unwrap();
         assert_close("covered", &y.slice(s![..150, ..]), &exact.slice(s![..150, ..]), 1e-12);
@@ -374,17 +530,21 @@ fn a_near_part_over_everything_is_softmax() {
 fn grouped_queries_are_repeated_key_value_heads() {
     let (few, config) = (softmax(grouped(), 1), grouped().with_kv_heads(6));
     let repeat = |rows: &Array2<f64>| {
-        let heads: Vec<ArrayView2<'_, f64>> = (0..6).map(|h| rows.slice(s![h / 2 * 6..(h / 2 + 1) * 6, ..])).collect();
+        let heads: Vec<ArrayView2<'_, f64>> =
+            (0..6).map(|h| rows.slice(s![h / 2 * 6..(h / 2 + 1) * 6, ..])).collect();
         concatenate(Axis(0), &heads).unwrap()
     };
-    let repeat_bias = |bias: &Option<Array1<f64>>| repeat(&bias.clone().unwrap().insert_axis(Axis(1))).remove_axis(Axis(1));
+    let repeat_bias = |bias: &Option<Array1<f64>>| {
+        repeat(&bias.clone().unwrap().insert_axis(Axis(1))).remove_axis(Axis(1))
+    };
     let w = few.weights();
-    let weights = AttentionWeights::new(w.q.clone(), repeat(&w.k), repeat(&w.v), w.o.clone()).with_biases(
-        w.q_bias.clone().unwrap(),
-        repeat_bias(&w.k_bias),
-        repeat_bias(&w.v_bias),
-        w.o_bias.clone().unwrap(),
-    );
+    let weights = AttentionWeights::new(w.q.clone(), repeat(&w.k), repeat(&w.v), w.o.clone())
+        .with_biases(
+            w.q_bias.clone().unwrap(),
+            repeat_bias(&w.k_bias),
+            repeat_bias(&w.v_bias),
+            w.o_bias.clone().unwrap(),
+        );
     let many = SoftmaxAttention::new(config, weights).unwrap();
     let x = hidden(90, few.config(), 41);
     let expected = many.forward(&x, KeyMask::All).unwrap();
@@ -398,7 +558,8 @@ fn grouped_queries_are_repeated_key_value_heads() {
     assert_close("linear, streamed", &streamed(&few, &x, &[33]), &expected, 1e-12);
 }
 
-/// Attention depends on distances only: tokens after a masked stretch attend as they would at the start.
+/// Attention depends on distances only: tokens after a masked stretch attend as they would at the
+/// start.
 #[test]
 fn rotary_angles_are_relative() {
     for pairing in [RotaryPairing::Halves, RotaryPairing::Interleaved] {
@@ -407,8 +568,19 @@ fn rotary_angles_are_relative() {
         let expected = layer.forward(&x, KeyMask::All).unwrap();
         for shift in [1, 63, 64, 1000] {
             let mut state = layer.new_state();
-            layer.prefill(&mut state, &hidden(shift, layer.config(), 47), KeyMask::Valid(&vec![false; shift])).unwrap();
-            assert_close((pairing, shift), &layer.prefill(&mut state, &x, KeyMask::All).unwrap(), &expected, 1e-11);
+            layer
+                .prefill(
+                    &mut state,
+                    &hidden(shift, layer.config(), 47),
+                    KeyMask::Valid(&vec![false; shift]),
+                )
+                .unwrap();
+            assert_close(
+                (pairing, shift),
+                &layer.prefill(&mut state, &x, KeyMask::All).unwrap(),
+                &expected,
+                1e-11,
+            );
         }
     }
 }
@@ -420,15 +592,20 @@ fn pairings_are_permutations_of_each_other() {
     let halves = softmax(grouped().with_rotary(rotary.clone()), 1);
     // Coordinate c of an interleaved head is coordinate order[c] of a halved one.
     let order = [0, 2, 1, 3, 4, 5];
-    let permute = |rows: &Array2<f64>| Array2::from_shape_fn(rows.raw_dim(), |(i, j)| rows[[i / 6 * 6 + order[i % 6], j]]);
-    let permute_bias = |bias: &Option<Array1<f64>>| permute(&bias.clone().unwrap().insert_axis(Axis(1))).remove_axis(Axis(1));
+    let permute = |rows: &Array2<f64>| {
+        Array2::from_shape_fn(rows.raw_dim(), |(i, j)| rows[[i / 6 * 6 + order[i % 6], j]])
+    };
+    let permute_bias = |bias: &Option<Array1<f64>>| {
+        permute(&bias.clone().unwrap().insert_axis(Axis(1))).remove_axis(Axis(1))
+    };
     let w = halves.weights();
-    let weights = AttentionWeights::new(permute(&w.q), permute(&w.k), w.v.clone(), w.o.clone()).with_biases(
-        permute_bias(&w.q_bias),
-        permute_bias(&w.k_bias),
-        w.v_bias.clone().unwrap(),
-        w.o_bias.clone().unwrap(),
-    );
+    let weights = AttentionWeights::new(permute(&w.q), permute(&w.k), w.v.clone(), w.o.clone())
+        .with_biases(
+            permute_bias(&w.q_bias),
+            permute_bias(&w.k_bias),
+            w.v_bias.clone().unwrap(),
+            w.o_bias.clone().unwrap(),
+        );
     let config = grouped().with_rotary(rotary.with_pairing(RotaryPairing::Interleaved));
     let interleaved = SoftmaxAttention::new(config, weights).unwrap();
     let x = hidden(50, halves.config(), 53);
@@ -446,33 +623,56 @@ fn weights_are_shared_and_their_layout_does_not_matter() {
 
     let mut turned = AttentionWeights::clone(layer.weights());
     let turn = |matrix: &Array2<f64>| matrix.t().as_standard_layout().into_owned().reversed_axes();
-    (turned.q, turned.k, turned.v, turned.o) = (turn(&turned.q), turn(&turned.k), turn(&turned.v), turn(&turned.o));
+    (turned.q, turned.k, turned.v, turned.o) =
+        (turn(&turned.q), turn(&turned.k), turn(&turned.v), turn(&turned.o));
     assert!(!turned.q.is_standard_layout());
     let turned = SoftmaxAttention::new(grouped(), turned).unwrap();
     let x = hidden(20, layer.config(), 59);
-    assert_same_bits("forward", &turned.forward(&x, KeyMask::All).unwrap(), &layer.forward(&x, KeyMask::All).unwrap());
+    assert_same_bits(
+        "forward",
+        &turned.forward(&x, KeyMask::All).unwrap(),
+        &layer.forward(&x, KeyMask::All).unwrap(),
+    );
     assert_same_bits("streamed", &streamed(&turned, &x, &[]), &streamed(&layer, &x, &[]));
 }
 
 #[test]
 fn options_reach_the_maps() {
-    let options = DijiangOptions::new().with_blocks(3).with_pairing(Pairing::Antithetic).with_envelope(Envelope::Gaussian).with_seed(5);
-    let options = options.with_radial(Radial::Chi).with_points(Points::Random).with_mixing(Mixing::Mixed).with_sides(Sides::Tied);
+    let options = DijiangOptions::new()
+        .with_blocks(3)
+        .with_pairing(Pairing::Antithetic)
+        .with_envelope(Envelope::Gaussian)
+        .with_seed(5);
+    let options = options
+        .with_radial(Radial::Chi)
+        .with_points(Points::Random)
+        .with_mixing(Mixing::Mixed)
+        .with_sides(Sides::Tied);
     let layer = linear(grouped(), options.clone(), 1);
     assert_eq!(layer.maps().len(), 3);
     for map in layer.maps() {
         let params = map.params();
         assert_eq!((params.dim(), params.features(), params.blocks()), (6, 36, 3));
-        assert_eq!((params.pairing, params.envelope, params.sides), (Pairing::Antithetic, Envelope::Gaussian, Sides::Tied));
+        assert_eq!(
+            (params.pairing, params.envelope, params.sides),
+            (Pairing::Antithetic, Envelope::Gaussian, Sides::Tied)
+        );
         assert!(matches!(params.projection, dijiang::kernel::Projection::Mixed { .. }));
     }
-    let radii = |layer: &DijiangAttention<f64>, head: usize| layer.maps()[head].params().query.radii.clone();
+    let radii = |layer: &DijiangAttention<f64>, head: usize| {
+        layer.maps()[head].params().query.radii.clone()
+    };
     assert_ne!(radii(&layer, 0), radii(&layer, 1), "every head has its own points");
-    assert_eq!(radii(&layer, 1), radii(&linear(grouped(), options.clone(), 2), 1), "same seed, same maps");
+    assert_eq!(
+        radii(&layer, 1),
+        radii(&linear(grouped(), options.clone(), 2), 1),
+        "same seed, same maps"
+    );
     assert_ne!(radii(&layer, 1), radii(&linear(grouped(), options.with_seed(6), 1), 1));
 }
 
-// ---- calibration ---------------------------------------------------------------------------------------------------
+// ---- calibration
+// ---------------------------------------------------------------------------------------------------
 
 /// A layer whose queries and keys lie far from zero, as those of trained models do.
 fn off_centre(causality: Causality) -> SoftmaxAttention<f64> {
@@ -494,7 +694,9 @@ fn correlated(n: usize, seed: u64) -> Array2<f64> {
 }
 
 fn distance<A: Attention<f64>, B: Attention<f64>>(a: &A, b: &B, x: &Array2<f64>) -> f64 {
-    (a.forward(x, KeyMask::All).unwrap() - b.forward(x, KeyMask::All).unwrap()).mapv(|d| d * d).sum()
+    (a.forward(x, KeyMask::All).unwrap() - b.forward(x, KeyMask::All).unwrap())
+        .mapv(|d| d * d)
+        .sum()
 }
 
 #[test]
@@ -507,7 +709,11 @@ fn calibration_brings_the_layers_together() {
     ];
     for (causality, near, gain) in cases {
         let exact = off_centre(causality);
-        let mut layer = DijiangAttention::from_softmax(&exact, DijiangOptions::new().with_blocks(2).with_near(near)).unwrap();
+        let mut layer = DijiangAttention::from_softmax(
+            &exact,
+            DijiangOptions::new().with_blocks(2).with_near(near),
+        )
+        .unwrap();
         let (samples, unseen) = ([correlated(200, 1), correlated(150, 2)], correlated(200, 3));
         let before = distance(&exact, &layer, &unseen);
         let mut told: Vec<CalibrateProgress> = Vec::new();
@@ -521,17 +727,31 @@ fn calibration_brings_the_layers_together() {
         assert!(report.heads.iter().all(|head| head.after <= head.before), "{report:?}");
         assert!(report.after() < gain * report.before(), "{causality:?} {near:?}: {report:?}");
         let after = distance(&exact, &layer, &unseen);
-        assert!(after < (gain + 0.1) * before, "{causality:?} {near:?}: unseen text: {after} against {before}");
+        assert!(
+            after < (gain + 0.1) * before,
+            "{causality:?} {near:?}: unseen text: {after} against {before}"
+        );
 
-        assert!(told.iter().enumerate().all(|(i, progress)| progress.done == i + 1 && progress.total == told.len()));
+        assert!(
+            told.iter()
+                .enumerate()
+                .all(|(i, progress)| progress.done == i + 1 && progress.total == told.len())
+        );
         assert!(told.windows(2).all(|pair| pair[1].error <= pair[0].error));
         assert_eq!((told[0].error, told[told.len() - 1].error), (report.before(), report.after()));
         assert_eq!(told.len(), if near.is_some() { 1 + 12 + 1 } else { 2 });
 
         // A second time starts where the first ended, and loses nothing.
-        let again = layer.calibrate(&views, &CalibrateOptions::new().with_steps(0), |_| ControlFlow::Continue(())).unwrap();
+        let again =
+            layer
+                .calibrate(&views, &CalibrateOptions::new().with_steps(0), |_| {
+                    ControlFlow::Continue(())
+                })
+                .unwrap();
         assert_eq!(again.before(), report.after());
-        assert!(again.after() <= report.after() && (near.is_some() || again.after() == report.after()));
+        assert!(
+            again.after() <= report.after() && (near.is_some() || again.after() == report.after())
+        );
     }
 }
 
@@ -539,7 +759,11 @@ fn calibration_brings_the_layers_together() {
 #[test]
 fn calibration_reports_what_it_says() {
     let exact = off_centre(Causality::Causal);
-    let mut layer = DijiangAttention::from_softmax(&exact, DijiangOptions::new().with_near(Some(Near::new(16, 1)))).unwrap();
+    let mut layer = DijiangAttention::from_softmax(
+        &exact,
+        DijiangOptions::new().with_near(Some(Near::new(16, 1))),
+    )
+    .unwrap();
     let samples = [correlated(60, 1), correlated(90, 2)];
     let views = samples.each_ref().map(|sample| sample.view());
     let config = exact.config().clone();
@@ -552,7 +776,10 @@ fn calibration_reports_what_it_says() {
             None => softmax.forward(x, KeyMask::All).unwrap(),
             Some(maps) => {
                 let options = DijiangOptions::new().with_near(Some(Near::new(16, 1)));
-                let layer = DijiangAttention::from_softmax(&softmax, options).unwrap().with_maps(maps).unwrap();
+                let layer = DijiangAttention::from_softmax(&softmax, options)
+                    .unwrap()
+                    .with_maps(maps)
+                    .unwrap();
                 layer.forward(x, KeyMask::All).unwrap()
             }
         }
@@ -564,15 +791,23 @@ fn calibration_reports_what_it_says() {
     let errors = |maps: &[DctMap<f64>]| {
         let (teacher, got) = (stacked(None), stacked(Some(maps)));
         let spread = &teacher - &teacher.mean_axis(Axis(0)).unwrap();
-        let sum = |rows: &Array2<f64>, head: usize| rows.slice(s![.., head * 16..(head + 1) * 16]).mapv(|v| v * v).sum();
+        let sum = |rows: &Array2<f64>, head: usize| {
+            rows.slice(s![.., head * 16..(head + 1) * 16]).mapv(|v| v * v).sum()
+        };
         [0, 1].map(|head| sum(&(&got - &teacher), head) / sum(&spread, head))
     };
     let before = errors(layer.maps());
-    let report = layer.calibrate(&views, &CalibrateOptions::new().with_steps(0), |_| ControlFlow::Continue(())).unwrap();
+    let report = layer
+        .calibrate(&views, &CalibrateOptions::new().with_steps(0), |_| ControlFlow::Continue(()))
+        .unwrap();
     let after = errors(layer.maps());
     let all = concatenate(Axis(0), &[samples[0].view(), samples[1].view()]).unwrap();
     for (h, head) in report.heads.iter().enumerate() {
-        assert!((head.before / before[h] - 1.0).abs() < 1e-10 && (head.after / after[h] - 1.0).abs() < 1e-10, "{head:?}");
+        assert!(
+            (head.before / before[h] - 1.0).abs() < 1e-10
+                && (head.after / after[h] - 1.0).abs() < 1e-10,
+            "{head:?}"
+        );
         let params = layer.maps()[h].params();
         assert_eq!(params.log_mix, head.log_mix);
         let root = config.scale.unwrap().sqrt();
@@ -583,21 +818,39 @@ fn calibration_reports_what_it_says() {
             part.into_shape_with_order((heads, 8)).unwrap().mean_axis(Axis(0)).unwrap()
         };
         let weights = exact.weights();
-        assert_close("μq", &Array1::from(params.query.center.clone()), &mean(&weights.q, &weights.q_bias, 2), 1e-12);
-        assert_close("μk", &Array1::from(params.key.center.clone()), &mean(&weights.k, &weights.k_bias, 1), 1e-12);
+        assert_close(
+            "μq",
+            &Array1::from(params.query.center.clone()),
+            &mean(&weights.q, &weights.q_bias, 2),
+            1e-12,
+        );
+        assert_close(
+            "μk",
+            &Array1::from(params.key.center.clone()),
+            &mean(&weights.k, &weights.k_bias, 1),
+            1e-12,
+        );
     }
 }
 
 #[test]
 fn a_cancelled_calibration_changes_nothing() {
     let mut layer = DijiangAttention::from_softmax(&off_centre(Causality::Causal), rich()).unwrap();
-    let (sample, before) = (correlated(100, 1), layer.maps().iter().map(|map| map.params().clone()).collect::<Vec<_>>());
+    let (sample, before) = (
+        correlated(100, 1),
+        layer.maps().iter().map(|map| map.params().clone()).collect::<Vec<_>>(),
+    );
     for stop in [1, 2, 13, 14] {
         let mut calls = 0;
-        let result = layer.calibrate(&[sample.view()], &CalibrateOptions::new().with_steps(0), |progress| {
-            calls += 1;
-            if progress.done == stop { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        });
+        let result =
+            layer.calibrate(&[sample.view()], &CalibrateOptions::new().with_steps(0), |progress| {
+                calls += 1;
+                if progress.done == stop {
+                    ControlFlow::Break(())
+                } else {
+                    ControlFlow::Continue(())
+                }
+            });
         assert_eq!((result, calls), (Err(Error::Cancelled), stop));
         assert!(layer.maps().iter().map(DctMap::params).eq(&before));
     }
@@ -611,18 +864,27 @@ fn calibration_on_constant_values() {
     weights.v.fill(0.0);
     let exact = SoftmaxAttention::new(exact.config().clone(), weights).unwrap();
     let mut layer = DijiangAttention::from_softmax(&exact, rich()).unwrap();
-    let report = layer.calibrate(&[correlated(70, 1).view()], &CalibrateOptions::new(), |_| ControlFlow::Continue(())).unwrap();
-    assert!(report.heads.iter().all(|head| head.before < 1e-12 && head.after <= head.before), "{report:?}");
+    let report = layer
+        .calibrate(&[correlated(70, 1).view()], &CalibrateOptions::new(), |_| {
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+    assert!(
+        report.heads.iter().all(|head| head.before < 1e-12 && head.after <= head.before),
+        "{report:?}"
+    );
 }
 
-// ---- bad input -----------------------------------------------------------------------------------------------------
+// ---- bad input
+// -----------------------------------------------------------------------------------------------------
 
 #[test]
 fn impossible_configs() {
     let config = |model_dim, heads| AttentionConfig::new(model_dim, heads);
     let rotary = |rotary| config(24, 4).with_rotary(rotary);
     let llama3 = |factor, low_freq_factor, high_freq_factor, original_context| {
-        let scaling = RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context };
+        let scaling =
+            RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context };
         rotary(Rotary::new(1e4).with_scaling(scaling))
     };
     let value = |argument, got: f64| (argument, "value", got);
@@ -634,7 +896,10 @@ fn impossible_configs() {
         (config(24, 4).with_kv_heads(3), ("heads", "divisible", 4.0)),
         (config(24, 4).with_kv_heads(8), ("heads", "divisible", 4.0)),
         (config(26, 4), ("model_dim", "divisible", 26.0)),
-        (config(24, 4).with_head_dim(usize::MAX / 2), ("model_dim · heads · head_dim", "large", usize::MAX as f64)),
+        (
+            config(24, 4).with_head_dim(usize::MAX / 2),
+            ("model_dim · heads · head_dim", "large", usize::MAX as f64),
+        ),
         (config(24, 4).with_scale(0.0), value("scale", 0.0)),
         (config(24, 4).with_scale(-1.0), value("scale", -1.0)),
         (config(24, 4).with_scale(f64::NAN), value("scale", f64::NAN)),
@@ -645,7 +910,10 @@ fn impossible_configs() {
         (rotary(Rotary::new(1e4).with_dims(3)), value("rotary.dims", 3.0)),
         (rotary(Rotary::new(1e4).with_dims(8)), ("rotary.dims", "large", 8.0)),
         (config(20, 4).with_rotary(Rotary::new(1e4)), value("rotary.dims", 5.0)),
-        (rotary(Rotary::new(1e4).with_scaling(RotaryScaling::Linear { factor: 0.0 })), value("rotary.factor", 0.0)),
+        (
+            rotary(Rotary::new(1e4).with_scaling(RotaryScaling::Linear { factor: 0.0 })),
+            value("rotary.factor", 0.0),
+        ),
         (llama3(-8.0, 1.0, 4.0, 8192), value("rotary.factor", -8.0)),
         (llama3(8.0, f64::NAN, 4.0, 8192), value("rotary.low_freq_factor", f64::NAN)),
         (llama3(8.0, 1.0, 0.0, 8192), value("rotary.high_freq_factor", 0.0)),
@@ -666,7 +934,11 @@ fn impossible_configs() {
         let message = error.to_string();
         assert!(message.contains(name), "{message}");
         let layer = SoftmaxAttention::new(config, Arc::clone(good.weights()));
-        assert_eq!(layer.map(|_| ()).unwrap_err().to_string(), message, "the constructor says the same");
+        assert_eq!(
+            layer.map(|_| ()).unwrap_err().to_string(),
+            message,
+            "the constructor says the same"
+        );
     }
     assert_eq!(config(24, 4).check(), Ok(()));
     assert_eq!(config(26, 4).with_head_dim(6).check(), Ok(()));
@@ -704,38 +976,69 @@ fn impossible_weights() {
     ];
     for (name, change) in elements {
         let error = refused(change);
-        assert!(matches!(error, Error::NonFinite { argument, .. } if argument == name), "{error:?}");
+        assert!(
+            matches!(error, Error::NonFinite { argument, .. } if argument == name),
+            "{error:?}"
+        );
     }
 }
 
 #[test]
 fn impossible_options() {
     let exact = softmax(grouped(), 1);
-    let refused = |options: DijiangOptions| DijiangAttention::from_softmax(&exact, options).map(|_| ()).unwrap_err();
+    let refused = |options: DijiangOptions| {
+        DijiangAttention::from_softmax(&exact, options).map(|_| ()).unwrap_err()
+    };
     assert_eq!(argument(&refused(DijiangOptions::new().with_blocks(0))), "blocks");
-    assert!(matches!(refused(DijiangOptions::new().with_blocks(usize::MAX)), Error::TooLarge { argument: "blocks", .. }));
-    assert_eq!(argument(&refused(DijiangOptions::new().with_near(Some(Near::new(0, 1))))), "near chunk");
-    assert!(matches!(refused(DijiangOptions::new().with_near(Some(Near::new(64, usize::MAX)))), Error::TooLarge { .. }));
+    assert!(matches!(
+        refused(DijiangOptions::new().with_blocks(usize::MAX)),
+        Error::TooLarge { argument: "blocks", .. }
+    ));
+    assert_eq!(
+        argument(&refused(DijiangOptions::new().with_near(Some(Near::new(0, 1))))),
+        "near chunk"
+    );
+    assert!(matches!(
+        refused(DijiangOptions::new().with_near(Some(Near::new(64, usize::MAX)))),
+        Error::TooLarge { .. }
+    ));
     assert_eq!(argument(&refused(DijiangOptions::new().with_log_decay(0.1))), "log_decay");
     assert_eq!(argument(&refused(DijiangOptions::new().with_log_decay(f64::NAN))), "log_decay");
 
     let encoder = softmax(grouped().with_causality(Causality::Bidirectional), 1);
     let conflict = |argument| Error::Conflict { argument, other: "bidirectional attention" };
-    let error = DijiangAttention::from_softmax(&encoder, DijiangOptions::new().with_log_decay(-0.1)).map(|_| ()).unwrap_err();
+    let error =
+        DijiangAttention::from_softmax(&encoder, DijiangOptions::new().with_log_decay(-0.1))
+            .map(|_| ())
+            .unwrap_err();
     assert_eq!(error, conflict("log_decay"));
     let linear = DijiangAttention::from_softmax(&encoder, DijiangOptions::new()).unwrap();
-    assert_eq!(linear.clone().with_near(Some(Near::new(8, 1))).map(|_| ()).unwrap_err(), conflict("near"));
-    assert_eq!(linear.with_log_decay(vec![-0.1; 3]).map(|_| ()).unwrap_err(), conflict("log_decay"));
+    assert_eq!(
+        linear.clone().with_near(Some(Near::new(8, 1))).map(|_| ()).unwrap_err(),
+        conflict("near")
+    );
+    assert_eq!(
+        linear.with_log_decay(vec![-0.1; 3]).map(|_| ()).unwrap_err(),
+        conflict("log_decay")
+    );
     assert_eq!(encoder.with_near(Some(Near::new(8, 1))).map(|_| ()).unwrap_err(), conflict("near"));
-    assert_eq!(argument(&exact.with_near(Some(Near::new(0, 1))).map(|_| ()).unwrap_err()), "near chunk");
+    assert_eq!(
+        argument(&exact.with_near(Some(Near::new(0, 1))).map(|_| ()).unwrap_err()),
+        "near chunk"
+    );
 }
 
 #[test]
 fn maps_of_another_layer() {
     let mut layer = linear(grouped(), rich(), 1);
     let before = layer.forward(&hidden(40, layer.config(), 1), KeyMask::All).unwrap();
-    let maps = |dims: &[usize]| dims.iter().map(|&d| DctMapConfig::new(d).build::<f64>().unwrap()).collect::<Vec<_>>();
-    assert_eq!(layer.set_maps(maps(&[6, 6])), Err(Error::Length { argument: "maps", expected: 3, got: 2 }));
+    let maps = |dims: &[usize]| {
+        dims.iter().map(|&d| DctMapConfig::new(d).build::<f64>().unwrap()).collect::<Vec<_>>()
+    };
+    assert_eq!(
+        layer.set_maps(maps(&[6, 6])),
+        Err(Error::Length { argument: "maps", expected: 3, got: 2 })
+    );
     let foreign = Error::Foreign { argument: "map", what: "head dimension", expected: 6, got: 8 };
     assert_eq!(layer.set_maps(maps(&[6, 8, 6])), Err(foreign.clone()));
     assert_eq!(layer.set_maps(maps(&[8, 8, 8])), Err(foreign));
@@ -744,7 +1047,11 @@ fn maps_of_another_layer() {
     assert_eq!(argument(&layer.set_maps(mixed).unwrap_err()), "maps");
     let error = layer.clone().with_log_decay(vec![0.0; 2]).map(|_| ()).unwrap_err();
     assert_eq!(error, Error::Length { argument: "log_decay", expected: 3, got: 2 });
-    assert_same_bits("unchanged", &layer.forward(&hidden(40, layer.config(), 1), KeyMask::All).unwrap(), &before);
+    assert_same_bits(
+        "unchanged",
+        &layer.forward(&hidden(40, layer.config(), 1), KeyMask::All).unwrap(),
+        &before,
+    );
 }
 
 /// Every refusal leaves the state as it was: the rest of the sequence comes out the same.
@@ -768,8 +1075,16 @@ where
         (&narrow, KeyMask::All, Error::Shape { argument: "x", axis: 1, expected: 24, got: 23 }),
         (&empty, KeyMask::All, Error::Empty { argument: "x" }),
         (&x, KeyMask::Valid(&short), Error::Length { argument: "mask", expected: 30, got: 29 }),
-        (&bad(f64::INFINITY), KeyMask::All, Error::NonFinite { argument: "x", index: 76, limit: 1e100, got: f64::INFINITY }),
-        (&bad(-1e101), KeyMask::All, Error::NonFinite { argument: "x", index: 76, limit: 1e100, got: -1e101 }),
+        (
+            &bad(f64::INFINITY),
+            KeyMask::All,
+            Error::NonFinite { argument: "x", index: 76, limit: 1e100, got: f64::INFINITY },
+        ),
+        (
+            &bad(-1e101),
+            KeyMask::All,
+            Error::NonFinite { argument: "x", index: 76, limit: 1e100, got: -1e101 },
+        ),
         (&empty, KeyMask::Valid(&short), Error::Empty { argument: "x" }),
     ];
     for (x, mask, expected) in sequences {
@@ -777,7 +1092,10 @@ where
         assert_eq!(layer.prefill(&mut state, x, mask), Err(expected));
         assert_eq!(state, before);
     }
-    assert!(matches!(layer.prefill(&mut state, &bad(f64::NAN), KeyMask::All), Err(Error::NonFinite { argument: "x", index: 76, .. })));
+    assert!(matches!(
+        layer.prefill(&mut state, &bad(f64::NAN), KeyMask::All),
+        Err(Error::NonFinite { argument: "x", index: 76, .. })
+    ));
     // Finite, but no longer once projected.
     let huge = x.mapv(|v| v.signum() * 9e99);
     let error = layer.prefill(&mut state, &huge, KeyMask::All).unwrap_err();
@@ -787,7 +1105,11 @@ where
     let steps: [(Array1<f64>, usize, Error); 3] = [
         (Array1::zeros(23), 24, Error::Length { argument: "x", expected: 24, got: 23 }),
         (Array1::zeros(24), 25, Error::Length { argument: "out", expected: 24, got: 25 }),
-        (bad(f64::INFINITY).row(3).to_owned(), 24, Error::NonFinite { argument: "x", index: 4, limit: 1e100, got: f64::INFINITY }),
+        (
+            bad(f64::INFINITY).row(3).to_owned(),
+            24,
+            Error::NonFinite { argument: "x", index: 4, limit: 1e100, got: f64::INFINITY },
+        ),
     ];
     for (x, len, expected) in steps {
         let mut out = Array1::from_elem(len, 0.5);
@@ -804,10 +1126,17 @@ where
     assert_eq!((other, &out), (foreign, &Array1::from_elem(24, 0.5)));
 
     let expected = layer.prefill(&mut before, &x, KeyMask::All).unwrap();
-    assert_same_bits("after errors", &layer.prefill(&mut state, &x, KeyMask::All).unwrap(), &expected);
+    assert_same_bits(
+        "after errors",
+        &layer.prefill(&mut state, &x, KeyMask::All).unwrap(),
+        &expected,
+    );
 
     let batch = |b, n, width| Array3::<f64>::zeros((b, n, width));
-    assert_eq!(layer.forward_batch(&batch(2, 3, 23), None), Err(Error::Shape { argument: "x", axis: 2, expected: 24, got: 23 }));
+    assert_eq!(
+        layer.forward_batch(&batch(2, 3, 23), None),
+        Err(Error::Shape { argument: "x", axis: 2, expected: 24, got: 23 })
+    );
     assert_eq!(layer.forward_batch(&batch(0, 3, 24), None), Err(Error::Empty { argument: "x" }));
     assert_eq!(layer.forward_batch(&batch(2, 0, 24), None), Err(Error::Empty { argument: "x" }));
     let masks = Array2::from_elem((2, 4), true);
@@ -816,9 +1145,15 @@ where
     let mut x = batch(2, 3, 24);
     x[[1, 2, 3]] = f64::NEG_INFINITY;
     let error = layer.forward_batch(&x, None);
-    assert_eq!(error, Err(Error::NonFinite { argument: "x", index: 123, limit: 1e100, got: f64::NEG_INFINITY }));
+    assert_eq!(
+        error,
+        Err(Error::NonFinite { argument: "x", index: 123, limit: 1e100, got: f64::NEG_INFINITY })
+    );
     x.index_axis_mut(Axis(0), 1).assign(&huge.slice(s![..3, ..]));
-    assert!(matches!(layer.forward_batch(&x, None), Err(Error::NonFinite { argument: "q" | "k" | "v", .. })));
+    assert!(matches!(
+        layer.forward_batch(&x, None),
+        Err(Error::NonFinite { argument: "q" | "k" | "v", .. })
+    ));
 }
 
 #[test]
@@ -844,11 +1179,23 @@ fn a_state_of_another_shape_names_the_difference() {
         change(&mut config);
         config
     };
-    assert_eq!(step(&layer, changed(&|config| config.model_dim = 12)), foreign("model dimension", 24, 12));
-    assert_eq!(step(&layer, changed(&|config| config.heads = 3)), foreign("number of query heads", 6, 3));
-    assert_eq!(step(&layer, grouped().with_kv_heads(1)), foreign("number of key-value heads", 3, 1));
+    assert_eq!(
+        step(&layer, changed(&|config| config.model_dim = 12)),
+        foreign("model dimension", 24, 12)
+    );
+    assert_eq!(
+        step(&layer, changed(&|config| config.heads = 3)),
+        foreign("number of query heads", 6, 3)
+    );
+    assert_eq!(
+        step(&layer, grouped().with_kv_heads(1)),
+        foreign("number of key-value heads", 3, 1)
+    );
     assert_eq!(step(&layer, grouped().with_head_dim(4)), foreign("head dimension", 6, 4));
-    assert_eq!(step(&layer, changed(&|config| config.rotary = None)), foreign("number of rotated coordinates", 4, 0));
+    assert_eq!(
+        step(&layer, changed(&|config| config.rotary = None)),
+        foreign("number of rotated coordinates", 4, 0)
+    );
 }
 
 #[test]
@@ -880,13 +1227,20 @@ fn impossible_calibrations() {
     let mut bad = good.clone();
     bad[[2, 3]] = f64::INFINITY;
     assert_eq!(refused(&[], plain()), Error::Empty { argument: "samples" });
-    assert_eq!(refused(&[good.view(), Array2::zeros((0, 32)).view()], plain()), Error::Empty { argument: "samples" });
+    assert_eq!(
+        refused(&[good.view(), Array2::zeros((0, 32)).view()], plain()),
+        Error::Empty { argument: "samples" }
+    );
     let narrow = Error::Shape { argument: "samples", axis: 1, expected: 32, got: 31 };
     assert_eq!(refused(&[good.view(), Array2::zeros((5, 31)).view()], plain()), narrow);
-    let infinite = Error::NonFinite { argument: "samples", index: 67, limit: 1e100, got: f64::INFINITY };
+    let infinite =
+        Error::NonFinite { argument: "samples", index: 67, limit: 1e100, got: f64::INFINITY };
     assert_eq!(refused(&[good.view(), bad.view()], plain()), infinite);
     bad.mapv_inplace(|v| v.signum() * 9e99);
-    assert!(matches!(refused(&[bad.view()], plain()), Error::NonFinite { argument: "q" | "k" | "v", .. }));
+    assert!(matches!(
+        refused(&[bad.view()], plain()),
+        Error::NonFinite { argument: "q" | "k" | "v", .. }
+    ));
 }
 
 #[test]

@@ -8,8 +8,8 @@ use dijiang::Error;
 use dijiang::attention::{KeyMask, Near};
 use dijiang::kernel::DctMap;
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions, LayerGradients, Rotary, RotaryPairing,
-    SoftmaxAttention,
+    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
+    LayerGradients, Rotary, RotaryPairing, SoftmaxAttention,
 };
 use ndarray::{Array1, Array2};
 
@@ -17,13 +17,27 @@ const MODEL: usize = 12;
 const TOKENS: usize = 37;
 
 /// D = 12, four query heads of 4.
-fn layer(seed: u64, config: AttentionConfig, biases: bool, options: DijiangOptions) -> DijiangAttention<f64> {
+fn layer(
+    seed: u64,
+    config: AttentionConfig,
+    biases: bool,
+    options: DijiangOptions,
+) -> DijiangAttention<f64> {
     let mut random = Random::new(seed);
     let kv = config.kv_heads * 4;
     let mut matrix = |rows, columns| random.normals((rows, columns), 1.0 / 3.0);
-    let weights = AttentionWeights::new(matrix(16, MODEL), matrix(kv, MODEL), matrix(kv, MODEL), matrix(MODEL, 16));
+    let weights = AttentionWeights::new(
+        matrix(16, MODEL),
+        matrix(kv, MODEL),
+        matrix(kv, MODEL),
+        matrix(MODEL, 16),
+    );
     let mut bias = |len| random.normals(len, 0.3);
-    let weights = if biases { weights.with_biases(bias(16), bias(kv), bias(kv), bias(MODEL)) } else { weights };
+    let weights = if biases {
+        weights.with_biases(bias(16), bias(kv), bias(kv), bias(MODEL))
+    } else {
+        weights
+    };
     let softmax = SoftmaxAttention::new(config.with_head_dim(4), weights).unwrap();
     DijiangAttention::from_softmax(&softmax, options).unwrap()
 }
@@ -39,15 +53,41 @@ fn cases() -> Vec<(&'static str, DijiangAttention<f64>, bool)> {
     let interleaved = Rotary::new(50.0).with_pairing(RotaryPairing::Interleaved).with_dims(2);
     vec![
         ("near", layer(1, config(), true, near()), false),
-        ("near, masked", layer(2, config().with_kv_heads(2).with_rotary(Rotary::new(100.0)), false, near()), true),
-        ("decay", layer(3, config().with_kv_heads(1).with_rotary(interleaved), true, pure().with_log_decay(-0.1)), false),
+        (
+            "near, masked",
+            layer(2, config().with_kv_heads(2).with_rotary(Rotary::new(100.0)), false, near()),
+            true,
+        ),
+        (
+            "decay",
+            layer(
+                3,
+                config().with_kv_heads(1).with_rotary(interleaved),
+                true,
+                pure().with_log_decay(-0.1),
+            ),
+            false,
+        ),
         ("pure, masked", layer(4, config(), false, pure().with_blocks(2)), true),
-        ("bidirectional", layer(5, config().with_kv_heads(2).with_causality(Causality::Bidirectional), true, near()), true),
+        (
+            "bidirectional",
+            layer(
+                5,
+                config().with_kv_heads(2).with_causality(Causality::Bidirectional),
+                true,
+                near(),
+            ),
+            true,
+        ),
     ]
 }
 
 /// One number of a layer or its input, and its gradient.
-type Number = (String, Box<dyn Fn(&DijiangAttention<f64>, &Array2<f64>, f64) -> (DijiangAttention<f64>, Array2<f64>)>, f64);
+type Number = (
+    String,
+    Box<dyn Fn(&DijiangAttention<f64>, &Array2<f64>, f64) -> (DijiangAttention<f64>, Array2<f64>)>,
+    f64,
+);
 
 fn numbers(layer: &DijiangAttention<f64>, gradients: &LayerGradients<f64>) -> Vec<Number> {
     type Matrix = fn(&mut AttentionWeights<f64>) -> &mut Array2<f64>;
@@ -61,7 +101,8 @@ fn numbers(layer: &DijiangAttention<f64>, gradients: &LayerGradients<f64>) -> Ve
         };
         numbers.push((format!("x {at:?}"), Box::new(moved), gradients.x[at]));
     }
-    let matrices: [(&str, Matrix); 4] = [("q", |w| &mut w.q), ("k", |w| &mut w.k), ("v", |w| &mut w.v), ("o", |w| &mut w.o)];
+    let matrices: [(&str, Matrix); 4] =
+        [("q", |w| &mut w.q), ("k", |w| &mut w.k), ("v", |w| &mut w.v), ("o", |w| &mut w.o)];
     for (name, matrix) in matrices {
         let mut found = gradients.weights.clone();
         for at in [[0, 0], [3, 11], [2, 7]] {
@@ -73,8 +114,12 @@ fn numbers(layer: &DijiangAttention<f64>, gradients: &LayerGradients<f64>) -> Ve
             numbers.push((format!("{name} {at:?}"), Box::new(moved), matrix(&mut found)[at]));
         }
     }
-    let biases: [(&str, Bias); 4] =
-        [("q_bias", |w| &mut w.q_bias), ("k_bias", |w| &mut w.k_bias), ("v_bias", |w| &mut w.v_bias), ("o_bias", |w| &mut w.o_bias)];
+    let biases: [(&str, Bias); 4] = [
+        ("q_bias", |w| &mut w.q_bias),
+        ("k_bias", |w| &mut w.k_bias),
+        ("v_bias", |w| &mut w.v_bias),
+        ("o_bias", |w| &mut w.o_bias),
+    ];
     for (name, bias) in biases {
         let mut found = gradients.weights.clone();
         assert_eq!(bias(&mut found).is_some(), layer.weights().q_bias.is_some(), "{name}");
@@ -113,19 +158,26 @@ fn numbers(layer: &DijiangAttention<f64>, gradients: &LayerGradients<f64>) -> Ve
 fn finite_differences() {
     for (name, layer, masked) in cases() {
         let mut random = Random::new(9);
-        let (x, grad_out): (Array2<f64>, Array2<f64>) = (random.normals((TOKENS, MODEL), 1.0), random.normals((TOKENS, MODEL), 1.0));
+        let (x, grad_out): (Array2<f64>, Array2<f64>) =
+            (random.normals((TOKENS, MODEL), 1.0), random.normals((TOKENS, MODEL), 1.0));
         let valid: Vec<bool> = (0..TOKENS).map(|j| !masked || j % 4 != 1).collect();
         let mask = if masked { KeyMask::Valid(&valid) } else { KeyMask::All };
         let gradients = layer.backward(&x, mask, &grad_out).unwrap();
-        let loss = |(layer, x): (DijiangAttention<f64>, Array2<f64>)| (layer.forward(&x, mask).unwrap() * &grad_out).sum();
+        let loss = |(layer, x): (DijiangAttention<f64>, Array2<f64>)| {
+            (layer.forward(&x, mask).unwrap() * &grad_out).sum()
+        };
         // A gradient made from the outputs on the way is the same.
         let out = layer.forward(&x, mask).unwrap();
         let with = layer.backward_with(&x, mask, |y| &grad_out + (y - &out)).unwrap();
         assert_eq!(with, gradients, "{name}");
         for (number, moved, found) in numbers(&layer, &gradients) {
             let step = 1e-5;
-            let expected = (loss(moved(&layer, &x, step)) - loss(moved(&layer, &x, -step))) / (2.0 * step);
-            assert!((found - expected).abs() < 1e-6 * expected.abs().max(1.0), "{name}, {number}: {found}, not {expected}");
+            let expected =
+                (loss(moved(&layer, &x, step)) - loss(moved(&layer, &x, -step))) / (2.0 * step);
+            assert!(
+                (found - expected).abs() < 1e-6 * expected.abs().max(1.0),
+                "{name}, {number}: {found}, not {expected}"
+            );
         }
     }
 }
@@ -135,8 +187,11 @@ fn finite_differences() {
 fn threads_change_no_bit() {
     let (_, layer, _) = cases().remove(2);
     let mut random = Random::new(10);
-    let (x, grad_out): (Array2<f64>, Array2<f64>) = (random.normals((300, MODEL), 1.0), random.normals((300, MODEL), 1.0));
-    let run = |threads| common::on_threads(threads, || layer.backward(&x, KeyMask::All, &grad_out).unwrap());
+    let (x, grad_out): (Array2<f64>, Array2<f64>) =
+        (random.normals((300, MODEL), 1.0), random.normals((300, MODEL), 1.0));
+    let run = |threads| {
+        common::on_threads(threads, || layer.backward(&x, KeyMask::All, &grad_out).unwrap())
+    };
     let one = run(1);
     assert_eq!(one, run(2));
     assert_eq!(one, run(5));
@@ -148,7 +203,9 @@ fn bad_input() {
     let good = Array2::<f64>::ones((5, MODEL));
     let mut bad = good.clone();
     bad[[2, 1]] = f64::NAN;
-    let refused = |x: &Array2<f64>, mask: KeyMask<'_>, grad: &Array2<f64>| layer.backward(x, mask, grad).unwrap_err();
+    let refused = |x: &Array2<f64>, mask: KeyMask<'_>, grad: &Array2<f64>| {
+        layer.backward(x, mask, grad).unwrap_err()
+    };
     assert_eq!(argument(&refused(&bad, KeyMask::All, &good)), "x");
     assert_eq!(argument(&refused(&good, KeyMask::All, &bad)), "grad_out");
     assert_eq!(
@@ -157,6 +214,12 @@ fn bad_input() {
     );
     let other = layer.backward_with(&good, KeyMask::All, |_| Array2::ones((4, MODEL))).unwrap_err();
     assert_eq!(other, Error::Shape { argument: "grad_out", axis: 0, expected: 5, got: 4 });
-    assert_eq!(refused(&good, KeyMask::Valid(&[true; 4]), &good), Error::Length { argument: "mask", expected: 5, got: 4 });
-    assert_eq!(refused(&Array2::zeros((0, MODEL)), KeyMask::All, &good), Error::Empty { argument: "x" });
+    assert_eq!(
+        refused(&good, KeyMask::Valid(&[true; 4]), &good),
+        Error::Length { argument: "mask", expected: 5, got: 4 }
+    );
+    assert_eq!(
+        refused(&Array2::zeros((0, MODEL)), KeyMask::All, &good),
+        Error::Empty { argument: "x" }
+    );
 }

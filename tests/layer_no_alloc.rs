@@ -8,7 +8,10 @@ use std::cell::Cell;
 use dijiang::Real;
 use dijiang::attention::{KeyMask, Near};
 use dijiang::kernel::Pairing;
-use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary, SoftmaxAttention};
+use dijiang::layer::{
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary,
+    SoftmaxAttention,
+};
 use ndarray::{Array1, Array2, s};
 
 /// Counts what this thread asks for.
@@ -53,14 +56,25 @@ fn requests(work: impl FnOnce()) -> usize {
 }
 
 fn steps_do_not_allocate<T: Real>() {
-    let matrix = |rows, cols| Array2::from_shape_fn((rows, cols), |(i, j)| T::from_f64(((i * 37 + j * 11) % 19) as f64 / 40.0 - 0.2));
+    let matrix = |rows, cols| {
+        Array2::from_shape_fn((rows, cols), |(i, j)| {
+            T::from_f64(((i * 37 + j * 11) % 19) as f64 / 40.0 - 0.2)
+        })
+    };
     let bias = |len| Array1::from_shape_fn(len, |i| T::from_f64((i % 5) as f64 / 5.0));
-    let weights = AttentionWeights::new(matrix(40, 24), matrix(20, 24), matrix(20, 24), matrix(24, 40));
+    let weights =
+        AttentionWeights::new(matrix(40, 24), matrix(20, 24), matrix(20, 24), matrix(24, 40));
     let weights = weights.with_biases(bias(40), bias(20), bias(20), bias(24));
-    let config = AttentionConfig::new(24, 4).with_kv_heads(2).with_head_dim(10).with_rotary(Rotary::new(100.0).with_dims(6));
+    let config = AttentionConfig::new(24, 4)
+        .with_kv_heads(2)
+        .with_head_dim(10)
+        .with_rotary(Rotary::new(100.0).with_dims(6));
     let softmax = SoftmaxAttention::new(config, weights).unwrap();
     for near in [None, Some(Near::new(8, 1)), Some(Near::new(64, 1))] {
-        let options = DijiangOptions::new().with_near(near).with_pairing(Pairing::Antithetic).with_log_decay(-0.01);
+        let options = DijiangOptions::new()
+            .with_near(near)
+            .with_pairing(Pairing::Antithetic)
+            .with_log_decay(-0.01);
         let layer = DijiangAttention::from_softmax(&softmax, options).unwrap();
         let x = matrix(300, 24);
         let (mut state, mut out) = (layer.new_state(), Array1::zeros(24));

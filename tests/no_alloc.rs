@@ -29,8 +29,8 @@ fn record(calls: usize, bytes: isize) {
     PEAK.set(PEAK.get().max(HELD.get()));
 }
 
-// SAFETY: every request goes to the system's allocator unchanged; the counters are thread-local, need no allocation and
-// no destructor.
+// SAFETY: every request goes to the system's allocator unchanged; the counters are thread-local,
+// need no allocation and no destructor.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         record(1, layout.size() as isize);
@@ -97,13 +97,18 @@ fn a_step_does_not_allocate() {
         let attention = setup.build::<T>();
         let mut inputs = setup.inputs(300, 300);
         // Growing keys, so that running maxima move.
-        inputs.k.axis_iter_mut(ndarray::Axis(1)).enumerate().for_each(|(j, mut k)| k *= 1.0 + 0.1 * (j % 50) as f64);
+        inputs
+            .k
+            .axis_iter_mut(ndarray::Axis(1))
+            .enumerate()
+            .for_each(|(j, mut k)| k *= 1.0 + 0.1 * (j % 50) as f64);
         let inputs: Inputs<T> = inputs.cast();
         let tokens: Vec<_> = (0..300).map(|i| inputs.token(i)).collect();
         let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
         let mut out = Array2::zeros((setup.heads, setup.e));
         for (i, [q, k, v]) in tokens.iter().enumerate() {
-            let (calls, _) = measure(|| attention.step(&mut state, q, k, v, &mut out, &mut workspace).unwrap());
+            let (calls, _) =
+                measure(|| attention.step(&mut state, q, k, v, &mut out, &mut workspace).unwrap());
             assert_eq!(calls, 0, "{setup:?}, {}: token {i}", T::NAME);
         }
         let (calls, _) = measure(|| state.reset());
@@ -124,7 +129,10 @@ fn a_step_does_not_allocate_on_the_main_pool_either() {
     let [q, k, v] = setup.inputs(1, 1).cast::<f32>().token(0);
     let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
     let mut out = Array2::zeros((setup.heads, setup.e));
-    let (calls, _) = measure(|| (0..100).for_each(|_| attention.step(&mut state, &q, &k, &v, &mut out, &mut workspace).unwrap()));
+    let (calls, _) = measure(|| {
+        (0..100)
+            .for_each(|_| attention.step(&mut state, &q, &k, &v, &mut out, &mut workspace).unwrap())
+    });
     assert_eq!(calls, 0);
 }
 
@@ -139,16 +147,24 @@ fn prefill_into_and_full_into_do_not_allocate() {
         let mut out = Array3::zeros((setup.heads, n, setup.e));
         let (mut state, mut workspace) = (linear.new_state(), linear.workspace());
         for mask in [KeyMask::All, KeyMask::Valid(&valid), KeyMask::All] {
-            let (calls, _) = measure(|| linear.prefill_into(&mut state, &q, &k, &v, mask, &mut out, &mut workspace).unwrap());
+            let (calls, _) = measure(|| {
+                linear.prefill_into(&mut state, &q, &k, &v, mask, &mut out, &mut workspace).unwrap()
+            });
             assert_eq!(calls, 0, "{setup:?}, {}: prefill_into", T::NAME);
             if setup.is_pure() {
-                let (calls, _) = measure(|| linear.full_into(&q, &k, &v, mask, &mut out, &mut workspace).unwrap());
+                let (calls, _) = measure(|| {
+                    linear.full_into(&q, &k, &v, mask, &mut out, &mut workspace).unwrap()
+                });
                 assert_eq!(calls, 0, "{setup:?}, {}: full_into", T::NAME);
             }
         }
         if setup.is_pure() {
             let mut workspace = exact.workspace();
-            let (calls, _) = measure(|| exact.full_into(&q, &k, &v, KeyMask::Valid(&valid), &mut out, &mut workspace).unwrap());
+            let (calls, _) = measure(|| {
+                exact
+                    .full_into(&q, &k, &v, KeyMask::Valid(&valid), &mut out, &mut workspace)
+                    .unwrap()
+            });
             assert_eq!(calls, 0, "{setup:?}, {}: exact full_into", T::NAME);
         }
     }
@@ -174,19 +190,45 @@ fn packed_sequences_and_merging_do_not_allocate() {
             assert_eq!(calls, 0, "{setup:?}, {}: {what}", T::NAME);
         };
         calls("prefill_packed_into", &mut |out| {
-            linear.prefill_packed_into(&mut all, &q, &k, &v, &offsets, KeyMask::All, out, &mut workspace).unwrap();
+            linear
+                .prefill_packed_into(
+                    &mut all,
+                    &q,
+                    &k,
+                    &v,
+                    &offsets,
+                    KeyMask::All,
+                    out,
+                    &mut workspace,
+                )
+                .unwrap();
         });
         if setup.is_pure() {
             calls("full_packed_into", &mut |out| {
-                linear.full_packed_into(&q, &k, &v, &offsets, &offsets, KeyMask::All, out, &mut workspace).unwrap();
+                linear
+                    .full_packed_into(
+                        &q,
+                        &k,
+                        &v,
+                        &offsets,
+                        &offsets,
+                        KeyMask::All,
+                        out,
+                        &mut workspace,
+                    )
+                    .unwrap();
             });
         }
         let mut next = linear.new_state_at(100).unwrap();
-        calls("extend", &mut |_| linear.extend(&mut next, &k, &v, KeyMask::All, &mut workspace).unwrap());
+        calls("extend", &mut |_| {
+            linear.extend(&mut next, &k, &v, KeyMask::All, &mut workspace).unwrap()
+        });
         calls("merge", &mut |_| linear.merge(&mut states[0], &next, &mut workspace).unwrap());
         let mut workspace = exact.workspace();
         calls("exact causal_packed_into", &mut |out| {
-            exact.causal_packed_into(&q, &k, &v, &offsets, KeyMask::All, out, &mut workspace).unwrap();
+            exact
+                .causal_packed_into(&q, &k, &v, &offsets, KeyMask::All, out, &mut workspace)
+                .unwrap();
         });
     }
     on_one_thread(|| {
@@ -204,11 +246,21 @@ fn strided_arguments_do_not_allocate() {
         let setup = Setup::new(1).heads(2, 2).near(16, 1);
         let attention = setup.build::<f32>();
         let Inputs { q, k, v }: Inputs<f32> = setup.inputs(100, 100).cast();
-        let transposed = |x: &Array3<f32>| x.view().permuted_axes([0, 2, 1]).as_standard_layout().into_owned().permuted_axes([0, 2, 1]);
+        let transposed = |x: &Array3<f32>| {
+            x.view()
+                .permuted_axes([0, 2, 1])
+                .as_standard_layout()
+                .into_owned()
+                .permuted_axes([0, 2, 1])
+        };
         let (q, k, v) = (transposed(&q), transposed(&k), transposed(&v));
         let mut out = transposed(&Array3::zeros((setup.heads, 100, setup.e)));
         let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
-        let (calls, _) = measure(|| attention.prefill_into(&mut state, &q, &k, &v, KeyMask::All, &mut out, &mut workspace).unwrap());
+        let (calls, _) = measure(|| {
+            attention
+                .prefill_into(&mut state, &q, &k, &v, KeyMask::All, &mut out, &mut workspace)
+                .unwrap()
+        });
         assert_eq!(calls, 0);
     });
 }
@@ -225,14 +277,30 @@ fn peak_memory_does_not_depend_on_the_number_of_tokens() {
                 peak - setup.heads * n * setup.e * size_of::<f32>()
             };
             let causal = |inputs: &Inputs<f32>| linear.causal_of(inputs, KeyMask::All).unwrap();
-            assert_eq!(beyond_output(256, &causal), beyond_output(4096, &causal), "{setup:?}: causal");
+            assert_eq!(
+                beyond_output(256, &causal),
+                beyond_output(4096, &causal),
+                "{setup:?}: causal"
+            );
             if setup.is_pure() {
                 let full = |inputs: &Inputs<f32>| linear.full_of(inputs, KeyMask::All).unwrap();
-                assert_eq!(beyond_output(256, &full), beyond_output(4096, &full), "{setup:?}: full");
+                assert_eq!(
+                    beyond_output(256, &full),
+                    beyond_output(4096, &full),
+                    "{setup:?}: full"
+                );
                 let full = |inputs: &Inputs<f32>| exact.full_of(inputs, KeyMask::All).unwrap();
-                assert_eq!(beyond_output(256, &full), beyond_output(1024, &full), "{setup:?}: exact, full");
+                assert_eq!(
+                    beyond_output(256, &full),
+                    beyond_output(1024, &full),
+                    "{setup:?}: exact, full"
+                );
                 let causal = |inputs: &Inputs<f32>| exact.causal_of(inputs, KeyMask::All).unwrap();
-                assert_eq!(beyond_output(256, &causal), beyond_output(1024, &causal), "{setup:?}: exact, causal");
+                assert_eq!(
+                    beyond_output(256, &causal),
+                    beyond_output(1024, &causal),
+                    "{setup:?}: exact, causal"
+                );
             }
         }
     });

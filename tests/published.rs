@@ -10,14 +10,21 @@ use common::{Random, argument, assert_close, cast};
 use dijiang::attention::KeyMask;
 use dijiang::checkpoint::Tensors;
 use dijiang::kernel::published_features;
-use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, Causality, PublishedAttention, PublishedWeights, Rotary};
+use dijiang::layer::{
+    Attention, AttentionConfig, AttentionWeights, Causality, PublishedAttention, PublishedWeights,
+    Rotary,
+};
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array2, Array3, Axis, s};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 
 fn golden() -> Tensors {
-    Tensors::open_file(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/official_neox_attention_f64.safetensors")).unwrap()
+    Tensors::open_file(
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/golden/official_neox_attention_f64.safetensors"),
+    )
+    .unwrap()
 }
 
 /// A quarter of each head's 16 coordinates is rotated.
@@ -37,8 +44,18 @@ fn sequences<T: Real>(name: &str) -> Array3<T> {
 fn the_published_code_gave_the_same() {
     let expected = sequences::<f64>("output");
     let top = expected.iter().fold(0.0_f64, |top, x| top.max(x.abs()));
-    assert_close("f64", &layer::<f64>().forward_batch(&sequences("input"), None).unwrap(), &expected, 1e-6 * top);
-    assert_close("f32", &layer::<f32>().forward_batch(&sequences("input"), None).unwrap(), &expected, 1e-4 * top);
+    assert_close(
+        "f64",
+        &layer::<f64>().forward_batch(&sequences("input"), None).unwrap(),
+        &expected,
+        1e-6 * top,
+    );
+    assert_close(
+        "f32",
+        &layer::<f32>().forward_batch(&sequences("input"), None).unwrap(),
+        &expected,
+        1e-4 * top,
+    );
     // Its decays are those that all its layers have.
     let weights = layer::<f64>().published_weights().clone();
     for (found, expected) in weights.log_decay.iter().zip(PublishedWeights::<f64>::decays(4)) {
@@ -53,16 +70,27 @@ fn the_published_code_gave_the_same() {
 fn decays_from_powers_that_vanish() {
     let positions = 6_000_usize;
     let decays = PublishedWeights::<f64>::decays(4);
-    let powers = decays.iter().flat_map(|&decay| (0..positions).map(move |j| (decay * j as f64).exp() as f32));
+    let powers = decays
+        .iter()
+        .flat_map(|&decay| (0..positions).map(move |j| (decay * j as f64).exp() as f32));
     let powers: Vec<u8> = powers.flat_map(f32::to_le_bytes).collect();
-    let bytes = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/official_neox_attention_f64.safetensors")).unwrap();
+    let bytes = std::fs::read(
+        Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/golden/official_neox_attention_f64.safetensors"),
+    )
+    .unwrap();
     let stored = SafeTensors::deserialize(&bytes).unwrap();
     let with_powers = |shape: Vec<usize>, powers: &[u8]| {
         let powers = TensorView::new(Dtype::F32, shape, powers).unwrap();
         let views = stored.iter().filter(|(name, _)| *name != "D1").chain([("D1", powers)]);
-        let path = std::env::temp_dir().join(format!("dijiang-published-{}.safetensors", std::process::id()));
+        let path = std::env::temp_dir()
+            .join(format!("dijiang-published-{}.safetensors", std::process::id()));
         std::fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
-        let layer = PublishedAttention::<f64>::from_tensors(&Tensors::open_file(&path).unwrap(), "", config());
+        let layer = PublishedAttention::<f64>::from_tensors(
+            &Tensors::open_file(&path).unwrap(),
+            "",
+            config(),
+        );
         std::fs::remove_file(path).unwrap();
         layer
     };
@@ -71,7 +99,9 @@ fn decays_from_powers_that_vanish() {
         assert!((found - expected).abs() < 1e-8, "{found} is not {expected}");
     }
     let zeros = [1.0_f32, 0.0].repeat(4).into_iter().flat_map(f32::to_le_bytes).collect::<Vec<_>>();
-    assert!(matches!(with_powers(vec![1, 4, 2, 1], &zeros), Err(Error::Format { name, .. }) if name == "D1"));
+    assert!(
+        matches!(with_powers(vec![1, 4, 2, 1], &zeros), Err(Error::Format { name, .. }) if name == "D1")
+    );
 }
 
 /// A layer with numbers of its own, and h channels to a group that is no whole head.
@@ -79,12 +109,19 @@ fn random<T: Real>(seed: u64) -> PublishedAttention<T> {
     let mut random = Random::new(seed);
     let (heads, d, channels) = (3, 8, 24);
     let mut matrix = |rows, scale: f64| cast::<T, _>(&random.normals((rows, channels), scale));
-    let weights = AttentionWeights::new(matrix(24, 0.4), matrix(24, 0.4), matrix(24, 0.4), matrix(24, 0.4));
+    let weights =
+        AttentionWeights::new(matrix(24, 0.4), matrix(24, 0.4), matrix(24, 0.4), matrix(24, 0.4));
     let gate = matrix(24, 0.4);
     let (scale, shift) = (matrix(1, 1.0).row(0).to_owned(), matrix(1, 1.0).row(0).to_owned());
     let radii = random.normals(d, 1.0).to_vec();
-    let published = PublishedWeights::new(radii, PublishedWeights::<T>::decays(heads), gate, scale, shift);
-    PublishedAttention::new(AttentionConfig::new(channels, heads).with_rotary(Rotary::new(100.0)), weights, published).unwrap()
+    let published =
+        PublishedWeights::new(radii, PublishedWeights::<T>::decays(heads), gate, scale, shift);
+    PublishedAttention::new(
+        AttentionConfig::new(channels, heads).with_rotary(Rotary::new(100.0)),
+        weights,
+        published,
+    )
+    .unwrap()
 }
 
 fn text<T: Real>(n: usize) -> Array2<T> {
@@ -96,15 +133,23 @@ fn text<T: Real>(n: usize) -> Array2<T> {
 fn the_formula_on_long_sequences() {
     let (layer, n) = (random::<f64>(1), 333);
     let (x, valid): (Array2<f64>, Vec<bool>) = (text(n), (0..n).map(|j| j % 5 != 1).collect());
-    let softmax = dijiang::layer::SoftmaxAttention::new(layer.config().clone(), layer.weights().clone()).unwrap();
+    let softmax =
+        dijiang::layer::SoftmaxAttention::new(layer.config().clone(), layer.weights().clone())
+            .unwrap();
     let (q, k, v) = softmax.project(&x).unwrap();
     let published = layer.published_weights();
     let mut heads = Array2::zeros((n, 24));
     for h in 0..3 {
-        let features = |x: &Array3<f64>| published_features(&x.index_axis(Axis(0), h), &published.radii).unwrap();
+        let features = |x: &Array3<f64>| {
+            published_features(&x.index_axis(Axis(0), h), &published.radii).unwrap()
+        };
         let mut scores = features(&q).dot(&features(&k).t());
         for ((i, j), score) in scores.indexed_iter_mut() {
-            *score *= if j <= i && valid[j] { (published.log_decay[h] * (i - j) as f64).exp() } else { 0.0 };
+            *score *= if j <= i && valid[j] {
+                (published.log_decay[h] * (i - j) as f64).exp()
+            } else {
+                0.0
+            };
         }
         heads.slice_mut(s![.., h * 8..(h + 1) * 8]).assign(&scores.dot(&v.index_axis(Axis(0), h)));
     }
@@ -116,7 +161,8 @@ fn the_formula_on_long_sequences() {
         }
     }
     let gates = x.dot(&published.gate).mapv(|g| g / (1.0 + (-g).exp()));
-    let expected = ((heads * &published.norm_scale + &published.norm_shift) * gates).dot(&layer.weights().o.t());
+    let expected = ((heads * &published.norm_scale + &published.norm_shift) * gates)
+        .dot(&layer.weights().o.t());
     assert_close("formula", &layer.forward(&x, KeyMask::Valid(&valid)).unwrap(), &expected, 1e-10);
 }
 
@@ -129,7 +175,8 @@ fn pieces_and_steps_are_the_whole() {
         let mut state = layer.new_state();
         let bytes = state.bytes();
         for tokens in [0..1, 1..65, 65..130] {
-            let part = layer.prefill(&mut state, &x.slice(s![tokens.clone(), ..]), KeyMask::All).unwrap();
+            let part =
+                layer.prefill(&mut state, &x.slice(s![tokens.clone(), ..]), KeyMask::All).unwrap();
             assert_close("pieces", &part, &whole.slice(s![tokens, ..]), tolerance);
         }
         let snapshot = state.clone();
@@ -161,7 +208,10 @@ fn bad_input() {
     let refused = |config: AttentionConfig, published: PublishedWeights<f64>| {
         argument(&PublishedAttention::new(config, weights(), published).unwrap_err()).to_owned()
     };
-    assert_eq!(refused(config().with_causality(Causality::Bidirectional), published()), "the published layer");
+    assert_eq!(
+        refused(config().with_causality(Causality::Bidirectional), published()),
+        "the published layer"
+    );
     for (name, change) in [
         ("radii", (|w| w.radii.push(1.0)) as fn(&mut PublishedWeights<f64>)),
         ("radii", |w| w.radii[2] = f64::NAN),
@@ -186,11 +236,21 @@ fn bad_input() {
     let mut bad = text(10);
     bad[[3, 3]] = f64::NAN;
     assert_eq!(argument(&layer.prefill(&mut state, &bad, KeyMask::All).unwrap_err()), "x");
-    assert_eq!(argument(&layer.prefill(&mut state, &text(10), KeyMask::Valid(&[true])).unwrap_err()), "mask");
+    assert_eq!(
+        argument(&layer.prefill(&mut state, &text(10), KeyMask::Valid(&[true])).unwrap_err()),
+        "mask"
+    );
     assert!(layer.step(&mut state, &bad.row(3), &mut Array1::zeros(24)).is_err());
     assert!(state == before);
     assert!(matches!(self::layer::<f64>().forward(&bad, KeyMask::All), Err(Error::Shape { .. })));
-    let missing = PublishedAttention::<f64>::from_tensors(&golden(), "gpt_neox.layers.0.attention.", config());
+    let missing = PublishedAttention::<f64>::from_tensors(
+        &golden(),
+        "gpt_neox.layers.0.attention.",
+        config(),
+    );
     assert!(matches!(missing, Err(Error::Format { .. })));
-    assert!(matches!(PublishedAttention::<f64>::from_tensors(&golden(), "", AttentionConfig::new(32, 2)), Err(Error::Format { .. })));
+    assert!(matches!(
+        PublishedAttention::<f64>::from_tensors(&golden(), "", AttentionConfig::new(32, 2)),
+        Err(Error::Format { .. })
+    ));
 }

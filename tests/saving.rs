@@ -1,4 +1,5 @@
-//! Layers and maps as safetensors files: the same bits after a round trip, and a typed error for whatever else the bytes say.
+//! Layers and maps as safetensors files: the same bits after a round trip, and a typed error for
+//! whatever else the bytes say.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
@@ -7,17 +8,21 @@ use std::collections::{BTreeMap, HashMap};
 
 use common::{Random, assert_same_bits, cast};
 use dijiang::attention::{KeyMask, Near};
-use dijiang::kernel::{DctMap, DctParams, Envelope, FeatureMap, Mixing, Pairing, Projection, Sides};
+use dijiang::kernel::{
+    DctMap, DctParams, Envelope, FeatureMap, Mixing, Pairing, Projection, Sides,
+};
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions, Rotary, RotaryPairing, RotaryScaling,
-    SoftmaxAttention, load_layers, load_maps, save_layers, save_maps,
+    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
+    Rotary, RotaryPairing, RotaryScaling, SoftmaxAttention, load_layers, load_maps, save_layers,
+    save_maps,
 };
 use dijiang::{Error, Real};
 use ndarray::{Array2, s};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
 
-// ---- layers --------------------------------------------------------------------------------------------------------
+// ---- layers
+// --------------------------------------------------------------------------------------------------------
 
 #[derive(Clone, Copy, PartialEq)]
 enum Biases {
@@ -26,17 +31,30 @@ enum Biases {
     All,
 }
 
-fn layer<T: Real>(config: AttentionConfig, biases: Biases, options: DijiangOptions, seed: u64) -> DijiangAttention<T> {
+fn layer<T: Real>(
+    config: AttentionConfig,
+    biases: Biases,
+    options: DijiangOptions,
+    seed: u64,
+) -> DijiangAttention<T> {
     let mut random = Random::new(seed);
     let head_dim = config.head_dim.unwrap_or(config.model_dim / config.heads);
-    let (model, width, kv_width) = (config.model_dim, config.heads * head_dim, config.kv_heads * head_dim);
+    let (model, width, kv_width) =
+        (config.model_dim, config.heads * head_dim, config.kv_heads * head_dim);
     let mut matrix = |rows, cols| cast(&random.normals((rows, cols), 1.0 / (model as f64).sqrt()));
-    let weights = AttentionWeights::new(matrix(width, model), matrix(kv_width, model), matrix(kv_width, model), matrix(model, width));
+    let weights = AttentionWeights::new(
+        matrix(width, model),
+        matrix(kv_width, model),
+        matrix(kv_width, model),
+        matrix(model, width),
+    );
     let mut bias = |len| cast(&random.normals(len, 0.5));
     let weights = match biases {
         Biases::None => weights,
         Biases::Qkv => weights.with_qkv_biases(bias(width), bias(kv_width), bias(kv_width)),
-        Biases::All => weights.with_biases(bias(width), bias(kv_width), bias(kv_width), bias(model)),
+        Biases::All => {
+            weights.with_biases(bias(width), bias(kv_width), bias(kv_width), bias(model))
+        }
     };
     let softmax = SoftmaxAttention::new(config, weights).unwrap();
     DijiangAttention::from_softmax(&softmax, options).unwrap()
@@ -45,7 +63,8 @@ fn layer<T: Real>(config: AttentionConfig, biases: Biases, options: DijiangOptio
 /// Every number of every map as calibration might have left it, with no short decimal form.
 fn calibrated<T: Real>(mut layer: DijiangAttention<T>, seed: u64) -> DijiangAttention<T> {
     let mut random = Random::new(seed);
-    let mut shift = |numbers: &mut [f64]| numbers.iter_mut().for_each(|v| *v += 0.1 * random.normal() / 3.0);
+    let mut shift =
+        |numbers: &mut [f64]| numbers.iter_mut().for_each(|v| *v += 0.1 * random.normal() / 3.0);
     let maps = layer.maps().iter().map(|map| {
         let mut params = map.params().clone();
         for side in [&mut params.query, &mut params.key] {
@@ -54,7 +73,8 @@ fn calibrated<T: Real>(mut layer: DijiangAttention<T>, seed: u64) -> DijiangAtte
             shift(&mut side.radii);
         }
         if params.sides == Sides::Tied {
-            (params.key.scale, params.key.radii) = (params.query.scale.clone(), params.query.radii.clone());
+            (params.key.scale, params.key.radii) =
+                (params.query.scale.clone(), params.query.radii.clone());
         }
         shift(&mut params.log_weight);
         params.log_mix = -1.0 / 3.0;
@@ -90,7 +110,9 @@ fn deep<T: Real>(mut layer: DijiangAttention<T>) -> DijiangAttention<T> {
     let mut random = Random::new(8);
     let maps = layer.maps().iter().map(|map| {
         let mut params = map.params().to_deep();
-        let Projection::Deep { query, key } = &mut params.projection else { panic!("asked for two more transforms") };
+        let Projection::Deep { query, key } = &mut params.projection else {
+            panic!("asked for two more transforms")
+        };
         query.iter_mut().chain(key).for_each(|x| *x += 0.3 * random.normal());
         DctMap::from_params(params).unwrap()
     });
@@ -110,11 +132,19 @@ fn grouped() -> AttentionConfig {
 
 /// D = 4, one head: small enough to damage every byte.
 fn small() -> DijiangAttention<f32> {
-    calibrated(layer(AttentionConfig::new(4, 1).with_rotary(Rotary::new(1e4)), Biases::Qkv, options(), 3), 4)
+    calibrated(
+        layer(AttentionConfig::new(4, 1).with_rotary(Rotary::new(1e4)), Biases::Qkv, options(), 3),
+        4,
+    )
 }
 
 fn kinds<T: Real>() -> Vec<(&'static str, DijiangAttention<T>)> {
-    let llama3 = RotaryScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.1, original_context: 8192 };
+    let llama3 = RotaryScaling::Llama3 {
+        factor: 8.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.1,
+        original_context: 8192,
+    };
     let rotary = || Rotary::new(1e4 / 3.0);
     let plain = |config, options| layer::<T>(config, Biases::None, options, 11);
     let bidirectional = grouped().with_causality(Causality::Bidirectional);
@@ -126,17 +156,39 @@ fn kinds<T: Real>() -> Vec<(&'static str, DijiangAttention<T>)> {
         ("all biases", layer(grouped(), Biases::All, options(), 13)),
         ("head_dim, scale", plain(grouped().with_head_dim(6).with_scale(0.1 + 0.2), options())),
         ("rotary", plain(grouped().with_rotary(rotary()), options())),
-        ("interleaved", plain(grouped().with_rotary(rotary().with_dims(2).with_pairing(RotaryPairing::Interleaved)), options())),
-        ("linear scaling", plain(grouped().with_rotary(rotary().with_scaling(RotaryScaling::Linear { factor: 1.7 })), options())),
+        (
+            "interleaved",
+            plain(
+                grouped()
+                    .with_rotary(rotary().with_dims(2).with_pairing(RotaryPairing::Interleaved)),
+                options(),
+            ),
+        ),
+        (
+            "linear scaling",
+            plain(
+                grouped().with_rotary(rotary().with_scaling(RotaryScaling::Linear { factor: 1.7 })),
+                options(),
+            ),
+        ),
         ("llama 3", plain(grouped().with_rotary(rotary().with_scaling(llama3)), options())),
         ("no near part", plain(grouped(), options().with_near(None))),
-        ("decay", plain(grouped(), options()).with_log_decay(vec![-0.01, 0.0, -1.0 / 7.0]).unwrap()),
-        ("antithetic", plain(grouped(), options().with_pairing(Pairing::Antithetic).with_sides(Sides::Tied))),
+        (
+            "decay",
+            plain(grouped(), options()).with_log_decay(vec![-0.01, 0.0, -1.0 / 7.0]).unwrap(),
+        ),
+        (
+            "antithetic",
+            plain(grouped(), options().with_pairing(Pairing::Antithetic).with_sides(Sides::Tied)),
+        ),
         ("mixed", plain(grouped(), options().with_blocks(3).with_mixing(Mixing::Mixed))),
         ("Gaussian", plain(grouped(), options().with_envelope(Envelope::Gaussian))),
         ("deep", deep(plain(grouped(), options().with_blocks(2)))),
         ("dense", dense(plain(grouped(), options().with_blocks(2)), 3)),
-        ("dense beside mixed", dense(plain(grouped(), options().with_blocks(2).with_mixing(Mixing::Mixed)), 1)),
+        (
+            "dense beside mixed",
+            dense(plain(grouped(), options().with_blocks(2).with_mixing(Mixing::Mixed)), 1),
+        ),
         ("bidirectional", plain(bidirectional, options())),
     ]
 }
@@ -146,7 +198,9 @@ fn assert_same<T: Real>(name: &str, got: &DijiangAttention<T>, expected: &Dijian
     assert_eq!(got.config(), expected.config(), "{name}");
     assert_eq!(got.weights(), expected.weights(), "{name}");
     assert_eq!((got.near(), got.log_decay()), (expected.near(), expected.log_decay()), "{name}");
-    let params = |layer: &DijiangAttention<T>| layer.maps().iter().map(|map| map.params().clone()).collect::<Vec<DctParams>>();
+    let params = |layer: &DijiangAttention<T>| {
+        layer.maps().iter().map(|map| map.params().clone()).collect::<Vec<DctParams>>()
+    };
     assert_eq!(params(got), params(expected), "{name}");
 
     let x: Array2<T> = cast(&Random::new(1).normals((40, expected.config().model_dim), 1.0));
@@ -156,7 +210,8 @@ fn assert_same<T: Real>(name: &str, got: &DijiangAttention<T>, expected: &Dijian
             return (whole.clone(), whole);
         }
         let (mut state, mut out) = (layer.new_state(), Array2::zeros(x.raw_dim()));
-        out.slice_mut(s![..29, ..]).assign(&layer.prefill(&mut state, &x.slice(s![..29, ..]), KeyMask::All).unwrap());
+        out.slice_mut(s![..29, ..])
+            .assign(&layer.prefill(&mut state, &x.slice(s![..29, ..]), KeyMask::All).unwrap());
         for i in 29..40 {
             layer.step(&mut state, &x.row(i), &mut out.row_mut(i)).unwrap();
         }
@@ -167,14 +222,19 @@ fn assert_same<T: Real>(name: &str, got: &DijiangAttention<T>, expected: &Dijian
     assert_same_bits((name, "prefill and steps"), &got.1, &expected.1);
 }
 
-// ---- round trips ---------------------------------------------------------------------------------------------------
+// ---- round trips
+// ---------------------------------------------------------------------------------------------------
 
 fn round_trips<T: Real>() {
     for (name, layer) in kinds::<T>() {
         for layer in [layer.clone(), calibrated(layer, 5)] {
             let file = layer.to_safetensors().unwrap();
             assert_same(name, &DijiangAttention::from_safetensors(&file).unwrap(), &layer);
-            assert_eq!(layer.to_safetensors().unwrap(), file, "{name}: the same layer gives the same bytes");
+            assert_eq!(
+                layer.to_safetensors().unwrap(),
+                file,
+                "{name}: the same layer gives the same bytes"
+            );
         }
     }
 }
@@ -195,13 +255,28 @@ fn numbers_at_the_ends_of_their_range() {
     params.query.center = vec![-0.0, 5e-324];
     params.log_weight = vec![1e15, -1e15];
     params.log_mix = -0.0;
-    let one = layer::<f32>(AttentionConfig::new(2, 1).with_scale(f64::MIN_POSITIVE), Biases::None, options(), 1);
-    let one = one.with_maps(vec![DctMap::from_params(params.clone()).unwrap()]).unwrap().with_log_decay(vec![-f32::LIMIT]).unwrap();
+    let one = layer::<f32>(
+        AttentionConfig::new(2, 1).with_scale(f64::MIN_POSITIVE),
+        Biases::None,
+        options(),
+        1,
+    );
+    let one = one
+        .with_maps(vec![DctMap::from_params(params.clone()).unwrap()])
+        .unwrap()
+        .with_log_decay(vec![-f32::LIMIT])
+        .unwrap();
     let loaded = DijiangAttention::<f32>::from_safetensors(&one.to_safetensors().unwrap()).unwrap();
     let got = loaded.maps()[0].params();
     assert_eq!(*got, params);
-    assert_eq!((got.query.center[0].to_bits(), got.log_mix.to_bits()), ((-0.0_f64).to_bits(), (-0.0_f64).to_bits()));
-    assert_eq!((loaded.config().scale, loaded.log_decay()), (Some(f64::MIN_POSITIVE), &[-1e15][..]));
+    assert_eq!(
+        (got.query.center[0].to_bits(), got.log_mix.to_bits()),
+        ((-0.0_f64).to_bits(), (-0.0_f64).to_bits())
+    );
+    assert_eq!(
+        (loaded.config().scale, loaded.log_decay()),
+        (Some(f64::MIN_POSITIVE), &[-1e15][..])
+    );
 }
 
 #[test]
@@ -213,20 +288,28 @@ fn weights_in_any_memory_layout() {
     };
     let mut bias = Random::new(10).normals(8, 1.0);
     bias.invert_axis(ndarray::Axis(0));
-    let weights = AttentionWeights::new(reversed(8, 8), reversed(8, 8), reversed(8, 8), reversed(8, 8));
+    let weights =
+        AttentionWeights::new(reversed(8, 8), reversed(8, 8), reversed(8, 8), reversed(8, 8));
     let weights = weights.with_biases(bias.clone(), bias.clone(), bias.clone(), bias);
     let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap();
     let layer = DijiangAttention::from_softmax(&softmax, options()).unwrap();
-    assert_same("reversed", &DijiangAttention::from_safetensors(&layer.to_safetensors().unwrap()).unwrap(), &layer);
+    assert_same(
+        "reversed",
+        &DijiangAttention::from_safetensors(&layer.to_safetensors().unwrap()).unwrap(),
+        &layer,
+    );
 }
 
 /// The format, version 1: names, types, shapes and metadata. A change here needs another version.
 #[test]
 fn the_format_in_full() {
-    let config = AttentionConfig::new(4, 2).with_kv_heads(1).with_scale(0.1).with_rotary(Rotary::new(1e4));
-    let layer = layer::<f32>(config, Biases::Qkv, options().with_blocks(2).with_mixing(Mixing::Mixed), 1);
+    let config =
+        AttentionConfig::new(4, 2).with_kv_heads(1).with_scale(0.1).with_rotary(Rotary::new(1e4));
+    let layer =
+        layer::<f32>(config, Biases::Qkv, options().with_blocks(2).with_mixing(Mixing::Mixed), 1);
     let parts = Parts::open(&layer.to_safetensors().unwrap());
-    let notes: BTreeMap<_, _> = parts.notes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    let notes: BTreeMap<_, _> =
+        parts.notes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     let expected = [
         ("dijiang.version", "1"),
         ("self_attn.dijiang.0.envelope", "none"),
@@ -249,7 +332,11 @@ fn the_format_in_full() {
         ("self_attn.dijiang.scale", "0.1"),
     ];
     assert_eq!(notes.into_iter().collect::<Vec<_>>(), expected);
-    let tensors: Vec<_> = parts.tensors.iter().map(|(name, (dtype, shape, _))| (name.as_str(), *dtype, shape.as_slice())).collect();
+    let tensors: Vec<_> = parts
+        .tensors
+        .iter()
+        .map(|(name, (dtype, shape, _))| (name.as_str(), *dtype, shape.as_slice()))
+        .collect();
     let expected: [(&str, Dtype, &[usize]); 17] = [
         ("self_attn.dijiang.0.key.center", Dtype::F64, &[2]),
         ("self_attn.dijiang.0.key.radii", Dtype::F64, &[4]),
@@ -277,8 +364,15 @@ fn files_are_standard_and_rewritten_ones_load() {
     let layer = small();
     let file = layer.to_safetensors().unwrap();
     let tensors = SafeTensors::deserialize(&file).unwrap();
-    let q: Vec<f32> =
-        tensors.tensor("self_attn.q_proj.weight").unwrap().data().as_chunks().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+    let q: Vec<f32> = tensors
+        .tensor("self_attn.q_proj.weight")
+        .unwrap()
+        .data()
+        .as_chunks()
+        .0
+        .iter()
+        .map(|&b| f32::from_le_bytes(b))
+        .collect();
     assert_eq!(q, layer.weights().q.iter().copied().collect::<Vec<_>>());
     for (name, tensor) in tensors.iter() {
         let offset = tensor.data().as_ptr() as usize - file.as_ptr() as usize;
@@ -286,18 +380,25 @@ fn files_are_standard_and_rewritten_ones_load() {
     }
 
     let mut parts = Parts::open(&file);
-    parts.notes.insert("comment".to_owned(), "digits in strings are of no concern: 123456789012345678901234567890 \"\\".to_owned());
+    parts.notes.insert(
+        "comment".to_owned(),
+        "digits in strings are of no concern: 123456789012345678901234567890 \"\\".to_owned(),
+    );
     parts.tensors.insert("lm_head.weight".to_owned(), (Dtype::BF16, vec![3, 0], Vec::new()));
     assert_same("rewritten", &DijiangAttention::from_safetensors(&parts.bytes()).unwrap(), &layer);
 }
 
-// ---- models and maps -----------------------------------------------------------------------------------------------
+// ---- models and maps
+// -----------------------------------------------------------------------------------------------
 
 #[test]
 fn many_layers() {
-    let layers: Vec<_> = kinds::<f32>().into_iter().map(|(_, layer)| calibrated(layer, 6)).collect();
+    let layers: Vec<_> =
+        kinds::<f32>().into_iter().map(|(_, layer)| calibrated(layer, 6)).collect();
     let file = save_layers(&layers).unwrap();
-    assert!(Parts::open(&file).tensors.contains_key("model.layers.10.self_attn.dijiang.2.query.center"));
+    assert!(
+        Parts::open(&file).tensors.contains_key("model.layers.10.self_attn.dijiang.2.query.center")
+    );
     let loaded = load_layers::<f32>(&file).unwrap();
     assert_eq!(loaded.len(), layers.len());
     for ((name, _), (got, expected)) in kinds::<f32>().iter().zip(loaded.iter().zip(&layers)) {
@@ -311,15 +412,26 @@ fn many_layers() {
 fn maps_alone() {
     for (name, saved) in kinds::<f64>() {
         let saved = calibrated(saved, 7);
-        let softmax = SoftmaxAttention::new(saved.config().clone(), saved.weights().clone()).unwrap();
-        let fresh = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_blocks(3)).unwrap();
+        let softmax =
+            SoftmaxAttention::new(saved.config().clone(), saved.weights().clone()).unwrap();
+        let fresh =
+            DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_blocks(3)).unwrap();
         let maps = saved.save_maps().unwrap();
-        assert!(Parts::open(&maps).tensors.keys().all(|tensor| tensor.starts_with("self_attn.dijiang.")), "{name}: no weights");
+        assert!(
+            Parts::open(&maps)
+                .tensors
+                .keys()
+                .all(|tensor| tensor.starts_with("self_attn.dijiang.")),
+            "{name}: no weights"
+        );
         for file in [&maps, &saved.to_safetensors().unwrap()] {
             let mut layer = fresh.clone();
             layer.load_maps(file).unwrap();
             assert_same(name, &layer, &saved);
-            assert!(std::sync::Arc::ptr_eq(layer.weights(), fresh.weights()), "{name}: the weights are shared, not copied");
+            assert!(
+                std::sync::Arc::ptr_eq(layer.weights(), fresh.weights()),
+                "{name}: the weights are shared, not copied"
+            );
         }
     }
 }
@@ -327,7 +439,14 @@ fn maps_alone() {
 #[test]
 fn maps_of_a_model() {
     let model = |seed: u64| -> Vec<DijiangAttention<f32>> {
-        (0..3).map(|l| calibrated(layer(grouped(), Biases::None, options().with_seed(seed), 20 + l), seed + l)).collect()
+        (0..3)
+            .map(|l| {
+                calibrated(
+                    layer(grouped(), Biases::None, options().with_seed(seed), 20 + l),
+                    seed + l,
+                )
+            })
+            .collect()
     };
     let saved = model(30);
     for file in [save_maps(&saved).unwrap(), save_layers(&saved).unwrap()] {
@@ -342,11 +461,17 @@ fn maps_of_a_model() {
     let mut loaded = model(40);
     let error = load_maps(&mut loaded, &parts.bytes()).unwrap_err();
     assert_eq!(named(&error), "model.layers.2.self_attn.dijiang.1.sides");
-    loaded.iter().zip(&model(40)).for_each(|(got, expected)| assert_same("unchanged", got, expected));
+    loaded
+        .iter()
+        .zip(&model(40))
+        .for_each(|(got, expected)| assert_same("unchanged", got, expected));
 
     let error = load_maps(&mut loaded[..2], &save_maps(&saved).unwrap()).unwrap_err();
     assert_eq!(error.to_string(), "dijiang.layers must be 2, got 3");
-    assert_eq!(named(&load_layers::<f32>(&save_maps(&saved).unwrap()).unwrap_err()), "model.layers.0.self_attn.q_proj.weight");
+    assert_eq!(
+        named(&load_layers::<f32>(&save_maps(&saved).unwrap()).unwrap_err()),
+        "model.layers.0.self_attn.q_proj.weight"
+    );
 }
 
 #[test]
@@ -366,7 +491,8 @@ fn maps_of_another_element_type() {
     assert_eq!(error.to_string(), expected);
 }
 
-// ---- damage --------------------------------------------------------------------------------------------------------
+// ---- damage
+// --------------------------------------------------------------------------------------------------------
 
 /// A file taken apart.
 #[derive(Clone)]
@@ -379,12 +505,16 @@ impl Parts {
     fn open(file: &[u8]) -> Self {
         let (_, metadata) = SafeTensors::read_metadata(file).unwrap();
         let tensors = SafeTensors::deserialize(file).unwrap();
-        let tensors = tensors.iter().map(|(name, t)| (name.to_owned(), (t.dtype(), t.shape().to_vec(), t.data().to_vec())));
+        let tensors = tensors
+            .iter()
+            .map(|(name, t)| (name.to_owned(), (t.dtype(), t.shape().to_vec(), t.data().to_vec())));
         Self { notes: metadata.metadata().clone().unwrap(), tensors: tensors.collect() }
     }
 
     fn bytes(&self) -> Vec<u8> {
-        let tensors = self.tensors.iter().map(|(name, (dtype, shape, data))| (name, TensorView::new(*dtype, shape.clone(), data).unwrap()));
+        let tensors = self.tensors.iter().map(|(name, (dtype, shape, data))| {
+            (name, TensorView::new(*dtype, shape.clone(), data).unwrap())
+        });
         serialize(tensors, Some(self.notes.clone())).unwrap()
     }
 
@@ -461,25 +591,33 @@ fn garbage() {
         }
     }
     let nothing = serialize(Vec::<(String, TensorView<'_>)>::new(), None).unwrap();
-    assert_eq!(refused(&nothing).to_string(), "dijiang.version must be in the metadata, got nothing");
+    assert_eq!(
+        refused(&nothing).to_string(),
+        "dijiang.version must be in the metadata, got nothing"
+    );
 }
 
 /// Sizes that no memory holds, and offsets whose sum overflows in the parser.
 #[test]
 fn absurd_sizes() {
-    let with_header = |header: &str| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+    let with_header =
+        |header: &str| [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
     let (eighth, mut end) = ((1_u64 << 61) - 1, 0_u64);
     let mut many = String::from("{");
     for i in 0..9 {
         let len = eighth.min(u64::MAX - end);
-        many += &format!(r#""t{i}":{{"dtype":"U8","shape":[{len}],"data_offsets":[{end},{}]}},"#, end + len);
+        many += &format!(
+            r#""t{i}":{{"dtype":"U8","shape":[{len}],"data_offsets":[{end},{}]}},"#,
+            end + len
+        );
         end += len;
     }
     many.pop();
     for header in [
         many + "}",
         format!(r#"{{"a":{{"dtype":"F64","shape":[{0},{0}],"data_offsets":[0,{0}]}}}}"#, u64::MAX),
-        r#"{"a":{"dtype":"F64","shape":[1000000000000],"data_offsets":[0,8000000000000]}}"#.to_owned(),
+        r#"{"a":{"dtype":"F64","shape":[1000000000000],"data_offsets":[0,8000000000000]}}"#
+            .to_owned(),
         "[".repeat(100_000),
     ] {
         assert_eq!(named(&refused(&with_header(&header))), "file");
@@ -490,18 +628,35 @@ fn absurd_sizes() {
 
     // Counts in the metadata are compared with tensors before memory is taken.
     let parts = Parts::open(&small().to_safetensors().unwrap());
-    for name in ["model_dim", "heads", "kv_heads", "head_dim", "rotary.dims", "near.chunk", "near.back"] {
-        for value in ["0", "18446744073709551615", "9223372036854775807", "4611686018427387904", "1000000000", "-1", "", "3.5"] {
+    for name in
+        ["model_dim", "heads", "kv_heads", "head_dim", "rotary.dims", "near.chunk", "near.back"]
+    {
+        for value in [
+            "0",
+            "18446744073709551615",
+            "9223372036854775807",
+            "4611686018427387904",
+            "1000000000",
+            "-1",
+            "",
+            "3.5",
+        ] {
             let mut parts = parts.clone();
             parts.notes.insert(format!("self_attn.dijiang.{name}"), value.to_owned());
             let result = DijiangAttention::<f32>::from_safetensors(&parts.bytes());
             let fits = name == "near.back" && value == "0";
             assert_eq!(result.is_ok(), fits, "{name} = {value}");
-            result.err().iter().for_each(|error| assert!(named(error).starts_with("self_attn."), "{error}"));
+            result
+                .err()
+                .iter()
+                .for_each(|error| assert!(named(error).starts_with("self_attn."), "{error}"));
         }
     }
     let mut parts = Parts::open(&save_layers([&small()]).unwrap());
-    for (layers, name) in [("18446744073709551615", "model.layers.1.self_attn.dijiang.model_dim"), ("0", "dijiang.layers")] {
+    for (layers, name) in [
+        ("18446744073709551615", "model.layers.1.self_attn.dijiang.model_dim"),
+        ("0", "dijiang.layers"),
+    ] {
         parts.notes.insert("dijiang.layers".to_owned(), layers.to_owned());
         assert_eq!(named(&load_layers::<f32>(&parts.bytes()).unwrap_err()), name);
     }
@@ -509,12 +664,14 @@ fn absurd_sizes() {
 
 #[test]
 fn whatever_is_missing() {
-    let config = AttentionConfig::new(4, 1).with_rotary(Rotary::new(1e4).with_scaling(RotaryScaling::Llama3 {
-        factor: 8.0,
-        low_freq_factor: 1.0,
-        high_freq_factor: 4.0,
-        original_context: 64,
-    }));
+    let config = AttentionConfig::new(4, 1).with_rotary(Rotary::new(1e4).with_scaling(
+        RotaryScaling::Llama3 {
+            factor: 8.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_context: 64,
+        },
+    ));
     for layer in [
         layer::<f32>(config.clone(), Biases::All, options().with_mixing(Mixing::Mixed), 1),
         dense(layer::<f32>(config, Biases::All, options(), 1), 1),
@@ -524,12 +681,18 @@ fn whatever_is_missing() {
             let mut parts = parts.clone();
             parts.tensors.remove(name);
             let error = refused(&parts.bytes());
-            assert!(matches!(&error, Error::Format { name: missing, got, .. } if missing == name && got == "nothing"), "{name}: {error}");
+            assert!(
+                matches!(&error, Error::Format { name: missing, got, .. } if missing == name && got == "nothing"),
+                "{name}: {error}"
+            );
         }
         for name in parts.notes.keys() {
             let mut parts = parts.clone();
             parts.notes.remove(name);
-            assert_eq!(refused(&parts.bytes()).to_string(), format!("{name} must be in the metadata, got nothing"));
+            assert_eq!(
+                refused(&parts.bytes()).to_string(),
+                format!("{name} must be in the metadata, got nothing")
+            );
         }
     }
 }
@@ -538,7 +701,10 @@ fn whatever_is_missing() {
 fn other_shapes_and_types() {
     let parts = Parts::open(&small().to_safetensors().unwrap());
     for (name, (dtype, shape, data)) in &parts.tensors {
-        let mut faults = vec![(*dtype, [shape.as_slice(), &[1]].concat(), data.clone()), (Dtype::F16, vec![data.len() / 2], data.clone())];
+        let mut faults = vec![
+            (*dtype, [shape.as_slice(), &[1]].concat(), data.clone()),
+            (Dtype::F16, vec![data.len() / 2], data.clone()),
+        ];
         faults.push((*dtype, vec![0], Vec::new()));
         if let [.., last] = shape[..] {
             let longer = [&shape[..shape.len() - 1], &[2 * last]].concat();
@@ -549,16 +715,29 @@ fn other_shapes_and_types() {
             let told = format!("{:?} {:?}", fault.0, fault.1);
             parts.tensors.insert(name.clone(), fault);
             let error = refused(&parts.bytes());
-            // The radii say how many rows there are: they are believed, and what follows them is not.
-            let about =
-                if name.ends_with("query.radii") { named(&error).starts_with("self_attn.dijiang.0") } else { named(&error) == name };
+            // The radii say how many rows there are: they are believed, and what follows them is
+            // not.
+            let about = if name.ends_with("query.radii") {
+                named(&error).starts_with("self_attn.dijiang.0")
+            } else {
+                named(&error) == name
+            };
             assert!(about, "{name} as {told}: {error}");
         }
     }
     let error = DijiangAttention::<f64>::from_safetensors(&parts.bytes()).map(|_| ()).unwrap_err();
-    assert_eq!(error.to_string(), "self_attn.q_proj.weight must be F64 [4, 4], got F32 [4, 4]", "never converted");
-    let double = layer::<f64>(AttentionConfig::new(4, 1), Biases::None, options(), 1).to_safetensors().unwrap();
-    assert_eq!(refused(&double).to_string(), "self_attn.q_proj.weight must be F32 [4, 4], got F64 [4, 4]");
+    assert_eq!(
+        error.to_string(),
+        "self_attn.q_proj.weight must be F64 [4, 4], got F32 [4, 4]",
+        "never converted"
+    );
+    let double = layer::<f64>(AttentionConfig::new(4, 1), Biases::None, options(), 1)
+        .to_safetensors()
+        .unwrap();
+    assert_eq!(
+        refused(&double).to_string(),
+        "self_attn.q_proj.weight must be F32 [4, 4], got F64 [4, 4]"
+    );
 }
 
 #[test]
@@ -567,17 +746,31 @@ fn numbers_out_of_range() {
     for name in parts.tensors.keys() {
         for number in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 2e15] {
             let error = refused(&parts.clone().with_number(name, number).bytes());
-            let about = if name.ends_with("log_decay") && number == 2e15 { "self_attn.dijiang" } else { name };
+            let about = if name.ends_with("log_decay") && number == 2e15 {
+                "self_attn.dijiang"
+            } else {
+                name
+            };
             assert_eq!(named(&error), about, "{number}: {error}");
         }
     }
-    let error = refused(&parts.clone().with_number("self_attn.dijiang.0.query.center", f64::NAN).bytes());
+    let error =
+        refused(&parts.clone().with_number("self_attn.dijiang.0.query.center", f64::NAN).bytes());
     let expected = "self_attn.dijiang.0.query.center must be finite and at most 1e15 in magnitude, got NaN at index 0";
     assert_eq!(error.to_string(), expected);
-    for (name, value) in [("scale", "NaN"), ("scale", "-1.0"), ("scale", "inf"), ("rotary.base", "0"), ("rotary.base", "1e")] {
+    for (name, value) in [
+        ("scale", "NaN"),
+        ("scale", "-1.0"),
+        ("scale", "inf"),
+        ("rotary.base", "0"),
+        ("rotary.base", "1e"),
+    ] {
         let mut parts = parts.clone();
         parts.notes.insert(format!("self_attn.dijiang.{name}"), value.to_owned());
-        assert!(named(&refused(&parts.bytes())).starts_with("self_attn.dijiang"), "{name} = {value}");
+        assert!(
+            named(&refused(&parts.bytes())).starts_with("self_attn.dijiang"),
+            "{name} = {value}"
+        );
     }
 }
 
@@ -592,10 +785,22 @@ fn other_versions_and_unknown_words() {
         error.to_string()
     };
     assert_eq!(refused_note("dijiang.version", "2"), r#"dijiang.version must be 1, got "2""#);
-    assert!(refused_note("dijiang.version", &"µ\u{1b}".repeat(100_000)).len() < 500, "a message stays readable");
+    assert!(
+        refused_note("dijiang.version", &"µ\u{1b}".repeat(100_000)).len() < 500,
+        "a message stays readable"
+    );
     let envelope = refused_note("self_attn.dijiang.0.envelope", "Gauss");
     assert_eq!(envelope, r#"self_attn.dijiang.0.envelope must be none or gaussian, got "Gauss""#);
-    for name in ["causality", "near", "biases", "rotary", "rotary.scaling", "0.projection", "0.pairing", "0.sides"] {
+    for name in [
+        "causality",
+        "near",
+        "biases",
+        "rotary",
+        "rotary.scaling",
+        "0.projection",
+        "0.pairing",
+        "0.sides",
+    ] {
         for word in ["unheard of", "", "None"] {
             if (name, word) != ("biases", "") {
                 refused_note(&format!("self_attn.dijiang.{name}"), word);
@@ -612,7 +817,12 @@ fn parts_that_do_not_fit_each_other() {
         ("heads", "3", "self_attn.q_proj.weight", "F32 [12, 4]"),
         ("kv_heads", "2", "self_attn.dijiang", "multiple of kv_heads"),
         ("rotary.dims", "3", "self_attn.dijiang", "even"),
-        ("causality", "bidirectional", "self_attn.dijiang", "near cannot be combined with bidirectional"),
+        (
+            "causality",
+            "bidirectional",
+            "self_attn.dijiang",
+            "near cannot be combined with bidirectional",
+        ),
         ("near.chunk", "0", "self_attn.dijiang", "near chunk"),
         ("0.sides", "tied", "self_attn.dijiang.0", "Sides::Tied"),
         ("0.pairing", "antithetic", "self_attn.dijiang.0.log_weight", "F64 [8]"),
@@ -645,7 +855,11 @@ fn maps_of_another_layer() {
         (sized(24, 6), "rotary"),
         (config().with_rotary(Rotary::new(2e4)), "rotary.base"),
         (config().with_rotary(Rotary::new(1e4).with_dims(2)), "rotary.dims"),
-        (config().with_rotary(Rotary::new(1e4).with_scaling(RotaryScaling::Linear { factor: 2.0 })), "rotary.scaling"),
+        (
+            config()
+                .with_rotary(Rotary::new(1e4).with_scaling(RotaryScaling::Linear { factor: 2.0 })),
+            "rotary.scaling",
+        ),
     ];
     for (config, what) in foreign {
         let other = layer::<f32>(config, Biases::None, options(), 3);
@@ -657,7 +871,12 @@ fn maps_of_another_layer() {
     assert_eq!(named(&error), "self_attn.dijiang.model_dim", "a file of several layers: {error}");
 
     // All coordinates by number are all coordinates.
-    let all = layer::<f32>(config().with_rotary(Rotary::new(1e4).with_dims(4)), Biases::None, options(), 4);
+    let all = layer::<f32>(
+        config().with_rotary(Rotary::new(1e4).with_dims(4)),
+        Biases::None,
+        options(),
+        4,
+    );
     own.load_maps(&all.save_maps().unwrap()).unwrap();
     assert_eq!(own.maps()[1].features(), all.maps()[1].features());
     assert_eq!(own.maps()[1].params(), all.maps()[1].params());
@@ -667,7 +886,10 @@ fn maps_of_another_layer() {
 #[test]
 fn a_failed_load_changes_nothing() {
     let saved = calibrated(layer::<f32>(grouped(), Biases::None, options(), 1), 2);
-    let mut own = calibrated(layer::<f32>(grouped(), Biases::None, options().with_blocks(2).with_near(None), 1), 3);
+    let mut own = calibrated(
+        layer::<f32>(grouped(), Biases::None, options().with_blocks(2).with_near(None), 1),
+        3,
+    );
     let before = own.clone();
     let maps = Parts::open(&saved.save_maps().unwrap());
     for name in maps.tensors.keys().filter(|name| name.contains(".2.")) {

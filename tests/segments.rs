@@ -7,12 +7,19 @@ use common::linear::{Setup, TestMap};
 use common::stream::Stream;
 use common::{Inputs, Random, argument, assert_close, assert_same_bits, tolerance};
 use dijiang::attention::{CausalState, KeyMask, LinearAttention, Near};
-use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions, Rotary, SoftmaxAttention};
+use dijiang::layer::{
+    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
+    Rotary, SoftmaxAttention,
+};
 use dijiang::{Error, Real};
 use ndarray::{Array2, s};
 
 fn setups() -> Vec<Setup> {
-    [&Setup::typical()[..], &[Setup::new(6).heads(2, 1).near(4, 0).decay(-0.3), Setup::new(7).near(150, 1)]].concat()
+    [
+        &Setup::typical()[..],
+        &[Setup::new(6).heads(2, 1).near(4, 0).decay(-0.3), Setup::new(7).near(150, 1)],
+    ]
+    .concat()
 }
 
 const TOKENS: usize = 331;
@@ -20,7 +27,12 @@ const TOKENS: usize = 331;
 type Operator<T> = LinearAttention<T, TestMap<T>>;
 
 /// The state of tokens `range`, fed in one piece.
-fn segment<T: Real>(attention: &Operator<T>, inputs: &Inputs<T>, valid: &[bool], range: std::ops::Range<usize>) -> CausalState<T> {
+fn segment<T: Real>(
+    attention: &Operator<T>,
+    inputs: &Inputs<T>,
+    valid: &[bool],
+    range: std::ops::Range<usize>,
+) -> CausalState<T> {
     let mut state = attention.new_state_at(range.start).unwrap();
     if !range.is_empty() {
         let (own, mask) = (inputs.part(range.clone()), KeyMask::Valid(&valid[range]));
@@ -29,16 +41,29 @@ fn segment<T: Real>(attention: &Operator<T>, inputs: &Inputs<T>, valid: &[bool],
     state
 }
 
-fn merged<T: Real>(attention: &Operator<T>, first: &CausalState<T>, next: &CausalState<T>) -> CausalState<T> {
+fn merged<T: Real>(
+    attention: &Operator<T>,
+    first: &CausalState<T>,
+    next: &CausalState<T>,
+) -> CausalState<T> {
     let mut state = first.clone();
     attention.merge(&mut state, next, &mut attention.workspace()).unwrap();
     assert_eq!((state.start(), state.position()), (first.start(), next.position()));
     state
 }
 
-/// What later queries read from a state is what they read from that of the whole: at once, and long after.
-fn assert_equal<T: Real>(context: &str, attention: &Operator<T>, later: &Inputs<T>, got: &CausalState<T>, expected: &CausalState<T>) {
-    let outputs = |state: &CausalState<T>| attention.prefill_of(&mut state.clone(), later, KeyMask::All).unwrap();
+/// What later queries read from a state is what they read from that of the whole: at once, and long
+/// after.
+fn assert_equal<T: Real>(
+    context: &str,
+    attention: &Operator<T>,
+    later: &Inputs<T>,
+    got: &CausalState<T>,
+    expected: &CausalState<T>,
+) {
+    let outputs = |state: &CausalState<T>| {
+        attention.prefill_of(&mut state.clone(), later, KeyMask::All).unwrap()
+    };
     let expected = outputs(expected).mapv(Real::to_f64);
     assert_close(context, &outputs(got), &expected, tolerance::<T>(20.0, TOKENS));
     let steps = attention.steps(&mut got.clone(), later);
@@ -54,7 +79,15 @@ fn extending_is_prefilling_without_queries() {
         let mut expected = attention.new_state();
         attention.prefill_of(&mut expected, &inputs, KeyMask::Valid(&valid)).unwrap();
         let mut state = attention.new_state();
-        attention.extend(&mut state, &inputs.k, &inputs.v, KeyMask::Valid(&valid), &mut attention.workspace()).unwrap();
+        attention
+            .extend(
+                &mut state,
+                &inputs.k,
+                &inputs.v,
+                KeyMask::Valid(&valid),
+                &mut attention.workspace(),
+            )
+            .unwrap();
         assert!(state == expected, "{setup:?}");
     }
 }
@@ -63,14 +96,22 @@ fn extending_is_prefilling_without_queries() {
 fn two_segments_are_the_whole() {
     fn check<T: Real>(setup: &Setup) {
         let attention = setup.build::<T>();
-        let (inputs, later) = (setup.inputs(TOKENS, TOKENS).cast::<T>(), setup.inputs(40, 40).cast::<T>());
+        let (inputs, later) =
+            (setup.inputs(TOKENS, TOKENS).cast::<T>(), setup.inputs(40, 40).cast::<T>());
         let mut random = Random::new(setup.seed);
-        for valid in [vec![true; TOKENS], (0..TOKENS).map(|_| random.chance(0.4)).collect(), (0..TOKENS).map(|j| j >= 160).collect()] {
+        for valid in [
+            vec![true; TOKENS],
+            (0..TOKENS).map(|_| random.chance(0.4)).collect(),
+            (0..TOKENS).map(|j| j >= 160).collect(),
+        ] {
             // At the edges of chunks and within them, near the beginning and the end.
             for cut in [0, 1, 3, 4, 70, 99, 140, 150, 299, 328, 330, TOKENS] {
                 for end in [cut, (cut + 2).min(TOKENS), TOKENS] {
                     let whole = segment(&attention, &inputs, &valid, 0..end);
-                    let (first, next) = (segment(&attention, &inputs, &valid, 0..cut), segment(&attention, &inputs, &valid, cut..end));
+                    let (first, next) = (
+                        segment(&attention, &inputs, &valid, 0..cut),
+                        segment(&attention, &inputs, &valid, cut..end),
+                    );
                     let context = format!("{setup:?}, {cut} and {} tokens", end - cut);
                     let got = merged(&attention, &first, &next);
                     assert_equal(&context, &attention, &later, &got, &whole);
@@ -87,18 +128,24 @@ fn two_segments_are_the_whole() {
     }
 }
 
-/// The segments' states may have been made in any way: by prefill, by steps with keys that have not joined the sums, by merging.
+/// The segments' states may have been made in any way: by prefill, by steps with keys that have not
+/// joined the sums, by merging.
 #[test]
 fn merging_is_associative() {
     for setup in setups() {
         let attention = setup.build::<f64>();
-        let (inputs, later) = (setup.inputs(TOKENS, TOKENS).cast::<f64>(), setup.inputs(40, 40).cast::<f64>());
+        let (inputs, later) =
+            (setup.inputs(TOKENS, TOKENS).cast::<f64>(), setup.inputs(40, 40).cast::<f64>());
         let (valid, mut random) = (vec![true; TOKENS], Random::new(5));
         let whole = segment(&attention, &inputs, &valid, 0..TOKENS);
         for _ in 0..6 {
-            let mut cuts = [0, random.below(TOKENS), random.below(TOKENS), random.below(TOKENS), TOKENS];
+            let mut cuts =
+                [0, random.below(TOKENS), random.below(TOKENS), random.below(TOKENS), TOKENS];
             cuts.sort_unstable();
-            let mut parts: Vec<_> = cuts.windows(2).map(|cut| segment(&attention, &inputs, &valid, cut[0]..cut[1])).collect();
+            let mut parts: Vec<_> = cuts
+                .windows(2)
+                .map(|cut| segment(&attention, &inputs, &valid, cut[0]..cut[1]))
+                .collect();
             parts[1] = attention.new_state_at(cuts[1]).unwrap();
             attention.steps(&mut parts[1], &inputs.part(cuts[1]..cuts[2]));
             let join = |first: &_, next: &_| merged(&attention, first, next);
@@ -106,26 +153,51 @@ fn merging_is_associative() {
             let right = join(&parts[0], &join(&parts[1], &join(&parts[2], &parts[3])));
             let pairs = join(&join(&parts[0], &parts[1]), &join(&parts[2], &parts[3]));
             for (name, state) in [("left", left), ("right", right), ("pairs", pairs)] {
-                assert_equal(&format!("{setup:?}, {cuts:?}, {name}"), &attention, &later, &state, &whole);
+                assert_equal(
+                    &format!("{setup:?}, {cuts:?}, {name}"),
+                    &attention,
+                    &later,
+                    &state,
+                    &whole,
+                );
             }
         }
     }
 }
 
-/// Keys that grow or shrink by orders of magnitude from segment to segment move the frames of the states.
+/// Keys that grow or shrink by orders of magnitude from segment to segment move the frames of the
+/// states.
 #[test]
 fn frames_of_any_size_merge() {
-    for (setup, growth) in [(Setup::new(1), 40.0), (Setup::new(2).decay(-2.0), -40.0), (Setup::new(3).near(4, 1).decay(-9.0), 40.0)] {
+    for (setup, growth) in [
+        (Setup::new(1), 40.0),
+        (Setup::new(2).decay(-2.0), -40.0),
+        (Setup::new(3).near(4, 1).decay(-9.0), 40.0),
+    ] {
         let attention = setup.build::<f32>();
         let (mut inputs, later) = (setup.inputs(200, 200), setup.inputs(20, 20).cast());
         let scale = |j: usize| if growth > 0.0 { j as f64 / 200.0 } else { 1.0 - j as f64 / 200.0 };
-        inputs.k.axis_iter_mut(ndarray::Axis(1)).enumerate().for_each(|(j, mut k)| k *= 1.0 + f64::abs(growth) * scale(j));
+        inputs
+            .k
+            .axis_iter_mut(ndarray::Axis(1))
+            .enumerate()
+            .for_each(|(j, mut k)| k *= 1.0 + f64::abs(growth) * scale(j));
         let (inputs, valid) = (inputs.cast(), [true; 200]);
         let whole = segment(&attention, &inputs, &valid, 0..200);
-        let (first, next) = (segment(&attention, &inputs, &valid, 0..90), segment(&attention, &inputs, &valid, 90..200));
-        let outputs = |state: &CausalState<f32>| attention.prefill_of(&mut state.clone(), &later, KeyMask::All).unwrap();
+        let (first, next) = (
+            segment(&attention, &inputs, &valid, 0..90),
+            segment(&attention, &inputs, &valid, 90..200),
+        );
+        let outputs = |state: &CausalState<f32>| {
+            attention.prefill_of(&mut state.clone(), &later, KeyMask::All).unwrap()
+        };
         // Exponents of hundreds in f32: their rounding is what differs.
-        assert_close(format!("{setup:?}"), &outputs(&merged(&attention, &first, &next)), &outputs(&whole).mapv(f64::from), 2e-3);
+        assert_close(
+            format!("{setup:?}"),
+            &outputs(&merged(&attention, &first, &next)),
+            &outputs(&whole).mapv(f64::from),
+            2e-3,
+        );
     }
 }
 
@@ -137,32 +209,71 @@ fn strangers_do_not_merge() {
     let mut state = segment(&attention, &inputs, &valid, 0..10);
     let before = state.clone();
     let mut workspace = attention.workspace();
-    for next in [segment(&attention, &inputs, &valid, 11..20), segment(&attention, &inputs, &valid, 9..20), attention.new_state()] {
+    for next in [
+        segment(&attention, &inputs, &valid, 11..20),
+        segment(&attention, &inputs, &valid, 9..20),
+        attention.new_state(),
+    ] {
         let error = attention.merge(&mut state, &next, &mut workspace).unwrap_err();
         assert!(matches!(error, Error::Value { argument: "the next segment", .. }), "{error:?}");
     }
     let other = Setup::new(3).near(3, 1).build::<f64>();
     let foreign = other.new_state_at(10).unwrap();
-    assert!(matches!(attention.merge(&mut state, &foreign, &mut workspace), Err(Error::Foreign { argument: "state", .. })));
-    assert!(matches!(other.merge(&mut state, &foreign, &mut workspace), Err(Error::Foreign { .. })));
+    assert!(matches!(
+        attention.merge(&mut state, &foreign, &mut workspace),
+        Err(Error::Foreign { argument: "state", .. })
+    ));
+    assert!(matches!(
+        other.merge(&mut state, &foreign, &mut workspace),
+        Err(Error::Foreign { .. })
+    ));
     let next = attention.new_state_at(10).unwrap();
     assert_eq!(
-        argument(&attention.merge(&mut state, &next, &mut Setup::new(1).sizes(6, 3, 8).build().workspace()).unwrap_err()),
+        argument(
+            &attention
+                .merge(&mut state, &next, &mut Setup::new(1).sizes(6, 3, 8).build().workspace())
+                .unwrap_err()
+        ),
         "workspace"
     );
     assert!(state == before);
-    assert!(matches!(attention.new_state_at(usize::MAX), Err(Error::TooLarge { argument: "position", .. })));
+    assert!(matches!(
+        attention.new_state_at(usize::MAX),
+        Err(Error::TooLarge { argument: "position", .. })
+    ));
 
     let mut bad = inputs.clone();
     bad.v[[0, 7, 1]] = f64::INFINITY;
-    assert_eq!(argument(&attention.extend(&mut state, &bad.k, &bad.v, KeyMask::All, &mut workspace).unwrap_err()), "v");
-    assert_eq!(argument(&attention.extend(&mut state, &bad.k, &bad.v, KeyMask::Valid(&valid[1..]), &mut workspace).unwrap_err()), "mask");
-    assert_eq!(argument(&attention.extend(&mut state, &bad.v, &bad.v, KeyMask::All, &mut workspace).unwrap_err()), "k");
+    assert_eq!(
+        argument(
+            &attention
+                .extend(&mut state, &bad.k, &bad.v, KeyMask::All, &mut workspace)
+                .unwrap_err()
+        ),
+        "v"
+    );
+    assert_eq!(
+        argument(
+            &attention
+                .extend(&mut state, &bad.k, &bad.v, KeyMask::Valid(&valid[1..]), &mut workspace)
+                .unwrap_err()
+        ),
+        "mask"
+    );
+    assert_eq!(
+        argument(
+            &attention
+                .extend(&mut state, &bad.v, &bad.v, KeyMask::All, &mut workspace)
+                .unwrap_err()
+        ),
+        "k"
+    );
     assert!(state == before);
 }
 
-/// Four workers, each with a quarter of the tokens: local states, an exclusive scan, and outputs from the states it gives.
-/// Elements are looked at as they are read, and what they were read into is put back: an empty state, short and long stretches.
+/// Four workers, each with a quarter of the tokens: local states, an exclusive scan, and outputs
+/// from the states it gives. Elements are looked at as they are read, and what they were read into
+/// is put back: an empty state, short and long stretches.
 #[test]
 fn refused_tokens_change_no_state() {
     for setup in [Setup::new(1), Setup::new(2).near(16, 1), Setup::new(3).decay(-0.1).heads(2, 2)] {
@@ -171,14 +282,24 @@ fn refused_tokens_change_no_state() {
         let mut used = attention.new_state();
         let before = setup.inputs(90, 90);
         attention.extend(&mut used, &before.k, &before.v, KeyMask::All, &mut workspace).unwrap();
-        for (mut state, n) in [(attention.new_state_at(33).unwrap(), 200), (attention.new_state(), 700), (used.clone(), 20), (used, 700)] {
+        for (mut state, n) in [
+            (attention.new_state_at(33).unwrap(), 200),
+            (attention.new_state(), 700),
+            (used.clone(), 20),
+            (used, 700),
+        ] {
             let (good, kept) = (setup.inputs(n, n), state.clone());
             let mut bad = good.clone();
             bad.v[[setup.kv_heads - 1, n - 1, 0]] = f64::INFINITY;
-            let error = attention.extend(&mut state, &bad.k, &bad.v, KeyMask::All, &mut workspace).unwrap_err();
+            let error = attention
+                .extend(&mut state, &bad.k, &bad.v, KeyMask::All, &mut workspace)
+                .unwrap_err();
             assert_eq!(argument(&error), "v");
             assert!(state == kept, "{setup:?}: {n} tokens by extend");
-            assert_eq!(argument(&attention.prefill_of(&mut state, &bad, KeyMask::All).unwrap_err()), "v");
+            assert_eq!(
+                argument(&attention.prefill_of(&mut state, &bad, KeyMask::All).unwrap_err()),
+                "v"
+            );
             assert!(state == kept, "{setup:?}: {n} tokens by prefill");
             attention.extend(&mut state, &good.k, &good.v, KeyMask::All, &mut workspace).unwrap();
             assert_eq!(state.position(), kept.position() + n);
@@ -191,20 +312,30 @@ fn a_layer_in_parallel_over_the_sequence() {
     let mut random = Random::new(11);
     let mut matrix = || random.normals((24, 24), 0.3);
     let config = AttentionConfig::new(24, 4).with_rotary(Rotary::new(100.0));
-    let softmax = SoftmaxAttention::new(config, AttentionWeights::new(matrix(), matrix(), matrix(), matrix())).unwrap();
+    let softmax = SoftmaxAttention::new(
+        config,
+        AttentionWeights::new(matrix(), matrix(), matrix(), matrix()),
+    )
+    .unwrap();
     let x: Array2<f64> = random.normals((203, 24), 1.0);
     for near in [None, Some(Near::new(8, 1))] {
-        let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near).with_log_decay(-0.01)).unwrap();
+        let layer = DijiangAttention::from_softmax(
+            &softmax,
+            DijiangOptions::new().with_near(near).with_log_decay(-0.01),
+        )
+        .unwrap();
         let expected = layer.forward(&x, KeyMask::All).unwrap();
         let cuts = [0, 50, 101, 150, 203];
-        let parts: Vec<_> = cuts.windows(2).map(|cut| (cut[0], x.slice(s![cut[0]..cut[1], ..]))).collect();
+        let parts: Vec<_> =
+            cuts.windows(2).map(|cut| (cut[0], x.slice(s![cut[0]..cut[1], ..]))).collect();
         let local: Vec<_> = std::thread::scope(|scope| {
             let work = |&(start, x): &(usize, ndarray::ArrayView2<'_, f64>)| {
                 let mut state = layer.new_state_at(start).unwrap();
                 layer.extend(&mut state, &x, KeyMask::All).unwrap();
                 state
             };
-            let workers: Vec<_> = parts.iter().map(|part| scope.spawn(move || work(part))).collect();
+            let workers: Vec<_> =
+                parts.iter().map(|part| scope.spawn(move || work(part))).collect();
             workers.into_iter().map(|worker| worker.join().unwrap()).collect()
         });
         let mut before = layer.new_state();
@@ -212,7 +343,8 @@ fn a_layer_in_parallel_over_the_sequence() {
             let mut workers = Vec::new();
             for ((_, x), local) in parts.iter().zip(&local) {
                 let (mut state, layer) = (before.clone(), &layer);
-                workers.push(scope.spawn(move || layer.prefill(&mut state, x, KeyMask::All).unwrap()));
+                workers
+                    .push(scope.spawn(move || layer.prefill(&mut state, x, KeyMask::All).unwrap()));
                 layer.merge(&mut before, local).unwrap();
             }
             workers.into_iter().map(|worker| worker.join().unwrap()).collect()
@@ -220,10 +352,17 @@ fn a_layer_in_parallel_over_the_sequence() {
         let views: Vec<_> = outputs.iter().map(|rows| rows.view()).collect();
         let got = ndarray::concatenate(ndarray::Axis(0), &views).unwrap();
         assert_close(format!("{near:?}"), &got, &expected, 1e-12);
-        assert_same_bits("the first segment", &outputs[0], &layer.forward(&parts[0].1, KeyMask::All).unwrap());
+        assert_same_bits(
+            "the first segment",
+            &outputs[0],
+            &layer.forward(&parts[0].1, KeyMask::All).unwrap(),
+        );
     }
     let config = AttentionConfig::new(24, 4).with_causality(Causality::Bidirectional);
     let softmax = SoftmaxAttention::new(config, softmax.weights().clone()).unwrap();
     let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new()).unwrap();
-    assert!(matches!(layer.extend(&mut layer.new_state(), &x, KeyMask::All), Err(Error::Conflict { .. })));
+    assert!(matches!(
+        layer.extend(&mut layer.new_state(), &x, KeyMask::All),
+        Err(Error::Conflict { .. })
+    ));
 }

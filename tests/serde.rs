@@ -7,7 +7,10 @@ use common::linear::Setup;
 use common::stream::Stream;
 use dijiang::attention::{CausalState, ExactConfig, KeyMask, LinearConfig, Near, Storage};
 use dijiang::kernel::{DctMapConfig, FavorConfig, Mixing};
-use dijiang::layer::{AttentionConfig, CalibrateOptions, Causality, ChooseOptions, DijiangOptions, Padding, Rotary, RotaryScaling};
+use dijiang::layer::{
+    AttentionConfig, CalibrateOptions, Causality, ChooseOptions, DijiangOptions, Padding, Rotary,
+    RotaryScaling,
+};
 use serde::de::value::{BytesDeserializer, Error as ValueError};
 use serde::de::{Deserialize, DeserializeOwned};
 use serde::ser::Serialize;
@@ -53,13 +56,27 @@ fn configs_come_back() {
         assert_eq!(serde_json::from_value::<C>(json.clone()).unwrap(), config);
         if let serde_json::Value::Object(mut fields) = json {
             fields.insert("misspelt".into(), 1.into());
-            assert!(serde_json::from_value::<C>(fields.into()).is_err(), "{config:?}: an unknown field");
+            assert!(
+                serde_json::from_value::<C>(fields.into()).is_err(),
+                "{config:?}: an unknown field"
+            );
         }
     }
     let scaling = RotaryScaling::Linear { factor: 2.0 };
     let rotary = Rotary::new(5e5).with_scaling(scaling).with_dims(8);
-    check(AttentionConfig::new(64, 4).with_kv_heads(2).with_rotary(rotary).with_causality(Causality::Bidirectional));
-    check(DijiangOptions::new().with_blocks(3).with_near(Some(Near::new(32, 2))).with_mixing(Mixing::Mixed).with_seed(u64::MAX));
+    check(
+        AttentionConfig::new(64, 4)
+            .with_kv_heads(2)
+            .with_rotary(rotary)
+            .with_causality(Causality::Bidirectional),
+    );
+    check(
+        DijiangOptions::new()
+            .with_blocks(3)
+            .with_near(Some(Near::new(32, 2)))
+            .with_mixing(Mixing::Mixed)
+            .with_seed(u64::MAX),
+    );
     check(LinearConfig::new().with_near(Near::new(5, 1)).with_log_decay(vec![-0.1, 0.0]));
     check(ExactConfig::new(4, 16));
     check(DctMapConfig::new(16).with_blocks(2));

@@ -6,24 +6,30 @@ mod common;
 use common::{Random, argument, assert_same_bits, cast, on_threads};
 use dijiang::attention::{KeyMask, Near};
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions, DijiangState, Padding, Rotary,
-    SoftmaxAttention, StatePool,
+    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
+    DijiangState, Padding, Rotary, SoftmaxAttention, StatePool,
 };
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array2, Array3, ArrayRef1, ArrayRef2, Axis, s};
 
 /// Four query heads of 5 on two key-value heads, in a model of width 23.
 fn layer<T: Real>(near: Option<Near>, causality: Causality) -> DijiangAttention<T> {
-    DijiangAttention::from_softmax(&softmax(causality), DijiangOptions::new().with_near(near)).unwrap()
+    DijiangAttention::from_softmax(&softmax(causality), DijiangOptions::new().with_near(near))
+        .unwrap()
 }
 
 fn softmax<T: Real>(causality: Causality) -> SoftmaxAttention<T> {
     let mut random = Random::new(3);
     let mut matrix = |rows, columns| cast::<T, _>(&random.normals((rows, columns), 0.3));
-    let weights = AttentionWeights::new(matrix(24, 23), matrix(12, 23), matrix(12, 23), matrix(23, 24));
+    let weights =
+        AttentionWeights::new(matrix(24, 23), matrix(12, 23), matrix(12, 23), matrix(23, 24));
     let bias = |len| cast::<T, _>(&Random::new(len as u64).normals(len, 0.3));
     let weights = weights.with_biases(bias(24), bias(12), bias(12), bias(23));
-    let config = AttentionConfig::new(23, 4).with_kv_heads(2).with_head_dim(6).with_rotary(Rotary::new(100.0)).with_causality(causality);
+    let config = AttentionConfig::new(23, 4)
+        .with_kv_heads(2)
+        .with_head_dim(6)
+        .with_rotary(Rotary::new(100.0))
+        .with_causality(causality);
     SoftmaxAttention::new(config, weights).unwrap()
 }
 
@@ -52,7 +58,10 @@ fn a_batch_is_its_sequences_bit_for_bit() {
                     layer.step(state, &x.row(i), &mut expected.row_mut(i)).unwrap();
                 }
                 let mut out = Array2::from_elem((b, 23), T::from_f64(f64::NAN));
-                on_threads(threads, || layer.step_batch(&mut states.iter_mut().collect::<Vec<_>>(), &x, &mut out)).unwrap();
+                on_threads(threads, || {
+                    layer.step_batch(&mut states.iter_mut().collect::<Vec<_>>(), &x, &mut out)
+                })
+                .unwrap();
                 assert_same_bits(format!("{near:?}, {b} sequences, token {t}"), &out, &expected);
                 assert!(states == alone);
             }
@@ -102,7 +111,13 @@ fn a_pool_of_requests() {
             }
             let x = text::<f32>(live.len(), round);
             let mut out = Array2::zeros((live.len(), 23));
-            pool.step(&layer, &live.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(), &x, &mut out).unwrap();
+            pool.step(
+                &layer,
+                &live.iter().map(|(slot, _)| *slot).collect::<Vec<_>>(),
+                &x,
+                &mut out,
+            )
+            .unwrap();
             for (i, (slot, state)) in live.iter_mut().enumerate() {
                 let mut expected = Array1::zeros(23);
                 layer.step(state, &x.row(i), &mut expected).unwrap();
@@ -142,13 +157,18 @@ fn bad_batches_change_nothing() {
     let other = self::layer::<f64>(None, Causality::Causal);
     let mut foreign = other.new_state();
     let mut own = layer.new_state();
-    let error = layer.step_batch(&mut [&mut own, &mut foreign], &text(2, 1), &mut Array2::zeros((2, 23))).unwrap_err();
+    let error = layer
+        .step_batch(&mut [&mut own, &mut foreign], &text(2, 1), &mut Array2::zeros((2, 23)))
+        .unwrap_err();
     assert!(matches!(error, Error::Foreign { .. }));
     assert!(own == layer.new_state());
     assert!(matches!(own.copy_from(&foreign), Err(Error::Foreign { .. })));
     assert_eq!(argument(&StatePool::new(&layer, 0).unwrap_err()), "capacity");
     assert_eq!(argument(&StatePool::new(&layer, usize::MAX).unwrap_err()), "capacity");
-    assert!(matches!(StatePool::new(&self::layer::<f64>(None, Causality::Bidirectional), 1), Err(Error::Conflict { .. })));
+    assert!(matches!(
+        StatePool::new(&self::layer::<f64>(None, Causality::Bidirectional), 1),
+        Err(Error::Conflict { .. })
+    ));
 }
 
 /// A prompt is read once and continued many times.
@@ -214,16 +234,35 @@ where
     let (x, offsets) = pack(&now);
     let valid: Vec<bool> = (0..x.nrows()).map(|i| i % 5 != 2).collect();
     for masked in [false, true] {
-        let mask = |tokens: std::ops::Range<usize>| if masked { KeyMask::Valid(&valid[tokens]) } else { KeyMask::All };
+        let mask = |tokens: std::ops::Range<usize>| {
+            if masked { KeyMask::Valid(&valid[tokens]) } else { KeyMask::All }
+        };
         let mut alone = states.clone();
-        let out = layer.prefill_packed(&mut states.iter_mut().collect::<Vec<_>>(), &x, &offsets, mask(0..x.nrows())).unwrap();
+        let out = layer
+            .prefill_packed(
+                &mut states.iter_mut().collect::<Vec<_>>(),
+                &x,
+                &offsets,
+                mask(0..x.nrows()),
+            )
+            .unwrap();
         let whole = layer.forward_packed(&x, &offsets, mask(0..x.nrows())).unwrap();
-        for (i, (x, state)) in now.iter().zip(&mut alone).enumerate().filter(|(_, (x, _))| x.nrows() > 0) {
+        for (i, (x, state)) in
+            now.iter().zip(&mut alone).enumerate().filter(|(_, (x, _))| x.nrows() > 0)
+        {
             let tokens = offsets[i]..offsets[i + 1];
             let expected = layer.prefill(state, x, mask(tokens.clone())).unwrap();
-            assert_same_bits(format!("prefill, {i}"), &out.slice(s![tokens.clone(), ..]).to_owned(), &expected);
+            assert_same_bits(
+                format!("prefill, {i}"),
+                &out.slice(s![tokens.clone(), ..]).to_owned(),
+                &expected,
+            );
             let expected = layer.forward(x, mask(tokens.clone())).unwrap();
-            assert_same_bits(format!("forward, {i}"), &whole.slice(s![tokens, ..]).to_owned(), &expected);
+            assert_same_bits(
+                format!("forward, {i}"),
+                &whole.slice(s![tokens, ..]).to_owned(),
+                &expected,
+            );
         }
         assert!(states == alone);
     }
@@ -256,10 +295,20 @@ impl<T: Real, L: Attention<T>> Attention<T> for Plain<L> {
     fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> dijiang::Result<Array2<T>> {
         self.0.forward(x, mask)
     }
-    fn prefill(&self, state: &mut L::State, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> dijiang::Result<Array2<T>> {
+    fn prefill(
+        &self,
+        state: &mut L::State,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+    ) -> dijiang::Result<Array2<T>> {
         self.0.prefill(state, x, mask)
     }
-    fn step(&self, state: &mut L::State, x: &ArrayRef1<T>, out: &mut ArrayRef1<T>) -> dijiang::Result<()> {
+    fn step(
+        &self,
+        state: &mut L::State,
+        x: &ArrayRef1<T>,
+        out: &mut ArrayRef1<T>,
+    ) -> dijiang::Result<()> {
         self.0.step(state, x, out)
     }
 }
@@ -273,7 +322,9 @@ fn a_pool_reads_prompts_together() {
     slots.reverse();
     let prompts = sequences(20);
     let x = pad(&prompts, 129, Padding::Right);
-    layer.prefill_padded(&mut pool.get_each_mut(&slots).unwrap(), &x, &LENGTHS, Padding::Right).unwrap();
+    layer
+        .prefill_padded(&mut pool.get_each_mut(&slots).unwrap(), &x, &LENGTHS, Padding::Right)
+        .unwrap();
     for (slot, prompt) in slots.iter().zip(&prompts) {
         let mut state = layer.new_state();
         if prompt.nrows() > 0 {
@@ -295,16 +346,23 @@ fn bidirectional_layers_pack_too() {
         let out = layer.forward_packed(&x, &offsets, KeyMask::All).unwrap();
         for (i, x) in sequences.iter().enumerate().filter(|(_, x)| x.nrows() > 0) {
             let expected = layer.forward(x, KeyMask::All).unwrap();
-            assert_same_bits(i, &out.slice(s![offsets[i]..offsets[i + 1], ..]).to_owned(), &expected);
+            assert_same_bits(
+                i,
+                &out.slice(s![offsets[i]..offsets[i + 1], ..]).to_owned(),
+                &expected,
+            );
         }
-        let error = layer.prefill_packed(&mut [&mut layer.new_state()], &x, &[0, x.nrows()], KeyMask::All).unwrap_err();
+        let error = layer
+            .prefill_packed(&mut [&mut layer.new_state()], &x, &[0, x.nrows()], KeyMask::All)
+            .unwrap_err();
         assert!(matches!(error, Error::Conflict { .. }));
     }
     check(&layer::<f32>(None, Causality::Bidirectional));
     check(&softmax::<f32>(Causality::Bidirectional));
 }
 
-/// The same whichever side the padding is on, and whatever it holds; and the states go on as if there had been none.
+/// The same whichever side the padding is on, and whatever it holds; and the states go on as if
+/// there had been none.
 #[test]
 fn padded_sequences_are_each_alone() {
     fn check<L: Attention<f32>>(layer: &L)
@@ -317,17 +375,30 @@ fn padded_sequences_are_each_alone() {
             let mut alone = states.clone();
             for (n, sequences) in [(129, &first), (140, &next)] {
                 let x = pad(sequences, n, padding);
-                let out = layer.prefill_padded(&mut states.iter_mut().collect::<Vec<_>>(), &x, &LENGTHS, padding).unwrap();
+                let out = layer
+                    .prefill_padded(
+                        &mut states.iter_mut().collect::<Vec<_>>(),
+                        &x,
+                        &LENGTHS,
+                        padding,
+                    )
+                    .unwrap();
                 let whole = layer.forward_padded(&x, &LENGTHS, padding).unwrap();
                 for (i, (x, state)) in sequences.iter().zip(&mut alone).enumerate() {
                     let mut expected = [Array2::zeros((n, 23)), Array2::zeros((n, 23))];
                     if x.nrows() > 0 {
                         let own = s![place(x.nrows(), n, padding), ..];
-                        expected[0].slice_mut(own).assign(&layer.prefill(state, x, KeyMask::All).unwrap());
+                        expected[0]
+                            .slice_mut(own)
+                            .assign(&layer.prefill(state, x, KeyMask::All).unwrap());
                         expected[1].slice_mut(own).assign(&layer.forward(x, KeyMask::All).unwrap());
                     }
                     for (out, expected) in [&out, &whole].into_iter().zip(&expected) {
-                        assert_same_bits(format!("{padding:?}, {i}"), &out.index_axis(Axis(0), i).to_owned(), expected);
+                        assert_same_bits(
+                            format!("{padding:?}, {i}"),
+                            &out.index_axis(Axis(0), i).to_owned(),
+                            expected,
+                        );
                     }
                 }
                 assert!(states == alone);
@@ -361,11 +432,16 @@ fn bad_packs_change_nothing() {
         let mut bad = x.clone();
         bad[[5, 2]] = f32::NAN;
         assert_eq!(prefill(&bad, &[0, 3, 6], KeyMask::All), "x");
-        assert_eq!(argument(&layer.forward_packed(&x, &[0, 5], KeyMask::All).unwrap_err()), "offsets");
+        assert_eq!(
+            argument(&layer.forward_packed(&x, &[0, 5], KeyMask::All).unwrap_err()),
+            "offsets"
+        );
         assert_eq!(argument(&layer.forward_packed(&x, &[], KeyMask::All).unwrap_err()), "offsets");
 
         let x = Array3::zeros((2, 4, 23));
-        let padded = |x: &Array3<f32>, lengths: &[usize]| argument(&layer.forward_padded(x, lengths, Padding::Left).unwrap_err());
+        let padded = |x: &Array3<f32>, lengths: &[usize]| {
+            argument(&layer.forward_padded(x, lengths, Padding::Left).unwrap_err())
+        };
         assert_eq!(padded(&x, &[4]), "lengths");
         assert_eq!(padded(&x, &[4, 5]), "lengths");
         assert_eq!(padded(&x, &[4, usize::MAX]), "lengths");
@@ -381,7 +457,8 @@ fn bad_packs_change_nothing() {
     check(&Plain(near));
 }
 
-/// Drafted tokens are tried out in one call and taken back; the state goes on as if they had never been.
+/// Drafted tokens are tried out in one call and taken back; the state goes on as if they had never
+/// been.
 #[test]
 fn speculation_leaves_no_trace() {
     for near in nears() {
@@ -403,13 +480,18 @@ fn speculation_leaves_no_trace() {
             }
             layer.prefill(&mut tried, &draft.slice(s![..t % 8 + 1, ..]), KeyMask::All).unwrap();
             state.copy_from(&kept).unwrap();
-            assert_same_bits(format!("{near:?}, token {t}"), &step(&mut state, &x), &step(&mut plain, &x));
+            assert_same_bits(
+                format!("{near:?}, token {t}"),
+                &step(&mut state, &x),
+                &step(&mut plain, &x),
+            );
             assert!(state == plain);
         }
     }
 }
 
-/// One state of a prompt, continued many times by clones of it: what the prompt and the continuation give from the beginning.
+/// One state of a prompt, continued many times by clones of it: what the prompt and the
+/// continuation give from the beginning.
 #[test]
 fn a_cached_prefix_is_the_prefix_itself() {
     for near in nears() {
@@ -425,7 +507,11 @@ fn a_cached_prefix_is_the_prefix_itself() {
             let tail = text::<f32>(20 + seed as usize, 90 + seed);
             let (mut clone, mut own) = (cached.clone(), fresh());
             let expected = layer.prefill(&mut own, &tail, KeyMask::All).unwrap();
-            assert_same_bits(seed, &layer.prefill(&mut clone, &tail, KeyMask::All).unwrap(), &expected);
+            assert_same_bits(
+                seed,
+                &layer.prefill(&mut clone, &tail, KeyMask::All).unwrap(),
+                &expected,
+            );
             assert!(clone == own && cached == fresh(), "the cached state stays");
         }
     }

@@ -53,29 +53,64 @@ fn every_public_type_is_send_and_sync() {
     shared::<(DctGradients, SideGradients, DctMapConfig, DctParams, SideParams, Projection)>();
     shared::<(Envelope, InputScales, Mixing, Pairing, Points, Radial, Sides)>();
     shared::<(FavorConfig, FavorRows)>();
-    shared::<(AttentionConfig, Causality, Rotary, RotaryPairing, RotaryScaling, DijiangOptions, Slot)>();
+    shared::<(
+        AttentionConfig,
+        Causality,
+        Rotary,
+        RotaryPairing,
+        RotaryScaling,
+        DijiangOptions,
+        Slot,
+    )>();
     shared::<(CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport)>();
     shared::<(ChooseOptions, ChooseProgress, ChooseReport, Trial)>();
-    shared::<(reference::Pairing, reference::Envelope, reference::Order, reference::PlainSide, reference::PlainMap)>();
+    shared::<(
+        reference::Pairing,
+        reference::Envelope,
+        reference::Order,
+        reference::PlainSide,
+        reference::PlainMap,
+    )>();
     shared::<reference::Pairs<'static>>();
 }
 
-/// 16 threads, each with states of its own, on one layer: what each gets is what it would get alone, bit for bit.
+/// 16 threads, each with states of its own, on one layer: what each gets is what it would get
+/// alone, bit for bit.
 #[test]
 fn sixteen_threads_share_a_layer() {
     const THREADS: usize = 16;
-    let matrix = |p: usize| Array2::from_shape_fn((16, 16), |(i, j)| ((i * 37 + j * p) % 17) as f32 / 17.0 - 0.3);
+    let matrix = |p: usize| {
+        Array2::from_shape_fn((16, 16), |(i, j)| ((i * 37 + j * p) % 17) as f32 / 17.0 - 0.3)
+    };
     let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
     let config = AttentionConfig::new(16, 4).with_rotary(Rotary::new(1e4));
     let softmax = SoftmaxAttention::new(config.clone(), weights.clone()).unwrap();
-    let near = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(Some(Near::new(8, 1)))).unwrap();
-    let pure = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(None).with_log_decay(-0.01)).unwrap();
+    let near = DijiangAttention::from_softmax(
+        &softmax,
+        DijiangOptions::new().with_near(Some(Near::new(8, 1))),
+    )
+    .unwrap();
+    let pure = DijiangAttention::from_softmax(
+        &softmax,
+        DijiangOptions::new().with_near(None).with_log_decay(-0.01),
+    )
+    .unwrap();
     let ones = Array1::ones(16);
-    let published = PublishedWeights::new(vec![1.0; 4], PublishedWeights::<f32>::decays(4), matrix(3), ones.clone(), ones);
+    let published = PublishedWeights::new(
+        vec![1.0; 4],
+        PublishedWeights::<f32>::decays(4),
+        matrix(3),
+        ones.clone(),
+        ones,
+    );
     let published = PublishedAttention::new(config, weights, published).unwrap();
 
     fn check<A: Attention<f32>>(layer: &A) {
-        let text = |seed: usize| Array2::from_shape_fn((330, 16), |(i, j)| ((i * (13 + seed) + j * 29) % 23) as f32 / 8.0 - 1.0);
+        let text = |seed: usize| {
+            Array2::from_shape_fn((330, 16), |(i, j)| {
+                ((i * (13 + seed) + j * 29) % 23) as f32 / 8.0 - 1.0
+            })
+        };
         let stream = |seed: usize| {
             let (x, mut state) = (text(seed), layer.new_state());
             let mut out = layer.prefill(&mut state, &x.slice(s![..300, ..]), KeyMask::All).unwrap();
@@ -89,7 +124,8 @@ fn sixteen_threads_share_a_layer() {
         let alone: Vec<Array2<f32>> = (0..THREADS).map(stream).collect();
         let together: Vec<Array2<f32>> = std::thread::scope(|scope| {
             let stream = &stream;
-            let threads: Vec<_> = (0..THREADS).map(|seed| scope.spawn(move || stream(seed))).collect();
+            let threads: Vec<_> =
+                (0..THREADS).map(|seed| scope.spawn(move || stream(seed))).collect();
             threads.into_iter().map(|thread| thread.join().unwrap()).collect()
         });
         for (seed, (got, expected)) in together.iter().zip(&alone).enumerate() {

@@ -1,4 +1,5 @@
-//! Attention at the edges of its numbers: extreme log-features, growth, strong decay, millions of tokens.
+//! Attention at the edges of its numbers: extreme log-features, growth, strong decay, millions of
+//! tokens.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
@@ -11,8 +12,8 @@ use dijiang::attention::{KeyMask, LinearAttention};
 use dijiang::reference::Pairs;
 use ndarray::{Array2, Array3, Axis};
 
-/// σ = 1 and the identity as map: q and k are the log-features. With integers as inputs every sum a + b is exact in f32
-/// too, and what remains are the errors of the summation alone.
+/// σ = 1 and the identity as map: q and k are the log-features. With integers as inputs every sum a
+/// + b is exact in f32 too, and what remains are the errors of the summation alone.
 fn direct(m: usize) -> Setup {
     Setup { scale: Some(1.0), ..Setup::new(0).sizes(m, 3, m) }
 }
@@ -29,31 +30,53 @@ fn check<T: Real>(context: &str, setup: &Setup, inputs: &Inputs<f64>, tolerance:
     let attention = build::<T>(setup);
     let (n, typed) = (inputs.tokens(), inputs.cast::<T>());
     let expected = setup.linear(&maps, Pairs::causal(), inputs, KeyMask::All);
-    assert_close(format!("{context}: whole"), &attention.causal_of(&typed, KeyMask::All).unwrap(), &expected, tolerance);
-    assert_close(format!("{context}: steps"), &attention.steps(&mut attention.empty(), &typed), &expected, tolerance);
+    assert_close(
+        format!("{context}: whole"),
+        &attention.causal_of(&typed, KeyMask::All).unwrap(),
+        &expected,
+        tolerance,
+    );
+    assert_close(
+        format!("{context}: steps"),
+        &attention.steps(&mut attention.empty(), &typed),
+        &expected,
+        tolerance,
+    );
     for piece in [7, 40] {
         let mut state = attention.empty();
         for start in (0..n).step_by(piece) {
             let range = start..(start + piece).min(n);
-            let out = attention.prefill_of(&mut state, &typed.part(range.clone()), KeyMask::All).unwrap();
+            let out =
+                attention.prefill_of(&mut state, &typed.part(range.clone()), KeyMask::All).unwrap();
             let expected = expected.slice_axis(Axis(1), range.clone().into()).to_owned();
             assert_close(format!("{context}: tokens {range:?}"), &out, &expected, tolerance);
         }
     }
     if setup.is_pure() {
         let expected = setup.linear(&maps, Pairs::full(), inputs, KeyMask::All);
-        assert_close(format!("{context}: full"), &attention.full_of(&typed, KeyMask::All).unwrap(), &expected, tolerance);
+        assert_close(
+            format!("{context}: full"),
+            &attention.full_of(&typed, KeyMask::All).unwrap(),
+            &expected,
+            tolerance,
+        );
     }
 }
 
 fn check_both(context: &str, setup: &Setup, inputs: &Inputs<f64>) {
     check::<f32>(context, setup, inputs, tolerance::<f32>(8.0, inputs.tokens()));
-    // Here the reference's own rounding shows: its log-kernel values are as large as the log-features.
+    // Here the reference's own rounding shows: its log-kernel values are as large as the
+    // log-features.
     check::<f64>(context, setup, inputs, 1e-12);
 }
 
 /// Log-features by formula: `key(token, feature)` and `query(token, feature)`.
-fn inputs(setup: &Setup, n: usize, key: impl Fn(usize, usize) -> f64, query: impl Fn(usize, usize) -> f64) -> Inputs<f64> {
+fn inputs(
+    setup: &Setup,
+    n: usize,
+    key: impl Fn(usize, usize) -> f64,
+    query: impl Fn(usize, usize) -> f64,
+) -> Inputs<f64> {
     Inputs {
         q: Array3::from_shape_fn((setup.heads, n, setup.d), |(_, i, f)| query(i, f)),
         k: Array3::from_shape_fn((setup.kv_heads, n, setup.d), |(_, j, f)| key(j, f)),
@@ -61,8 +84,8 @@ fn inputs(setup: &Setup, n: usize, key: impl Fn(usize, usize) -> f64, query: imp
     }
 }
 
-/// The kinds of attention each pattern is tried on. Near scores are products of log-features of ±600: 360 000 and more,
-/// exact in f32 as well.
+/// The kinds of attention each pattern is tried on. Near scores are products of log-features of
+/// ±600: 360 000 and more, exact in f32 as well.
 fn variants(m: usize) -> [Setup; 3] {
     [direct(m), direct(m).heads(4, 2), direct(m).near(8, 1)]
 }
@@ -85,14 +108,16 @@ fn log_features_of_600() {
     }
 }
 
-/// Every token's log-features exceed all earlier ones, fall below them, or alternate; features do so together or
-/// against each other.
+/// Every token's log-features exceed all earlier ones, fall below them, or alternate; features do
+/// so together or against each other.
 #[test]
 fn adversarial_sequences() {
     type Pattern = fn(usize, usize) -> f64;
     let keys: [(&str, Pattern); 8] = [
         ("growing by 30", |j, _| 30.0 * j as f64),
-        ("growing by 30 from -600, against each other", |j, f| (30.0 * j as f64 - 600.0) * if f % 2 == 0 { 1.0 } else { -1.0 }),
+        ("growing by 30 from -600, against each other", |j, f| {
+            (30.0 * j as f64 - 600.0) * if f % 2 == 0 { 1.0 } else { -1.0 }
+        }),
         ("growing by 19, below any rescaling threshold of 20", |j, f| 19.0 * (j + f) as f64),
         ("growing by 1", |j, f| j as f64 - 3.0 * f as f64),
         ("falling by 30", |j, f| 600.0 - 30.0 * j as f64 - f as f64),
@@ -109,13 +134,18 @@ fn adversarial_sequences() {
     for (key_name, key) in keys {
         for (query_name, query) in queries {
             for setup in variants(4) {
-                check_both(&format!("keys {key_name}, queries {query_name}"), &setup, &inputs(&setup, 131, key, query));
+                check_both(
+                    &format!("keys {key_name}, queries {query_name}"),
+                    &setup,
+                    &inputs(&setup, 131, key, query),
+                );
             }
         }
     }
 }
 
-/// Real-valued log-features of ±600: the sums a + b themselves are rounded, to 1200·eps, and nothing is worse than that.
+/// Real-valued log-features of ±600: the sums a + b themselves are rounded, to 1200·eps, and
+/// nothing is worse than that.
 #[test]
 fn real_log_features_of_600() {
     for setup in variants(8) {
@@ -136,11 +166,13 @@ fn real_log_features_of_600() {
 #[test]
 fn strong_decay() {
     for log_decay in [-30.0, -0.5, -300.0, -1e6, -1e-9] {
-        for setup in [direct(4), direct(4).heads(4, 2), direct(4).near(16, 1), direct(4).near(100, 0)] {
+        for setup in
+            [direct(4), direct(4).heads(4, 2), direct(4).near(16, 1), direct(4).near(100, 0)]
+        {
             let setup = setup.decay(log_decay);
             let inputs = setup.inputs(300, 300);
-            // Far weights are exp of sums as large as the decay over a chunk; only they are rounded that coarsely, but the
-            // oldest near token may be of no weight at all.
+            // Far weights are exp of sums as large as the decay over a chunk; only they are rounded
+            // that coarsely, but the oldest near token may be of no weight at all.
             let reach = 1.0 + log_decay.abs().min(40.0);
             check::<f32>("decay", &setup, &inputs, reach * tolerance::<f32>(8.0, 300));
             check::<f64>("decay", &setup, &inputs, reach * tolerance::<f64>(8.0, 300));
@@ -150,7 +182,8 @@ fn strong_decay() {
     for growth in [10.0, 30.0, 40.0] {
         for setup in [direct(4).decay(-30.0), direct(4).near(16, 1).decay(-30.0)] {
             let queries = |i: usize, f: usize| ((i * 5 + f * 3) % 7) as f64 - 3.0;
-            let mut inputs = inputs(&setup, 200, |j, f| growth * (j % 20) as f64 + f as f64, queries);
+            let mut inputs =
+                inputs(&setup, 200, |j, f| growth * (j % 20) as f64 + f as f64, queries);
             if setup.near.is_some() {
                 inputs.q.mapv_inplace(|q| q / 8.0);
             }
@@ -160,26 +193,31 @@ fn strong_decay() {
     }
 }
 
-/// The only keys lie thousands of tokens back, at weights no number can hold: they still are all there is.
+/// The only keys lie thousands of tokens back, at weights no number can hold: they still are all
+/// there is.
 #[test]
 fn decay_over_long_masked_gaps() {
     fn run<T: Real>(setup: &Setup, tolerance: f64) {
         let attention = build::<T>(setup);
         let n = 5000;
         let inputs = setup.inputs(n, n);
-        let valid: Vec<bool> = (0..n).map(|j| (3..6).contains(&j) || (4000..4002).contains(&j)).collect();
+        let valid: Vec<bool> =
+            (0..n).map(|j| (3..6).contains(&j) || (4000..4002).contains(&j)).collect();
         let mut state = attention.empty();
         for start in (0..n).step_by(250) {
             let range = start..start + 250;
             let part = inputs.part(range.clone());
-            let out = attention.prefill_of(&mut state, &part.cast(), KeyMask::Valid(&valid[range.clone()])).unwrap();
+            let out = attention
+                .prefill_of(&mut state, &part.cast(), KeyMask::Valid(&valid[range.clone()]))
+                .unwrap();
             // The reference at a few rows only: it is quadratic.
             let last = inputs.part(range.end - 1..range.end);
             let keys: Vec<usize> = (0..range.end).filter(|&j| valid[j]).collect();
             let root = setup.softmax_scale().sqrt();
             for l in 0..setup.e {
                 let weight = |j: usize| {
-                    let sums = (0..setup.d).map(|f| ((last.q[[0, 0, f]] + inputs.k[[0, j, f]]) * root).exp());
+                    let sums = (0..setup.d)
+                        .map(|f| ((last.q[[0, 0, f]] + inputs.k[[0, j, f]]) * root).exp());
                     sums.sum::<f64>().ln() + setup.log_decay * (range.end - 1 - j) as f64
                 };
                 let top = keys.iter().map(|&j| weight(j)).fold(f64::NEG_INFINITY, f64::max);
@@ -188,12 +226,23 @@ fn decay_over_long_masked_gaps() {
                     sum += (weight(j) - top).exp() * inputs.v[[0, j, l]];
                     norm += (weight(j) - top).exp();
                 }
-                let (got, expected) = (out[[0, 249, l]].to_f64(), if norm > 0.0 { sum / norm } else { 0.0 });
-                assert!((got - expected).abs() <= tolerance, "{setup:?}, {}: token {}: {got}, not {expected}", T::NAME, range.end);
+                let (got, expected) =
+                    (out[[0, 249, l]].to_f64(), if norm > 0.0 { sum / norm } else { 0.0 });
+                assert!(
+                    (got - expected).abs() <= tolerance,
+                    "{setup:?}, {}: token {}: {got}, not {expected}",
+                    T::NAME,
+                    range.end
+                );
             }
         }
     }
-    for setup in [direct(4).decay(-30.0), direct(4).decay(-0.5), direct(4).near(16, 1).decay(-30.0), direct(4).near(16, 1).decay(-0.01)] {
+    for setup in [
+        direct(4).decay(-30.0),
+        direct(4).decay(-0.5),
+        direct(4).near(16, 1).decay(-30.0),
+        direct(4).near(16, 1).decay(-0.01),
+    ] {
         run::<f32>(&setup, 1e-4 * (1.0 + setup.log_decay.abs()));
         run::<f64>(&setup, 1e-12 * (1.0 + setup.log_decay.abs()));
     }
@@ -223,7 +272,13 @@ fn inputs_at_the_limit() {
             check(exact.full_of(&inputs, KeyMask::All).unwrap());
         }
     }
-    for setup in [direct(4), direct(16).heads(4, 2), direct(4).near(8, 1), direct(64).near(64, 1), direct(4).decay(-0.1)] {
+    for setup in [
+        direct(4),
+        direct(16).heads(4, 2),
+        direct(4).near(8, 1),
+        direct(64).near(64, 1),
+        direct(4).decay(-0.1),
+    ] {
         run::<f32>(&setup);
         run::<f64>(&setup);
         run::<f32>(&Setup { scale: None, ..setup.clone() });
@@ -258,7 +313,12 @@ fn check_million_steps(setup: &Setup, spread: f64) {
         }
     }
     assert_eq!(attention.empty().position() + MILLION, state.position());
-    assert!(worst.0 <= 1e-5, "{setup:?}, spread {spread}: off by {:e} at token {}", worst.0, worst.1);
+    assert!(
+        worst.0 <= 1e-5,
+        "{setup:?}, spread {spread}: off by {:e} at token {}",
+        worst.0,
+        worst.1
+    );
 }
 
 #[test]
@@ -286,7 +346,12 @@ fn a_million_steps_of_constant_values_with_decay() {
 
 #[test]
 fn a_million_tokens_of_constant_values_by_prefill() {
-    for (setup, spread) in [(direct(4), 1.0), (direct(4), 0.0), (direct(4).near(64, 1), 0.0), (direct(4).decay(-1e-5), 1.0)] {
+    for (setup, spread) in [
+        (direct(4), 1.0),
+        (direct(4), 0.0),
+        (direct(4).near(64, 1), 0.0),
+        (direct(4).decay(-1e-5), 1.0),
+    ] {
         for piece in [1000, 37] {
             let attention = build::<f32>(&setup);
             let mut inputs: Inputs<f32> = setup.inputs(piece, piece).cast();
@@ -296,9 +361,14 @@ fn a_million_tokens_of_constant_values_by_prefill() {
             let mut out = Array3::zeros((setup.heads, piece, setup.e));
             for start in (0..MILLION).step_by(piece) {
                 let Inputs { q, k, v } = &inputs;
-                attention.prefill_into(&mut state, q, k, v, KeyMask::All, &mut out, &mut workspace).unwrap();
+                attention
+                    .prefill_into(&mut state, q, k, v, KeyMask::All, &mut out, &mut workspace)
+                    .unwrap();
                 for &o in &out {
-                    assert!((o - 0.7).abs() <= 1e-5, "{setup:?}, spread {spread}, pieces of {piece}: {o} after token {start}");
+                    assert!(
+                        (o - 0.7).abs() <= 1e-5,
+                        "{setup:?}, spread {spread}, pieces of {piece}: {o} after token {start}"
+                    );
                 }
             }
         }
@@ -315,13 +385,16 @@ fn the_mean_of_a_million_values() {
         let values = [Array2::from_elem((1, setup.e), 0.0), Array2::from_elem((1, setup.e), 1.0)];
         let mut out = Array2::zeros((1, setup.e));
         for i in 0..MILLION {
-            attention.step(&mut state, &zeros, &zeros, &values[i % 2], &mut out, &mut workspace).unwrap();
+            attention
+                .step(&mut state, &zeros, &zeros, &values[i % 2], &mut out, &mut workspace)
+                .unwrap();
         }
         assert!(out.iter().all(|&o| (o - 0.5f32).abs() <= 1e-5), "{setup:?}: {out}");
     }
 }
 
-/// The same numbers added to every log-feature of a token change nothing about any other output than rounding.
+/// The same numbers added to every log-feature of a token change nothing about any other output
+/// than rounding.
 #[test]
 fn shifting_all_log_features_changes_nothing() {
     let setup = direct(4);
@@ -331,8 +404,14 @@ fn shifting_all_log_features_changes_nothing() {
     let mut shifted = base.clone();
     shifted.q.axis_iter_mut(Axis(1)).enumerate().for_each(|(i, mut q)| q += 100.0 * (i % 5) as f64);
     shifted.k += 512.0;
-    assert_close("shifted", &attention.causal_of(&shifted, KeyMask::All).unwrap(), &expected, 1e-11);
-    // By an amount that is exact: the same bits, since only differences to the running maximum enter.
+    assert_close(
+        "shifted",
+        &attention.causal_of(&shifted, KeyMask::All).unwrap(),
+        &expected,
+        1e-11,
+    );
+    // By an amount that is exact: the same bits, since only differences to the running maximum
+    // enter.
     let mut shifted = base.clone();
     shifted.q.fill(0.0);
     let zero = attention.causal_of(&shifted, KeyMask::All).unwrap();

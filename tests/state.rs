@@ -1,4 +1,5 @@
-//! The state: it does not matter in which pieces a sequence arrives, and a state can be copied, rolled back and reset.
+//! The state: it does not matter in which pieces a sequence arrives, and a state can be copied,
+//! rolled back and reset.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
@@ -27,7 +28,12 @@ fn setups() -> Vec<Setup> {
 
 /// Exact attention, without and with a window.
 fn exact_setups() -> Vec<Setup> {
-    vec![Setup::new(11), Setup::new(12).heads(4, 2).sizes(16, 17, 1), Setup::new(13).near(16, 1), Setup::new(14).near(70, 0)]
+    vec![
+        Setup::new(11),
+        Setup::new(12).heads(4, 2).sizes(16, 17, 1),
+        Setup::new(13).near(16, 1),
+        Setup::new(14).near(70, 0),
+    ]
 }
 
 /// Runs `$check::<T>(&setup, &attention)` for every setup, linear and exact, f32 and f64.
@@ -67,7 +73,8 @@ fn pieces<T: Real, A: Stream<T>>(
     concatenate(Axis(1), &outs.iter().map(|out| out.view()).collect::<Vec<_>>()).unwrap()
 }
 
-/// Prefill at once = in two pieces at every split = token by token, with what follows agreeing as well.
+/// Prefill at once = in two pieces at every split = token by token, with what follows agreeing as
+/// well.
 #[test]
 fn prefill_equals_any_pieces_equals_steps() {
     fn check<T: Real, A: Stream<T>>(setup: &Setup, attention: &A) {
@@ -77,27 +84,57 @@ fn prefill_equals_any_pieces_equals_steps() {
         let mut state = attention.empty();
         let whole = to_f64(&attention.prefill_of(&mut state, &inputs, KeyMask::All).unwrap());
         let after = to_f64(&attention.prefill_of(&mut state, &next, KeyMask::All).unwrap());
-        assert_close(setup, &attention.causal_of(&inputs, KeyMask::All).unwrap(), &whole, tolerance::<T>());
+        assert_close(
+            setup,
+            &attention.causal_of(&inputs, KeyMask::All).unwrap(),
+            &whole,
+            tolerance::<T>(),
+        );
         for split in 1..n {
             let context = format!("{setup:?}, split at {split}");
             let mut state = attention.empty();
-            assert_close(&context, &pieces(attention, &mut state, &inputs, None, &[split, n]), &whole, tolerance::<T>());
+            assert_close(
+                &context,
+                &pieces(attention, &mut state, &inputs, None, &[split, n]),
+                &whole,
+                tolerance::<T>(),
+            );
             if split % 10 == 0 {
                 let out = attention.prefill_of(&mut state, &next, KeyMask::All).unwrap();
                 assert_close(format!("{context}, after"), &out, &after, tolerance::<T>());
             }
         }
         let mut state = attention.empty();
-        assert_close(format!("{setup:?}, steps"), &attention.steps(&mut state, &inputs), &whole, tolerance::<T>());
-        assert_close(format!("{setup:?}, steps on"), &attention.steps(&mut state, &next), &after, tolerance::<T>());
+        assert_close(
+            format!("{setup:?}, steps"),
+            &attention.steps(&mut state, &inputs),
+            &whole,
+            tolerance::<T>(),
+        );
+        assert_close(
+            format!("{setup:?}, steps on"),
+            &attention.steps(&mut state, &next),
+            &after,
+            tolerance::<T>(),
+        );
         assert_eq!(A::position(&state), n + more);
         // Prefill after steps, and steps after prefill.
         let mut state = attention.empty();
         attention.steps(&mut state, &inputs.part(0..21));
         let out = attention.prefill_of(&mut state, &inputs.part(21..90), KeyMask::All).unwrap();
-        assert_close(format!("{setup:?}, prefill after steps"), &out, &whole.slice(s![.., 21..90, ..]).to_owned(), tolerance::<T>());
+        assert_close(
+            format!("{setup:?}, prefill after steps"),
+            &out,
+            &whole.slice(s![.., 21..90, ..]).to_owned(),
+            tolerance::<T>(),
+        );
         let out = attention.steps(&mut state, &inputs.part(90..n));
-        assert_close(format!("{setup:?}, steps after prefill"), &out, &whole.slice(s![.., 90.., ..]).to_owned(), tolerance::<T>());
+        assert_close(
+            format!("{setup:?}, steps after prefill"),
+            &out,
+            &whole.slice(s![.., 90.., ..]).to_owned(),
+            tolerance::<T>(),
+        );
     }
     for_all!(check);
 }
@@ -113,14 +150,25 @@ fn random_pieces_with_masks() {
             let first = random.below(90);
             let valid: Vec<bool> = (0..n).map(|j| j >= first && random.chance(density)).collect();
             let whole = to_f64(&attention.causal_of(&inputs, KeyMask::Valid(&valid)).unwrap());
-            let mut ends: Vec<usize> = (0..random.below(12)).map(|_| 1 + random.below(n - 1)).chain([n]).collect();
+            let mut ends: Vec<usize> =
+                (0..random.below(12)).map(|_| 1 + random.below(n - 1)).chain([n]).collect();
             ends.sort_unstable();
             ends.dedup();
             let out = pieces(attention, &mut attention.empty(), &inputs, Some(&valid), &ends);
-            assert_close(format!("{setup:?}, pieces {ends:?}, seed {seed}"), &out, &whole, tolerance::<T>());
+            assert_close(
+                format!("{setup:?}, pieces {ends:?}, seed {seed}"),
+                &out,
+                &whole,
+                tolerance::<T>(),
+            );
             let single: Vec<usize> = (1..=n).collect();
             let out = pieces(attention, &mut attention.empty(), &inputs, Some(&valid), &single);
-            assert_close(format!("{setup:?}, pieces of one, seed {seed}"), &out, &whole, tolerance::<T>());
+            assert_close(
+                format!("{setup:?}, pieces of one, seed {seed}"),
+                &out,
+                &whole,
+                tolerance::<T>(),
+            );
         }
     }
     for_all!(check);
@@ -151,7 +199,12 @@ fn a_clone_is_a_snapshot() {
                 assert!(rolled_back == state);
                 let mut stepped = snapshot.clone();
                 let out = attention.steps(&mut stepped, &tail);
-                assert_close(format!("{setup:?}, steps after {prefix}"), &out, &to_f64(&expected), tolerance::<T>());
+                assert_close(
+                    format!("{setup:?}, steps after {prefix}"),
+                    &out,
+                    &to_f64(&expected),
+                    tolerance::<T>(),
+                );
             }
         }
     }
@@ -181,7 +234,11 @@ fn a_reset_state_is_a_fresh_one() {
         assert!(used == fresh, "{setup:?}");
         A::reset(&mut used);
         A::reset(&mut fresh);
-        assert_same_bits(setup, &attention.steps(&mut used, &inputs), &attention.steps(&mut attention.empty(), &inputs));
+        assert_same_bits(
+            setup,
+            &attention.steps(&mut used, &inputs),
+            &attention.steps(&mut attention.empty(), &inputs),
+        );
     }
     for_all!(check);
 }
@@ -196,7 +253,9 @@ fn masked_tokens_leave_the_sums_alone() {
     let mut expected = Vec::new();
     let mut got = Vec::new();
     for half in [0..25, 25..50] {
-        expected.push(attention.prefill_of(&mut plain, &inputs.part(half.clone()), KeyMask::All).unwrap());
+        expected.push(
+            attention.prefill_of(&mut plain, &inputs.part(half.clone()), KeyMask::All).unwrap(),
+        );
         attention.prefill_of(&mut interrupted, &masked, KeyMask::Valid(&[false; 30])).unwrap();
         got.push(attention.prefill_of(&mut interrupted, &inputs.part(half), KeyMask::All).unwrap());
     }
@@ -205,9 +264,15 @@ fn masked_tokens_leave_the_sums_alone() {
     }
     assert_eq!((plain.position(), interrupted.position()), (50, 110));
     // What a masked query sees is what an unmasked one at its place would see of the valid keys.
-    let out = attention.prefill_of(&mut interrupted, &masked, KeyMask::Valid(&[false; 30])).unwrap();
+    let out =
+        attention.prefill_of(&mut interrupted, &masked, KeyMask::Valid(&[false; 30])).unwrap();
     let query = Inputs { q: masked.q.clone(), k: inputs.k.clone(), v: inputs.v.clone() };
-    assert_close("queries of masked tokens", &out, &to_f64(&attention.full_of(&query, KeyMask::All).unwrap()), 1e-13);
+    assert_close(
+        "queries of masked tokens",
+        &out,
+        &to_f64(&attention.full_of(&query, KeyMask::All).unwrap()),
+        1e-13,
+    );
 }
 
 /// The state never grows; the cache does.
@@ -240,8 +305,10 @@ fn the_state_has_a_constant_size() {
 fn states_are_independent() {
     let setup = Setup::new(1).near(8, 1);
     let attention = setup.build::<f32>();
-    let sequences: Vec<Inputs<f32>> = (0..3).map(|seed| Setup { seed, ..setup.clone() }.inputs(60, 60).cast()).collect();
-    let expected: Vec<_> = sequences.iter().map(|inputs| attention.steps(&mut attention.empty(), inputs)).collect();
+    let sequences: Vec<Inputs<f32>> =
+        (0..3).map(|seed| Setup { seed, ..setup.clone() }.inputs(60, 60).cast()).collect();
+    let expected: Vec<_> =
+        sequences.iter().map(|inputs| attention.steps(&mut attention.empty(), inputs)).collect();
     let mut states: Vec<_> = sequences.iter().map(|_| attention.empty()).collect();
     let mut workspace = attention.workspace();
     let mut out = Array2::zeros((setup.heads, setup.e));
@@ -249,12 +316,17 @@ fn states_are_independent() {
         for (s, (state, inputs)) in states.iter_mut().zip(&sequences).enumerate() {
             let [q, k, v] = inputs.token(i);
             attention.step(state, &q, &k, &v, &mut out, &mut workspace).unwrap();
-            assert_same_bits(format!("sequence {s}, token {i}"), &out, &expected[s].index_axis(Axis(1), i));
+            assert_same_bits(
+                format!("sequence {s}, token {i}"),
+                &out,
+                &expected[s].index_axis(Axis(1), i),
+            );
         }
     }
 }
 
-/// What the reference says of sequences that arrive in pieces, for positions far from the start of a chunk.
+/// What the reference says of sequences that arrive in pieces, for positions far from the start of
+/// a chunk.
 #[test]
 fn pieces_against_the_reference() {
     for setup in setups() {

@@ -7,7 +7,10 @@ use common::linear::Setup;
 use common::stream::Stream;
 use common::{assert_close, assert_same_bits};
 use dijiang::attention::{CausalState, KeyMask, Storage};
-use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
+use dijiang::layer::{
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+    SoftmaxAttention,
+};
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array2, s};
 
@@ -58,7 +61,12 @@ fn short_numbers_are_near() {
         assert!(bytes.len() < state.to_bytes(Storage::Exact).len());
         let mut read = attention.state_from_bytes(&bytes).unwrap();
         let expected = attention.steps(&mut state, &later).mapv(Real::to_f64);
-        assert_close(format!("{setup:?}"), &attention.steps(&mut read, &later), &expected, tolerance);
+        assert_close(
+            format!("{setup:?}"),
+            &attention.steps(&mut read, &later),
+            &expected,
+            tolerance,
+        );
     }
     for setup in Setup::typical() {
         check::<f64>(&setup, Storage::F32, 1e-6);
@@ -75,7 +83,9 @@ fn short_numbers_of_large_ones() {
         (Setup::new(32).heads(2, 1), Storage::Bf16, 0.05),
         (Setup::new(33).heads(2, 1).near(4, 1), Storage::F32, 1e-6),
     ];
-    for ((setup, storage, tolerance), size) in cases.iter().flat_map(|case| [100.0, 200.0, 400.0].map(|size| (case, size))) {
+    for ((setup, storage, tolerance), size) in
+        cases.iter().flat_map(|case| [100.0, 200.0, 400.0].map(|size| (case, size)))
+    {
         let attention = setup.build::<f64>();
         let mut inputs = setup.inputs(40, 40);
         // The frame is that of the first key; weights of up to e^200 keep to it.
@@ -86,7 +96,12 @@ fn short_numbers_of_large_ones() {
         attention.prefill_of(&mut state, &inputs, KeyMask::All).unwrap();
         let mut read = attention.state_from_bytes(&state.to_bytes(*storage)).unwrap();
         let expected = attention.steps(&mut state.clone(), &later);
-        assert_close(format!("{setup:?}, size {size}"), &attention.steps(&mut read, &later), &expected, *tolerance);
+        assert_close(
+            format!("{setup:?}, size {size}"),
+            &attention.steps(&mut read, &later),
+            &expected,
+            *tolerance,
+        );
 
         // Values near the end of the range, whatever their weights.
         let (mut state, mut large) = (attention.empty(), inputs.clone());
@@ -94,7 +109,12 @@ fn short_numbers_of_large_ones() {
         attention.prefill_of(&mut state, &large, KeyMask::All).unwrap();
         let mut read = attention.state_from_bytes(&state.to_bytes(*storage)).unwrap();
         let expected = attention.steps(&mut state, &later);
-        assert_close(format!("{setup:?}, size {size}, large"), &attention.steps(&mut read, &later), &expected, *tolerance);
+        assert_close(
+            format!("{setup:?}, size {size}, large"),
+            &attention.steps(&mut read, &later),
+            &expected,
+            *tolerance,
+        );
 
         inputs.v.fill(1e60);
         attention.prefill_of(&mut state, &inputs, KeyMask::All).unwrap();
@@ -115,8 +135,14 @@ fn every_flipped_bit_is_found() {
         assert!(CausalState::<f32>::from_bytes(&flipped).is_err(), "bit {bit}");
     }
     for len in 0..bytes.len() {
-        assert!(matches!(CausalState::<f32>::from_bytes(&bytes[..len]), Err(Error::Format { .. })), "{len} bytes");
-        assert!(matches!(attention.state_from_bytes(&bytes[..len]), Err(Error::Format { .. })), "{len} bytes");
+        assert!(
+            matches!(CausalState::<f32>::from_bytes(&bytes[..len]), Err(Error::Format { .. })),
+            "{len} bytes"
+        );
+        assert!(
+            matches!(attention.state_from_bytes(&bytes[..len]), Err(Error::Format { .. })),
+            "{len} bytes"
+        );
     }
     let longer = [&bytes[..], &[0; 4]].concat();
     assert!(matches!(attention.state_from_bytes(&longer), Err(Error::Format { .. })));
@@ -154,13 +180,24 @@ fn forged_bytes_are_refused() {
         ("a number", payload + 10, &f64::NAN.to_le_bytes()),
     ];
     for (what, at, new) in cases {
-        assert!(matches!(forged(at, new), Err(Error::Format { .. } | Error::Foreign { .. })), "{what}");
+        assert!(
+            matches!(forged(at, new), Err(Error::Format { .. } | Error::Foreign { .. })),
+            "{what}"
+        );
     }
     // A checksum that fits bytes of another length.
     for body in [&bytes[..bytes.len() - 5], &bytes[..100], &[&bytes[..], &[0; 8]].concat()] {
         let forged = [body, &crc32fast::hash(body).to_le_bytes()].concat();
-        assert!(matches!(attention.state_from_bytes(&forged), Err(Error::Format { .. })), "{} bytes", forged.len());
-        assert!(matches!(CausalState::<f64>::from_bytes(&forged), Err(Error::Format { .. })), "{} bytes", forged.len());
+        assert!(
+            matches!(attention.state_from_bytes(&forged), Err(Error::Format { .. })),
+            "{} bytes",
+            forged.len()
+        );
+        assert!(
+            matches!(CausalState::<f64>::from_bytes(&forged), Err(Error::Format { .. })),
+            "{} bytes",
+            forged.len()
+        );
     }
     // Without an operator to compare with, sizes are believed only as far as the bytes go.
     for at in (20..68).step_by(8) {
@@ -175,17 +212,25 @@ fn forged_bytes_are_refused() {
             }
         }
     }
-    for other in
-        [Setup::new(7).sizes(3, 2, 1), Setup::new(7).sizes(2, 3, 1), Setup::new(7).sizes(2, 2, 2), Setup::new(7).sizes(2, 2, 1).near(4, 1)]
-    {
-        assert!(matches!(other.build::<f64>().state_from_bytes(&bytes), Err(Error::Foreign { .. })), "{other:?}");
+    for other in [
+        Setup::new(7).sizes(3, 2, 1),
+        Setup::new(7).sizes(2, 3, 1),
+        Setup::new(7).sizes(2, 2, 2),
+        Setup::new(7).sizes(2, 2, 1).near(4, 1),
+    ] {
+        assert!(
+            matches!(other.build::<f64>().state_from_bytes(&bytes), Err(Error::Foreign { .. })),
+            "{other:?}"
+        );
     }
     assert!(setup.build::<f32>().state_from_bytes(&bytes).is_err());
 }
 
 #[test]
 fn layers_have_them_too() {
-    let matrix = |p: usize| Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f32 / 17.0 - 0.3);
+    let matrix = |p: usize| {
+        Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f32 / 17.0 - 0.3)
+    };
     let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
     let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap();
     let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new()).unwrap();
@@ -200,7 +245,14 @@ fn layers_have_them_too() {
     });
     assert_same_bits("step", &got, &expected);
     assert!(layer.state_from_bytes(&[]).is_err());
-    assert!(layer.resume(CausalState::from_bytes(&state.to_bytes(Storage::Exact)).unwrap()).unwrap() == state);
-    let other = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(None)).unwrap();
-    assert!(matches!(other.resume(state.causal().clone()), Err(Error::Foreign { argument: "state", .. })));
+    assert!(
+        layer.resume(CausalState::from_bytes(&state.to_bytes(Storage::Exact)).unwrap()).unwrap()
+            == state
+    );
+    let other =
+        DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(None)).unwrap();
+    assert!(matches!(
+        other.resume(state.causal().clone()),
+        Err(Error::Foreign { argument: "state", .. })
+    ));
 }

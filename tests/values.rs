@@ -1,4 +1,5 @@
-//! What small public methods say of the values they are asked of, and the maps and caches that the other tests do not take.
+//! What small public methods say of the values they are asked of, and the maps and caches that the
+//! other tests do not take.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
@@ -7,7 +8,8 @@ use common::{Inputs, Random, assert_close, assert_same_bits};
 use dijiang::attention::{ExactConfig, KeyMask, LinearConfig, Near};
 use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, FavorConfig, FeatureMap, InputScales};
 use dijiang::layer::{
-    AttentionConfig, AttentionWeights, CalibrateOptions, ChooseOptions, DijiangAttention, DijiangOptions, SoftmaxAttention,
+    AttentionConfig, AttentionWeights, CalibrateOptions, ChooseOptions, DijiangAttention,
+    DijiangOptions, SoftmaxAttention,
 };
 use ndarray::{Array2, Array3, Axis, s};
 
@@ -28,7 +30,17 @@ fn scales_and_sizes() {
     assert!(bytes > of_steps && of_steps > 2 * 8 * 16 * 16, "{bytes} and {of_steps}");
     for n in [100, 500] {
         let Inputs { q, k, v } = inputs(1, 1, n, 16);
-        attention.prefill_into(&mut attention.new_state(), &q, &k, &v, KeyMask::All, &mut q.clone(), &mut workspace).unwrap();
+        attention
+            .prefill_into(
+                &mut attention.new_state(),
+                &q,
+                &k,
+                &v,
+                KeyMask::All,
+                &mut q.clone(),
+                &mut workspace,
+            )
+            .unwrap();
         assert_eq!(workspace.bytes(), bytes);
     }
 }
@@ -36,11 +48,17 @@ fn scales_and_sizes() {
 #[test]
 fn options_and_windows() {
     let options = DijiangOptions::new().with_scales(InputScales::Ones);
-    let calibrations = [CalibrateOptions::new().with_steps(3), CalibrateOptions::new().with_steps(4)];
-    let choice = ChooseOptions::new().with_map(options.clone()).with_trial(calibrations[0].clone()).with_calibrate(calibrations[1].clone());
+    let calibrations =
+        [CalibrateOptions::new().with_steps(3), CalibrateOptions::new().with_steps(4)];
+    let choice = ChooseOptions::new()
+        .with_map(options.clone())
+        .with_trial(calibrations[0].clone())
+        .with_calibrate(calibrations[1].clone());
     assert_eq!((choice.map, [choice.trial, choice.calibrate]), (options.clone(), calibrations));
 
-    let matrix = |p: usize| Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3);
+    let matrix = |p: usize| {
+        Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3)
+    };
     let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
     let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap();
     let layer = DijiangAttention::from_softmax(&softmax, options.with_blocks(3)).unwrap();
@@ -55,7 +73,8 @@ fn gradients_add_up() {
     let Inputs { q, k, v } = inputs(2, 1, 20, 4);
     let attention = LinearConfig::new().build(vec![map.clone()]).unwrap();
     let once = attention.causal_backward(&q, &k, &v, KeyMask::All, &v).unwrap().maps.remove(0);
-    let twice = attention.causal_backward(&q, &k, &v, KeyMask::All, &(&v * 2.0)).unwrap().maps.remove(0);
+    let twice =
+        attention.causal_backward(&q, &k, &v, KeyMask::All, &(&v * 2.0)).unwrap().maps.remove(0);
     let mut sum = DctGradients::zeros(map.params());
     sum.add(&once);
     sum.add(&once);
@@ -66,12 +85,17 @@ fn gradients_add_up() {
 #[test]
 fn favor_maps_have_gradients() {
     let config = FavorConfig::new(5, 12);
-    let (favor, dense) = (config.build::<f64>().unwrap(), DctMap::<f64>::from_params(config.params().unwrap()).unwrap());
+    let (favor, dense) = (
+        config.build::<f64>().unwrap(),
+        DctMap::<f64>::from_params(config.params().unwrap()).unwrap(),
+    );
     let Inputs { q, k, v } = inputs(3, 1, 90, 5);
     let favor = LinearConfig::new().build(vec![favor]).unwrap();
     let dense = LinearConfig::new().build(vec![dense]).unwrap();
-    let [got, expected] =
-        [favor.causal_backward(&q, &k, &v, KeyMask::All, &v).unwrap(), dense.causal_backward(&q, &k, &v, KeyMask::All, &v).unwrap()];
+    let [got, expected] = [
+        favor.causal_backward(&q, &k, &v, KeyMask::All, &v).unwrap(),
+        dense.causal_backward(&q, &k, &v, KeyMask::All, &v).unwrap(),
+    ];
     assert_same_bits("q", &got.q, &expected.q);
     assert_same_bits("k", &got.k, &expected.k);
     assert_eq!(got.maps, expected.maps);
@@ -90,7 +114,9 @@ fn tokens_of_wide_heads() {
     let mut out = Array3::zeros((1, 21, d));
     for i in 0..21 {
         let [q, k, v] = [&q, &k, &v].map(|x| x.index_axis(Axis(1), i));
-        attention.step(&mut state, &q, &k, &v, &mut out.index_axis_mut(Axis(1), i), &mut workspace).unwrap();
+        attention
+            .step(&mut state, &q, &k, &v, &mut out.index_axis_mut(Axis(1), i), &mut workspace)
+            .unwrap();
     }
     assert_close("steps", &out, &expected, 1e-11);
 }
@@ -103,7 +129,11 @@ fn packed_caches_are_those_of_each_sequence() {
     let offsets = [0, 13, 13, 40];
     let mut all: Vec<_> = caches.iter_mut().collect();
     let out = exact.prefill_packed(&mut all, &q, &k, &v, &offsets, KeyMask::All).unwrap();
-    assert_same_bits("all", &out, &exact.causal_packed(&q, &k, &v, &offsets, KeyMask::All).unwrap());
+    assert_same_bits(
+        "all",
+        &out,
+        &exact.causal_packed(&q, &k, &v, &offsets, KeyMask::All).unwrap(),
+    );
     for (cache, own) in caches.iter().zip([0..13, 13..13, 13..40]) {
         let mut alone = exact.new_cache();
         if !own.is_empty() {

@@ -23,7 +23,9 @@ pub(crate) fn gaussian<T: Real>(seed: u64, shape: (usize, usize, usize)) -> Arra
 
 /// Linear attention with `heads` plain maps of m = d features.
 pub(crate) fn linear<T: Real>(heads: usize, d: usize, near: bool) -> LinearAttention<T, DctMap<T>> {
-    let maps = (0..heads).map(|h| DctMapConfig::new(d).with_seed(h as u64).build().expect("a valid map")).collect();
+    let maps = (0..heads)
+        .map(|h| DctMapConfig::new(d).with_seed(h as u64).build().expect("a valid map"))
+        .collect();
     let config = LinearConfig::new();
     let config = if near { config.with_near(Near::new(CHUNK, 1)) } else { config };
     config.build(maps).expect("a valid operator")

@@ -5,8 +5,8 @@
 //! cargo run --release --example attention_maps -- --layer 3 --head 2 --text path/to/text --svg maps.svg
 //! ```
 //!
-//! Draws the attention weights of one head of a language model on real text side by side: softmax's, and those of the calibrated
-//! linear layer, whose older tokens go through the kernel.
+//! Draws the attention weights of one head of a language model on real text side by side:
+//! softmax's, and those of the calibrated linear layer, whose older tokens go through the kernel.
 
 #[allow(dead_code, reason = "each example uses its own part")]
 #[path = "../lm/mod.rs"]
@@ -20,7 +20,9 @@ use std::process::ExitCode;
 use clap::Parser;
 use dijiang::attention::Near;
 use dijiang::kernel::{DctMap, FeatureMap};
-use dijiang::layer::{Attention, CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention};
+use dijiang::layer::{
+    Attention, CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention,
+};
 use dijiang::reference;
 use ndarray::{Array2, Axis, Zip};
 
@@ -75,7 +77,9 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     let model = Llama::load(&args.model)?;
     let heads = model.attention().first().map_or(0, |layer| heads(layer).0);
-    for (option, found, limit) in [("layer", args.layer, model.config().layers), ("head", args.head, heads)] {
+    for (option, found, limit) in
+        [("layer", args.layer, model.config().layers), ("head", args.head, heads)]
+    {
         if found >= limit {
             return Err(format!("--{option} must be below {limit}, found {found}").into());
         }
@@ -86,21 +90,32 @@ fn run(args: &Args) -> Result<()> {
     let path = args.text.clone().unwrap_or_else(|| args.model.join("valid.txt"));
     let text = Text::read(&path, args.tokens)?;
     if args.window >= text.windows() {
-        return Err(format!("--window must be below {}, found {}", text.windows(), args.window).into());
+        return Err(
+            format!("--window must be below {}, found {}", text.windows(), args.window).into()
+        );
     }
     let shown = text.input(args.window);
     let x = model.attention_inputs(args.layer, &[shown])?.remove(0);
 
     let softmax = &model.attention()[args.layer];
     let near = (args.chunk > 0).then(|| Near::new(args.chunk, 1));
-    let mut linear = DijiangAttention::from_softmax(softmax, DijiangOptions::new().with_blocks(args.blocks).with_near(near))?;
+    let mut linear = DijiangAttention::from_softmax(
+        softmax,
+        DijiangOptions::new().with_blocks(args.blocks).with_near(near),
+    )?;
     let calibration = Text::read(&args.model.join("calibration.txt"), model.config().context)?;
-    let samples = model.attention_inputs(args.layer, &calibration.spread(args.windows.max(2)).collect::<Vec<_>>())?;
+    let samples = model.attention_inputs(
+        args.layer,
+        &calibration.spread(args.windows.max(2)).collect::<Vec<_>>(),
+    )?;
     let samples: Vec<_> = samples.iter().map(|sample| sample.view()).collect();
-    linear.calibrate(&samples, &CalibrateOptions::new().with_steps(args.steps), |_| ControlFlow::Continue(()))?;
+    linear.calibrate(&samples, &CalibrateOptions::new().with_steps(args.steps), |_| {
+        ControlFlow::Continue(())
+    })?;
 
     let (exact, approximate) = weights(softmax, &linear, args.head, &x)?;
-    let name = args.model.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+    let name =
+        args.model.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
     let m = linear.maps()[0].features();
     let maps = Maps {
         title: format!("{name}, layer {}, head {}", args.layer, args.head),
@@ -130,14 +145,18 @@ fn weights(
     let kv_head = head / heads(softmax).1;
     // √σ each, σ = 1/√d unless the model has another scale.
     let scale = softmax.config().scale.unwrap_or(1.0).sqrt();
-    let [x, y] = [q.index_axis(Axis(0), head), k.index_axis(Axis(0), kv_head)].map(|rows| rows.mapv(|z| scale * f64::from(z)));
+    let [x, y] = [q.index_axis(Axis(0), head), k.index_axis(Axis(0), kv_head)]
+        .map(|rows| rows.mapv(|z| scale * f64::from(z)));
     let map = DctMap::<f64>::from_params(linear.maps()[kv_head].params().clone())?;
     let scores = reference::scores(&x, &y)?;
-    let mut log_weights = reference::log_kernel(&map.query_log_features(&x)?, &map.key_log_features(&y)?)?;
+    let mut log_weights =
+        reference::log_kernel(&map.query_log_features(&x)?, &map.key_log_features(&y)?)?;
     let decay = linear.log_decay()[kv_head];
     for ((i, j), log_weight) in log_weights.indexed_iter_mut() {
         match linear.near() {
-            Some(near) if j <= i && i / near.chunk - j / near.chunk <= near.back => *log_weight = scores[[i, j]],
+            Some(near) if j <= i && i / near.chunk - j / near.chunk <= near.back => {
+                *log_weight = scores[[i, j]]
+            }
             _ => *log_weight += decay * (i as f64 - j as f64),
         }
     }
@@ -158,16 +177,30 @@ fn causal_softmax(mut scores: Array2<f64>) -> Array2<f64> {
 }
 
 fn report(args: &Args, near: Option<Near>, exact: &Array2<f64>, linear: &Array2<f64>) {
-    let far = |(i, j): (usize, usize)| near.is_none_or(|near| i / near.chunk - j / near.chunk > near.back);
+    let far = |(i, j): (usize, usize)| {
+        near.is_none_or(|near| i / near.chunk - j / near.chunk > near.back)
+    };
     let far_mass = |weights: &Array2<f64>| {
-        let far = weights.indexed_iter().filter(|&((i, j), _)| j <= i && far((i, j))).map(|(_, weight)| weight);
+        let far = weights
+            .indexed_iter()
+            .filter(|&((i, j), _)| j <= i && far((i, j)))
+            .map(|(_, weight)| weight);
         100.0 * far.sum::<f64>() / weights.nrows() as f64
     };
-    let divergence = Zip::from(exact).and(linear).fold(0.0, |sum, &p, &r| if p > 0.0 { sum + p * (p / r).ln() } else { sum });
+    let divergence = Zip::from(exact)
+        .and(linear)
+        .fold(0.0, |sum, &p, &r| if p > 0.0 { sum + p * (p / r).ln() } else { sum });
     println!("layer {}, head {}, {} tokens", args.layer, args.head, args.tokens);
     if near.is_some() {
-        println!("weight on keys behind the near part: softmax {:.1} %, linear {:.1} %", far_mass(exact), far_mass(linear));
+        println!(
+            "weight on keys behind the near part: softmax {:.1} %, linear {:.1} %",
+            far_mass(exact),
+            far_mass(linear)
+        );
     }
-    println!("KL divergence of the linear weights from softmax's: {:.3} nats per query", divergence / exact.nrows() as f64);
+    println!(
+        "KL divergence of the linear weights from softmax's: {:.3} nats per query",
+        divergence / exact.nrows() as f64
+    );
     println!("picture: {}", args.svg.display());
 }

@@ -1,4 +1,5 @@
-//! The picture: two maps with one colour bar, as SVG. Written directly: as plotters' rectangles it would be ten times as large.
+//! The picture: two maps with one colour bar, as SVG. Written directly: as plotters' rectangles it
+//! would be ten times as large.
 
 use std::fmt::{Display, Write};
 use std::path::Path;
@@ -43,7 +44,12 @@ pub(crate) fn draw(maps: &Maps<'_>, path: &Path) -> Result<()> {
          font-family=\"sans-serif\" fill=\"{INK}\" stroke-width=\"1\">\n<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n"
     ));
     svg.text((LEFT, 30), 20, "start", &maps.title);
-    let excerpt: String = maps.text.chars().take(EXCERPT).map(|letter| if letter.is_control() { ' ' } else { letter }).collect();
+    let excerpt: String = maps
+        .text
+        .chars()
+        .take(EXCERPT)
+        .map(|letter| if letter.is_control() { ' ' } else { letter })
+        .collect();
     // From the first whole word on.
     let words = excerpt.split_once(' ').map_or(excerpt.as_str(), |(_, words)| words);
     svg.text((LEFT, 54), 13, "start", format!("“… {} …”", words.trim()));
@@ -75,7 +81,9 @@ impl Svg {
     fn text(&mut self, (x, y): (usize, usize), size: usize, anchor: &str, text: impl Display) {
         let text = text.to_string().replace('&', "&amp;").replace('<', "&lt;");
         let y = y + size / 3;
-        self.add(format_args!("<text x=\"{x}\" y=\"{y}\" font-size=\"{size}\" text-anchor=\"{anchor}\">{text}</text>"));
+        self.add(format_args!(
+            "<text x=\"{x}\" y=\"{y}\" font-size=\"{size}\" text-anchor=\"{anchor}\">{text}</text>"
+        ));
     }
 
     /// One path per shade, one stroke per run of a shade in a row.
@@ -89,7 +97,9 @@ impl Svg {
                 start += run.len();
             }
         }
-        self.add(format_args!("<rect x=\"{left}\" y=\"{ABOVE}\" width=\"{side}\" height=\"{side}\" fill=\"#f3f3f3\"/>"));
+        self.add(format_args!(
+            "<rect x=\"{left}\" y=\"{ABOVE}\" width=\"{side}\" height=\"{side}\" fill=\"#f3f3f3\"/>"
+        ));
         let scale = side as f64 / weights.nrows() as f64;
         self.add(format_args!(
             "<g transform=\"translate({left} {ABOVE}) scale({scale}) translate(0 .5)\" fill=\"none\" shape-rendering=\"crispEdges\">"
@@ -104,7 +114,8 @@ impl Svg {
     fn axes(&mut self, left: usize, n: usize, side: usize) {
         let bottom = ABOVE + side;
         self.add(format_args!("<rect x=\"{left}\" y=\"{ABOVE}\" width=\"{side}\" height=\"{side}\" fill=\"none\" stroke=\"{INK}\"/>"));
-        let step = [1, 2, 5, 10, 20, 50, 100, 200].into_iter().find(|step| n / step <= 6).unwrap_or(500);
+        let step =
+            [1, 2, 5, 10, 20, 50, 100, 200].into_iter().find(|step| n / step <= 6).unwrap_or(500);
         for tick in (0..n).step_by(step) {
             let at = tick * side / n + side / n / 2;
             let (x, y) = (left + at, ABOVE + at);
@@ -112,7 +123,12 @@ impl Svg {
             self.text((x, bottom + 15), 13, "middle", tick);
             self.text((left - 9, y), 13, "end", tick);
         }
-        self.text((left + side / 2, bottom + 40), 14, "middle", "key, position in the text in bytes");
+        self.text(
+            (left + side / 2, bottom + 40),
+            14,
+            "middle",
+            "key, position in the text in bytes",
+        );
         let (x, y) = (left - 50, ABOVE + side / 2);
         self.add(format_args!("<text transform=\"translate({x} {y}) rotate(-90)\" font-size=\"14\" text-anchor=\"middle\">query</text>"));
     }
@@ -124,7 +140,11 @@ impl Svg {
         for query in (0..n).step_by(near.chunk) {
             let key = (query / near.chunk).saturating_sub(near.back) * near.chunk;
             if key > 0 {
-                let (x, y, end) = (left + key * side / n, ABOVE + query * side / n, ABOVE + (query + near.chunk).min(n) * side / n);
+                let (x, y, end) = (
+                    left + key * side / n,
+                    ABOVE + query * side / n,
+                    ABOVE + (query + near.chunk).min(n) * side / n,
+                );
                 path += &match path.is_empty() {
                     true => format!("M{left} {y}H{x}V{end}"),
                     false => format!("H{x}V{end}"),
@@ -132,7 +152,9 @@ impl Svg {
             }
         }
         for (width, colour) in [(3.0, "#000"), (1.4, "#fff")] {
-            self.add(format_args!("<path fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\" d=\"{path}\"/>"));
+            self.add(format_args!(
+                "<path fill=\"none\" stroke=\"{colour}\" stroke-width=\"{width}\" d=\"{path}\"/>"
+            ));
         }
         if !path.is_empty() {
             let (x, y) = (left + side - 14, ABOVE + side / 5);
@@ -144,16 +166,29 @@ impl Svg {
     fn colour_bar(&mut self, left: usize, height: usize) {
         let shades = shade(1.0) + 1;
         for shade in 0..shades {
-            let (top, bottom) = (ABOVE + height - (shade + 1) * height / shades, ABOVE + height - shade * height / shades);
+            let (top, bottom) = (
+                ABOVE + height - (shade + 1) * height / shades,
+                ABOVE + height - shade * height / shades,
+            );
             let (tall, colour) = (bottom - top, colour(shade));
-            self.add(format_args!("<rect x=\"{left}\" y=\"{top}\" width=\"18\" height=\"{tall}\" fill=\"{colour}\"/>"));
+            self.add(format_args!(
+                "<rect x=\"{left}\" y=\"{top}\" width=\"18\" height=\"{tall}\" fill=\"{colour}\"/>"
+            ));
         }
         self.add(format_args!("<rect x=\"{left}\" y=\"{ABOVE}\" width=\"18\" height=\"{height}\" fill=\"none\" stroke=\"{INK}\"/>"));
         for power in LOWEST..=0 {
-            let (x, y) = (left + 18, ABOVE + height * power.unsigned_abs() as usize / LOWEST.unsigned_abs() as usize);
+            let (x, y) = (
+                left + 18,
+                ABOVE + height * power.unsigned_abs() as usize / LOWEST.unsigned_abs() as usize,
+            );
             self.add(format_args!("<path stroke=\"{INK}\" d=\"M{x} {y}h5\"/>"));
             let number = format!("{:.*}", power.unsigned_abs() as usize, 10_f64.powi(power));
-            self.text((x + 9, y), 13, "start", if power == LOWEST { format!("≤ {number}") } else { number });
+            self.text(
+                (x + 9, y),
+                13,
+                "start",
+                if power == LOWEST { format!("≤ {number}") } else { number },
+            );
         }
         self.text((left, ABOVE - 20), 14, "start", "weight");
     }
@@ -161,7 +196,8 @@ impl Svg {
 
 /// The shade of a weight, from 0.
 fn shade(weight: f64) -> usize {
-    ((weight.log10().clamp(f64::from(LOWEST), 0.0) - f64::from(LOWEST)) * f64::from(SHADES)).round() as usize
+    ((weight.log10().clamp(f64::from(LOWEST), 0.0) - f64::from(LOWEST)) * f64::from(SHADES)).round()
+        as usize
 }
 
 /// Dark to bright: equal steps look equal, in grey too.
@@ -178,6 +214,9 @@ fn colour(shade: usize) -> String {
     ];
     let at = shade as f64 / f64::from(-LOWEST * SHADES) * (STOPS.len() - 1) as f64;
     let stop = (at as usize).min(STOPS.len() - 2);
-    let mixed = |part: usize| (STOPS[stop][part] + (at - stop as f64) * (STOPS[stop + 1][part] - STOPS[stop][part])).round() as u8;
+    let mixed = |part: usize| {
+        (STOPS[stop][part] + (at - stop as f64) * (STOPS[stop + 1][part] - STOPS[stop][part]))
+            .round() as u8
+    };
     format!("#{:02x}{:02x}{:02x}", mixed(0), mixed(1), mixed(2))
 }

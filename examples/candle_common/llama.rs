@@ -22,8 +22,14 @@ pub(crate) trait SelfAttention {
 
     fn new_cache(&self, batch: usize) -> candle_core::Result<Self::Cache>;
 
-    /// Hidden states `[b, n, D]` to hidden states; the first token is at `position`. Without a cache the tokens are whole sequences.
-    fn forward(&self, x: &Tensor, position: usize, cache: Option<&mut Self::Cache>) -> candle_core::Result<Tensor>;
+    /// Hidden states `[b, n, D]` to hidden states; the first token is at `position`. Without a
+    /// cache the tokens are whole sequences.
+    fn forward(
+        &self,
+        x: &Tensor,
+        position: usize,
+        cache: Option<&mut Self::Cache>,
+    ) -> candle_core::Result<Tensor>;
 
     fn cache_bytes(cache: &Self::Cache) -> usize;
 }
@@ -35,7 +41,12 @@ impl SelfAttention for CandleAttention {
         self.new_state(batch)
     }
 
-    fn forward(&self, x: &Tensor, position: usize, cache: Option<&mut Self::Cache>) -> candle_core::Result<Tensor> {
+    fn forward(
+        &self,
+        x: &Tensor,
+        position: usize,
+        cache: Option<&mut Self::Cache>,
+    ) -> candle_core::Result<Tensor> {
         self.forward(x, position, cache)
     }
 
@@ -44,7 +55,8 @@ impl SelfAttention for CandleAttention {
     }
 }
 
-/// Token embedding, blocks of attention and SwiGLU with RMS norms before each, final norm and output projection.
+/// Token embedding, blocks of attention and SwiGLU with RMS norms before each, final norm and
+/// output projection.
 pub(crate) struct Llama<A> {
     config: LlamaConfig,
     /// `[vocabulary, D]`.
@@ -72,7 +84,8 @@ pub(crate) struct Stream<'a, A: SelfAttention> {
 }
 
 impl<A: SelfAttention> Llama<A> {
-    /// Reads the model in `directory`, of this `config`; `attention` makes the layer of a given index from its weights.
+    /// Reads the model in `directory`, of this `config`; `attention` makes the layer of a given
+    /// index from its weights.
     pub(crate) fn load(
         directory: &Path,
         config: LlamaConfig,
@@ -80,14 +93,23 @@ impl<A: SelfAttention> Llama<A> {
     ) -> Result<Self> {
         let checkpoint = Checkpoint::open(directory)?;
         let files = checkpoint.tensors();
-        let vector = |name: &str, len: usize| tensor(files.vector::<f32>(name, len)?.to_vec(), &[len]);
-        let matrix = |name: &str, rows: usize, columns: usize| tensor(files.numbers::<f32>(name, &[rows, columns])?, &[rows, columns]);
+        let vector =
+            |name: &str, len: usize| tensor(files.vector::<f32>(name, len)?.to_vec(), &[len]);
+        let matrix = |name: &str, rows: usize, columns: usize| {
+            tensor(files.numbers::<f32>(name, &[rows, columns])?, &[rows, columns])
+        };
         let (hidden, inner, vocabulary) = (config.hidden, config.intermediate, config.vocabulary);
         let block = |l: usize| {
             let name = |what: &str| format!("model.layers.{l}.{what}");
             let linear = |which: &str, rows: usize, columns: usize| -> Result<Linear> {
-                let bias = config.mlp_bias.then(|| vector(&name(&format!("mlp.{which}_proj.bias")), rows)).transpose()?;
-                Ok(Linear::new(matrix(&name(&format!("mlp.{which}_proj.weight")), rows, columns)?, bias))
+                let bias = config
+                    .mlp_bias
+                    .then(|| vector(&name(&format!("mlp.{which}_proj.bias")), rows))
+                    .transpose()?;
+                Ok(Linear::new(
+                    matrix(&name(&format!("mlp.{which}_proj.weight")), rows, columns)?,
+                    bias,
+                ))
             };
             Ok(Block {
                 attention_norm: vector(&name("input_layernorm.weight"), hidden)?,
@@ -102,7 +124,9 @@ impl<A: SelfAttention> Llama<A> {
             embedding: matrix("model.embed_tokens.weight", vocabulary, hidden)?,
             blocks: (0..config.layers).map(block).collect::<Result<_>>()?,
             norm: vector("model.norm.weight", hidden)?,
-            head: (!config.tied_embeddings).then(|| matrix("lm_head.weight", vocabulary, hidden)).transpose()?,
+            head: (!config.tied_embeddings)
+                .then(|| matrix("lm_head.weight", vocabulary, hidden))
+                .transpose()?,
             config,
         })
     }
@@ -126,7 +150,11 @@ impl<A: SelfAttention> Llama<A> {
     {
         let (b, n) = tokens.dims2()?;
         let epsilon = self.config.norm_epsilon;
-        let mut x = self.embedding.index_select(&tokens.flatten_all()?, 0)?.reshape((b, n, self.config.hidden))?;
+        let mut x = self.embedding.index_select(&tokens.flatten_all()?, 0)?.reshape((
+            b,
+            n,
+            self.config.hidden,
+        ))?;
         for (block, cache) in self.blocks.iter().zip(caches) {
             let h = rms_norm_slow(&x, &block.attention_norm, epsilon)?;
             x = (x + block.attention.forward(&h, position, cache)?)?;
@@ -140,25 +168,43 @@ impl<A: SelfAttention> Llama<A> {
 
     /// A stream that has seen no token yet.
     pub(crate) fn stream(&self) -> Result<Stream<'_, A>> {
-        let caches = self.blocks.iter().map(|block| block.attention.new_cache(1)).collect::<candle_core::Result<_>>()?;
+        let caches = self
+            .blocks
+            .iter()
+            .map(|block| block.attention.new_cache(1))
+            .collect::<candle_core::Result<_>>()?;
         Ok(Stream { model: self, caches, position: 0 })
     }
 }
 
 impl Llama<CandleAttention> {
-    /// The same model with every tensor replaced by what `replace` makes of it and its name in files.
-    pub(crate) fn try_map(&self, mut replace: impl FnMut(&str, &Tensor) -> candle_core::Result<Tensor>) -> candle_core::Result<Self> {
+    /// The same model with every tensor replaced by what `replace` makes of it and its name in
+    /// files.
+    pub(crate) fn try_map(
+        &self,
+        mut replace: impl FnMut(&str, &Tensor) -> candle_core::Result<Tensor>,
+    ) -> candle_core::Result<Self> {
         let embedding = replace("model.embed_tokens.weight", &self.embedding)?;
         let mut blocks = Vec::with_capacity(self.blocks.len());
         for (l, block) in self.blocks.iter().enumerate() {
-            let mut inside = |name: &str, tensor: &Tensor| replace(&format!("model.layers.{l}.{name}"), tensor);
-            let attention = block.attention.try_map(|name, tensor| inside(&format!("self_attn.{name}"), tensor))?;
+            let mut inside =
+                |name: &str, tensor: &Tensor| replace(&format!("model.layers.{l}.{name}"), tensor);
+            let attention = block
+                .attention
+                .try_map(|name, tensor| inside(&format!("self_attn.{name}"), tensor))?;
             let mut linear = |which: &str, linear: &Linear| {
                 let weight = inside(&format!("mlp.{which}_proj.weight"), linear.weight())?;
-                let bias = linear.bias().map(|bias| inside(&format!("mlp.{which}_proj.bias"), bias)).transpose()?;
+                let bias = linear
+                    .bias()
+                    .map(|bias| inside(&format!("mlp.{which}_proj.bias"), bias))
+                    .transpose()?;
                 Ok::<_, candle_core::Error>(Linear::new(weight, bias))
             };
-            let (gate, up, down) = (linear("gate", &block.gate)?, linear("up", &block.up)?, linear("down", &block.down)?);
+            let (gate, up, down) = (
+                linear("gate", &block.gate)?,
+                linear("up", &block.up)?,
+                linear("down", &block.down)?,
+            );
             let attention_norm = inside("input_layernorm.weight", &block.attention_norm)?;
             let mlp_norm = inside("post_attention_layernorm.weight", &block.mlp_norm)?;
             blocks.push(Block { attention_norm, attention, mlp_norm, gate, up, down });
@@ -172,7 +218,8 @@ impl Llama<CandleAttention> {
 impl<A: SelfAttention> Stream<'_, A> {
     /// Reads the next tokens; returns the logits `[vocabulary]` after the last.
     pub(crate) fn read(&mut self, tokens: &[u8]) -> Result<Vec<f32>> {
-        let logits = self.model.run(&batch(&[tokens])?, self.position, self.caches.iter_mut().map(Some))?;
+        let logits =
+            self.model.run(&batch(&[tokens])?, self.position, self.caches.iter_mut().map(Some))?;
         self.position += tokens.len();
         Ok(logits.get(0)?.get(tokens.len() - 1)?.to_vec1()?)
     }
@@ -186,7 +233,10 @@ impl<A: SelfAttention> Stream<'_, A> {
 /// Sequences of one length as tokens `[b, n]`.
 pub(crate) fn batch(sequences: &[&[u8]]) -> candle_core::Result<Tensor> {
     let shape = (sequences.len(), sequences.first().map_or(0, |sequence| sequence.len()));
-    let tokens: Vec<u32> = sequences.iter().flat_map(|sequence| sequence.iter().map(|&byte| u32::from(byte))).collect();
+    let tokens: Vec<u32> = sequences
+        .iter()
+        .flat_map(|sequence| sequence.iter().map(|&byte| u32::from(byte)))
+        .collect();
     Tensor::from_vec(tokens, shape, &Device::Cpu)
 }
 
@@ -201,12 +251,16 @@ pub(crate) fn with_tensors(
 ) -> candle_core::Result<Llama<CandleAttention>> {
     model.try_map(|name, tensor| match tensors.get(name) {
         Some(found) if found.shape() == tensor.shape() => found.to_dtype(tensor.dtype()),
-        Some(found) => candle_core::bail!("{name} must be {:?}, found {:?}", tensor.shape(), found.shape()),
+        Some(found) => {
+            candle_core::bail!("{name} must be {:?}, found {:?}", tensor.shape(), found.shape())
+        }
         None => candle_core::bail!("no tensor {name}"),
     })
 }
 
 /// The model's weights as they are, which need no gradients.
-pub(crate) fn detached(model: &Llama<CandleAttention>) -> candle_core::Result<Llama<CandleAttention>> {
+pub(crate) fn detached(
+    model: &Llama<CandleAttention>,
+) -> candle_core::Result<Llama<CandleAttention>> {
     model.try_map(|_, tensor| Ok(tensor.detach()))
 }

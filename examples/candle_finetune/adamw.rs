@@ -46,7 +46,8 @@ impl AdamW {
     pub(crate) fn step(&mut self, gradients: &GradStore, rate: f64) -> Result<()> {
         self.step += 1;
         let mut squares = 0.0;
-        for gradient in self.parameters.iter().filter_map(|parameter| gradients.get(&parameter.var)) {
+        for gradient in self.parameters.iter().filter_map(|parameter| gradients.get(&parameter.var))
+        {
             squares += gradient.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar::<f64>()?;
         }
         let shrink = (LONGEST / squares.sqrt()).min(1.0);
@@ -55,9 +56,12 @@ impl AdamW {
             let Some(gradient) = gradients.get(&parameter.var) else { continue };
             let gradient = (gradient * shrink)?;
             parameter.first = ((&parameter.first * BETA.0)? + (&gradient * (1.0 - BETA.0))?)?;
-            parameter.second = ((&parameter.second * BETA.1)? + (gradient.sqr()? * (1.0 - BETA.1))?)?;
-            let step = ((&parameter.first * bias(BETA.0))? / ((&parameter.second * bias(BETA.1))?.sqrt()? + EPSILON)?)?;
-            let (rate, matrix) = (rate * parameter.factor, parameter.var.rank() == 2 && !is_map(&parameter.name));
+            parameter.second =
+                ((&parameter.second * BETA.1)? + (gradient.sqr()? * (1.0 - BETA.1))?)?;
+            let step = ((&parameter.first * bias(BETA.0))?
+                / ((&parameter.second * bias(BETA.1))?.sqrt()? + EPSILON)?)?;
+            let (rate, matrix) =
+                (rate * parameter.factor, parameter.var.rank() == 2 && !is_map(&parameter.name));
             let kept = if matrix { 1.0 - rate * WEIGHT_DECAY } else { 1.0 };
             parameter.var.set(&((parameter.var.as_tensor() * kept)? - (step * rate)?)?)?;
         }
@@ -66,17 +70,26 @@ impl AdamW {
 
     /// Everything a run goes on from: parameters by their names, moments below `adam.`.
     pub(crate) fn tensors(&self) -> HashMap<String, Tensor> {
-        let all = self.parameters.iter().flat_map(|Parameter { name, var, first, second, .. }| {
-            [(name.clone(), var.as_tensor().clone()), (moment(name, 1), first.clone()), (moment(name, 2), second.clone())]
-        });
+        let all =
+            self.parameters.iter().flat_map(|Parameter { name, var, first, second, .. }| {
+                [
+                    (name.clone(), var.as_tensor().clone()),
+                    (moment(name, 1), first.clone()),
+                    (moment(name, 2), second.clone()),
+                ]
+            });
         all.collect()
     }
 
     /// Goes on from what [`tensors`](Self::tensors) gave after `step` steps.
     pub(crate) fn resume(&mut self, tensors: &HashMap<String, Tensor>, step: usize) -> Result<()> {
         let found = |name: &str, like: &Tensor| match tensors.get(name) {
-            Some(tensor) if tensor.shape() == like.shape() && tensor.dtype() == like.dtype() => Ok(tensor.clone()),
-            Some(tensor) => candle_core::bail!("{name} must be {:?}, found {:?}", like.shape(), tensor.shape()),
+            Some(tensor) if tensor.shape() == like.shape() && tensor.dtype() == like.dtype() => {
+                Ok(tensor.clone())
+            }
+            Some(tensor) => {
+                candle_core::bail!("{name} must be {:?}, found {:?}", like.shape(), tensor.shape())
+            }
             None => candle_core::bail!("no tensor {name}"),
         };
         for Parameter { name, var, first, second, .. } in &mut self.parameters {

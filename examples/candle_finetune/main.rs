@@ -1,9 +1,12 @@
-//! Trains a whole LLaMA written with candle after its attention was exchanged: maps calibrated first, then AdamW on every weight with
-//! candle's autograd, to whose graph this crate's attention and its gradients belong.
+//! Trains a whole LLaMA written with candle after its attention was exchanged: maps calibrated
+//! first, then AdamW on every weight with candle's autograd, to whose graph this crate's attention
+//! and its gradients belong.
 //!
-//! The loss is the divergence from the softmax model's likelihoods (`--loss teacher`): the small model that comes with this crate knows
-//! its training text by heart (1.05 bits per byte there, 1.6 on unseen text), so that the text itself (`--loss text`) has nothing to
-//! teach it but to forget the rest. The numbers of the maps, which the exchange brought in, take longer steps than the trained weights.
+//! The loss is the divergence from the softmax model's likelihoods (`--loss teacher`): the small
+//! model that comes with this crate knows its training text by heart (1.05 bits per byte there, 1.6
+//! on unseen text), so that the text itself (`--loss text`) has nothing to teach it but to forget
+//! the rest. The numbers of the maps, which the exchange brought in, take longer steps than the
+//! trained weights.
 //!
 //! ```sh
 //! cargo run --release --features candle --example candle_finetune
@@ -43,14 +46,16 @@ use crate::common::llama::{Llama, Result, batch, detached};
 use crate::lm::text::Text;
 use crate::lm::{evaluate, llama};
 
-/// Exchange the attention of a byte-level LLaMA-format model, calibrate it, and fine-tune all weights with candle.
+/// Exchange the attention of a byte-level LLaMA-format model, calibrate it, and fine-tune all
+/// weights with candle.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
     /// Directory with config.json, model.safetensors, calibration.txt and valid.txt
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
     model: PathBuf,
-    /// Tokens of calibration.txt to train on, in random order; it is read again if they are more than it has
+    /// Tokens of calibration.txt to train on, in random order; it is read again if they are more
+    /// than it has
     #[arg(long, value_name = "N", default_value_t = 200_000)]
     tokens: usize,
     /// What to learn: what the softmax model says of the text, or the text itself
@@ -62,7 +67,8 @@ struct Args {
     /// Sequences in every step
     #[arg(long, value_name = "N", default_value_t = 2)]
     batch: usize,
-    /// Length of the longest steps of the weights; it rises to this over the first tenth and falls to 0 as half a cosine
+    /// Length of the longest steps of the weights; it rises to this over the first tenth and falls
+    /// to 0 as half a cosine
     #[arg(long, value_name = "X", default_value_t = 2e-5)]
     learning_rate: f64,
     /// The same for the numbers of the maps
@@ -140,7 +146,10 @@ fn run(args: &Args) -> Result<()> {
         println!("bits per byte on {} windows of {} bytes", report.windows, report.context);
         println!("  softmax      {:.4}", report.softmax_bpb);
         println!("  calibrated   {:.4}   maps only", report.calibrated_bpb);
-        println!("  fine-tuned   {:.4}   {} parameters, {:.0} s", report.fine_tuned_bpb, report.parameters, report.seconds);
+        println!(
+            "  fine-tuned   {:.4}   {} parameters, {:.0} s",
+            report.fine_tuned_bpb, report.parameters, report.seconds
+        );
     }
     Ok(())
 }
@@ -149,19 +158,28 @@ fn train(args: &Args) -> Result<Report> {
     let positive = |rate: f64| rate.is_finite() && rate > 0.0;
     let softmax = llama::Llama::load(&args.model)?;
     let context = args.context.unwrap_or(softmax.config().context);
-    if context == 0 || args.batch == 0 || args.every == 0 || !positive(args.learning_rate) || !positive(args.map_learning_rate) {
+    if context == 0
+        || args.batch == 0
+        || args.every == 0
+        || !positive(args.learning_rate)
+        || !positive(args.map_learning_rate)
+    {
         return Err("--context, --batch, --every and the learning rates must be more than 0".into());
     }
     let valid = Text::read(&args.model.join("valid.txt"), context)?;
     let text = Text::read(&args.model.join("calibration.txt"), context)?;
-    let windows = if args.windows == 0 { valid.windows() } else { args.windows.min(valid.windows()) };
+    let windows =
+        if args.windows == 0 { valid.windows() } else { args.windows.min(valid.windows()) };
     let steps = args.tokens.div_ceil(args.batch * context);
 
     let bar = ProgressBar::new(softmax.config().layers as u64);
-    bar.set_style(ProgressStyle::with_template("{msg:44} {wide_bar} {pos}/{len} {elapsed} (left: {eta})")?);
+    bar.set_style(ProgressStyle::with_template(
+        "{msg:44} {wide_bar} {pos}/{len} {elapsed} (left: {eta})",
+    )?);
     bar.set_message("calibrating");
     let samples: Vec<&[u8]> = text.spread(args.samples).collect();
-    let calibrated = convert::linear(&args.model, &softmax, &samples, args.calibration_steps, || bar.inc(1))?;
+    let calibrated =
+        convert::linear(&args.model, &softmax, &samples, args.calibration_steps, || bar.inc(1))?;
     let mut vars = Vec::new();
     let model = calibrated.try_map(|name, tensor| {
         let var = Var::from_tensor(tensor)?;
@@ -171,7 +189,15 @@ fn train(args: &Args) -> Result<Report> {
     let parameters = vars.iter().map(|(_, var)| var.elem_count()).sum();
     let mut optimizer = AdamW::new(vars, args.map_learning_rate / args.learning_rate)?;
     let taught = f64::from(u8::from(args.loss == Loss::Teacher));
-    let settings = [steps as f64, args.batch as f64, context as f64, args.learning_rate, args.map_learning_rate, args.seed as f64, taught];
+    let settings = [
+        steps as f64,
+        args.batch as f64,
+        context as f64,
+        args.learning_rate,
+        args.map_learning_rate,
+        args.seed as f64,
+        taught,
+    ];
 
     bar.set_message("measuring");
     let softmax_bpb = evaluate::bits_per_byte(&softmax, &valid, windows, || ())?;
@@ -205,7 +231,10 @@ fn train(args: &Args) -> Result<Report> {
         };
         let bits = nats / std::f64::consts::LN_2;
         if !bits.is_finite() {
-            return Err(format!("the loss of step {step} is {bits}: the learning rate is too high").into());
+            return Err(format!(
+                "the loss of step {step} is {bits}: the learning rate is too high"
+            )
+            .into());
         }
         losses.push(bits);
         bar.set_message(format!("fine-tuning: {bits:.4} bits/byte"));
@@ -216,7 +245,9 @@ fn train(args: &Args) -> Result<Report> {
             let valid_bpb = bits_per_byte(&detached(&model)?, &valid, windows)?;
             checkpoint::save(&args.checkpoint, &optimizer, &settings)?;
             let tokens = optimizer.step * args.batch * context;
-            say(format!("{tokens:>9} tokens: {valid_bpb:.4} bits/byte on valid.txt, {training_bpb:.4} in training"));
+            say(format!(
+                "{tokens:>9} tokens: {valid_bpb:.4} bits/byte on valid.txt, {training_bpb:.4} in training"
+            ));
             measurements.push(Measurement { tokens, training_bpb, valid_bpb });
         }
     }
@@ -226,19 +257,33 @@ fn train(args: &Args) -> Result<Report> {
         None => bits_per_byte(&detached(&model)?, &valid, windows)?,
     };
     let seconds = start.elapsed().as_secs_f64();
-    Ok(Report { softmax_bpb, calibrated_bpb, fine_tuned_bpb, measurements, parameters, windows, context, seconds })
+    Ok(Report {
+        softmax_bpb,
+        calibrated_bpb,
+        fine_tuned_bpb,
+        measurements,
+        parameters,
+        windows,
+        context,
+        seconds,
+    })
 }
 
 /// Mean −ln of the likelihood of every next byte in these windows, as a tensor and as a number.
-fn text_loss(model: &Llama<CandleAttention>, text: &Text, windows: &[usize]) -> Result<(Tensor, f64)> {
+fn text_loss(
+    model: &Llama<CandleAttention>,
+    text: &Text,
+    windows: &[usize],
+) -> Result<(Tensor, f64)> {
     let inputs: Vec<&[u8]> = windows.iter().map(|&k| text.input(k)).collect();
-    let loss = cross_entropy(&model.forward(&batch(&inputs)?)?.flatten_to(1)?, &targets(text, windows)?)?;
+    let loss =
+        cross_entropy(&model.forward(&batch(&inputs)?)?.flatten_to(1)?, &targets(text, windows)?)?;
     let nats = f64::from(loss.to_scalar::<f32>()?);
     Ok((loss, nats))
 }
 
-/// Mean divergence of the model's likelihoods of every byte from those of the softmax model, Σ p ln(p/q); and as a number, what
-/// [`text_loss`] is.
+/// Mean divergence of the model's likelihoods of every byte from those of the softmax model, Σ p
+/// ln(p/q); and as a number, what [`text_loss`] is.
 fn teacher_loss(
     model: &Llama<CandleAttention>,
     softmax: &llama::Llama<SoftmaxAttention<f32>>,

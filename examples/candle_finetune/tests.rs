@@ -7,30 +7,38 @@ use crate::{checkpoint, order, rate};
 
 fn parameters() -> Vec<(String, Var)> {
     let var = |name: &str, shape: &[usize], dtype| {
-        let values = Tensor::arange(1f32, 1.0 + shape.iter().product::<usize>() as f32, &Device::Cpu).unwrap();
+        let values =
+            Tensor::arange(1f32, 1.0 + shape.iter().product::<usize>() as f32, &Device::Cpu)
+                .unwrap();
         let values = values.reshape(shape).unwrap().to_dtype(dtype).unwrap();
         (name.to_owned(), Var::from_tensor(&values).unwrap())
     };
-    vec![var("q_proj.weight", &[2, 3], DType::F32), var("self_attn.dijiang.0.log_mix", &[], DType::F64)]
+    vec![
+        var("q_proj.weight", &[2, 3], DType::F32),
+        var("self_attn.dijiang.0.log_mix", &[], DType::F64),
+    ]
 }
 
 /// Steps from `first` on down Σ x³.
 fn descend(vars: &[(String, Var)], optimizer: &mut AdamW, first: usize, last: usize) {
     for step in first..last {
-        let cubes = |var: &Var| var.powf(3.0).unwrap().sum_all().unwrap().to_dtype(DType::F64).unwrap();
+        let cubes =
+            |var: &Var| var.powf(3.0).unwrap().sum_all().unwrap().to_dtype(DType::F64).unwrap();
         let loss = (cubes(&vars[0].1) + cubes(&vars[1].1)).unwrap();
         optimizer.step(&loss.backward().unwrap(), rate(step, 10, 0.1)).unwrap();
     }
 }
 
 fn values(vars: &[(String, Var)]) -> Vec<Vec<f64>> {
-    let values = |var: &Var| var.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap();
+    let values =
+        |var: &Var| var.flatten_all().unwrap().to_dtype(DType::F64).unwrap().to_vec1().unwrap();
     vars.iter().map(|(_, var)| values(var)).collect()
 }
 
 #[test]
 fn a_resumed_run_has_the_bits_of_one_that_went_on() {
-    let path = std::env::temp_dir().join(format!("candle_finetune_{}.safetensors", std::process::id()));
+    let path =
+        std::env::temp_dir().join(format!("candle_finetune_{}.safetensors", std::process::id()));
     let whole = parameters();
     descend(&whole, &mut AdamW::new(whole.clone(), 10.0).unwrap(), 0, 10);
 

@@ -1,4 +1,5 @@
-//! A LLaMA written with candle generates text: with this crate's attention, and with its own softmax attention beside it.
+//! A LLaMA written with candle generates text: with this crate's attention, and with its own
+//! softmax attention beside it.
 //!
 //! ```sh
 //! cargo run --release --features candle --example candle_generate
@@ -31,7 +32,8 @@ use crate::lm::text::Text;
 use crate::lm::{generate, llama};
 use crate::softmax::Softmax;
 
-/// Generate text from a byte-level LLaMA-format model in candle, with linear attention in place of softmax.
+/// Generate text from a byte-level LLaMA-format model in candle, with linear attention in place of
+/// softmax.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
@@ -100,22 +102,33 @@ fn run(args: &Args) -> Result<Vec<Generated>> {
         let calibration = Text::read(&args.model.join("calibration.txt"), context)?;
         let samples: Vec<&[u8]> = calibration.spread(args.samples).collect();
         progress.stage("calibrating", softmax.config().layers);
-        let mut model = convert::linear(&args.model, &softmax, &samples, args.steps, || progress.tick())?;
+        let mut model =
+            convert::linear(&args.model, &softmax, &samples, args.steps, || progress.tick())?;
         if let Some(path) = &args.weights {
             model = with_tensors(&model, &candle_core::safetensors::load(path, &Device::Cpu)?)?;
         }
         generated.push(continue_prompt("linear", &model, args, &progress)?);
     }
     if args.attention != Which::Linear {
-        let (attention, context) = (Checkpoint::open(&args.model)?.attention_config().clone(), args.prompt.len() + args.generate);
-        let model = Llama::load(&args.model, softmax.config().clone(), |_, weights| Softmax::new(&attention, weights, context))?;
+        let (attention, context) = (
+            Checkpoint::open(&args.model)?.attention_config().clone(),
+            args.prompt.len() + args.generate,
+        );
+        let model = Llama::load(&args.model, softmax.config().clone(), |_, weights| {
+            Softmax::new(&attention, weights, context)
+        })?;
         generated.push(continue_prompt("softmax", &model, args, &progress)?);
     }
     progress.finish();
     Ok(generated)
 }
 
-fn continue_prompt<A: SelfAttention>(attention: &'static str, model: &Llama<A>, args: &Args, progress: &Progress) -> Result<Generated> {
+fn continue_prompt<A: SelfAttention>(
+    attention: &'static str,
+    model: &Llama<A>,
+    args: &Args,
+    progress: &Progress,
+) -> Result<Generated> {
     progress.stage(attention, args.generate);
     let mut random = ChaCha12Rng::seed_from_u64(args.seed);
     let mut stream = model.stream()?;
@@ -129,7 +142,12 @@ fn continue_prompt<A: SelfAttention>(attention: &'static str, model: &Llama<A>, 
         progress.tick();
     }
     let seconds_per_token = start.elapsed().as_secs_f64() / args.generate.max(1) as f64;
-    Ok(Generated { attention, text: String::from_utf8_lossy(&bytes).into_owned(), seconds_per_token, cache_bytes: stream.bytes() })
+    Ok(Generated {
+        attention,
+        text: String::from_utf8_lossy(&bytes).into_owned(),
+        seconds_per_token,
+        cache_bytes: stream.bytes(),
+    })
 }
 
 fn print(args: &Args, generated: &[Generated]) {
@@ -140,12 +158,19 @@ fn print(args: &Args, generated: &[Generated]) {
                 "microseconds_per_token": 1e6 * model.seconds_per_token,
             })
         });
-        println!("{}", serde_json::json!({ "prompt": args.prompt, "models": models.collect::<Vec<_>>() }));
+        println!(
+            "{}",
+            serde_json::json!({ "prompt": args.prompt, "models": models.collect::<Vec<_>>() })
+        );
         return;
     }
     for model in generated {
         let (tokens, bytes) = (args.prompt.len() + args.generate, model.cache_bytes as f64 / 1e3);
-        println!("--- {}: {:.0} tokens/s, {bytes:.0} kB after {tokens} tokens", model.attention, 1.0 / model.seconds_per_token);
+        println!(
+            "--- {}: {:.0} tokens/s, {bytes:.0} kB after {tokens} tokens",
+            model.attention,
+            1.0 / model.seconds_per_token
+        );
         println!("{}{}", args.prompt, model.text);
     }
 }

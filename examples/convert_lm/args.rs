@@ -6,7 +6,8 @@ use clap::Parser;
 use dijiang::attention::Near;
 use dijiang::layer::ProjectionFit;
 
-/// Exchange the softmax attention of a byte-level LLaMA-format model for DCT-kernelized linear attention and measure what it costs.
+/// Exchange the softmax attention of a byte-level LLaMA-format model for DCT-kernelized linear
+/// attention and measure what it costs.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub(crate) struct Args {
@@ -22,10 +23,12 @@ pub(crate) struct Args {
     /// Windows of the text to measure on; 0 means all
     #[arg(long, value_name = "N", default_value_t = 40)]
     pub(crate) windows: usize,
-    /// Windows of the calibration text to calibrate on [default: 32768 bytes, 98304 with --thorough]
+    /// Windows of the calibration text to calibrate on [default: 32768 bytes, 98304 with
+    /// --thorough]
     #[arg(long, value_name = "N")]
     calibration_windows: Option<usize>,
-    /// Steps of calibration by gradient, 0 for the closed form alone [default: 100, 300 with --thorough]
+    /// Steps of calibration by gradient, 0 for the closed form alone [default: 100, 300 with
+    /// --thorough]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
     /// Windows in every step [default: 8192 bytes, 16384 with --thorough]
@@ -40,13 +43,15 @@ pub(crate) struct Args {
     /// Fit the projections as dense matrices: better, and slower per token
     #[arg(long)]
     dense: bool,
-    /// Try other near parts, features and projections for every layer, and keep what lowers the error
+    /// Try other near parts, features and projections for every layer, and keep what lowers the
+    /// error
     #[arg(long)]
     choose: bool,
     /// Longest time that attention of one layer may take per token on one thread; implies --choose
     #[arg(long, value_name = "MICROSECONDS")]
     pub(crate) budget: Option<f64>,
-    /// Seconds after which calibration by gradient ends, both models together [default: 60, no limit with --thorough or --choose]
+    /// Seconds after which calibration by gradient ends, both models together [default: 60, no
+    /// limit with --thorough or --choose]
     #[arg(long, value_name = "X")]
     seconds: Option<f64>,
     /// Calibrate for minutes instead of seconds
@@ -116,7 +121,8 @@ impl Args {
 
     /// Windows of `context` bytes to calibrate on.
     pub(crate) fn calibration_windows(&self, context: usize) -> usize {
-        self.calibration_windows.unwrap_or((if self.thorough { 98_304 } else { 32_768 } / context).max(2))
+        self.calibration_windows
+            .unwrap_or((if self.thorough { 98_304 } else { 32_768 } / context).max(2))
     }
 
     /// Steps of calibration by gradient.

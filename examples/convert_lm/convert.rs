@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use dijiang::attention::Near;
 use dijiang::layer::{
-    CalibrateOptions, CalibrateReport, ChooseOptions, ChooseReport, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention,
+    CalibrateOptions, CalibrateReport, ChooseOptions, ChooseReport, DijiangAttention,
+    DijiangOptions, Fit, SoftmaxAttention,
 };
 
 use crate::args::Args;
@@ -32,7 +33,8 @@ pub(crate) struct Converted {
     pub(crate) calibration_seconds: f64,
 }
 
-/// Makes all five. Calibration reads `samples` through the softmax model; `tick` is called after every layer.
+/// Makes all five. Calibration reads `samples` through the softmax model; `tick` is called after
+/// every layer.
 pub(crate) fn convert(
     softmax: &Llama<SoftmaxAttention<f32>>,
     near: Near,
@@ -40,16 +42,20 @@ pub(crate) fn convert(
     samples: &[&[u8]],
     tick: impl Fn(),
 ) -> Result<Converted> {
-    let options = |near| DijiangOptions::new().with_near(near).with_blocks(args.blocks).with_seed(args.seed);
+    let options =
+        |near| DijiangOptions::new().with_near(near).with_blocks(args.blocks).with_seed(args.seed);
     let near_only = softmax.exchange(|layer| layer.clone().with_near(Some(near)))?;
-    let exchanged = softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options(Some(near))))?;
+    let exchanged =
+        softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options(Some(near))))?;
     let pure = softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options(None)))?;
 
     let closed = CalibrateOptions::new().with_steps(0);
     let again = || exchanged.exchange(|layer| Ok(layer.clone()));
     let (mut closed_form, mut calibrated, mut pure) = (again()?, again()?, pure);
     softmax.each_attention_input(samples, |l, inputs| {
-        closed_form.attention_mut()[l].calibrate(inputs, &closed, |_| ControlFlow::Continue(())).map_err(Error::in_layer(l))?;
+        closed_form.attention_mut()[l]
+            .calibrate(inputs, &closed, |_| ControlFlow::Continue(()))
+            .map_err(Error::in_layer(l))?;
         tick();
         Ok(())
     })?;
@@ -63,18 +69,24 @@ pub(crate) fn convert(
         .with_seed(args.seed);
     // What is left of the time, shared out among the calibrations that are left.
     let limited = |options: &CalibrateOptions, left: usize| {
-        let seconds = args.seconds().map(|seconds| (seconds - start.elapsed().as_secs_f64()).max(0.1) / left as f64);
+        let seconds = args
+            .seconds()
+            .map(|seconds| (seconds - start.elapsed().as_secs_f64()).max(0.1) / left as f64);
         options.clone().with_seconds(seconds)
     };
     let choice = args.choose().then(|| {
         let budget = args.budget.map(|microseconds| Duration::from_secs_f64(microseconds * 1e-6));
-        ChooseOptions::new().with_map(options(None)).with_calibrate(trained.clone()).with_budget(budget)
+        ChooseOptions::new()
+            .with_map(options(None))
+            .with_calibrate(trained.clone())
+            .with_budget(budget)
     });
     let (mut reports, mut choices) = ([Vec::new(), Vec::new()], Vec::new());
     softmax.each_attention_input(samples, |l, inputs| {
         if let Some(choice) = &choice {
             let exact = &softmax.attention()[l];
-            let chosen = DijiangAttention::choose(exact, inputs, choice, |_| ControlFlow::Continue(()));
+            let chosen =
+                DijiangAttention::choose(exact, inputs, choice, |_| ControlFlow::Continue(()));
             let (layer, report) = chosen.map_err(Error::in_layer(l))?;
             calibrated.attention_mut()[l] = layer;
             reports[0].push(report.calibration.clone());
@@ -82,15 +94,29 @@ pub(crate) fn convert(
             tick();
         }
         let with_decay = trained.clone().with_decay(Fit::Train);
-        let models = [(&mut calibrated, &trained), (&mut pure, &with_decay)].into_iter().zip(&mut reports);
-        for (done, ((model, options), reports)) in models.enumerate().skip(usize::from(choice.is_some())) {
+        let models =
+            [(&mut calibrated, &trained), (&mut pure, &with_decay)].into_iter().zip(&mut reports);
+        for (done, ((model, options), reports)) in
+            models.enumerate().skip(usize::from(choice.is_some()))
+        {
             let left = 2 * (softmax.config().layers - l) - done;
-            let report = model.attention_mut()[l].calibrate(inputs, &limited(options, left), |_| ControlFlow::Continue(()));
+            let report =
+                model.attention_mut()[l]
+                    .calibrate(inputs, &limited(options, left), |_| ControlFlow::Continue(()));
             reports.push(report.map_err(Error::in_layer(l))?);
             tick();
         }
         Ok(())
     })?;
     let calibration_seconds = start.elapsed().as_secs_f64();
-    Ok(Converted { exchanged, closed_form, calibrated, near_only, pure, reports, choices, calibration_seconds })
+    Ok(Converted {
+        exchanged,
+        closed_form,
+        calibrated,
+        near_only,
+        pure,
+        reports,
+        choices,
+        calibration_seconds,
+    })
 }

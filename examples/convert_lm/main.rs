@@ -1,5 +1,5 @@
-//! Takes a trained byte-level language model of the LLaMA format, exchanges its softmax attention for DCT-kernelized
-//! linear attention, and shows on real text what that costs.
+//! Takes a trained byte-level language model of the LLaMA format, exchanges its softmax attention
+//! for DCT-kernelized linear attention, and shows on real text what that costs.
 //!
 //! ```sh
 //! cargo run --release --example convert_lm
@@ -37,14 +37,26 @@ fn main() -> ExitCode {
 
 fn run(args: &Args) -> Result<Report> {
     if args.prompt.is_empty() {
-        return Err(Error::Option { option: "prompt", expected: "at least one byte long", found: "none".to_owned() });
+        return Err(Error::Option {
+            option: "prompt",
+            expected: "at least one byte long",
+            found: "none".to_owned(),
+        });
     }
     if !(args.temperature.is_finite() && args.temperature >= 0.0) {
-        return Err(Error::Option { option: "temperature", expected: "at least 0", found: args.temperature.to_string() });
+        return Err(Error::Option {
+            option: "temperature",
+            expected: "at least 0",
+            found: args.temperature.to_string(),
+        });
     }
     for (option, value) in [("budget", args.budget), ("seconds", args.seconds())] {
         if let Some(found) = value.filter(|value| !(value.is_finite() && *value > 0.0)) {
-            return Err(Error::Option { option, expected: "finite and more than 0", found: found.to_string() });
+            return Err(Error::Option {
+                option,
+                expected: "finite and more than 0",
+                found: found.to_string(),
+            });
         }
     }
     ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| measure(args))
@@ -61,7 +73,11 @@ fn measure(args: &Args) -> Result<Report> {
 
     let context = args.context.unwrap_or(softmax.config().context);
     if context == 0 {
-        return Err(Error::Option { option: "context", expected: "at least 1", found: "0".to_owned() });
+        return Err(Error::Option {
+            option: "context",
+            expected: "at least 1",
+            found: "0".to_owned(),
+        });
     }
     let (text_path, calibration_path) = (args.text(), args.calibration_text());
     let text = Text::read(&text_path, context)?;
@@ -78,16 +94,26 @@ fn measure(args: &Args) -> Result<Report> {
         f()
     };
     let softmax_bpb = measured("softmax", &|| bits_per_byte(&softmax, &text, windows, tick))?;
-    let exchanged_bpb = measured("linear + near, as exchanged", &|| bits_per_byte(&converted.exchanged, &text, windows, tick))?;
-    let closed_form_bpb = measured("linear + near, closed form", &|| bits_per_byte(&converted.closed_form, &text, windows, tick))?;
-    let calibrated_bpb = measured("linear + near, calibrated", &|| bits_per_byte(&converted.calibrated, &text, windows, tick))?;
-    let near_only_bpb = measured("near alone", &|| bits_per_byte(&converted.near_only, &text, windows, tick))?;
-    let pure_bpb = measured("linear alone, calibrated", &|| bits_per_byte(&converted.pure, &text, windows, tick))?;
+    let exchanged_bpb = measured("linear + near, as exchanged", &|| {
+        bits_per_byte(&converted.exchanged, &text, windows, tick)
+    })?;
+    let closed_form_bpb = measured("linear + near, closed form", &|| {
+        bits_per_byte(&converted.closed_form, &text, windows, tick)
+    })?;
+    let calibrated_bpb = measured("linear + near, calibrated", &|| {
+        bits_per_byte(&converted.calibrated, &text, windows, tick)
+    })?;
+    let near_only_bpb =
+        measured("near alone", &|| bits_per_byte(&converted.near_only, &text, windows, tick))?;
+    let pure_bpb = measured("linear alone, calibrated", &|| {
+        bits_per_byte(&converted.pure, &text, windows, tick)
+    })?;
 
     progress.stage("generating", args.generate);
     let mut stream = converted.calibrated.stream();
     let sampling = Sampling { temperature: args.temperature, seed: args.seed };
-    let (generated, seconds_per_token) = generate(&mut stream, args.prompt.as_bytes(), args.generate, &sampling, tick)?;
+    let (generated, seconds_per_token) =
+        generate(&mut stream, args.prompt.as_bytes(), args.generate, &sampling, tick)?;
     let tokens = args.prompt.len() + args.generate;
     progress.finish();
 

@@ -152,7 +152,11 @@ impl Report {
     fn text(&self) -> String {
         let near = format!("near part ({} tokens, {} chunk back)", self.chunk, self.back);
         let mut table = Table::new();
-        table.load_style(UTF8_FULL_CONDENSED).set_header(["attention", "bits/byte", "over softmax"]);
+        table.load_style(UTF8_FULL_CONDENSED).set_header([
+            "attention",
+            "bits/byte",
+            "over softmax",
+        ]);
         for (name, bits) in [
             ("softmax".to_owned(), self.softmax_bpb),
             (format!("linear + {near}, as exchanged"), self.exchanged_bpb),
@@ -176,15 +180,24 @@ impl Report {
             }
         }
         let mut chosen = String::new();
-        for (l, ChoiceReport { structure: Structure { chunk, back, blocks }, projections, microseconds_per_token, .. }) in
-            self.choices.iter().enumerate()
+        for (
+            l,
+            ChoiceReport {
+                structure: Structure { chunk, back, blocks },
+                projections,
+                microseconds_per_token,
+                ..
+            },
+        ) in self.choices.iter().enumerate()
         {
             let projections = projections.join(" ");
             chosen += &format!(
                 "layer {l}: chunks of {chunk}, {back} back, {blocks} block(s), heads {projections}, {microseconds_per_token:.2} µs per token\n"
             );
         }
-        let check = self.logits_difference.map(|found| format!("softmax logits agree with the golden ones within {found:.1e}\n"));
+        let check = self
+            .logits_difference
+            .map(|found| format!("softmax logits agree with the golden ones within {found:.1e}\n"));
         format!(
             "{}{}\n\n{table}\n{chosen}{}{} windows of {} bytes, m = {} features per head, calibrated on {} tokens in {} steps and {:.1} s; {:.1} s in all\n\
              decoding: {:.0} tokens/s, state {} kB at any length; softmax's key-value cache is {} kB after {} tokens, {} kB after {}",

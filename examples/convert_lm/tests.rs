@@ -24,7 +24,8 @@ struct Directory(PathBuf);
 
 impl Directory {
     fn new(test: &str) -> Self {
-        let path = std::env::temp_dir().join(format!("dijiang-convert_lm-{}-{test}", std::process::id()));
+        let path =
+            std::env::temp_dir().join(format!("dijiang-convert_lm-{}-{test}", std::process::id()));
         fs::create_dir_all(&path).expect("a temporary directory");
         Self(path)
     }
@@ -43,7 +44,11 @@ impl Directory {
 
     fn write_tensors(&self, file: &str, tensors: &Tensors) {
         let views = tensors.iter().map(|(name, (dtype, shape, bytes))| {
-            (name, TensorView::new(*dtype, shape.clone(), bytes).expect("as many bytes as the shape asks for"))
+            (
+                name,
+                TensorView::new(*dtype, shape.clone(), bytes)
+                    .expect("as many bytes as the shape asks for"),
+            )
         });
         self.write(file, safetensors::serialize(views, None).expect("valid tensors"));
     }
@@ -75,7 +80,10 @@ fn config() -> Value {
 
 /// Weights that bf16 holds exactly, stored as f32.
 fn tensors() -> Tensors {
-    let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![256, HIDDEN]), ("model.norm.weight".to_owned(), vec![HIDDEN])];
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_owned(), vec![256, HIDDEN]),
+        ("model.norm.weight".to_owned(), vec![HIDDEN]),
+    ];
     for l in 0..2 {
         for (name, shape) in [
             ("input_layernorm", vec![HIDDEN]),
@@ -92,7 +100,8 @@ fn tensors() -> Tensors {
         }
     }
     let tensor = |(i, (name, shape)): (usize, (String, Vec<usize>))| {
-        let values = (0..shape.iter().product()).map(|j: usize| ((j * j * 7 + j * 13 + i * 5) % 17) as f32 / 16.0 - 0.5);
+        let values = (0..shape.iter().product())
+            .map(|j: usize| ((j * j * 7 + j * 13 + i * 5) % 17) as f32 / 16.0 - 0.5);
         (name, (Dtype::F32, shape, values.flat_map(f32::to_le_bytes).collect()))
     };
     shapes.into_iter().enumerate().map(tensor).collect()
@@ -109,9 +118,16 @@ fn foreign_models_are_refused() {
         directory.write("config.json", config.to_string());
         directory.load_error()
     };
-    for (key, value) in [("hidden_act", json!("gelu")), ("vocab_size", json!(u64::MAX)), ("rms_norm_eps", json!(-1.0))] {
+    for (key, value) in [
+        ("hidden_act", json!("gelu")),
+        ("vocab_size", json!(u64::MAX)),
+        ("rms_norm_eps", json!(-1.0)),
+    ] {
         let error = read(key, value);
-        assert!(matches!(error, Error::Config { key: named, .. } if named == key), "{key}: {error}");
+        assert!(
+            matches!(error, Error::Config { key: named, .. } if named == key),
+            "{key}: {error}"
+        );
     }
     assert!(matches!(read("vocab_size", json!(32000)), Error::Vocabulary { found: 32000 }));
     assert!(matches!(read("model_type", json!("opt")), Error::Family { found: Family::Opt, .. }));
@@ -129,8 +145,9 @@ fn a_stream_is_the_whole_sequence() {
     let whole = model.forward(TOKENS).expect("logits");
     let mut stream = model.stream();
     let begun = stream.prefill(&TOKENS[..5]).expect("logits");
-    let difference =
-        |a: ndarray::ArrayViewD<'_, f32>, b: ndarray::ArrayViewD<'_, f32>| (&a - &b).iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+    let difference = |a: ndarray::ArrayViewD<'_, f32>, b: ndarray::ArrayViewD<'_, f32>| {
+        (&a - &b).iter().fold(0.0_f32, |max, x| max.max(x.abs()))
+    };
     assert!(difference(begun.view().into_dyn(), whole.slice(s![..5, ..]).into_dyn()) < 1e-4);
     for (i, &token) in TOKENS.iter().enumerate().skip(5) {
         let logits = stream.step(token).expect("logits");
@@ -153,7 +170,10 @@ fn text_is_cut_into_windows_with_successors() {
         assert_eq!(text.spread(3).count(), windows.min(3));
     }
     directory.write("text", &bytes[..16]);
-    assert!(matches!(Text::read(&path, 16), Err(Error::TextTooShort { expected: 17, found: 16, .. })));
+    assert!(matches!(
+        Text::read(&path, 16),
+        Err(Error::TextTooShort { expected: 17, found: 16, .. })
+    ));
 
     // All logits equal: every byte costs eight bits.
     let mut tensors = tensors();
@@ -161,6 +181,7 @@ fn text_is_cut_into_windows_with_successors() {
     directory.write_tensors("model.safetensors", &tensors);
     directory.write("text", &bytes);
     let text = Text::read(&path, 16).expect("a text");
-    let bits = load(&directory.0).and_then(|model| bits_per_byte(&model, &text, 6, || ())).expect("bits");
+    let bits =
+        load(&directory.0).and_then(|model| bits_per_byte(&model, &text, 6, || ())).expect("bits");
     assert!((bits - 8.0).abs() < 1e-12, "{bits}");
 }

@@ -25,7 +25,8 @@ pub(crate) struct Layer {
     pub(crate) measured: Vec<Array2<f32>>,
 }
 
-/// All attention layers of the language model in `args.model`, with what they are given on its two texts.
+/// All attention layers of the language model in `args.model`, with what they are given on its two
+/// texts.
 pub(crate) fn language_model(args: &Args) -> Result<Input> {
     let mut model = Llama::load(&args.model)?;
     let texts = [("calibration.txt", args.calibration_windows), ("valid.txt", args.windows)];
@@ -37,27 +38,44 @@ pub(crate) fn language_model(args: &Args) -> Result<Input> {
     let attention: Vec<_> = model.attention_mut().to_vec();
     let mut layers = Vec::with_capacity(attention.len());
     for (l, softmax) in attention.into_iter().enumerate() {
-        let mut inputs = hidden.iter().map(|states| states.iter().map(|x| model.attention_input(l, x)).collect());
-        let (calibration, measured) = (inputs.next().unwrap_or_default(), inputs.next().unwrap_or_default());
+        let mut inputs = hidden
+            .iter()
+            .map(|states| states.iter().map(|x| model.attention_input(l, x)).collect());
+        let (calibration, measured) =
+            (inputs.next().unwrap_or_default(), inputs.next().unwrap_or_default());
         layers.push(Layer { softmax, calibration, measured });
         hidden.iter_mut().flatten().try_for_each(|x| model.block(l, x))?;
     }
-    let name = args.model.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
+    let name =
+        args.model.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());
     Ok(Input { name, layers })
 }
 
-/// One layer of `heads` heads whose queries and keys are standard normal times `args.scale` and whose values are standard
-/// normal, no rotary embedding. Its projections pick the three out of hidden states that hold them side by side.
+/// One layer of `heads` heads whose queries and keys are standard normal times `args.scale` and
+/// whose values are standard normal, no rotary embedding. Its projections pick the three out of
+/// hidden states that hold them side by side.
 pub(crate) fn gaussian(args: &Args, heads: usize, dim: usize) -> Result<Input> {
     let width = heads * dim;
     let pick = |part: usize, factor: f64| {
-        Array2::from_shape_fn((width, 3 * width), |(i, j)| if j == part * width + i { factor as f32 } else { 0.0 })
+        Array2::from_shape_fn((width, 3 * width), |(i, j)| {
+            if j == part * width + i { factor as f32 } else { 0.0 }
+        })
     };
-    let weights = AttentionWeights::new(pick(0, args.scale), pick(1, args.scale), pick(2, 1.0), pick(0, 1.0).reversed_axes());
-    let softmax = SoftmaxAttention::new(AttentionConfig::new(3 * width, heads).with_head_dim(dim), weights)?;
+    let weights = AttentionWeights::new(
+        pick(0, args.scale),
+        pick(1, args.scale),
+        pick(2, 1.0),
+        pick(0, 1.0).reversed_axes(),
+    );
+    let softmax =
+        SoftmaxAttention::new(AttentionConfig::new(3 * width, heads).with_head_dim(dim), weights)?;
     let mut rng = ChaCha12Rng::seed_from_u64(0);
     let mut draw = |windows: usize| {
-        let window = |_| Array::from_shape_simple_fn((args.tokens, 3 * width), || StandardNormal.sample(&mut rng));
+        let window = |_| {
+            Array::from_shape_simple_fn((args.tokens, 3 * width), || {
+                StandardNormal.sample(&mut rng)
+            })
+        };
         (0..windows).map(window).collect()
     };
     let (calibration, measured) = (draw(args.calibration_windows), draw(args.windows));

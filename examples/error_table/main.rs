@@ -4,15 +4,17 @@
 //! cargo run --release --example error_table [-- --seeds 5 --steps 60 --json --svg FILE]
 //! ```
 //!
-//! For every feature map and m features, linear attention without a near part, causal, next to softmax attention:
+//! For every feature map and m features, linear attention without a near part, causal, next to
+//! softmax attention:
 //!
 //! ```text
 //! error = Σ |ô − o|² / Σ |o − ō|²             o: a head's softmax outputs, ō: their mean, ô: its linear outputs
 //! KL    = mean_i Σ_j p_ij ln(p_ij / r_ij)     p, r: the weights of softmax and of linear attention, in nats
 //! ```
 //!
-//! both averaged over heads, on queries, keys and values of a language model (after the rotary embedding) and on Gaussian
-//! ones. Centres, φ and calibrated maps come from text (or draws) other than what is measured on.
+//! both averaged over heads, on queries, keys and values of a language model (after the rotary
+//! embedding) and on Gaussian ones. Centres, φ and calibrated maps come from text (or draws) other
+//! than what is measured on.
 
 mod inputs;
 #[allow(dead_code, reason = "each example uses its own part")]

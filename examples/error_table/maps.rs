@@ -27,8 +27,16 @@ pub(crate) struct Moments {
 
 impl Kind {
     /// In the order of the table.
-    pub(crate) const ALL: [Self; 8] =
-        [Self::Paper, Self::Centred, Self::Mixed, Self::Oprf, Self::FavorIid, Self::Favor, Self::FavorCentred, Self::Calibrated];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Paper,
+        Self::Centred,
+        Self::Mixed,
+        Self::Oprf,
+        Self::FavorIid,
+        Self::Favor,
+        Self::FavorCentred,
+        Self::Calibrated,
+    ];
 
     pub(crate) fn name(self) -> &'static str {
         match self {
@@ -43,15 +51,24 @@ impl Kind {
         }
     }
 
-    /// The numbers of such a map with `blocks`·`dim` features; for [`Kind::Calibrated`] those it starts from.
-    pub(crate) fn params(self, dim: usize, blocks: usize, seed: u64, moments: &Moments) -> dijiang::Result<DctParams> {
+    /// The numbers of such a map with `blocks`·`dim` features; for [`Kind::Calibrated`] those it
+    /// starts from.
+    pub(crate) fn params(
+        self,
+        dim: usize,
+        blocks: usize,
+        seed: u64,
+        moments: &Moments,
+    ) -> dijiang::Result<DctParams> {
         let dct = DctMapConfig::new(dim).with_blocks(blocks).with_seed(seed);
         let favor = FavorConfig::new(dim, dim.saturating_mul(blocks)).with_seed(seed);
         let mut params = match self {
             Self::Paper | Self::Centred | Self::Calibrated => dct.params()?,
-            Self::Mixed | Self::Oprf => {
-                dct.with_mixing(Mixing::Mixed).with_radial(Radial::Chi).with_envelope(Envelope::Gaussian).params()?
-            }
+            Self::Mixed | Self::Oprf => dct
+                .with_mixing(Mixing::Mixed)
+                .with_radial(Radial::Chi)
+                .with_envelope(Envelope::Gaussian)
+                .params()?,
             Self::FavorIid => favor.with_rows(FavorRows::Iid).params()?,
             Self::Favor | Self::FavorCentred => favor.with_rows(FavorRows::Orthogonal).params()?,
         };

@@ -4,7 +4,9 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use dijiang::kernel::{DctMap, DctParams, FeatureMap};
-use dijiang::layer::{Attention, CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention};
+use dijiang::layer::{
+    Attention, CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention,
+};
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -77,10 +79,20 @@ pub(crate) fn all(args: &Args) -> Result<Report> {
     let progress = Progress::new();
     progress.stage("reading the model", 1);
     let model = inputs::language_model(args)?;
-    let dim = model.layers.first().and_then(|layer| layer.softmax.config().head_dim).ok_or("the model has no layers")?;
-    let windows = model.layers.first().map_or((0, 0), |layer| (layer.measured.len(), layer.calibration.len()));
+    let dim = model
+        .layers
+        .first()
+        .and_then(|layer| layer.softmax.config().head_dim)
+        .ok_or("the model has no layers")?;
+    let windows = model
+        .layers
+        .first()
+        .map_or((0, 0), |layer| (layer.measured.len(), layer.calibration.len()));
     let gaussian = inputs::gaussian(args, GAUSSIAN_HEADS, dim)?;
-    let inputs = [model, gaussian].into_iter().map(|input| measure(args, dim, input, &progress)).collect::<Result<_>>()?;
+    let inputs = [model, gaussian]
+        .into_iter()
+        .map(|input| measure(args, dim, input, &progress))
+        .collect::<Result<_>>()?;
     progress.finish();
     let seconds = start.elapsed().as_secs_f64();
     let (windows, calibration_windows) = windows;
@@ -106,13 +118,18 @@ fn measure(args: &Args, dim: usize, input: Input, progress: &Progress) -> Result
         let mut maps = vec![Vec::new(); layer.softmax.config().kv_heads];
         for &blocks in &args.features {
             let calibrated = calibrate(args, layer, blocks)?;
-            maps.iter_mut().zip(calibrated.maps()).for_each(|(maps, map)| maps.push(map.params().clone()));
+            maps.iter_mut()
+                .zip(calibrated.maps())
+                .for_each(|(maps, map)| maps.push(map.params().clone()));
             progress.tick();
         }
         heads.extend(capture(layer, &maps)?);
     }
     progress.stage("measuring", heads.len() * Kind::ALL.len());
-    let items: Vec<_> = Kind::ALL.into_iter().flat_map(|kind| heads.iter().enumerate().map(move |head| (kind, head))).collect();
+    let items: Vec<_> = Kind::ALL
+        .into_iter()
+        .flat_map(|kind| heads.iter().enumerate().map(move |head| (kind, head)))
+        .collect();
     let figures: Vec<Vec<Figures>> = items
         .into_par_iter()
         .map(|(kind, (index, head))| {
@@ -121,7 +138,12 @@ fn measure(args: &Args, dim: usize, input: Input, progress: &Progress) -> Result
                 _ => {
                     let seeds = (0..args.seeds).map(|seed| {
                         let seed = (seed * heads.len() + index) as u64;
-                        head.figures(&DctMap::from_params(kind.params(dim, blocks, seed, &head.moments)?)?)
+                        head.figures(&DctMap::from_params(kind.params(
+                            dim,
+                            blocks,
+                            seed,
+                            &head.moments,
+                        )?)?)
                     });
                     Ok(mean(&seeds.collect::<dijiang::Result<Vec<_>>>()?))
                 }
@@ -138,16 +160,29 @@ fn measure(args: &Args, dim: usize, input: Input, progress: &Progress) -> Result
         };
         Row { map: kind.name(), points: args.features.iter().enumerate().map(point).collect() }
     });
-    let equal: Vec<Figures> =
-        heads.iter().map(|head| head.sum(|x, _| Ok(Array2::zeros((x.nrows(), x.nrows()))))).collect::<dijiang::Result<_>>()?;
-    Ok(InputReport { name: input.name, heads: heads.len(), rows: rows.collect(), equal_weights: mean(&equal) })
+    let equal: Vec<Figures> = heads
+        .iter()
+        .map(|head| head.sum(|x, _| Ok(Array2::zeros((x.nrows(), x.nrows())))))
+        .collect::<dijiang::Result<_>>()?;
+    Ok(InputReport {
+        name: input.name,
+        heads: heads.len(),
+        rows: rows.collect(),
+        equal_weights: mean(&equal),
+    })
 }
 
-/// The layer with maps of `blocks`·d features fitted to its calibration windows; no near part, no decay.
+/// The layer with maps of `blocks`·d features fitted to its calibration windows; no near part, no
+/// decay.
 fn calibrate(args: &Args, layer: &Layer, blocks: usize) -> Result<DijiangAttention<f32>> {
-    let mut linear = DijiangAttention::from_softmax(&layer.softmax, DijiangOptions::new().with_near(None).with_blocks(blocks))?;
+    let mut linear = DijiangAttention::from_softmax(
+        &layer.softmax,
+        DijiangOptions::new().with_near(None).with_blocks(blocks),
+    )?;
     let samples: Vec<_> = layer.calibration.iter().map(|x| x.view()).collect();
-    linear.calibrate(&samples, &CalibrateOptions::new().with_steps(args.steps), |_| ControlFlow::Continue(()))?;
+    linear.calibrate(&samples, &CalibrateOptions::new().with_steps(args.steps), |_| {
+        ControlFlow::Continue(())
+    })?;
     Ok(linear)
 }
 
@@ -172,7 +207,9 @@ fn capture(layer: &Layer, maps: &[Vec<DctParams>]) -> Result<Vec<Head>> {
             .collect();
         let (_, variance) = spread(windows.iter().map(|(_, _, exact)| exact.outputs().view()));
         let sharing = || kv * group..(kv + 1) * group;
-        let queries = calibration.iter().flat_map(|(x, _, _)| sharing().map(move |h| x.index_axis(Axis(0), h)));
+        let queries = calibration
+            .iter()
+            .flat_map(|(x, _, _)| sharing().map(move |h| x.index_axis(Axis(0), h)));
         let keys = calibration.iter().map(|(_, y, _)| y.index_axis(Axis(0), kv));
         let tokens: usize = layer.calibration.iter().map(Array2::nrows).sum();
         let ((query, query_spread), (key, key_spread)) = (spread(queries), spread(keys));
@@ -184,7 +221,11 @@ fn capture(layer: &Layer, maps: &[Vec<DctParams>]) -> Result<Vec<Head>> {
 }
 
 /// x = √σ·q, y = √σ·k and v of all heads.
-fn scaled(softmax: &SoftmaxAttention<f32>, root: f64, hidden: &Array2<f32>) -> dijiang::Result<(Array3<f64>, Array3<f64>, Array3<f64>)> {
+fn scaled(
+    softmax: &SoftmaxAttention<f32>,
+    root: f64,
+    hidden: &Array2<f32>,
+) -> dijiang::Result<(Array3<f64>, Array3<f64>, Array3<f64>)> {
     let (q, k, v) = softmax.project(hidden)?;
     Ok((q.mapv(|q| root * f64::from(q)), k.mapv(|k| root * f64::from(k)), v.mapv(f64::from)))
 }
@@ -211,7 +252,10 @@ impl Head {
     }
 
     /// Over all windows, with the kernel whose logarithm `log_kernel` gives.
-    fn sum(&self, log_kernel: impl Fn(&Array2<f64>, &Array2<f64>) -> dijiang::Result<Array2<f64>>) -> dijiang::Result<Figures> {
+    fn sum(
+        &self,
+        log_kernel: impl Fn(&Array2<f64>, &Array2<f64>) -> dijiang::Result<Array2<f64>>,
+    ) -> dijiang::Result<Figures> {
         let (mut total, mut queries) = (Distance::default(), 0);
         for (x, y, exact) in &self.windows {
             let distance = exact.distance(log_kernel(x, y)?);
@@ -219,12 +263,18 @@ impl Head {
             total.divergence += distance.divergence;
             queries += x.nrows();
         }
-        Ok(Figures { error: total.squared / self.variance, kl: total.divergence / queries.max(1) as f64 })
+        Ok(Figures {
+            error: total.squared / self.variance,
+            kl: total.divergence / queries.max(1) as f64,
+        })
     }
 }
 
 fn mean(figures: &[Figures]) -> Figures {
     let count = figures.len().max(1) as f64;
-    let sum = figures.iter().fold(Figures::default(), |sum, f| Figures { error: sum.error + f.error, kl: sum.kl + f.kl });
+    let sum = figures.iter().fold(Figures::default(), |sum, f| Figures {
+        error: sum.error + f.error,
+        kl: sum.kl + f.kl,
+    });
     Figures { error: sum.error / count, kl: sum.kl / count }
 }

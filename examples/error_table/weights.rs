@@ -28,7 +28,9 @@ impl Exact {
     pub(crate) fn new(x: ArrayView2<'_, f64>, y: ArrayView2<'_, f64>, values: Array2<f64>) -> Self {
         let log_weights = causal_log_softmax(x.dot(&y.t()));
         let weights = log_weights.mapv(f64::exp);
-        let negative_entropy = Zip::from(&weights).and(&log_weights).fold(0.0, |sum, &p, &log| if p > 0.0 { sum + p * log } else { sum });
+        let negative_entropy = Zip::from(&weights)
+            .and(&log_weights)
+            .fold(0.0, |sum, &p, &log| if p > 0.0 { sum + p * log } else { sum });
         let outputs = weights.dot(&values);
         Self { weights, negative_entropy, values, outputs }
     }
@@ -41,14 +43,18 @@ impl Exact {
     /// To linear attention with the kernel e^`log_kernel`, `[n, n]`.
     pub(crate) fn distance(&self, log_kernel: Array2<f64>) -> Distance {
         let log_weights = causal_log_softmax(log_kernel);
-        let cross = Zip::from(&self.weights).and(&log_weights).fold(0.0, |sum, &p, &log| if p > 0.0 { sum + p * log } else { sum });
+        let cross = Zip::from(&self.weights)
+            .and(&log_weights)
+            .fold(0.0, |sum, &p, &log| if p > 0.0 { sum + p * log } else { sum });
         let outputs = log_weights.mapv_into(f64::exp).dot(&self.values);
-        let squared = Zip::from(&outputs).and(&self.outputs).fold(0.0, |sum, a, b| sum + (a - b).powi(2));
+        let squared =
+            Zip::from(&outputs).and(&self.outputs).fold(0.0, |sum, a, b| sum + (a - b).powi(2));
         Distance { squared, divergence: self.negative_entropy - cross }
     }
 }
 
-/// ln of the normalised causal weights whose logarithms are `scores`, up to a constant per row; −∞ above the diagonal.
+/// ln of the normalised causal weights whose logarithms are `scores`, up to a constant per row; −∞
+/// above the diagonal.
 fn causal_log_softmax(mut scores: Array2<f64>) -> Array2<f64> {
     for (i, mut row) in scores.outer_iter_mut().enumerate() {
         let (mut seen, mut later) = row.view_mut().split_at(Axis(0), i + 1);
@@ -63,8 +69,8 @@ fn causal_log_softmax(mut scores: Array2<f64>) -> Array2<f64> {
 /// Sums smaller than this may have lost terms to underflow.
 const SAFE: f64 = 1e-250;
 
-/// ln K_ij = ln Σ_f exp(a_if + b_jf) for log-features a, b `[n, m]`: a matrix product of stabilised features, and term by
-/// term where that underflows.
+/// ln K_ij = ln Σ_f exp(a_if + b_jf) for log-features a, b `[n, m]`: a matrix product of stabilised
+/// features, and term by term where that underflows.
 pub(crate) fn log_kernel(a: &Array2<f64>, b: &Array2<f64>) -> Array2<f64> {
     let peak = b.fold_axis(Axis(0), f64::NEG_INFINITY, |max, &b| max.max(b));
     let mut query = a + &peak;
@@ -74,7 +80,11 @@ pub(crate) fn log_kernel(a: &Array2<f64>, b: &Array2<f64>) -> Array2<f64> {
     let key = (b - &peak).mapv_into(f64::exp);
     let mut kernel = query.dot(&key.t());
     for ((i, j), value) in kernel.indexed_iter_mut().filter(|((i, j), _)| j <= i) {
-        *value = if *value > SAFE { value.ln() + top[i] } else { log_sum(a.row(i).iter().zip(b.row(j)).map(|(a, b)| a + b)) };
+        *value = if *value > SAFE {
+            value.ln() + top[i]
+        } else {
+            log_sum(a.row(i).iter().zip(b.row(j)).map(|(a, b)| a + b))
+        };
     }
     kernel
 }
@@ -94,7 +104,9 @@ mod tests {
     use super::*;
 
     fn wave(n: usize, d: usize, phase: usize) -> Array2<f64> {
-        Array2::from_shape_fn((n, d), |(i, j)| (((i * 37 + j * 11 + phase * 17) % 29) as f64 / 14.0 - 1.0) * 1.5)
+        Array2::from_shape_fn((n, d), |(i, j)| {
+            (((i * 37 + j * 11 + phase * 17) % 29) as f64 / 14.0 - 1.0) * 1.5
+        })
     }
 
     #[test]
@@ -113,7 +125,10 @@ mod tests {
             let (kernel, expected) = (log_kernel(&a, &b), reference::log_kernel(&a, &b)?);
             for ((i, j), &expected) in expected.indexed_iter().filter(|((i, j), _)| j <= i) {
                 let found = kernel[[i, j]];
-                assert!((found - expected).abs() < 1e-10 * (1.0 + expected.abs()), "{i} {j}: {found} and {expected}");
+                assert!(
+                    (found - expected).abs() < 1e-10 * (1.0 + expected.abs()),
+                    "{i} {j}: {found} and {expected}"
+                );
             }
         }
         Ok(())
@@ -127,14 +142,25 @@ mod tests {
         let (x, y) = (&q * root, &k * root);
         let map = DctMapConfig::new(d).with_blocks(2).build::<f64>()?;
         let exact = Exact::new(x.view(), y.view(), v.clone());
-        let distance = exact.distance(log_kernel(&map.query_log_features(&x)?, &map.key_log_features(&y)?));
+        let distance =
+            exact.distance(log_kernel(&map.query_log_features(&x)?, &map.key_log_features(&y)?));
 
         let [q, k, v] = [q, k, v].map(|rows| rows.insert_axis(Axis(0)));
-        let softmax = ExactConfig::new(1, d).build()?.causal(&q, &k, &v, KeyMask::All)?.index_axis_move(Axis(0), 0);
-        let linear = LinearConfig::new().build(vec![map])?.causal(&q, &k, &v, KeyMask::All)?.index_axis_move(Axis(0), 0);
+        let softmax = ExactConfig::new(1, d)
+            .build()?
+            .causal(&q, &k, &v, KeyMask::All)?
+            .index_axis_move(Axis(0), 0);
+        let linear = LinearConfig::new()
+            .build(vec![map])?
+            .causal(&q, &k, &v, KeyMask::All)?
+            .index_axis_move(Axis(0), 0);
         assert!((&softmax - exact.outputs()).iter().all(|difference| difference.abs() < 1e-12));
         let squared = (&linear - &softmax).mapv(|difference| difference * difference).sum();
-        assert!((squared / distance.squared - 1.0).abs() < 1e-9, "{squared} and {}", distance.squared);
+        assert!(
+            (squared / distance.squared - 1.0).abs() < 1e-9,
+            "{squared} and {}",
+            distance.squared
+        );
         Ok(())
     }
 }

@@ -1,8 +1,9 @@
-//! Fine-tunes the weights of exchanged attention layers without a training framework: layer by layer, by regression on what
-//! the softmax model makes of the same text.
+//! Fine-tunes the weights of exchanged attention layers without a training framework: layer by
+//! layer, by regression on what the softmax model makes of the same text.
 //!
-//! Each layer reads the hidden states of the linear model so far and learns to bring them to those of the softmax model: errors
-//! of earlier layers are corrected on the way. Gradients come from `DijiangAttention::backward`, steps are Adam's.
+//! Each layer reads the hidden states of the linear model so far and learns to bring them to those
+//! of the softmax model: errors of earlier layers are corrected on the way. Gradients come from
+//! `DijiangAttention::backward`, steps are Adam's.
 //!
 //! ```sh
 //! cargo run --release --example fine_tune
@@ -21,7 +22,9 @@ use std::time::Instant;
 
 use clap::Parser;
 use dijiang::attention::{KeyMask, Near};
-use dijiang::layer::{Attention, CalibrateOptions, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention};
+use dijiang::layer::{
+    Attention, CalibrateOptions, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention,
+};
 use ndarray::Array2;
 use rayon::prelude::*;
 
@@ -32,7 +35,8 @@ use crate::lm::progress::Progress;
 use crate::lm::text::Text;
 use crate::regression::{Options, fit};
 
-/// Exchange the attention of a byte-level LLaMA-format model, calibrate it, fine-tune its weights, and measure each.
+/// Exchange the attention of a byte-level LLaMA-format model, calibrate it, fine-tune its weights,
+/// and measure each.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
@@ -73,14 +77,16 @@ fn run(args: &Args) -> Result<()> {
     let softmax = Llama::load(&args.model)?;
     let context = softmax.config().context;
     let valid = Text::read(&args.model.join("valid.txt"), context)?;
-    let windows = if args.windows == 0 { valid.windows() } else { args.windows.min(valid.windows()) };
+    let windows =
+        if args.windows == 0 { valid.windows() } else { args.windows.min(valid.windows()) };
     let text = Text::read(&args.model.join("calibration.txt"), context)?;
     let samples: Vec<&[u8]> = text.spread(args.samples).collect();
 
     let progress = Progress::new();
     let start = Instant::now();
     let options = DijiangOptions::new().with_near((!args.pure).then(|| Near::new(64, 1)));
-    let exchanged = softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options.clone()))?;
+    let exchanged =
+        softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options.clone()))?;
     progress.stage("calibrating", softmax.config().layers);
     let calibrated = calibrate(&softmax, exchanged, &samples, args, || progress.tick())?;
     let calibration_seconds = start.elapsed().as_secs_f64();
@@ -122,9 +128,14 @@ fn calibrate(
     tick: impl Fn(),
 ) -> Result<Llama<DijiangAttention<f32>>> {
     let decay = if args.pure { Fit::Train } else { Fit::Keep };
-    let options = CalibrateOptions::new().with_steps(args.calibration_steps).with_batch(args.batch).with_decay(decay);
+    let options = CalibrateOptions::new()
+        .with_steps(args.calibration_steps)
+        .with_batch(args.batch)
+        .with_decay(decay);
     softmax.each_attention_input(samples, |l, inputs| {
-        model.attention_mut()[l].calibrate(inputs, &options, |_| ControlFlow::Continue(())).map_err(Error::in_layer(l))?;
+        model.attention_mut()[l]
+            .calibrate(inputs, &options, |_| ControlFlow::Continue(()))
+            .map_err(Error::in_layer(l))?;
         tick();
         Ok(())
     })?;
@@ -140,16 +151,21 @@ fn fine_tune(
     tick: impl Fn() + Sync,
 ) -> Result<Llama<DijiangAttention<f32>>> {
     let mut model = calibrated.exchange(|layer| Ok(layer.clone()))?;
-    let mut teacher: Vec<Array2<f32>> = samples.iter().map(|sample| softmax.embed(sample)).collect();
+    let mut teacher: Vec<Array2<f32>> =
+        samples.iter().map(|sample| softmax.embed(sample)).collect();
     let mut student = teacher.clone();
-    let options = Options { steps: args.steps, batch: args.batch, learning_rate: args.learning_rate };
+    let options =
+        Options { steps: args.steps, batch: args.batch, learning_rate: args.learning_rate };
     for l in 0..softmax.config().layers {
         let pairs = teacher.par_iter().zip(&student).map(|(teacher, student)| {
-            let exact = softmax.attention()[l].forward(&softmax.attention_input(l, teacher), KeyMask::All).map_err(Error::in_layer(l))?;
+            let exact = softmax.attention()[l]
+                .forward(&softmax.attention_input(l, teacher), KeyMask::All)
+                .map_err(Error::in_layer(l))?;
             Ok((softmax.attention_input(l, student), exact + teacher - student))
         });
         let pairs = pairs.collect::<Result<Vec<_>>>()?;
-        let layer = fit(&model.attention()[l], &pairs, &options, &tick).map_err(Error::in_layer(l))?;
+        let layer =
+            fit(&model.attention()[l], &pairs, &options, &tick).map_err(Error::in_layer(l))?;
         model.attention_mut()[l] = layer;
         teacher.par_iter_mut().try_for_each(|x| softmax.block(l, x))?;
         student.par_iter_mut().try_for_each(|x| model.block(l, x))?;

@@ -55,19 +55,39 @@ fn epsilon() -> f64 {
 }
 
 impl LlamaConfig {
-    /// Reads and checks `config.json` in `directory`, of a model with these `layers` of this `attention`.
-    pub(crate) fn read(directory: &Path, layers: usize, attention: &AttentionConfig) -> Result<Self> {
+    /// Reads and checks `config.json` in `directory`, of a model with these `layers` of this
+    /// `attention`.
+    pub(crate) fn read(
+        directory: &Path,
+        layers: usize,
+        attention: &AttentionConfig,
+    ) -> Result<Self> {
         let path = directory.join("config.json");
-        let text = std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
-        let file: File = serde_json::from_slice(&text).map_err(|source| Error::Json { path: path.clone(), source })?;
-        let expect = |holds: bool, key: &'static str, expected: &'static str, found: &dyn Debug| match holds {
-            true => Ok(()),
-            false => Err(Error::Config { path: path.clone(), key, expected, found: format!("{found:?}") }),
-        };
+        let text =
+            std::fs::read(&path).map_err(|source| Error::Io { path: path.clone(), source })?;
+        let file: File = serde_json::from_slice(&text)
+            .map_err(|source| Error::Json { path: path.clone(), source })?;
+        let expect =
+            |holds: bool, key: &'static str, expected: &'static str, found: &dyn Debug| match holds
+            {
+                true => Ok(()),
+                false => Err(Error::Config {
+                    path: path.clone(),
+                    key,
+                    expected,
+                    found: format!("{found:?}"),
+                }),
+            };
         expect(file.hidden_act == "silu", "hidden_act", "\"silu\"", &file.hidden_act)?;
-        expect(file.rms_norm_eps.is_finite() && file.rms_norm_eps >= 0.0, "rms_norm_eps", "at least 0", &file.rms_norm_eps)?;
+        expect(
+            file.rms_norm_eps.is_finite() && file.rms_norm_eps >= 0.0,
+            "rms_norm_eps",
+            "at least 0",
+            &file.rms_norm_eps,
+        )?;
         let size = |key: &'static str, found: usize| {
-            expect((1..=LARGEST).contains(&found), key, "at least 1 and at most 2³¹", &found).map(|()| found)
+            expect((1..=LARGEST).contains(&found), key, "at least 1 and at most 2³¹", &found)
+                .map(|()| found)
         };
         Ok(Self {
             hidden: attention.model_dim,
@@ -83,7 +103,8 @@ impl LlamaConfig {
         })
     }
 
-    /// Bytes of an f32 key-value cache that softmax attention holds after `tokens` tokens, all layers together.
+    /// Bytes of an f32 key-value cache that softmax attention holds after `tokens` tokens, all
+    /// layers together.
     pub(crate) fn kv_cache_bytes(&self, tokens: usize) -> usize {
         2 * self.layers * self.kv_heads * self.head_dim * size_of::<f32>() * tokens
     }

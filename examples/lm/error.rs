@@ -1,4 +1,5 @@
-//! What can go wrong with the files and options a user gives, each with the file, the thing and the numbers.
+//! What can go wrong with the files and options a user gives, each with the file, the thing and the
+//! numbers.
 
 use std::path::PathBuf;
 
@@ -18,7 +19,9 @@ pub(crate) enum Error {
     Model(#[from] dijiang::Error),
     #[error("{}: only models of the LLaMA format can be run here, this one is {found:?}", path.display())]
     Family { path: PathBuf, found: dijiang::checkpoint::Family },
-    #[error("text is read as bytes, so only models with a vocabulary of 256 (token = byte) can be used; this one has {found}")]
+    #[error(
+        "text is read as bytes, so only models with a vocabulary of 256 (token = byte) can be used; this one has {found}"
+    )]
     Vocabulary { found: usize },
     #[error("{}: at least {expected} bytes are needed, found {found}", path.display())]
     TextTooShort { path: PathBuf, expected: usize, found: usize },

@@ -12,20 +12,33 @@ use super::error::{Error, Result};
 use super::llama::Llama;
 use super::text::Text;
 
-/// Logits of the first window of the model's own `valid.txt`: `logits` after its first positions, `logits_last64` after its last.
+/// Logits of the first window of the model's own `valid.txt`: `logits` after its first positions,
+/// `logits_last64` after its last.
 const GOLDEN: &str = "lm_kjv_logits_f32.safetensors";
 /// Positions in each of the two.
 const GOLDEN_POSITIONS: usize = 64;
 /// Largest difference accepted.
 const GOLDEN_LIMIT: f32 = 2e-3;
 
-/// Mean negative log₂-likelihood of the next byte over the first `windows` windows, each read on its own from its beginning.
+/// Mean negative log₂-likelihood of the next byte over the first `windows` windows, each read on
+/// its own from its beginning.
 ///
-/// `tick` is called after every window. Windows are shared among threads; the result does not depend on how.
-pub(crate) fn bits_per_byte<A: Attention<f32>>(model: &Llama<A>, text: &Text, windows: usize, tick: impl Fn() + Sync) -> Result<f64> {
+/// `tick` is called after every window. Windows are shared among threads; the result does not
+/// depend on how.
+pub(crate) fn bits_per_byte<A: Attention<f32>>(
+    model: &Llama<A>,
+    text: &Text,
+    windows: usize,
+    tick: impl Fn() + Sync,
+) -> Result<f64> {
     let window = |k| -> Result<f64> {
         let logits = model.forward(text.input(k))?;
-        let nats: f64 = logits.rows().into_iter().zip(text.targets(k)).map(|(row, &target)| surprise(row, target)).sum();
+        let nats: f64 = logits
+            .rows()
+            .into_iter()
+            .zip(text.targets(k))
+            .map(|(row, &target)| surprise(row, target))
+            .sum();
         tick();
         Ok(nats / text.targets(k).len() as f64)
     };
@@ -40,8 +53,12 @@ fn surprise(logits: ArrayView1<'_, f32>, target: u8) -> f64 {
     sum.ln() + f64::from(max - logits[usize::from(target)])
 }
 
-/// The largest difference from the golden logits in the model's directory, if there are any; an error if it is too large.
-pub(crate) fn check_logits<A: Attention<f32>>(model: &Llama<A>, directory: &Path) -> Result<Option<f32>> {
+/// The largest difference from the golden logits in the model's directory, if there are any; an
+/// error if it is too large.
+pub(crate) fn check_logits<A: Attention<f32>>(
+    model: &Llama<A>,
+    directory: &Path,
+) -> Result<Option<f32>> {
     let path = directory.join(GOLDEN);
     if !path.exists() {
         return Ok(None);
@@ -56,7 +73,9 @@ pub(crate) fn check_logits<A: Attention<f32>>(model: &Llama<A>, directory: &Path
     for (name, ours) in [("logits", first), ("logits_last64", last)] {
         let theirs = golden.matrix::<f32>(name, ours.nrows(), ours.ncols())?;
         // Not `f32::max`: a NaN must not be passed over.
-        found = (&ours - &theirs).iter().fold(found, |max, x| if x.abs() <= max { max } else { x.abs() });
+        found = (&ours - &theirs)
+            .iter()
+            .fold(found, |max, x| if x.abs() <= max { max } else { x.abs() });
     }
     match found <= GOLDEN_LIMIT {
         true => Ok(Some(found)),
@@ -64,8 +83,13 @@ pub(crate) fn check_logits<A: Attention<f32>>(model: &Llama<A>, directory: &Path
     }
 }
 
-/// How far a layer's outputs are from another one's on the same hidden states: Σ|ŷ − y|² / Σ|y − ȳ|², 1 for a plain mean.
-pub(crate) fn output_error(exact: &impl Attention<f32>, other: &impl Attention<f32>, sequences: &[Array2<f32>]) -> dijiang::Result<f64> {
+/// How far a layer's outputs are from another one's on the same hidden states: Σ|ŷ − y|² / Σ|y −
+/// ȳ|², 1 for a plain mean.
+pub(crate) fn output_error(
+    exact: &impl Attention<f32>,
+    other: &impl Attention<f32>,
+    sequences: &[Array2<f32>],
+) -> dijiang::Result<f64> {
     let (mut difference, mut variance) = (0.0, 0.0);
     for x in sequences {
         let (expected, found) = (exact.forward(x, KeyMask::All)?, other.forward(x, KeyMask::All)?);

@@ -39,13 +39,16 @@ pub(crate) fn generate<A: Attention<f32>>(
     Ok((bytes, start.elapsed().as_secs_f64() / count.max(1) as f64))
 }
 
-/// The byte at which the cumulative distribution softmax(logits / temperature) passes `uniform`, a number in [0, 1).
+/// The byte at which the cumulative distribution softmax(logits / temperature) passes `uniform`, a
+/// number in [0, 1).
 pub(crate) fn sample(logits: ArrayView1<'_, f32>, temperature: f64, uniform: f64) -> u8 {
-    let (likeliest, &max) = (0..=u8::MAX).zip(&logits).max_by(|a, b| a.1.total_cmp(b.1)).unwrap_or((0, &0.0));
+    let (likeliest, &max) =
+        (0..=u8::MAX).zip(&logits).max_by(|a, b| a.1.total_cmp(b.1)).unwrap_or((0, &0.0));
     if temperature == 0.0 {
         return likeliest;
     }
-    let weights: Vec<f64> = logits.iter().map(|&logit| (f64::from(logit - max) / temperature).exp()).collect();
+    let weights: Vec<f64> =
+        logits.iter().map(|&logit| (f64::from(logit - max) / temperature).exp()).collect();
     let mut rest = uniform * weights.iter().sum::<f64>();
     for (byte, weight) in (0..=u8::MAX).zip(weights) {
         rest -= weight;

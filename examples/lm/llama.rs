@@ -1,4 +1,5 @@
-//! A LLaMA model whose attention layers are a type parameter: exchanging them is `exchange`, nothing else changes.
+//! A LLaMA model whose attention layers are a type parameter: exchanging them is `exchange`,
+//! nothing else changes.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,7 +14,8 @@ use super::config::LlamaConfig;
 use super::error::{Error, Result};
 use super::product::linear;
 
-/// Token embedding, blocks of attention and SwiGLU with RMS norms before each, final norm and output projection.
+/// Token embedding, blocks of attention and SwiGLU with RMS norms before each, final norm and
+/// output projection.
 ///
 /// The weights other than attention's are shared between a model and those made from it.
 pub(crate) struct Llama<A> {
@@ -46,19 +48,27 @@ struct Linear {
 }
 
 impl Llama<SoftmaxAttention<f32>> {
-    /// Reads `config.json` and the weight files in `directory`. Token = byte, so the vocabulary must be 256.
+    /// Reads `config.json` and the weight files in `directory`. Token = byte, so the vocabulary
+    /// must be 256.
     pub(crate) fn load(directory: &Path) -> Result<Self> {
         let checkpoint = Checkpoint::open(directory)?;
         if checkpoint.family() != Family::Llama {
-            return Err(Error::Family { path: directory.to_path_buf(), found: checkpoint.family() });
+            return Err(Error::Family {
+                path: directory.to_path_buf(),
+                found: checkpoint.family(),
+            });
         }
-        let config = LlamaConfig::read(directory, checkpoint.layers(), checkpoint.attention_config())?;
+        let config =
+            LlamaConfig::read(directory, checkpoint.layers(), checkpoint.attention_config())?;
         if config.vocabulary != 256 {
             return Err(Error::Vocabulary { found: config.vocabulary });
         }
         let (vocabulary, hidden) = (config.vocabulary, config.hidden);
         let layers = 0..config.layers;
-        let attention = layers.clone().map(|l| checkpoint.softmax_attention(l).map_err(Error::in_layer(l))).collect::<Result<_>>()?;
+        let attention = layers
+            .clone()
+            .map(|l| checkpoint.softmax_attention(l).map_err(Error::in_layer(l)))
+            .collect::<Result<_>>()?;
         let files = checkpoint.tensors();
         let body = Body {
             embedding: files.matrix("model.embed_tokens.weight", vocabulary, hidden)?,
@@ -90,9 +100,14 @@ impl<A: Attention<f32>> Llama<A> {
     }
 
     /// The same model with other attention layers, each made from the one it takes the place of.
-    pub(crate) fn exchange<B>(&self, convert: impl Fn(&A) -> dijiang::Result<B>) -> Result<Llama<B>> {
+    pub(crate) fn exchange<B>(
+        &self,
+        convert: impl Fn(&A) -> dijiang::Result<B>,
+    ) -> Result<Llama<B>> {
         let layers = self.attention.iter().enumerate();
-        let attention = layers.map(|(l, layer)| convert(layer).map_err(Error::in_layer(l))).collect::<Result<_>>()?;
+        let attention = layers
+            .map(|(l, layer)| convert(layer).map_err(Error::in_layer(l)))
+            .collect::<Result<_>>()?;
         Ok(Llama { body: Arc::clone(&self.body), attention })
     }
 
@@ -129,7 +144,8 @@ impl<A: Attention<f32>> Llama<A> {
         samples.par_iter().map(input).collect()
     }
 
-    /// Calls `visit` for every layer with its index and with what it is given for each of `samples`.
+    /// Calls `visit` for every layer with its index and with what it is given for each of
+    /// `samples`.
     ///
     /// Goes block by block, so that the hidden states of one block are all it has to hold.
     pub(crate) fn each_attention_input(
@@ -137,9 +153,11 @@ impl<A: Attention<f32>> Llama<A> {
         samples: &[&[u8]],
         mut visit: impl FnMut(usize, &[ArrayView2<'_, f32>]) -> Result<()>,
     ) -> Result<()> {
-        let mut hidden: Vec<Array2<f32>> = samples.iter().map(|sample| self.embed(sample)).collect();
+        let mut hidden: Vec<Array2<f32>> =
+            samples.iter().map(|sample| self.embed(sample)).collect();
         for l in 0..self.attention.len() {
-            let inputs: Vec<Array2<f32>> = hidden.par_iter().map(|x| self.attention_input(l, x)).collect();
+            let inputs: Vec<Array2<f32>> =
+                hidden.par_iter().map(|x| self.attention_input(l, x)).collect();
             let views: Vec<ArrayView2<'_, f32>> = inputs.iter().map(|input| input.view()).collect();
             visit(l, &views)?;
             hidden.par_iter_mut().try_for_each(|x| self.block(l, x))?;
@@ -163,14 +181,19 @@ impl<A: Attention<f32>> Llama<A> {
         let block = &self.body.blocks[l];
         let h = rms_norm(x, &block.mlp_norm, self.body.config.norm_epsilon);
         let mut inner = block.gate.forward(&h);
-        Zip::from(&mut inner).and(&block.up.forward(&h)).for_each(|gate, &up| *gate *= up / (1.0 + (-*gate).exp()));
+        Zip::from(&mut inner)
+            .and(&block.up.forward(&h))
+            .for_each(|gate, &up| *gate *= up / (1.0 + (-*gate).exp()));
         *x += &block.down.forward(&inner);
         Ok(())
     }
 
     fn logits(&self, x: &Array2<f32>) -> Array2<f32> {
         let body = &self.body;
-        linear(rms_norm(x, &body.norm, body.config.norm_epsilon).view(), body.head.as_ref().unwrap_or(&body.embedding).view())
+        linear(
+            rms_norm(x, &body.norm, body.config.norm_epsilon).view(),
+            body.head.as_ref().unwrap_or(&body.embedding).view(),
+        )
     }
 
     /// A stream that has seen no token yet.
@@ -217,7 +240,9 @@ impl<A: Attention<f32>> Stream<'_, A> {
 impl Block {
     fn load(files: &Tensors, config: &LlamaConfig, l: usize) -> Result<Self> {
         let (hidden, inner) = (config.hidden, config.intermediate);
-        let norm = |which: &str| files.vector(&format!("model.layers.{l}.{which}_layernorm.weight"), hidden);
+        let norm = |which: &str| {
+            files.vector(&format!("model.layers.{l}.{which}_layernorm.weight"), hidden)
+        };
         let linear = |which: &str, rows: usize, columns: usize| -> Result<Linear> {
             let name = |what: &str| format!("model.layers.{l}.mlp.{which}_proj.{what}");
             Ok(Linear {

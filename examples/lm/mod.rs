@@ -1,5 +1,5 @@
-//! The small language model that several examples read: a byte-level LLaMA whose attention layers are exchanged, the texts it is
-//! given, and what these programs have in common.
+//! The small language model that several examples read: a byte-level LLaMA whose attention layers
+//! are exchanged, the texts it is given, and what these programs have in common.
 
 pub(crate) mod config;
 pub(crate) mod error;

@@ -15,8 +15,9 @@ pub(crate) fn linear(x: ArrayView2<'_, f32>, weight: ArrayView2<'_, f32>) -> Arr
         return y;
     }
     let (x_strides, w_strides) = (x.strides(), weight.strides());
-    // SAFETY: `y` is [n, out] without gaps and exclusively ours, `x` is [n, inner] and `weight` [out, inner] under their
-    // own strides, so every element the engine touches lies inside its array.
+    // SAFETY: `y` is [n, out] without gaps and exclusively ours, `x` is [n, inner] and `weight`
+    // [out, inner] under their own strides, so every element the engine touches lies inside its
+    // array.
     unsafe {
         gemm_f32::gemm::f32::get_gemm_fn()(
             n,

@@ -13,9 +13,14 @@ pub(crate) struct Text {
 impl Text {
     /// Reads a file that holds at least one window of `window` bytes and the byte after it.
     pub(crate) fn read(path: &Path, window: usize) -> Result<Self> {
-        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
+        let bytes =
+            std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
         if bytes.len() <= window {
-            return Err(Error::TextTooShort { path: path.to_path_buf(), expected: window + 1, found: bytes.len() });
+            return Err(Error::TextTooShort {
+                path: path.to_path_buf(),
+                expected: window + 1,
+                found: bytes.len(),
+            });
         }
         Ok(Self { bytes, window })
     }

@@ -47,7 +47,8 @@ struct Side<T> {
 
 impl<T: Real> Side<T> {
     fn new(seed: u64) -> dijiang::Result<Self> {
-        let attention = LinearConfig::new().build(vec![DctMapConfig::new(DIM).with_seed(seed).build()?])?;
+        let attention =
+            LinearConfig::new().build(vec![DctMapConfig::new(DIM).with_seed(seed).build()?])?;
         let (state, workspace) = (attention.new_state(), attention.step_workspace());
         Ok(Self { attention, state, workspace, out: Array2::zeros((1, DIM)) })
     }
@@ -67,7 +68,8 @@ pub(crate) fn run(tokens: u64, seed: u64, end: Instant) -> dijiang::Result<Strea
     let (mut difference, mut size) = (0.0, 0.0);
     let mut streamed = 0;
     while streamed < total {
-        // Values that follow their keys, as a model's do: outputs then depend on the queries and do not average out to nothing.
+        // Values that follow their keys, as a model's do: outputs then depend on the queries and do
+        // not average out to nothing.
         let mut random = || Array2::from_shape_simple_fn((1, DIM), || source.normal());
         let (q, k, noise) = (random(), random(), random());
         let v = (&k + noise).mapv(|v| f64::from((0.5 * v) as f32));
@@ -80,14 +82,21 @@ pub(crate) fn run(tokens: u64, seed: u64, end: Instant) -> dijiang::Result<Strea
         }
         let next = next_point(streamed.saturating_sub(1), total);
         if streamed + WINDOW > next {
-            for (o, exact) in single.out.index_axis(Axis(0), 0).iter().zip(double.out.index_axis(Axis(0), 0)) {
+            for (o, exact) in
+                single.out.index_axis(Axis(0), 0).iter().zip(double.out.index_axis(Axis(0), 0))
+            {
                 difference += (f64::from(*o) - exact).powi(2);
                 size += exact.powi(2);
             }
         }
         if streamed == next {
             let state_bytes = single.state.bytes() + double.state.bytes();
-            drift.push(Point { tokens: streamed, drift: (difference / size).sqrt(), state_bytes, memory_kb: resident_kb() });
+            drift.push(Point {
+                tokens: streamed,
+                drift: (difference / size).sqrt(),
+                state_bytes,
+                memory_kb: resident_kb(),
+            });
             (difference, size) = (0.0, 0.0);
         }
     }

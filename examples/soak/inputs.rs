@@ -30,7 +30,8 @@ pub(crate) fn run(seed: u64, end: Instant) -> Inputs {
     loop {
         for (target, case) in TARGETS {
             for _ in 0..ROUND {
-                let run = catch_unwind(AssertUnwindSafe(|| case(&mut Source::seeded(next), &mut tally)));
+                let run =
+                    catch_unwind(AssertUnwindSafe(|| case(&mut Source::seeded(next), &mut tally)));
                 if run.is_err() {
                     eprintln!("{target}: seed {next} panicked");
                     inputs.panics += 1;

@@ -1,13 +1,18 @@
-//! candle-nn's flash attention on the CPU: another softmax attention to compare with, with the feature `candle`.
+//! candle-nn's flash attention on the CPU: another softmax attention to compare with, with the
+//! feature `candle`.
 
 use std::error::Error;
 
 use dijiang::Real;
 use ndarray::Array3;
 
-/// Seconds of causal attention over q, k, v `[h, n, d]` in f32; none for other types, or without the feature.
+/// Seconds of causal attention over q, k, v `[h, n, d]` in f32; none for other types, or without
+/// the feature.
 #[cfg(feature = "candle")]
-pub(crate) fn causal<T: Real>(inputs: [&Array3<T>; 3], budget: f64) -> Result<Option<f64>, Box<dyn Error + Send + Sync>> {
+pub(crate) fn causal<T: Real>(
+    inputs: [&Array3<T>; 3],
+    budget: f64,
+) -> Result<Option<f64>, Box<dyn Error + Send + Sync>> {
     use candle_core::{Device, Tensor};
     use candle_nn::attention::{AttnMask, flash_attn};
 
@@ -31,6 +36,9 @@ pub(crate) fn causal<T: Real>(inputs: [&Array3<T>; 3], budget: f64) -> Result<Op
 }
 
 #[cfg(not(feature = "candle"))]
-pub(crate) fn causal<T: Real>(_: [&Array3<T>; 3], _: f64) -> Result<Option<f64>, Box<dyn Error + Send + Sync>> {
+pub(crate) fn causal<T: Real>(
+    _: [&Array3<T>; 3],
+    _: f64,
+) -> Result<Option<f64>, Box<dyn Error + Send + Sync>> {
     Ok(None)
 }

@@ -16,7 +16,13 @@ macro_rules! gemm {
             #[allow(unsafe_code)]
             fn product(a: ArrayView2<'_, Self>, b: ArrayView2<'_, Self>, c: &mut Array2<Self>) {
                 let n = c.nrows();
-                assert!(a.dim() == (n, n) && b.dim() == (n, n) && c.dim() == (n, n) && a.is_standard_layout() && b.is_standard_layout());
+                assert!(
+                    a.dim() == (n, n)
+                        && b.dim() == (n, n)
+                        && c.dim() == (n, n)
+                        && a.is_standard_layout()
+                        && b.is_standard_layout()
+                );
                 let row = n as isize;
                 // SAFETY: three contiguous n × n matrices, and C is borrowed exclusively.
                 unsafe {

@@ -4,9 +4,10 @@
 //! cargo run --release --example speed [-- --threads 2 --json --svg FILE]
 //! ```
 //!
-//! Measures microseconds per token and head for n tokens, f32, random inputs, against this crate's tiled softmax
-//! attention in the same run, and the rate of the general matrix product as the yardstick of the machine. With `--features candle`
-//! also against candle-nn's flash attention, causal and in f32; ratios are then to the faster of the two.
+//! Measures microseconds per token and head for n tokens, f32, random inputs, against this crate's
+//! tiled softmax attention in the same run, and the rate of the general matrix product as the
+//! yardstick of the machine. With `--features candle` also against candle-nn's flash attention,
+//! causal and in f32; ratios are then to the faster of the two.
 
 mod flash;
 mod gemm;

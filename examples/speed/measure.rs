@@ -4,7 +4,9 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use dijiang::Real;
-use dijiang::attention::{ExactAttention, ExactConfig, KeyMask, LinearAttention, LinearConfig, Near};
+use dijiang::attention::{
+    ExactAttention, ExactConfig, KeyMask, LinearAttention, LinearConfig, Near,
+};
 use dijiang::kernel::{DctMap, DctMapConfig, FeatureMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use ndarray::{Array, Array2, Array3, Axis};
@@ -30,7 +32,8 @@ pub(crate) struct Report {
     pub(crate) feature_maps: Vec<MapRow>,
 }
 
-/// Feature maps alone: the log-features of a block of tokens, features by tokens, as the next product wants them.
+/// Feature maps alone: the log-features of a block of tokens, features by tokens, as the next
+/// product wants them.
 #[derive(Debug, Serialize)]
 pub(crate) struct MapRow {
     /// d = m.
@@ -64,15 +67,24 @@ impl Row {
     /// The shorter times of two measurements.
     fn best(self, other: Self) -> Self {
         let slower = |a: Option<f64>, b: Option<f64>| a.zip(b).is_some_and(|(a, b)| b < a);
-        let (us, gflops) = if other.us < self.us { (other.us, other.gflops) } else { (self.us, self.gflops) };
+        let (us, gflops) =
+            if other.us < self.us { (other.us, other.gflops) } else { (self.us, self.gflops) };
         let softmax = if slower(self.softmax_us, other.softmax_us) { &other } else { &self };
-        let candle_us = if slower(self.candle_us, other.candle_us) { other.candle_us } else { self.candle_us };
-        Self { us, gflops, softmax_us: softmax.softmax_us, softmax_gflops: softmax.softmax_gflops, candle_us, ..self }
+        let candle_us =
+            if slower(self.candle_us, other.candle_us) { other.candle_us } else { self.candle_us };
+        Self {
+            us,
+            gflops,
+            softmax_us: softmax.softmax_us,
+            softmax_gflops: softmax.softmax_gflops,
+            candle_us,
+            ..self
+        }
     }
 }
 
-/// Turns in which the modes at one number of tokens are measured: what else a shared machine does comes in bursts longer than one
-/// figure takes.
+/// Turns in which the modes at one number of tokens are measured: what else a shared machine does
+/// comes in bursts longer than one figure takes.
 const TURNS: usize = 3;
 
 /// Seconds for one number of tokens after which no further turn begins.
@@ -84,8 +96,9 @@ const CHUNK: usize = 64;
 /// Dimensions of the feature maps measured alone.
 const MAP_DIMS: [usize; 4] = [32, 64, 128, 256];
 
-/// Matrix-product FLOPs per token and head, m = d = e, of the plain algorithm in chunks of 64: what rates are counted by. Purely causal
-/// attention here does a third fewer, in shorter blocks and without what is above their diagonals.
+/// Matrix-product FLOPs per token and head, m = d = e, of the plain algorithm in chunks of 64: what
+/// rates are counted by. Purely causal attention here does a third fewer, in shorter blocks and
+/// without what is above their diagonals.
 fn flops(mode: &str, d: usize) -> f64 {
     let square = 2.0 * (d * d) as f64;
     let chunk = 2.0 * (CHUNK * d) as f64;
@@ -135,7 +148,9 @@ struct Bench<T> {
 }
 
 pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send + Sync>> {
-    let maps = (0..args.heads).map(|h| DctMapConfig::new(args.dim).with_seed(h as u64).build()).collect::<Result<Vec<_>, _>>()?;
+    let maps = (0..args.heads)
+        .map(|h| DctMapConfig::new(args.dim).with_seed(h as u64).build())
+        .collect::<Result<Vec<_>, _>>()?;
     let mut bench = Bench::<T> {
         heads: args.heads,
         dim: args.dim,
@@ -145,8 +160,11 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
         near: LinearConfig::new().with_near(Near::new(CHUNK, 1)).build(maps)?,
         rng: ChaCha12Rng::seed_from_u64(1),
     };
-    let sizes: Vec<usize> = std::iter::successors(Some(args.from), |n| n.checked_mul(2)).take_while(|&n| n <= args.to).collect();
-    let bar = ProgressBar::new(sizes.len() as u64 + 1).with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}")?);
+    let sizes: Vec<usize> = std::iter::successors(Some(args.from), |n| n.checked_mul(2))
+        .take_while(|&n| n <= args.to)
+        .collect();
+    let bar = ProgressBar::new(sizes.len() as u64 + 1)
+        .with_style(ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}")?);
     bar.set_message("matrix product 1024³");
     let sgemm_gflops = bench.sgemm();
     let mut rows = Vec::new();
@@ -164,9 +182,12 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
         rows.extend(best);
     }
     bar.set_message("feature maps");
-    let feature_maps = MAP_DIMS.into_iter().map(|dim| bench.feature_map(dim)).collect::<Result<_, _>>()?;
+    let feature_maps =
+        MAP_DIMS.into_iter().map(|dim| bench.feature_map(dim)).collect::<Result<_, _>>()?;
     bar.finish_and_clear();
-    rows.sort_by_key(|row: &Row| ["pure", "near", "full", "decode"].iter().position(|mode| *mode == row.mode));
+    rows.sort_by_key(|row: &Row| {
+        ["pure", "near", "full", "decode"].iter().position(|mode| *mode == row.mode)
+    });
     Ok(Report {
         cpu: cpu::<T>(),
         threads: args.threads,
@@ -191,7 +212,8 @@ impl<T: Gemm> Bench<T> {
         2.0 * (n as f64).powi(3) / seconds / 1e9
     }
 
-    /// Nanoseconds per vector of the query map of this dimension: by the transform, and by the matrix it stands for.
+    /// Nanoseconds per vector of the query map of this dimension: by the transform, and by the
+    /// matrix it stands for.
     fn feature_map(&mut self, dim: usize) -> Result<MapRow, dijiang::Error> {
         let map = DctMapConfig::new(dim).build::<T>()?;
         let matrix = DctMap::<T>::from_params(map.params().to_dense()?)?;
@@ -202,7 +224,9 @@ impl<T: Gemm> Bench<T> {
         const CALLS: usize = 64;
         let mut ns = |map: &DctMap<T>| {
             let mut scratch = vec![T::from_f64(0.0); map.scratch_len(CHUNK)];
-            let seconds = shortest(self.seconds, || (0..CALLS).for_each(|_| map.query_panel(CHUNK, x, &mut out, &mut scratch)));
+            let seconds = shortest(self.seconds, || {
+                (0..CALLS).for_each(|_| map.query_panel(CHUNK, x, &mut out, &mut scratch))
+            });
             1e9 * seconds / (CALLS * CHUNK) as f64
         };
         Ok(MapRow { dim, dct_ns: ns(&map), matrix_ns: ns(&matrix) })
@@ -214,7 +238,11 @@ impl<T: Gemm> Bench<T> {
     }
 
     /// All modes at n tokens, once in every turn.
-    fn tokens(&mut self, n: usize, softmax: bool) -> Result<Vec<Row>, Box<dyn Error + Send + Sync>> {
+    fn tokens(
+        &mut self,
+        n: usize,
+        softmax: bool,
+    ) -> Result<Vec<Row>, Box<dyn Error + Send + Sync>> {
         let shape = (self.heads, n, self.dim);
         let [q, k, v] = std::array::from_fn(|_| gaussian::<T>(&mut self.rng, shape));
         let mut out = Array3::<T>::zeros(shape);
@@ -233,22 +261,40 @@ impl<T: Gemm> Bench<T> {
         let mut check = Ok(());
         let near = shortest(self.turn(), || {
             near_state.reset();
-            check = self.near.prefill_into(&mut near_state, &q, &k, &v, KeyMask::All, &mut out, &mut near_ws);
+            check = self.near.prefill_into(
+                &mut near_state,
+                &q,
+                &k,
+                &v,
+                KeyMask::All,
+                &mut out,
+                &mut near_ws,
+            );
         });
         check?;
         let mut check = Ok(());
-        let full = shortest(self.turn(), || check = self.pure.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut ws));
+        let full = shortest(self.turn(), || {
+            check = self.pure.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut ws)
+        });
         check?;
         let mut check = Ok(());
         let causal_exact = softmax.then(|| {
-            shortest(self.turn(), || check = self.exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)) * per_token
+            shortest(self.turn(), || {
+                check = self.exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)
+            }) * per_token
         });
         let mut check_full = Ok(());
         let full_exact = softmax.then(|| {
-            shortest(self.turn(), || check_full = self.exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)) * per_token
+            shortest(self.turn(), || {
+                check_full = self.exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)
+            }) * per_token
         });
         check.and(check_full)?;
-        let candle = if softmax { flash::causal([&q, &k, &v], self.turn())?.map(|seconds| seconds * per_token) } else { None };
+        let candle = if softmax {
+            flash::causal([&q, &k, &v], self.turn())?.map(|seconds| seconds * per_token)
+        } else {
+            None
+        };
 
         let (decode, decode_exact) = self.decode(&q, &k, &v)?;
         let row = |mode: &'static str, seconds: f64, softmax_us: Option<f64>| {
@@ -258,13 +304,22 @@ impl<T: Gemm> Bench<T> {
             let candle_us = candle.filter(|_| mode == "pure" || mode == "near");
             Row { mode, n, us, softmax_us, candle_us, gflops, softmax_gflops }
         };
-        let mut rows = vec![row("pure", pure, causal_exact), row("near", near, causal_exact), row("full", full, full_exact)];
+        let mut rows = vec![
+            row("pure", pure, causal_exact),
+            row("near", near, causal_exact),
+            row("full", full, full_exact),
+        ];
         rows.push(row("decode", decode / per_token, Some(decode_exact)));
         Ok(rows)
     }
 
     /// Microseconds per head of one more token after those of q, k, v: linear and softmax.
-    fn decode(&mut self, q: &Array3<T>, k: &Array3<T>, v: &Array3<T>) -> Result<(f64, f64), dijiang::Error> {
+    fn decode(
+        &mut self,
+        q: &Array3<T>,
+        k: &Array3<T>,
+        v: &Array3<T>,
+    ) -> Result<(f64, f64), dijiang::Error> {
         let n = k.shape()[1];
         let mut state = self.pure.new_state();
         self.pure.prefill(&mut state, q, k, v, KeyMask::All)?;
@@ -302,6 +357,9 @@ impl<T: Gemm> Bench<T> {
 /// The CPU's name, as the system tells it, and the instructions the crate chose on it.
 fn cpu<T: Real>() -> String {
     let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
-    let name = info.lines().find(|line| line.starts_with("model name")).and_then(|line| line.split(':').nth(1));
+    let name = info
+        .lines()
+        .find(|line| line.starts_with("model name"))
+        .and_then(|line| line.split(':').nth(1));
     format!("{} ({})", name.map_or(std::env::consts::ARCH, str::trim), T::instruction_set())
 }

@@ -1,11 +1,13 @@
-//! The backward pass of [`LinearAttention`]: gradients with respect to queries, keys, values, the maps' parameters, decay
-//! and the state a sequence starts from.
+//! The backward pass of [`LinearAttention`]: gradients with respect to queries, keys, values, the
+//! maps' parameters, decay and the state a sequence starts from.
 //!
 //! The equations are in the engine, `tape.rs`.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use ndarray::{Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, Axis, concatenate};
+use ndarray::{
+    Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, Axis, concatenate,
+};
 
 use crate::attention::checks::{check_shapes, check_tokens};
 use crate::attention::rows::{Valid, is_valid, put_row, tokens_fit};
@@ -35,11 +37,12 @@ pub struct AttentionGradients<T, G> {
     pub log_decay: Vec<f64>,
 }
 
-/// The gradients with respect to one key-value head of the [`CausalState`] that a sequence was continued from.
+/// The gradients with respect to one key-value head of the [`CausalState`] that a sequence was
+/// continued from.
 ///
-/// They are taken in the state's own frame, that is with respect to the numbers it holds, its reference exponents being
-/// constants. Of a state that has not seen a key S and z are zeros, which no reference exponent gives a scale to:
-/// there `sums` and `norm` are zeros.
+/// They are taken in the state's own frame, that is with respect to the numbers it holds, its
+/// reference exponents being constants. Of a state that has not seen a key S and z are zeros, which
+/// no reference exponent gives a scale to: there `sums` and `norm` are zeros.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct StateGradients<T> {
@@ -47,8 +50,8 @@ pub struct StateGradients<T> {
     pub sums: Array2<T>,
     /// Of the normaliser z, `[m]`.
     pub norm: Array1<T>,
-    /// Of the keys of the near part, `[tokens, d]`: those that have not joined the sums yet, the last one being that of
-    /// the token before the first query. Without a near part no tokens.
+    /// Of the keys of the near part, `[tokens, d]`: those that have not joined the sums yet, the
+    /// last one being that of the token before the first query. Without a near part no tokens.
     pub keys: Array2<T>,
     /// Of the values of the near part, `[tokens, e]`.
     pub values: Array2<T>,
@@ -56,9 +59,10 @@ pub struct StateGradients<T> {
 
 /// Memory for the backward passes of one attention operator.
 ///
-/// It holds 2·n numbers a query head and thread for the longest sequence it was used for, m for every frame of the sums (with decay
-/// λ a new one about every 20/|λ| tokens in f32), and O(n·(d + e)) with a near part. Its contents mean nothing before or after a
-/// call. Make it once by [`backward_workspace`](LinearAttention::backward_workspace) and use it for every call.
+/// It holds 2·n numbers a query head and thread for the longest sequence it was used for, m for
+/// every frame of the sums (with decay λ a new one about every 20/|λ| tokens in f32), and O(n·(d +
+/// e)) with a near part. Its contents mean nothing before or after a call. Make it once by
+/// [`backward_workspace`](LinearAttention::backward_workspace) and use it for every call.
 #[derive(Debug, Clone)]
 pub struct BackwardWorkspace<T> {
     sizes: Sizes,
@@ -78,7 +82,8 @@ struct Inputs<'a, T> {
 impl<T: Real> Inputs<'_, T> {
     /// Whether every element is in range.
     fn fit(&self) -> bool {
-        let of_queries = self.q.outer_iter().chain(self.grad_out.outer_iter()).map(|rows| (rows, None));
+        let of_queries =
+            self.q.outer_iter().chain(self.grad_out.outer_iter()).map(|rows| (rows, None));
         let of_keys = [self.k, self.v].into_iter().map(|rows| (rows, self.valid));
         of_queries.chain(of_keys).all(|(rows, valid)| tokens_fit(rows, 0..rows.nrows(), valid))
     }
@@ -93,18 +98,20 @@ struct HeadGradients<T, G> {
 }
 
 impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
-    /// Gradients of a scalar through [`causal`](Self::causal), from its gradient with respect to the output.
+    /// Gradients of a scalar through [`causal`](Self::causal), from its gradient with respect to
+    /// the output.
     ///
     /// # Shapes
     /// - `q`, `k`, `v`, `mask` as for [`causal`](Self::causal); `grad_out`: `[h, n, e]`.
     ///
     /// # Cost
-    /// O(n) time: about 3 times that of the forward pass, which is computed again on the way. Besides the results it allocates what a
-    /// [`BackwardWorkspace`] holds. Heads in parallel; the same bits on any number of threads.
+    /// O(n) time: about 3 times that of the forward pass, which is computed again on the way.
+    /// Besides the results it allocates what a [`BackwardWorkspace`] holds. Heads in parallel; the
+    /// same bits on any number of threads.
     ///
     /// # Errors
-    /// As [`prefill_into`](Self::prefill_into), `grad_out` being checked like the other arguments, and
-    /// [`Error::TooLarge`](crate::Error::TooLarge) for gradients there is no room for.
+    /// As [`prefill_into`](Self::prefill_into), `grad_out` being checked like the other arguments,
+    /// and [`Error::TooLarge`](crate::Error::TooLarge) for gradients there is no room for.
     ///
     /// # Examples
     /// ```
@@ -132,17 +139,19 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         Ok(self.prefill_backward(&self.new_state(), q, k, v, mask, grad_out)?.0)
     }
 
-    /// [`causal_backward`](Self::causal_backward) into `gradients`, all of which it overwrites. For a loop of training: at a few thousand
-    /// tokens memory that is used again saves a quarter of the time. The gradients of maps and decay are allocated anew, m·d numbers
-    /// or fewer per head.
+    /// [`causal_backward`](Self::causal_backward) into `gradients`, all of which it overwrites. For
+    /// a loop of training: at a few thousand tokens memory that is used again saves a quarter of
+    /// the time. The gradients of maps and decay are allocated anew, m·d numbers or fewer per head.
     ///
     /// # Shapes
-    /// - as for [`causal_backward`](Self::causal_backward); `gradients`: [`new_gradients`](Self::new_gradients) of n queries and keys.
+    /// - as for [`causal_backward`](Self::causal_backward); `gradients`:
+    ///   [`new_gradients`](Self::new_gradients) of n queries and keys.
     ///
     /// # Errors
-    /// As [`causal_backward`](Self::causal_backward), with [`Error::Shape`](crate::Error::Shape) for gradients of other shapes and
-    /// [`Error::Foreign`](crate::Error::Foreign) for a workspace of another operator's shape. After
-    /// [`Error::NonFinite`](crate::Error::NonFinite) the contents of `gradients` mean nothing.
+    /// As [`causal_backward`](Self::causal_backward), with [`Error::Shape`](crate::Error::Shape)
+    /// for gradients of other shapes and [`Error::Foreign`](crate::Error::Foreign) for a workspace
+    /// of another operator's shape. After [`Error::NonFinite`](crate::Error::NonFinite) the
+    /// contents of `gradients` mean nothing.
     pub fn causal_backward_into(
         &self,
         q: &ArrayRef3<T>,
@@ -156,14 +165,22 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         self.backward_into(self.causal_order(), q, k, v, mask, grad_out, gradients, ws)
     }
 
-    /// Zeros, for [`causal_backward_into`](Self::causal_backward_into) and [`full_backward_into`](Self::full_backward_into) to
-    /// overwrite: those of `queries` queries and `keys` keys. Map gradients are empty until then.
+    /// Zeros, for [`causal_backward_into`](Self::causal_backward_into) and
+    /// [`full_backward_into`](Self::full_backward_into) to overwrite: those of `queries` queries
+    /// and `keys` keys. Map gradients are empty until then.
     ///
     /// # Errors
     /// [`Error::TooLarge`](crate::Error::TooLarge) for more memory than there can be.
-    pub fn new_gradients(&self, queries: usize, keys: usize) -> Result<AttentionGradients<T, M::Gradients>> {
+    pub fn new_gradients(
+        &self,
+        queries: usize,
+        keys: usize,
+    ) -> Result<AttentionGradients<T, M::Gradients>> {
         let (kv_heads, dim, value_dim) = (self.maps().len(), self.sizes.dim, self.sizes.value_dim);
-        check_room::<T>("gradients", &[self.heads() + 2 * kv_heads, queries.max(keys), dim + value_dim])?;
+        check_room::<T>(
+            "gradients",
+            &[self.heads() + 2 * kv_heads, queries.max(keys), dim + value_dim],
+        )?;
         Ok(AttentionGradients {
             q: Array3::zeros((self.heads(), queries, dim)),
             k: Array3::zeros((kv_heads, keys, dim)),
@@ -182,16 +199,18 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         self.near().map_or(Order::Causal, Order::Near)
     }
 
-    /// Gradients through [`prefill`](Self::prefill), and those with respect to the state it starts from, one per
-    /// key-value head. `state` is the state *before* the prefill.
+    /// Gradients through [`prefill`](Self::prefill), and those with respect to the state it starts
+    /// from, one per key-value head. `state` is the state *before* the prefill.
     ///
-    /// The output's gradient is all there is: the state *after* the prefill is taken to have no further readers.
+    /// The output's gradient is all there is: the state *after* the prefill is taken to have no
+    /// further readers.
     ///
     /// # Shapes
     /// - as for [`causal_backward`](Self::causal_backward).
     ///
     /// # Errors
-    /// As [`causal_backward`](Self::causal_backward), and [`Error::Foreign`](crate::Error::Foreign) for a state of another shape.
+    /// As [`causal_backward`](Self::causal_backward), and [`Error::Foreign`](crate::Error::Foreign)
+    /// for a state of another shape.
     pub fn prefill_backward(
         &self,
         state: &CausalState<T>,
@@ -203,8 +222,19 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     ) -> Result<(AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>)> {
         state.check(self.shape())?;
         self.check_gradient(self.causal_order(), q, k, v, mask, grad_out)?;
-        let (mut gradients, mut ws) = (self.new_gradients(q.shape()[1], k.shape()[1])?, self.backward_workspace());
-        let states = self.backward(self.causal_order(), Some(state), q, k, v, mask, grad_out, &mut gradients, &mut ws)?;
+        let (mut gradients, mut ws) =
+            (self.new_gradients(q.shape()[1], k.shape()[1])?, self.backward_workspace());
+        let states = self.backward(
+            self.causal_order(),
+            Some(state),
+            q,
+            k,
+            v,
+            mask,
+            grad_out,
+            &mut gradients,
+            &mut ws,
+        )?;
         Ok((gradients, states))
     }
 
@@ -228,7 +258,17 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     ) -> Result<AttentionGradients<T, M::Gradients>> {
         self.check_gradient(Order::Full, q, k, v, mask, grad_out)?;
         let mut gradients = self.new_gradients(q.shape()[1], k.shape()[1])?;
-        self.backward(Order::Full, None, q, k, v, mask, grad_out, &mut gradients, &mut self.backward_workspace())?;
+        self.backward(
+            Order::Full,
+            None,
+            q,
+            k,
+            v,
+            mask,
+            grad_out,
+            &mut gradients,
+            &mut self.backward_workspace(),
+        )?;
         Ok(gradients)
     }
 
@@ -236,10 +276,12 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// [`causal_backward_into`](Self::causal_backward_into) does.
     ///
     /// # Shapes
-    /// - as for [`full_backward`](Self::full_backward); `gradients`: [`new_gradients`](Self::new_gradients) of n_q queries and n_k keys.
+    /// - as for [`full_backward`](Self::full_backward); `gradients`:
+    ///   [`new_gradients`](Self::new_gradients) of n_q queries and n_k keys.
     ///
     /// # Errors
-    /// As [`full_backward`](Self::full_backward) and [`causal_backward_into`](Self::causal_backward_into).
+    /// As [`full_backward`](Self::full_backward) and
+    /// [`causal_backward_into`](Self::causal_backward_into).
     pub fn full_backward_into(
         &self,
         q: &ArrayRef3<T>,
@@ -253,7 +295,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         self.backward_into(Order::Full, q, k, v, mask, grad_out, gradients, ws)
     }
 
-    /// Whether everything has the shape it should; elements are looked at head by head, while they are in the cache.
+    /// Whether everything has the shape it should; elements are looked at head by head, while they
+    /// are in the cache.
     fn check_gradient(
         &self,
         order: Order,
@@ -265,7 +308,9 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     ) -> Result<()> {
         match order {
             Order::Full => self.check_full()?,
-            Order::Causal | Order::Near(_) => check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?,
+            Order::Causal | Order::Near(_) => {
+                check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?
+            }
         }
         check_shape("grad_out", grad_out, &[self.heads(), q.shape()[1], self.sizes.value_dim])?;
         check_shapes(self.heads(), self.maps().len(), self.sizes, q, k, v, mask, grad_out)
@@ -304,15 +349,20 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         ws: &mut BackwardWorkspace<T>,
     ) -> Result<Vec<StateGradients<T>>> {
         let (kv_heads, group) = (self.maps().len(), self.heads() / self.maps().len());
-        let mut results: Vec<Option<HeadGradients<T, M::Gradients>>> = (0..kv_heads).map(|_| None).collect();
+        let mut results: Vec<Option<HeadGradients<T, M::Gradients>>> =
+            (0..kv_heads).map(|_| None).collect();
         if ws.tapes.len() < threads::max_threads().min(kv_heads) {
             ws.tapes.resize(threads::max_threads().min(kv_heads), None);
         }
-        let inputs = q.axis_chunks_iter(Axis(0), group).zip(grad_out.axis_chunks_iter(Axis(0), group));
+        let inputs =
+            q.axis_chunks_iter(Axis(0), group).zip(grad_out.axis_chunks_iter(Axis(0), group));
         let inputs = inputs.zip(k.outer_iter().zip(v.outer_iter()));
-        let inputs = inputs.map(|((q, grad_out), (k, v))| Inputs { q, k, v, grad_out, valid: mask.valid() });
+        let inputs =
+            inputs.map(|((q, grad_out), (k, v))| Inputs { q, k, v, grad_out, valid: mask.valid() });
         let outputs = gradients.k.outer_iter_mut().zip(gradients.v.outer_iter_mut());
-        let outputs = outputs.zip(gradients.q.axis_chunks_iter_mut(Axis(0), group)).map(|((k, v), q)| InputGradients { q, k, v });
+        let outputs = outputs
+            .zip(gradients.q.axis_chunks_iter_mut(Axis(0), group))
+            .map(|((k, v), q)| InputGradients { q, k, v });
         let items = inputs.zip(outputs).zip(&mut results).enumerate();
         let clean = AtomicBool::new(true);
         threads::for_each(&mut ws.tapes, items, |tape, (h, ((inputs, outputs), result))| {
@@ -349,9 +399,12 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     ) -> HeadGradients<T, M::Gradients> {
         let Inputs { q, k, v, grad_out, valid } = inputs;
         let head = self.head(h);
-        let (position, value_dim) = (state.map_or(0, |(_, position)| position), self.sizes.value_dim);
+        let (position, value_dim) =
+            (state.map_or(0, |(_, position)| position), self.sizes.value_dim);
         // The near part that the state holds comes first, as tokens like the others.
-        let ring = state.and_then(|(state, position)| state.ring.as_ref().map(|ring| ring.tokens(position, value_dim)));
+        let ring = state.and_then(|(state, position)| {
+            state.ring.as_ref().map(|ring| ring.tokens(position, value_dim))
+        });
         let ring = ring.filter(|(_, keys, ..)| keys.nrows() > 0);
         let joined = ring.as_ref().map(|(_, keys, values, earlier)| {
             let scaled = k.mapv(|x| x * head.scale);
@@ -410,7 +463,9 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
 /// Rows padded to whole lane groups, times `scale`, without their padding.
 fn copy_scaled<T: Real>(rows: &[T], scale: T, mut out: ArrayViewMut2<'_, T>) {
     let stride = padded(out.ncols());
-    rows.chunks_exact(stride).zip(out.outer_iter_mut()).for_each(|(row, out)| put_row(row, scale, out));
+    rows.chunks_exact(stride)
+        .zip(out.outer_iter_mut())
+        .for_each(|(row, out)| put_row(row, scale, out));
 }
 
 #[cfg(test)]
@@ -429,19 +484,39 @@ mod tests {
     #[test]
     fn sums_of_the_first_state() {
         let mut rng = ChaCha12Rng::seed_from_u64(3);
-        let mut random =
-            |shape: (usize, usize, usize)| -> Array3<f64> { Array3::from_shape_simple_fn(shape, || StandardNormal.sample(&mut rng)) };
+        let mut random = |shape: (usize, usize, usize)| -> Array3<f64> {
+            Array3::from_shape_simple_fn(shape, || StandardNormal.sample(&mut rng))
+        };
         for near in [None, Some(Near::new(8, 1))] {
             let (h, n, d, e) = (2, 150, 8, 3);
-            let mut config = LinearConfig::new().with_heads(h).with_value_dim(e).with_log_decay(vec![-0.01]);
+            let mut config =
+                LinearConfig::new().with_heads(h).with_value_dim(e).with_log_decay(vec![-0.01]);
             config.near = near;
-            let attention = config.build(vec![DctMapConfig::new(d).build::<f64>().unwrap()]).unwrap();
+            let attention =
+                config.build(vec![DctMapConfig::new(d).build::<f64>().unwrap()]).unwrap();
             let mut state = attention.new_state();
-            attention.prefill(&mut state, &random((h, 50, d)), &random((1, 50, d)), &random((1, 50, e)), KeyMask::All).unwrap();
+            attention
+                .prefill(
+                    &mut state,
+                    &random((h, 50, d)),
+                    &random((1, 50, d)),
+                    &random((1, 50, e)),
+                    KeyMask::All,
+                )
+                .unwrap();
             // Keys that leave the frame.
-            let (q, k, v, grad) = (random((h, n, d)), random((1, n, d)) * 300.0, random((1, n, e)), random((h, n, e)));
-            let (_, gradients) = attention.prefill_backward(&state, &q, &k, &v, KeyMask::All, &grad).unwrap();
-            let loss = |state: &CausalState<f64>| (attention.prefill(&mut state.clone(), &q, &k, &v, KeyMask::All).unwrap() * &grad).sum();
+            let (q, k, v, grad) = (
+                random((h, n, d)),
+                random((1, n, d)) * 300.0,
+                random((1, n, e)),
+                random((h, n, e)),
+            );
+            let (_, gradients) =
+                attention.prefill_backward(&state, &q, &k, &v, KeyMask::All, &grad).unwrap();
+            let loss = |state: &CausalState<f64>| {
+                (attention.prefill(&mut state.clone(), &q, &k, &v, KeyMask::All).unwrap() * &grad)
+                    .sum()
+            };
             let check = |got: f64, change: &dyn Fn(&mut CausalState<f64>, f64)| {
                 let at = |step: f64| {
                     let mut moved = state.clone();
@@ -449,11 +524,18 @@ mod tests {
                     loss(&moved)
                 };
                 let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
-                assert!((got - slope).abs() < 1e-6 * (1.0 + slope.abs()), "{near:?}: {got} is not {slope}");
+                assert!(
+                    (got - slope).abs() < 1e-6 * (1.0 + slope.abs()),
+                    "{near:?}: {got} is not {slope}"
+                );
             };
             for f in 0..d {
                 check(gradients[0].norm[f], &|state, step| state.heads[0].norm[f] += step);
-                (0..e).for_each(|i| check(gradients[0].sums[[f, i]], &|state, step| state.heads[0].sums[f * padded(e) + i] += step));
+                (0..e).for_each(|i| {
+                    check(gradients[0].sums[[f, i]], &|state, step| {
+                        state.heads[0].sums[f * padded(e) + i] += step
+                    })
+                });
             }
         }
     }

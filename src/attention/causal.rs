@@ -1,5 +1,5 @@
-//! Causal linear attention by blocks: everything before the block through the state, the block itself through the
-//! products of its features.
+//! Causal linear attention by blocks: everything before the block through the state, the block
+//! itself through the products of its features.
 
 use std::ops::Range;
 
@@ -16,11 +16,12 @@ use crate::simd::{Ahead, LANES, Product, padded};
 
 /// The next tokens of one key-value head and its group of query heads, without a near part.
 ///
-/// A block ends before the first key whose exponent leaves the state's frame, and the frame is moved with that key as
-/// the first of the next block. So the frame of a block depends on nothing after the block's first token, and no output
-/// can depend on later tokens, not by a bit.
+/// A block ends before the first key whose exponent leaves the state's frame, and the frame is
+/// moved with that key as the first of the next block. So the frame of a block depends on nothing
+/// after the block's first token, and no output can depend on later tokens, not by a bit.
 ///
-/// Elements are looked at as they are read; returns false, leaving the state anywhere, if one is out of range.
+/// Elements are looked at as they are read; returns false, leaving the state anywhere, if one is
+/// out of range.
 ///
 /// # Shapes
 /// - `q`: `[group, n, d]`, `k`: `[n, d]`, `v`: `[n, e]`, `out`: `[group, n, e]`.
@@ -37,13 +38,24 @@ pub(super) fn causal<T: Real, M: FeatureMap<T>>(
 ) -> bool {
     let n = k.nrows();
     let mut start = 0;
-    let mut ahead = Ahead::of([k, v].into_iter().chain(q.outer_iter()).chain(out.view().outer_iter()));
+    let mut ahead =
+        Ahead::of([k, v].into_iter().chain(q.outer_iter()).chain(out.view().outer_iter()));
     state.settle(head.ops);
     while start < n {
-        let Some(end) = keys(head, state, position, k, v, valid, start, scratch) else { return false };
+        let Some(end) = keys(head, state, position, k, v, valid, start, scratch) else {
+            return false;
+        };
         let share = s![.., start..end, ..];
         ahead.aim(end, CAUSAL_BLOCK);
-        if !queries(head, state, q.slice(share), out.slice_mut(share), width_of(start, n), scratch, Some(&mut ahead)) {
+        if !queries(
+            head,
+            state,
+            q.slice(share),
+            out.slice_mut(share),
+            width_of(start, n),
+            scratch,
+            Some(&mut ahead),
+        ) {
             return false;
         }
         accumulate(head, state, start..end, n, scratch, Some(&mut ahead));
@@ -74,12 +86,21 @@ fn accumulate<T: Real, M: FeatureMap<T>>(
     if state.started {
         let width = width_of(block.start, n);
         let weights = &scratch.b[..head.features * width];
-        state.accumulate(head.ops, weights, &scratch.feature, width, block.len(), &scratch.v, ahead);
+        state.accumulate(
+            head.ops,
+            weights,
+            &scratch.feature,
+            width,
+            block.len(),
+            &scratch.v,
+            ahead,
+        );
     }
 }
 
-/// Key weights of the block at `start`, in the state's frame, into `scratch.b`, their sums into `scratch.feature`, its values
-/// into `scratch.v`; returns where the block ends, or `None` for elements out of range.
+/// Key weights of the block at `start`, in the state's frame, into `scratch.b`, their sums into
+/// `scratch.feature`, its values into `scratch.v`; returns where the block ends, or `None` for
+/// elements out of range.
 fn keys<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &mut HeadState<T>,
@@ -95,13 +116,21 @@ fn keys<T: Real, M: FeatureMap<T>>(
     let (tokens, width) = (block.len(), padded(block.len()));
     let b = &mut b[..head.features * width];
     let (column, top) = (&mut column[..width], &mut top[..width]);
-    if !gather(head.ops, k, block.clone(), valid, head.scale, y, zeros) || !copy_rows(head.ops, v, block, valid, values) {
+    if !gather(head.ops, k, block.clone(), valid, head.scale, y, zeros)
+        || !copy_rows(head.ops, v, block, valid, values)
+    {
         return None;
     }
     head.map.key_panel(width, &y[..head.dim * width], b, map);
 
     let exponents = |state: &HeadState<T>, column: &mut [T]| {
-        state.exponents(head.log_decay, position + start, tokens, |j| is_valid(valid, start + j), column);
+        state.exponents(
+            head.log_decay,
+            position + start,
+            tokens,
+            |j| is_valid(valid, start + j),
+            column,
+        );
     };
     exponents(state, column);
     let mut cut = state.first_above(head.ops, b, column, top, feature);
@@ -117,8 +146,8 @@ fn keys<T: Real, M: FeatureMap<T>>(
     Some(start + tokens)
 }
 
-/// Outputs of a block's queries over the state and over the block's own keys in `scratch`, whose panel is `key_width`
-/// wide. Returns whether all elements were in range.
+/// Outputs of a block's queries over the state and over the block's own keys in `scratch`, whose
+/// panel is `key_width` wide. Returns whether all elements were in range.
 ///
 /// # Shapes
 /// - `q`: `[group, tokens, d]`, `out`: `[group, tokens, e]`.
@@ -149,8 +178,8 @@ fn queries<T: Real, M: FeatureMap<T>>(
     true
 }
 
-/// Sums and normalisers of the queries `scratch.x` over the state and over the block's own keys, into `scratch.o` and
-/// `scratch.total`. Query panels are `width` wide, the key panel `key_width`.
+/// Sums and normalisers of the queries `scratch.x` over the state and over the block's own keys,
+/// into `scratch.o` and `scratch.total`. Query panels are `width` wide, the key panel `key_width`.
 fn sums<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &HeadState<T>,

@@ -16,7 +16,8 @@ use crate::threads::{for_each, max_threads};
 const MAX_SIZE: usize = 1 << 20;
 /// Most elements of a state, all heads: 4 GiB in f32.
 const MAX_STATE: usize = 1 << 30;
-/// Largest σ·d. With it no product of an element in range by another, scaled and summed over d, overflows an f32.
+/// Largest σ·d. With it no product of an element in range by another, scaled and summed over d,
+/// overflows an f32.
 const MAX_SCALE: f64 = 1e6;
 
 /// A size from 1 to [`MAX_SIZE`].
@@ -25,25 +26,40 @@ pub(super) fn check_size(argument: &'static str, got: usize) -> Result<()> {
     if got > MAX_SIZE { Err(Error::TooLarge { argument, limit: MAX_SIZE, got }) } else { Ok(()) }
 }
 
-/// The softmax scale must be a positive number, and so small that no score of elements in range overflows.
+/// The softmax scale must be a positive number, and so small that no score of elements in range
+/// overflows.
 pub(super) fn check_scale(scale: f64, dim: usize) -> Result<()> {
     if scale > 0.0 && scale * dim as f64 <= MAX_SCALE {
         Ok(())
     } else {
-        Err(Error::Value { argument: "scale", expected: "positive and at most 10⁶/d", got: scale })
+        Err(Error::Value {
+            argument: "scale", expected: "positive and at most 10⁶/d", got: scale
+        })
     }
 }
 
 /// Whether a state of this shape, all heads, and the scratch for one can be made at all.
-pub(crate) fn check_state_size(heads: usize, dim: usize, features: usize, value_dim: usize, near: Option<Near>) -> Result<()> {
+pub(crate) fn check_state_size(
+    heads: usize,
+    dim: usize,
+    features: usize,
+    value_dim: usize,
+    near: Option<Near>,
+) -> Result<()> {
     let padded = |n: usize| n.saturating_add(LANES);
-    let ring = near.map_or(0, |near| near.back.saturating_add(1).saturating_mul(padded(near.chunk)));
-    // Sums and what rounding keeps out of them, normaliser, reference and pending keys; and the keys and values of the ring.
+    let ring =
+        near.map_or(0, |near| near.back.saturating_add(1).saturating_mul(padded(near.chunk)));
+    // Sums and what rounding keeps out of them, normaliser, reference and pending keys; and the
+    // keys and values of the ring.
     let far = features.saturating_mul(2 * padded(value_dim) + 32);
     let near = ring.saturating_mul(padded(dim).saturating_add(padded(value_dim)));
     let got = heads.saturating_mul(far.saturating_add(near));
     let limit = MAX_STATE;
-    if got > limit { Err(Error::TooLarge { argument: "elements of a state", limit, got }) } else { Ok(()) }
+    if got > limit {
+        Err(Error::TooLarge { argument: "elements of a state", limit, got })
+    } else {
+        Ok(())
+    }
 }
 
 /// Whether the arguments of a pass over many tokens fit each other.
@@ -84,13 +100,22 @@ pub(super) fn check_key_shapes<T: Real>(
 }
 
 /// Whether every element is in range.
-pub(super) fn check_tokens<T: Real>(q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<()> {
+pub(super) fn check_tokens<T: Real>(
+    q: &ArrayRef3<T>,
+    k: &ArrayRef3<T>,
+    v: &ArrayRef3<T>,
+    mask: KeyMask<'_>,
+) -> Result<()> {
     check_all("q", q, None)?;
     check_keys(k, v, mask)
 }
 
 /// Whether every element of a valid key and its value is in range.
-pub(super) fn check_keys<T: Real>(k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<()> {
+pub(super) fn check_keys<T: Real>(
+    k: &ArrayRef3<T>,
+    v: &ArrayRef3<T>,
+    mask: KeyMask<'_>,
+) -> Result<()> {
     check_all("k", k, mask.valid())?;
     check_all("v", v, mask.valid())
 }
@@ -107,10 +132,20 @@ fn check_all<T: Real>(argument: &'static str, x: &ArrayRef3<T>, valid: Valid<'_>
         return Ok(());
     }
     let (tokens, limit) = (x.shape()[1], T::from_f64(T::LIMIT));
-    let bad = x.rows().into_iter().enumerate().filter(|(row, _)| valid.is_none_or(|valid| valid[row % tokens]));
-    let mut bad = bad.flat_map(|(row, x)| x.into_iter().enumerate().map(move |(i, &value)| (row, i, value)));
+    let bad = x
+        .rows()
+        .into_iter()
+        .enumerate()
+        .filter(|(row, _)| valid.is_none_or(|valid| valid[row % tokens]));
+    let mut bad =
+        bad.flat_map(|(row, x)| x.into_iter().enumerate().map(move |(i, &value)| (row, i, value)));
     match bad.find(|(_, _, value)| !within(*value, limit)) {
-        Some((row, i, value)) => Err(Error::NonFinite { argument, index: row * x.shape()[2] + i, limit: T::LIMIT, got: value.to_f64() }),
+        Some((row, i, value)) => Err(Error::NonFinite {
+            argument,
+            index: row * x.shape()[2] + i,
+            limit: T::LIMIT,
+            got: value.to_f64(),
+        }),
         None => Ok(()),
     }
 }

@@ -1,5 +1,5 @@
-//! One token at a time: the same sums as [`causal`](super::causal) and [`near`](super::near), with vectors in place of
-//! panels.
+//! One token at a time: the same sums as [`causal`](super::causal) and [`near`](super::near), with
+//! vectors in place of panels.
 
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 
@@ -62,8 +62,14 @@ fn scaled<T: Real>(row: ArrayView1<'_, T>, scale: T, out: &mut [T]) {
     }
 }
 
-/// The key `scratch.y`, weighted in the state's frame, and the value `scratch.v` join the pending ones.
-fn add_key<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &mut HeadState<T>, position: usize, scratch: &mut Scratch<T>) {
+/// The key `scratch.y`, weighted in the state's frame, and the value `scratch.v` join the pending
+/// ones.
+fn add_key<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &mut HeadState<T>,
+    position: usize,
+    scratch: &mut Scratch<T>,
+) {
     let Scratch { y, b, v, map, feature, .. } = scratch;
     let (m, padding, stride) = (head.features, padded(head.features), head.value_stride);
     if state.pending.len == PENDING {
@@ -87,8 +93,13 @@ fn add_key<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &mut HeadSta
     *len += 1;
 }
 
-/// Sums of the query `scratch.x` over the state and the pending keys into `scratch.o`; returns their normaliser.
-fn read<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &HeadState<T>, scratch: &mut Scratch<T>) -> T {
+/// Sums of the query `scratch.x` over the state and the pending keys into `scratch.o`; returns
+/// their normaliser.
+fn read<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &HeadState<T>,
+    scratch: &mut Scratch<T>,
+) -> T {
     let Scratch { x, a, o, total: scores, map, .. } = scratch;
     let (m, stride) = (head.features, head.value_stride);
     let top = query_exponents(head, state, x, a, map);
@@ -98,13 +109,15 @@ fn read<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &HeadState<T>, 
     let Pending { weights, values, len } = &state.pending;
     let scores = &mut scores[..*len];
     scores.fill(T::ZERO);
-    // One row for all pending keys to meet, not the other way round: they are added up side by side then.
+    // One row for all pending keys to meet, not the other way round: they are added up side by side
+    // then.
     (head.ops.matvec)(a, m, &weights[..len * m], scores);
     (head.ops.vecmat)(scores, values, true, &mut o[..stride]);
     scores.iter().fold(total, |sum, &score| sum + score)
 }
 
-/// Sums of the query `scratch.x` over the near keys and the state into `scratch.o`; returns their normaliser.
+/// Sums of the query `scratch.x` over the near keys and the state into `scratch.o`; returns their
+/// normaliser.
 fn read_near<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &HeadState<T>,
@@ -121,7 +134,8 @@ fn read_near<T: Real, M: FeatureMap<T>>(
         let largest = query_exponents(head, state, x, a, map);
         let far = largest + state.decay(head.log_decay, position);
         top = top.max(far);
-        far_total = (head.ops.exp_weighted)(&mut a[..padded(m)], (far - top) - largest, &state.norm);
+        far_total =
+            (head.ops.exp_weighted)(&mut a[..padded(m)], (far - top) - largest, &state.norm);
         (head.ops.vecmat)(&a[..m], &state.sums, false, &mut o[..stride]);
     } else {
         o[..stride].fill(T::ZERO);
@@ -133,7 +147,13 @@ fn read_near<T: Real, M: FeatureMap<T>>(
 }
 
 /// a_f + c_f of the scaled query `x`, −∞ in the padding; returns the largest.
-fn query_exponents<T: Real, M: FeatureMap<T>>(head: &Head<'_, T, M>, state: &HeadState<T>, x: &[T], a: &mut [T], map: &mut [T]) -> T {
+fn query_exponents<T: Real, M: FeatureMap<T>>(
+    head: &Head<'_, T, M>,
+    state: &HeadState<T>,
+    x: &[T],
+    a: &mut [T],
+    map: &mut [T],
+) -> T {
     let m = head.features;
     head.map.query_token(&x[..head.dim], &mut a[..m], map);
     (head.ops.offset_max)(&mut a[..padded(m)], T::ONE, &state.reference, T::ZERO)

@@ -10,11 +10,11 @@ use crate::kernel::DifferentiableMap;
 use crate::real::Real;
 use crate::simd::padded;
 
-/// One key-value head and its group of query heads on one sequence, with everything computed once that does not depend
-/// on the map: the exact sums over the near keys.
+/// One key-value head and its group of query heads on one sequence, with everything computed once
+/// that does not depend on the map: the exact sums over the near keys.
 ///
-/// Works on scaled queries and keys, on the calling thread, in a [`Tape`] that serves any number of sequences of the same
-/// d, m and e.
+/// Works on scaled queries and keys, on the calling thread, in a [`Tape`] that serves any number of
+/// sequences of the same d, m and e.
 #[derive(Debug)]
 pub(crate) struct FarPart<'a, T> {
     order: Order,
@@ -29,9 +29,15 @@ impl<'a, T: Real> FarPart<'a, T> {
     /// Sums over the near keys, if the order has any: O(n·c·(d + e)) once.
     ///
     /// # Shapes
-    /// - `x`: `[group, n, d]`, `y`: `[n, d]`, `v`: `[n, e]`, `valid`: n entries. [`Order::Full`] allows another number
-    ///   of queries than of keys.
-    pub(crate) fn new(order: Order, x: ArrayView3<'a, T>, y: ArrayView2<'a, T>, v: ArrayView2<'a, T>, valid: Option<&'a [bool]>) -> Self {
+    /// - `x`: `[group, n, d]`, `y`: `[n, d]`, `v`: `[n, e]`, `valid`: n entries. [`Order::Full`]
+    ///   allows another number of queries than of keys.
+    pub(crate) fn new(
+        order: Order,
+        x: ArrayView3<'a, T>,
+        y: ArrayView2<'a, T>,
+        v: ArrayView2<'a, T>,
+        valid: Option<&'a [bool]>,
+    ) -> Self {
         let mut part = Self { order, x, y, v, valid, near: None };
         if let Order::Near(near) = order {
             let stretch = part.stretch(&(), 0.0);
@@ -51,13 +57,14 @@ impl<'a, T: Real> FarPart<'a, T> {
         self.x.shape()[1]
     }
 
-    /// Distance between the rows that [`forward`](Self::forward) and [`backward`](Self::backward) hand over: e padded.
+    /// Distance between the rows that [`forward`](Self::forward) and [`backward`](Self::backward)
+    /// hand over: e padded.
     pub(crate) fn value_stride(&self) -> usize {
         padded(self.v.ncols())
     }
 
-    /// Softmax attention's mass on keys beyond the near part, from 0 to 1 for every query, summed over all of them.
-    /// Everything, if there is no near part.
+    /// Softmax attention's mass on keys beyond the near part, from 0 to 1 for every query, summed
+    /// over all of them. Everything, if there is no near part.
     ///
     /// # Cost
     /// O(n²·(d + e)) with a near part.
@@ -66,7 +73,9 @@ impl<'a, T: Real> FarPart<'a, T> {
         let everything = Order::Near(Near::new(self.queries().max(1), 0));
         let all = FarPart::new(everything, self.x.view(), self.y.view(), self.v.view(), self.valid);
         let heads = near.iter().zip(all.near.iter().flatten());
-        let queries = heads.flat_map(|(near, all)| near.total.iter().zip(&near.top).zip(all.total.iter().zip(&all.top)));
+        let queries = heads.flat_map(|(near, all)| {
+            near.total.iter().zip(&near.top).zip(all.total.iter().zip(&all.top))
+        });
         let share = |((&near, &near_top), (&all, &all_top)): ((&T, &T), (&T, &T))| {
             let near = near.to_f64() * (near_top.to_f64() - all_top.to_f64()).exp();
             if all > T::ZERO { (1.0 - near / all.to_f64()).clamp(0.0, 1.0) } else { 0.0 }
@@ -74,8 +83,8 @@ impl<'a, T: Real> FarPart<'a, T> {
         queries.map(share).sum()
     }
 
-    /// The exact outputs of a query over its near keys alone: their numerator `[value_stride]` and normaliser, 0 without
-    /// keys. `None` if there is no near part.
+    /// The exact outputs of a query over its near keys alone: their numerator `[value_stride]` and
+    /// normaliser, 0 without keys. `None` if there is no near part.
     pub(crate) fn near(&self, h: usize, query: usize) -> Option<(&[T], T)> {
         let (sums, stride) = (&self.near.as_ref()?[h], self.value_stride());
         Some((&sums.numerator[query * stride..][..stride], sums.total[query]))
@@ -86,7 +95,8 @@ impl<'a, T: Real> FarPart<'a, T> {
         Tape::new(map, self.v.ncols())
     }
 
-    /// The outputs, handed over block by block: query head, its queries, and their outputs `[queries, value_stride]`.
+    /// The outputs, handed over block by block: query head, its queries, and their outputs
+    /// `[queries, value_stride]`.
     pub(crate) fn forward<M: DifferentiableMap<T>>(
         &self,
         map: &M,
@@ -94,18 +104,21 @@ impl<'a, T: Real> FarPart<'a, T> {
         tape: &mut Tape<T>,
         mut visit: impl FnMut(usize, Range<usize>, &[T]),
     ) {
-        let mut loss = |h: usize, queries: Range<usize>, out: &[T], _: &mut [T]| visit(h, queries, out);
+        let mut loss =
+            |h: usize, queries: Range<usize>, out: &[T], _: &mut [T]| visit(h, queries, out);
         tape.run(&self.stretch(map, log_decay), None, Upstream::Loss(&mut loss), None);
     }
 
-    /// Adds the gradients of a loss with respect to the map's parameters to `sums`, and returns that with respect to
-    /// log γ.
+    /// Adds the gradients of a loss with respect to the map's parameters to `sums`, and returns
+    /// that with respect to log γ.
     ///
-    /// `loss` sees every block's outputs once, as `visit` of [`forward`](Self::forward), and fills the last argument,
-    /// of the same shape, with the gradient of the loss with respect to them (padding included: zeros).
+    /// `loss` sees every block's outputs once, as `visit` of [`forward`](Self::forward), and fills
+    /// the last argument, of the same shape, with the gradient of the loss with respect to them
+    /// (padding included: zeros).
     ///
     /// # Cost
-    /// O(n): per 64 queries four matrix products of 64·m·e with a near part, and the map's own passes, forward and back.
+    /// O(n): per 64 queries four matrix products of 64·m·e with a near part, and the map's own
+    /// passes, forward and back.
     pub(crate) fn backward<M: DifferentiableMap<T>>(
         &self,
         map: &M,
@@ -157,7 +170,9 @@ mod tests {
     fn map(rng: &mut ChaCha12Rng, d: usize) -> DctParams {
         let mut params = DctMapConfig::new(d).with_blocks(2).params().unwrap();
         for side in [&mut params.query, &mut params.key] {
-            side.center.iter_mut().for_each(|x| *x = 0.3 * Distribution::<f64>::sample(&StandardNormal, rng));
+            side.center
+                .iter_mut()
+                .for_each(|x| *x = 0.3 * Distribution::<f64>::sample(&StandardNormal, rng));
         }
         params
     }
@@ -166,27 +181,49 @@ mod tests {
     #[test]
     fn equals_the_general_pass() {
         let mut rng = ChaCha12Rng::seed_from_u64(1);
-        let orders =
-            [Order::Full, Order::Causal, Order::Near(Near::new(16, 1)), Order::Near(Near::new(100, 0)), Order::Near(Near::new(8, 2))];
-        for (order, masked) in orders.into_iter().flat_map(|order| [(order, false), (order, true)]) {
+        let orders = [
+            Order::Full,
+            Order::Causal,
+            Order::Near(Near::new(16, 1)),
+            Order::Near(Near::new(100, 0)),
+            Order::Near(Near::new(8, 2)),
+        ];
+        for (order, masked) in orders.into_iter().flat_map(|order| [(order, false), (order, true)])
+        {
             let (group, n, d, e) = (2, 210, 8, 5);
             let params = map(&mut rng, d);
             let map = DctMap::<f64>::from_params(params).unwrap();
-            let (x, y, v) = (random(&mut rng, (group, n, d)), random(&mut rng, (1, n, d)), random(&mut rng, (1, n, e)));
+            let (x, y, v) = (
+                random(&mut rng, (group, n, d)),
+                random(&mut rng, (1, n, d)),
+                random(&mut rng, (1, n, e)),
+            );
             let target = random(&mut rng, (group, n, e));
             let valid: Vec<bool> = (0..n).map(|j| j % 3 != 1).collect();
             let mask = if masked { KeyMask::Valid(&valid) } else { KeyMask::All };
             let log_decay = if order == Order::Full { 0.0 } else { -0.02 };
 
-            let mut config = LinearConfig::new().with_heads(group).with_value_dim(e).with_scale(1.0).with_log_decay(vec![log_decay]);
+            let mut config = LinearConfig::new()
+                .with_heads(group)
+                .with_value_dim(e)
+                .with_scale(1.0)
+                .with_log_decay(vec![log_decay]);
             config.near = if let Order::Near(near) = order { Some(near) } else { None };
             let attention = config.build(vec![map.clone()]).unwrap();
             let full = order == Order::Full;
-            let out = if full { attention.full(&x, &y, &v, mask) } else { attention.causal(&x, &y, &v, mask) }.unwrap();
+            let out = if full {
+                attention.full(&x, &y, &v, mask)
+            } else {
+                attention.causal(&x, &y, &v, mask)
+            }
+            .unwrap();
             let grad = &out - &target;
-            let general =
-                if full { attention.full_backward(&x, &y, &v, mask, &grad) } else { attention.causal_backward(&x, &y, &v, mask, &grad) }
-                    .unwrap();
+            let general = if full {
+                attention.full_backward(&x, &y, &v, mask, &grad)
+            } else {
+                attention.causal_backward(&x, &y, &v, mask, &grad)
+            }
+            .unwrap();
 
             let (y, v) = (y.index_axis(Axis(0), 0), v.index_axis(Axis(0), 0));
             let part = FarPart::new(order, x.view(), y, v, masked.then_some(&valid[..]));
@@ -204,7 +241,9 @@ mod tests {
                 let mut sums = map.new_sums();
                 let loss = |h: usize, queries: Range<usize>, rows: &[f64], grad: &mut [f64]| {
                     grad.fill(0.0);
-                    for (i, (row, grad)) in queries.zip(rows.chunks_exact(stride).zip(grad.chunks_exact_mut(stride))) {
+                    for (i, (row, grad)) in
+                        queries.zip(rows.chunks_exact(stride).zip(grad.chunks_exact_mut(stride)))
+                    {
                         (0..e).for_each(|j| grad[j] = row[j] - target[[h, i, j]]);
                     }
                 };
@@ -212,7 +251,10 @@ mod tests {
                 let (got, expected) = (map.gradients(&sums), &general.maps[0]);
                 let close = |name: &str, got: &[f64], expected: &[f64]| {
                     let top = expected.iter().fold(0.0_f64, |top, x| top.max(x.abs()));
-                    assert!(got.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-10 * top), "{order:?} {name}");
+                    assert!(
+                        got.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-10 * top),
+                        "{order:?} {name}"
+                    );
                 };
                 close("radii", &got.query.radii, &expected.query.radii);
                 close("scale", &got.key.scale, &expected.key.scale);

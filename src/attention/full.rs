@@ -1,7 +1,8 @@
 //! Full linear attention: every query sees every key.
 //!
-//! Keys are cut into at most [`PARTS`] parts, whose sums are computed by themselves and joined in order, on one thread as on many:
-//! where the cuts are depends on the number of keys only, and so do the bits.
+//! Keys are cut into at most [`PARTS`] parts, whose sums are computed by themselves and joined in
+//! order, on one thread as on many: where the cuts are depends on the number of keys only, and so
+//! do the bits.
 
 use std::ops::Range;
 
@@ -36,7 +37,8 @@ pub(super) fn full<T: Real, M: FeatureMap<T>>(
     mut out: ArrayViewMut3<'_, T>,
     scratch: &mut Scratch<T>,
 ) {
-    let (mut state, mut part) = (std::mem::take(&mut scratch.sums), std::mem::take(&mut scratch.part));
+    let (mut state, mut part) =
+        (std::mem::take(&mut scratch.sums), std::mem::take(&mut scratch.part));
     for (i, keys) in parts(k.nrows()).enumerate() {
         sum(head, k, v, valid, keys, if i == 0 { &mut state } else { &mut part }, scratch);
         if i > 0 {
@@ -49,10 +51,12 @@ pub(super) fn full<T: Real, M: FeatureMap<T>>(
     (scratch.sums, scratch.part) = (state, part);
 }
 
-/// [`full`] of several heads, each of which all threads share, in room for the sums of [`PARTS`] parts of each.
+/// [`full`] of several heads, each of which all threads share, in room for the sums of [`PARTS`]
+/// parts of each.
 ///
 /// # Shapes
-/// - `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]`; `queries`: those of every key-value head, `[group, n_q, d]`, and their outputs.
+/// - `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]`; `queries`: those of every key-value head,
+///   `[group, n_q, d]`, and their outputs.
 pub(super) fn full_shared<'a, T: Real, M: FeatureMap<T> + 'a>(
     head: impl Fn(usize) -> Head<'a, T, M> + Sync,
     k: &ArrayRef3<T>,
@@ -64,24 +68,31 @@ pub(super) fn full_shared<'a, T: Real, M: FeatureMap<T> + 'a>(
 ) {
     let n = k.shape()[1];
     let heads = k.outer_iter().zip(v.outer_iter()).zip(sums.chunks_exact_mut(PARTS)).enumerate();
-    let items = heads.flat_map(|(h, ((k, v), sums))| parts(n).zip(sums).map(move |(keys, part)| (h, k, v, keys, part)));
-    for_each(scratches, items, |scratch, (h, k, v, keys, part)| sum(&head(h), k, v, valid, keys, part, scratch));
+    let items = heads.flat_map(|(h, ((k, v), sums))| {
+        parts(n).zip(sums).map(move |(keys, part)| (h, k, v, keys, part))
+    });
+    for_each(scratches, items, |scratch, (h, k, v, keys, part)| {
+        sum(&head(h), k, v, valid, keys, part, scratch)
+    });
     for_each(scratches, sums.chunks_exact_mut(PARTS), |scratch, sums| {
         let Some((state, others)) = sums.split_first_mut() else { return };
         for (part, _) in others.iter().zip(parts(n).skip(1)) {
             state.join(T::ops(), 0.0, part, &mut scratch.feature);
         }
     });
-    let items = queries.zip(sums.chunks_exact(PARTS)).enumerate().flat_map(|(h, ((q, out), sums))| {
-        (0..q.shape()[1]).step_by(SEGMENT).scan(Some(out), move |rest, start| {
-            let end = q.shape()[1].min(start + SEGMENT);
-            let (out, later) = rest.take()?.split_at(Axis(1), end - start);
-            *rest = Some(later);
-            Some((h, q.slice_move(s![.., start..end, ..]), out, &sums[0]))
-        })
-    });
+    let items =
+        queries.zip(sums.chunks_exact(PARTS)).enumerate().flat_map(|(h, ((q, out), sums))| {
+            (0..q.shape()[1]).step_by(SEGMENT).scan(Some(out), move |rest, start| {
+                let end = q.shape()[1].min(start + SEGMENT);
+                let (out, later) = rest.take()?.split_at(Axis(1), end - start);
+                *rest = Some(later);
+                Some((h, q.slice_move(s![.., start..end, ..]), out, &sums[0]))
+            })
+        });
     for_each(scratches, items, |scratch, (h, q, mut out, state)| {
-        q.outer_iter().zip(out.outer_iter_mut()).for_each(|(q, out)| read(&head(h), state, q, out, scratch));
+        q.outer_iter()
+            .zip(out.outer_iter_mut())
+            .for_each(|(q, out)| read(&head(h), state, q, out, scratch));
     });
 }
 
@@ -137,7 +148,15 @@ fn read<T: Real, M: FeatureMap<T>>(
         (head.ops.column_max)(a, &state.reference, &mut top[..width]);
         column.iter_mut().zip(&top[..width]).for_each(|(shift, &top)| *shift = -top);
         ahead.aim(end, BLOCK);
-        state.read(head.ops, a, end - start, &column[..width], &mut total[..width], o, Some(&mut ahead));
+        state.read(
+            head.ops,
+            a,
+            end - start,
+            &column[..width],
+            &mut total[..width],
+            o,
+            Some(&mut ahead),
+        );
         for i in 0..end - start {
             normalise(&o[i * head.value_stride..], total[i], out.row_mut(start + i));
         }

@@ -5,29 +5,38 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis};
 
-use crate::attention::checks::{check_scale, check_shapes, check_size, check_state_size, check_tokens};
+use crate::attention::checks::{
+    check_scale, check_shapes, check_size, check_state_size, check_tokens,
+};
 use crate::attention::near::Ring;
 use crate::attention::pages::{Pages, SEGMENT};
 use crate::attention::prefill::Stretch;
 use crate::attention::state::{HeadState, Shape};
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{CausalState, KeyMask, Near, Workspace, decode, full};
-use crate::error::{Error, Result, check_elements, check_finite, check_len, check_positive, check_room, check_shape};
+use crate::error::{
+    Error, Result, check_elements, check_finite, check_len, check_positive, check_room, check_shape,
+};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
 use crate::simd::{Ops, padded};
 use crate::threads;
 
-/// Largest near part, in tokens: beyond it the ring of keys would be no constant-size state any more.
+/// Largest near part, in tokens: beyond it the ring of keys would be no constant-size state any
+/// more.
 const MAX_NEAR: usize = 1 << 20;
 
 /// How [`LinearAttention`] is to be built.
 #[derive(Debug, Clone, PartialEq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub struct LinearConfig {
-    /// Query heads h. Default: one per map. A multiple of the number of maps (grouped queries: one map, one state and
-    /// one key-value head serve h / maps consecutive query heads).
+    /// Query heads h. Default: one per map. A multiple of the number of maps (grouped queries: one
+    /// map, one state and one key-value head serve h / maps consecutive query heads).
     pub heads: Option<usize>,
     /// Value dimension e. Default: the maps' dimension d.
     pub value_dim: Option<usize>,
@@ -35,8 +44,8 @@ pub struct LinearConfig {
     pub scale: Option<f64>,
     /// The exact near part of causal attention. Default: none.
     pub near: Option<Near>,
-    /// log γ ≤ 0 per token (and at least −[`Real::LIMIT`]), one per map, causal attention only. Default: empty, which stands for zeros
-    /// (γ = 1).
+    /// log γ ≤ 0 per token (and at least −[`Real::LIMIT`]), one per map, causal attention only.
+    /// Default: empty, which stands for zeros (γ = 1).
     pub log_decay: Vec<f64>,
 }
 
@@ -82,9 +91,10 @@ impl LinearConfig {
     /// A pass over the maps. Keeps them; states and workspaces are made when they are asked for.
     ///
     /// # Errors
-    /// [`Error::Empty`] without maps, [`Error::Shape`] for maps of different d or m, [`Error::NotDivisible`] for heads
-    /// that are no multiple of the maps, [`Error::Value`] and [`Error::Length`] for the numbers, [`Error::TooLarge`] for dimensions
-    /// and near parts beyond 2²⁰ and a state of more than 2³⁰ elements.
+    /// [`Error::Empty`] without maps, [`Error::Shape`] for maps of different d or m,
+    /// [`Error::NotDivisible`] for heads that are no multiple of the maps, [`Error::Value`] and
+    /// [`Error::Length`] for the numbers, [`Error::TooLarge`] for dimensions and near parts beyond
+    /// 2²⁰ and a state of more than 2³⁰ elements.
     pub fn build<T: Real, M: FeatureMap<T>>(self, maps: Vec<M>) -> Result<LinearAttention<T, M>> {
         let Some(first) = maps.first() else { return Err(Error::Empty { argument: "maps" }) };
         let (dim, features, kv_heads) = (first.dim(), first.features(), maps.len());
@@ -100,7 +110,12 @@ impl LinearConfig {
         let heads = self.heads.unwrap_or(kv_heads);
         check_positive("heads", heads)?;
         if !heads.is_multiple_of(kv_heads) {
-            return Err(Error::NotDivisible { argument: "heads", divisor: "the number of maps", divisor_value: kv_heads, got: heads });
+            return Err(Error::NotDivisible {
+                argument: "heads",
+                divisor: "the number of maps",
+                divisor_value: kv_heads,
+                got: heads,
+            });
         }
         let value_dim = self.value_dim.unwrap_or(dim);
         check_size("value_dim", value_dim)?;
@@ -110,15 +125,24 @@ impl LinearConfig {
             near.check()?;
         }
         check_state_size(kv_heads, dim, features, value_dim, self.near)?;
-        let log_decay = if self.log_decay.is_empty() { vec![0.0; kv_heads] } else { self.log_decay };
+        let log_decay =
+            if self.log_decay.is_empty() { vec![0.0; kv_heads] } else { self.log_decay };
         check_len("log_decay", kv_heads, log_decay.len())?;
         for &decay in &log_decay {
             check_finite("log_decay", decay)?;
             if decay > 0.0 {
-                return Err(Error::Value { argument: "log_decay", expected: "at most 0", got: decay });
+                return Err(Error::Value {
+                    argument: "log_decay",
+                    expected: "at most 0",
+                    got: decay,
+                });
             }
             if decay < -T::LIMIT {
-                return Err(Error::Value { argument: "log_decay", expected: "at least -Real::LIMIT", got: decay });
+                return Err(Error::Value {
+                    argument: "log_decay",
+                    expected: "at least -Real::LIMIT",
+                    got: decay,
+                });
             }
         }
         let sizes = Sizes {
@@ -126,9 +150,21 @@ impl LinearConfig {
             features,
             value_dim,
             scores: self.near.map_or(BLOCK, |near| Ring::<T>::scores(near).max(BLOCK)),
-            map: maps.iter().map(|map| map.scratch_len(BLOCK).max(map.token_scratch_len())).max().unwrap_or(0),
+            map: maps
+                .iter()
+                .map(|map| map.scratch_len(BLOCK).max(map.token_scratch_len()))
+                .max()
+                .unwrap_or(0),
         };
-        Ok(LinearAttention { maps, heads, scale, near: self.near, log_decay, sizes, element: PhantomData })
+        Ok(LinearAttention {
+            maps,
+            heads,
+            scale,
+            near: self.near,
+            log_decay,
+            sizes,
+            element: PhantomData,
+        })
     }
 }
 
@@ -137,14 +173,19 @@ impl Near {
     pub(super) fn check(self) -> Result<()> {
         check_positive("near chunk", self.chunk)?;
         let tokens = self.back.saturating_add(1).saturating_mul(self.chunk);
-        if tokens > MAX_NEAR { Err(Error::TooLarge { argument: "near tokens", limit: MAX_NEAR, got: tokens }) } else { Ok(()) }
+        if tokens > MAX_NEAR {
+            Err(Error::TooLarge { argument: "near tokens", limit: MAX_NEAR, got: tokens })
+        } else {
+            Ok(())
+        }
     }
 }
 
 /// DCT-kernelized linear attention over all heads of a layer.
 ///
-/// O(n) time, a state of constant size, the same results whichever way the tokens arrive: at once, in pieces, or one by
-/// one. Immutable and shared freely between threads; what changes lives in [`CausalState`] and [`Workspace`].
+/// O(n) time, a state of constant size, the same results whichever way the tokens arrive: at once,
+/// in pieces, or one by one. Immutable and shared freely between threads; what changes lives in
+/// [`CausalState`] and [`Workspace`].
 ///
 /// # Examples
 /// ```
@@ -219,7 +260,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         Workspace::new(self.sizes, self.new_state().heads)
     }
 
-    /// Scratch for [`step`](Self::step), smaller: for one thread, and without room for long prefills.
+    /// Scratch for [`step`](Self::step), smaller: for one thread, and without room for long
+    /// prefills.
     pub fn step_workspace(&self) -> Workspace<T> {
         Workspace::for_steps(self.sizes)
     }
@@ -231,32 +273,42 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
 
     /// Every query sees every allowed key (bidirectional and cross attention). Allocates.
     ///
-    /// Where queries come one by one over the same keys, [`prefill`](Self::prefill) a state with the keys once, and then with each
-    /// query and a masked key: that reads the state, leaves it as it is, and costs the same at any number of keys.
+    /// Where queries come one by one over the same keys, [`prefill`](Self::prefill) a state with
+    /// the keys once, and then with each query and a masked key: that reads the state, leaves it as
+    /// it is, and costs the same at any number of keys.
     ///
     /// ```text
     /// o_i = Σ_j K(x_i, y_j) v_j / Σ_j K(x_i, y_j)
     /// ```
     ///
     /// # Shapes
-    /// - `q`: `[h, n_q, d]`, `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]`, `mask`: n_k entries; returns `[h, n_q, e]`.
+    /// - `q`: `[h, n_q, d]`, `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]`, `mask`: n_k entries;
+    ///   returns `[h, n_q, e]`.
     ///
     /// # Cost
     /// O(n_q + n_k) time, memory beyond the arguments independent of both.
     ///
     /// # Errors
-    /// [`Error::Conflict`] with a near part or decay, [`Error::Shape`] and [`Error::Length`] for arguments that do not
-    /// fit, [`Error::Empty`] without queries or keys, [`Error::TooLarge`] for outputs there is no room for, [`Error::NonFinite`] for
-    /// elements beyond [`Real::LIMIT`] (masked keys and their values are not looked at).
-    pub fn full(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
+    /// [`Error::Conflict`] with a near part or decay, [`Error::Shape`] and [`Error::Length`] for
+    /// arguments that do not fit, [`Error::Empty`] without queries or keys, [`Error::TooLarge`] for
+    /// outputs there is no room for, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`]
+    /// (masked keys and their values are not looked at).
+    pub fn full(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<Array3<T>> {
         let mut out = self.output(q)?;
         self.full_into(q, k, v, mask, &mut out, &mut self.workspace())?;
         Ok(out)
     }
 
-    /// [`full`](Self::full) into the caller's memory, without allocating. Heads are shared out among the threads of the current pool;
-    /// if there are at most half as many key-value heads as threads, several threads share a long one, in room that the workspace makes
-    /// at the first such call. The bits do not depend on it.
+    /// [`full`](Self::full) into the caller's memory, without allocating. Heads are shared out
+    /// among the threads of the current pool; if there are at most half as many key-value heads as
+    /// threads, several threads share a long one, in room that the workspace makes at the first
+    /// such call. The bits do not depend on it.
     ///
     /// # Shapes
     /// - as [`full`](Self::full), `out`: `[h, n_q, e]`.
@@ -282,23 +334,39 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             full::full_shared(|h| self.head(h), k, v, mask.valid(), queries, parts, scratches);
             return Ok(());
         }
-        self.for_each_head(q, k, v, out, workspace, (0..).map(|h| (h, ())), |head, (), q, k, v, out, scratch| {
-            full::full(head, q, k, v, mask.valid(), out, scratch);
-        });
+        self.for_each_head(
+            q,
+            k,
+            v,
+            out,
+            workspace,
+            (0..).map(|h| (h, ())),
+            |head, (), q, k, v, out, scratch| {
+                full::full(head, q, k, v, mask.valid(), out, scratch);
+            },
+        );
         Ok(())
     }
 
-    /// A whole sequence, each query seeing the keys up to its own: [`prefill`](Self::prefill) from the empty state.
+    /// A whole sequence, each query seeing the keys up to its own: [`prefill`](Self::prefill) from
+    /// the empty state.
     ///
     /// # Shapes
-    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries; returns `[h, n, e]`.
+    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries; returns
+    ///   `[h, n, e]`.
     ///
     /// # Cost
     /// As [`prefill_into`](Self::prefill_into), and allocates the output, a state and a workspace.
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into).
-    pub fn causal(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
+    pub fn causal(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<Array3<T>> {
         self.prefill(&mut self.new_state(), q, k, v, mask)
     }
 
@@ -331,17 +399,19 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// with A as in the [module's](crate::attention) equation.
     ///
     /// # Shapes
-    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries, `out`: `[h, n, e]`.
+    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries, `out`: `[h,
+    ///   n, e]`.
     ///
     /// # Cost
-    /// O(n) time, memory beyond the arguments independent of n; no allocation. Heads are shared out among the threads of the
-    /// current pool; if there are at most half as many key-value heads as threads, several threads share a head of a
-    /// long stretch, in room that the workspace makes at the first such call. The bits do not depend on it.
+    /// O(n) time, memory beyond the arguments independent of n; no allocation. Heads are shared out
+    /// among the threads of the current pool; if there are at most half as many key-value heads as
+    /// threads, several threads share a head of a long stretch, in room that the workspace makes at
+    /// the first such call. The bits do not depend on it.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Length`] and [`Error::Foreign`] for arguments that do not fit, [`Error::Empty`]
-    /// without tokens, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`] (masked keys and their values are not
-    /// looked at). After an error the state is unchanged.
+    /// [`Error::Shape`], [`Error::Length`] and [`Error::Foreign`] for arguments that do not fit,
+    /// [`Error::Empty`] without tokens, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`]
+    /// (masked keys and their values are not looked at). After an error the state is unchanged.
     pub fn prefill_into(
         &self,
         state: &mut CausalState<T>,
@@ -365,23 +435,33 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             }
             let clean = AtomicBool::new(true);
             let mut pages = std::mem::take(&mut workspace.pages);
-            let shared = pages.iter_mut().filter(|_| long).map(Some).chain(std::iter::repeat_with(|| None));
+            let shared =
+                pages.iter_mut().filter(|_| long).map(Some).chain(std::iter::repeat_with(|| None));
             let states = heads.iter_mut().zip(shared).enumerate();
-            self.for_each_head(q, k, v, out, workspace, states, |head, (state, pages), q, k, v, out, scratch| {
-                let fits = match pages {
-                    Some(pages) => stretch.prefill_shared(head, state, q, k, v, out, pages),
-                    None => stretch.prefill(head, state, q, k, v, out, scratch),
-                };
-                clean.fetch_and(fits, Ordering::Relaxed);
-            });
+            self.for_each_head(
+                q,
+                k,
+                v,
+                out,
+                workspace,
+                states,
+                |head, (state, pages), q, k, v, out, scratch| {
+                    let fits = match pages {
+                        Some(pages) => stretch.prefill_shared(head, state, q, k, v, out, pages),
+                        None => stretch.prefill(head, state, q, k, v, out, scratch),
+                    };
+                    clean.fetch_and(fits, Ordering::Relaxed);
+                },
+            );
             workspace.pages = pages;
             clean.into_inner()
         })
     }
 
-    /// `n` tokens join `state` by `walk`, which looks at elements as it reads them and returns whether all were in range: to do so
-    /// first, by `check`, would take them through the cache twice. There must be a state to go back to; for a few tokens to keep it
-    /// would cost more than it saves.
+    /// `n` tokens join `state` by `walk`, which looks at elements as it reads them and returns
+    /// whether all were in range: to do so first, by `check`, would take them through the cache
+    /// twice. There must be a state to go back to; for a few tokens to keep it would cost more than
+    /// it saves.
     pub(super) fn advance(
         &self,
         state: &mut CausalState<T>,
@@ -402,7 +482,11 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             if fresh {
                 state.heads.iter_mut().for_each(HeadState::reset);
             } else {
-                state.heads.iter_mut().zip(&workspace.snapshot).for_each(|(state, kept)| state.copy(kept));
+                state
+                    .heads
+                    .iter_mut()
+                    .zip(&workspace.snapshot)
+                    .for_each(|(state, kept)| state.copy(kept));
             }
             return check();
         }
@@ -416,7 +500,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// - `q`: `[h, d]`, `k`: `[h_kv, d]`, `v`: `[h_kv, e]`, `out`: `[h, e]`.
     ///
     /// # Cost
-    /// Constant: O(m·e) per head, and O(chunk · (d + e)) with a near part. Never allocates, runs on the calling thread.
+    /// Constant: O(m·e) per head, and O(chunk · (d + e)) with a near part. Never allocates, runs on
+    /// the calling thread.
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into); after an error the state is unchanged.
@@ -439,17 +524,31 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         check_elements("k", k)?;
         check_elements("v", v)?;
         let group = self.heads / kv_heads;
-        let parts = q.axis_chunks_iter(Axis(0), group).zip(out.axis_chunks_iter_mut(Axis(0), group));
+        let parts =
+            q.axis_chunks_iter(Axis(0), group).zip(out.axis_chunks_iter_mut(Axis(0), group));
         let rows = k.outer_iter().zip(v.outer_iter()).zip(parts);
         for ((h, head_state), ((k, v), (q, out))) in state.heads.iter_mut().enumerate().zip(rows) {
-            decode::step(&self.head(h), head_state, state.position, q, k, v, out, workspace.first());
+            decode::step(
+                &self.head(h),
+                head_state,
+                state.position,
+                q,
+                k,
+                v,
+                out,
+                workspace.first(),
+            );
         }
         state.position += 1;
         Ok(())
     }
 
     /// Whether state and workspace are those of an operator of this shape.
-    pub(crate) fn check_step(&self, state: &CausalState<T>, workspace: &Workspace<T>) -> Result<()> {
+    pub(crate) fn check_step(
+        &self,
+        state: &CausalState<T>,
+        workspace: &Workspace<T>,
+    ) -> Result<()> {
         state.check(self.shape())?;
         workspace.check(self.sizes)
     }
@@ -490,12 +589,20 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         }
     }
 
-    pub(super) fn check(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>, out: &ArrayRef3<T>) -> Result<()> {
+    pub(super) fn check(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+        out: &ArrayRef3<T>,
+    ) -> Result<()> {
         check_shapes(self.heads, self.maps.len(), self.sizes, q, k, v, mask, out)?;
         check_tokens(q, k, v, mask)
     }
 
-    /// Runs `work` once per key-value head, with the head's own of `states` and its share of every argument.
+    /// Runs `work` once per key-value head, with the head's own of `states` and its share of every
+    /// argument.
     fn for_each_head<S: Send>(
         &self,
         q: &ArrayRef3<T>,
@@ -504,24 +611,40 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         out: &mut ArrayRef3<T>,
         workspace: &mut Workspace<T>,
         states: impl Iterator<Item = (usize, S)> + Send,
-        work: impl Fn(&Head<'_, T, M>, S, ArrayView3<'_, T>, ArrayView2<'_, T>, ArrayView2<'_, T>, ArrayViewMut3<'_, T>, &mut Scratch<T>) + Sync,
+        work: impl Fn(
+            &Head<'_, T, M>,
+            S,
+            ArrayView3<'_, T>,
+            ArrayView2<'_, T>,
+            ArrayView2<'_, T>,
+            ArrayViewMut3<'_, T>,
+            &mut Scratch<T>,
+        ) + Sync,
     ) {
         let items = self.head_parts(q, k, v, out).zip(states);
-        threads::for_each(&mut workspace.scratches, items, |scratch, ((q, k, v, out), (h, state))| {
-            work(&self.head(h), state, q, k, v, out, scratch);
-        });
+        threads::for_each(
+            &mut workspace.scratches,
+            items,
+            |scratch, ((q, k, v, out), (h, state))| {
+                work(&self.head(h), state, q, k, v, out, scratch);
+            },
+        );
     }
 
-    /// Every key-value head's share of the arguments: `[group, n_q, d]`, `[n_k, d]`, `[n_k, e]`, `[group, n_q, e]`.
+    /// Every key-value head's share of the arguments: `[group, n_q, d]`, `[n_k, d]`, `[n_k, e]`,
+    /// `[group, n_q, e]`.
     fn head_parts<'a>(
         &self,
         q: &'a ArrayRef3<T>,
         k: &'a ArrayRef3<T>,
         v: &'a ArrayRef3<T>,
         out: &'a mut ArrayRef3<T>,
-    ) -> impl Iterator<Item = (ArrayView3<'a, T>, ArrayView2<'a, T>, ArrayView2<'a, T>, ArrayViewMut3<'a, T>)> + Send {
+    ) -> impl Iterator<
+        Item = (ArrayView3<'a, T>, ArrayView2<'a, T>, ArrayView2<'a, T>, ArrayViewMut3<'a, T>),
+    > + Send {
         let group = self.heads / self.maps.len();
-        let parts = q.axis_chunks_iter(Axis(0), group).zip(out.axis_chunks_iter_mut(Axis(0), group));
+        let parts =
+            q.axis_chunks_iter(Axis(0), group).zip(out.axis_chunks_iter_mut(Axis(0), group));
         k.outer_iter().zip(v.outer_iter()).zip(parts).map(|((k, v), (q, out))| (q, k, v, out))
     }
 }

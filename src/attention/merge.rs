@@ -1,11 +1,12 @@
-//! Segments of one sequence, each fed by itself, put together: what sequence parallelism over threads or processes needs.
+//! Segments of one sequence, each fed by itself, put together: what sequence parallelism over
+//! threads or processes needs.
 //!
 //! ```text
 //! c = max(c₁ + λ(p₂ − p₁), c₂)      S = exp(c₁ + λ(p₂ − p₁) − c)·S₁ + exp(c₂ − c)·S₂      (z likewise)
 //! ```
 //!
-//! with the frames (c, p) of both states, λ = log γ. Keys that lie in the first segment's near part, but no more in that of the
-//! end, are absorbed before; the others stay near.
+//! with the frames (c, p) of both states, λ = log γ. Keys that lie in the first segment's near
+//! part, but no more in that of the end, are absorbed before; the others stay near.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -19,8 +20,9 @@ use crate::real::Real;
 use crate::threads;
 
 impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
-    /// The empty state of a segment that begins at `position` of its sequence, to be [merged](Self::merge) with the state of what comes
-    /// before. Fed with the segment's tokens, it knows nothing of earlier ones: outputs computed from it see this segment only.
+    /// The empty state of a segment that begins at `position` of its sequence, to be
+    /// [merged](Self::merge) with the state of what comes before. Fed with the segment's tokens, it
+    /// knows nothing of earlier ones: outputs computed from it see this segment only.
     ///
     /// # Errors
     /// [`Error::TooLarge`] for a position beyond 2⁵².
@@ -28,14 +30,15 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         CausalState::at(self.shape(), position)
     }
 
-    /// Tokens that nobody queries join a state: [`prefill_into`](Self::prefill_into) without its queries and outputs, at less than half
-    /// the cost. The state becomes the same, bit for bit.
+    /// Tokens that nobody queries join a state: [`prefill_into`](Self::prefill_into) without its
+    /// queries and outputs, at less than half the cost. The state becomes the same, bit for bit.
     ///
     /// # Shapes
     /// - `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries.
     ///
     /// # Cost
-    /// O(n) time, no allocation. Key-value heads are shared out among the threads of the current pool.
+    /// O(n) time, no allocation. Key-value heads are shared out among the threads of the current
+    /// pool.
     ///
     /// # Errors
     /// As [`prefill_into`](Self::prefill_into); after an error the state is unchanged.
@@ -62,37 +65,55 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             |stretch, heads, workspace| {
                 let clean = AtomicBool::new(true);
                 let heads = heads.iter_mut().zip(k.outer_iter().zip(v.outer_iter())).enumerate();
-                threads::for_each(&mut workspace.scratches, heads, |scratch, (h, (state, (k, v)))| {
-                    let mut nothing = nobody(self.sizes.value_dim);
-                    let fits = stretch.prefill(&self.head(h), state, queries.view(), k, v, nothing.view_mut(), scratch);
-                    clean.fetch_and(fits, Ordering::Relaxed);
-                });
+                threads::for_each(
+                    &mut workspace.scratches,
+                    heads,
+                    |scratch, (h, (state, (k, v)))| {
+                        let mut nothing = nobody(self.sizes.value_dim);
+                        let fits = stretch.prefill(
+                            &self.head(h),
+                            state,
+                            queries.view(),
+                            k,
+                            v,
+                            nothing.view_mut(),
+                            scratch,
+                        );
+                        clean.fetch_and(fits, Ordering::Relaxed);
+                    },
+                );
                 clean.into_inner()
             },
         )
     }
 
-    /// `state` becomes that of its own segment and the next one, `next`: what feeding it the next segment's tokens would have made of
-    /// it, up to rounding. Any cut will do, within a near chunk too.
+    /// `state` becomes that of its own segment and the next one, `next`: what feeding it the next
+    /// segment's tokens would have made of it, up to rounding. Any cut will do, within a near chunk
+    /// too.
     ///
-    /// Merging is associative up to rounding, and the empty state of a position is neutral, so that any scan or reduction over
-    /// segments gives the states that sequence parallelism needs:
+    /// Merging is associative up to rounding, and the empty state of a position is neutral, so that
+    /// any scan or reduction over segments gives the states that sequence parallelism needs:
     ///
-    /// 1. every worker [extends](Self::extend) a [`new_state_at`](Self::new_state_at) the beginning of its segment by its tokens;
-    /// 2. an *exclusive* scan with `merge` gives every worker the state of everything before its segment;
-    /// 3. every worker prefills its tokens from that state, which gives its outputs: those of one worker over the whole, up to rounding.
+    /// 1. every worker [extends](Self::extend) a [`new_state_at`](Self::new_state_at) the beginning
+    ///    of its segment by its tokens;
+    /// 2. an *exclusive* scan with `merge` gives every worker the state of everything before its
+    ///    segment;
+    /// 3. every worker prefills its tokens from that state, which gives its outputs: those of one
+    ///    worker over the whole, up to rounding.
     ///
-    /// Workers may be threads, or processes that exchange `CausalState::to_bytes` (feature `states`): with MPI, `MPI_Exscan` over a
-    /// user-defined operation that reads two states, merges and writes one; with a library that only gathers (NCCL), an all-gather of
-    /// the bytes, whose number is the same for all, and a merge of those before one's own. What travels does not grow with the number
-    /// of tokens. The example `sequence_parallel` shows it.
+    /// Workers may be threads, or processes that exchange `CausalState::to_bytes` (feature
+    /// `states`): with MPI, `MPI_Exscan` over a user-defined operation that reads two states,
+    /// merges and writes one; with a library that only gathers (NCCL), an all-gather of the bytes,
+    /// whose number is the same for all, and a merge of those before one's own. What travels does
+    /// not grow with the number of tokens. The example `sequence_parallel` shows it.
     ///
     /// # Cost
-    /// O(m·e) per head, and O(chunk · back) keys through the map with a near part. On the calling thread, no allocation.
+    /// O(m·e) per head, and O(chunk · back) keys through the map with a near part. On the calling
+    /// thread, no allocation.
     ///
     /// # Errors
-    /// [`Error::Value`] unless `next` begins where `state` ends, [`Error::Foreign`] for states and a workspace of another shape; nothing
-    /// is changed then.
+    /// [`Error::Value`] unless `next` begins where `state` ends, [`Error::Foreign`] for states and
+    /// a workspace of another shape; nothing is changed then.
     ///
     /// # Examples
     /// ```
@@ -112,7 +133,12 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// assert_eq!((state.start(), state.position()), (0, 30));
     /// # Ok::<(), dijiang::Error>(())
     /// ```
-    pub fn merge(&self, state: &mut CausalState<T>, next: &CausalState<T>, workspace: &mut Workspace<T>) -> Result<()> {
+    pub fn merge(
+        &self,
+        state: &mut CausalState<T>,
+        next: &CausalState<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
         self.check_step(state, workspace)?;
         next.check(self.shape())?;
         if next.start() != state.position {
@@ -129,7 +155,15 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         for (h, (own, next_head)) in state.heads.iter_mut().zip(&next.heads).enumerate() {
             let head = self.head(h);
             if let (Some(mut ring), Some(next_ring)) = (own.ring.take(), &next_head.ring) {
-                near::hand_over(&head, own, &mut ring, state.position, next_ring, next.position, scratch);
+                near::hand_over(
+                    &head,
+                    own,
+                    &mut ring,
+                    state.position,
+                    next_ring,
+                    next.position,
+                    scratch,
+                );
                 own.ring = Some(ring);
             }
             let mut sums = std::mem::take(&mut scratch.sums);

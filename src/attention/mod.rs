@@ -1,4 +1,5 @@
-//! Attention over heads: the linear one, in O(n) with causal prefix sums, and the exact softmax one beside it.
+//! Attention over heads: the linear one, in O(n) with causal prefix sums, and the exact softmax one
+//! beside it.
 //!
 //! ```text
 //! A_ij = exp(x_i·y_j)         if near(i, j)
@@ -6,16 +7,19 @@
 //! o_i  = Σ_j A_ij v_j / Σ_j A_ij            a row with no allowed key gives zeros
 //! ```
 //!
-//! with x = √σ·q, y = √σ·k and K(x, y) = Σ_f exp(a_f(x) + b_f(y)) by a [`FeatureMap`](crate::kernel::FeatureMap).
-//! [`LinearAttention`] computes it in O(n); [`ExactAttention`] is softmax attention (near(i, j) for every pair), in
-//! O(n²) and with a cache that grows.
+//! with x = √σ·q, y = √σ·k and K(x, y) = Σ_f exp(a_f(x) + b_f(y)) by a
+//! [`FeatureMap`](crate::kernel::FeatureMap). [`LinearAttention`] computes it in O(n);
+//! [`ExactAttention`] is softmax attention (near(i, j) for every pair), in O(n²) and with a cache
+//! that grows.
 //!
-//! Sources: sums over features: Katharopoulos et al. 2020, *Transformers are RNNs*, equations 8 to 12; decay: Sun et al. 2023, *RetNet*,
-//! equation 5; running maxima as in the online softmax of Milakov and Gimelshein 2018; the near part is this crate's.
+//! Sources: sums over features: Katharopoulos et al. 2020, *Transformers are RNNs*, equations 8 to
+//! 12; decay: Sun et al. 2023, *RetNet*, equation 5; running maxima as in the online softmax of
+//! Milakov and Gimelshein 2018; the near part is this crate's.
 //!
-//! Elements of q, k and v must be numbers of at most [`Real::LIMIT`](crate::Real::LIMIT) in magnitude: everything else
-//! is refused at the door, before anything is changed. Within it no NaN and no infinity can arise, but for one case: with decay,
-//! log-features so large (10⁸ and more in `f32`) that their rounding is more than what decays over a block.
+//! Elements of q, k and v must be numbers of at most [`Real::LIMIT`](crate::Real::LIMIT) in
+//! magnitude: everything else is refused at the door, before anything is changed. Within it no NaN
+//! and no infinity can arise, but for one case: with decay, log-features so large (10⁸ and more in
+//! `f32`) that their rounding is more than what decays over a block.
 
 mod backward;
 mod causal;
@@ -59,8 +63,9 @@ pub enum KeyMask<'a> {
     /// Every key.
     #[default]
     All,
-    /// Keys whose entry is `true`, one entry per key. The k and v of the others are never looked at; they leave
-    /// numerator, normaliser and state untouched, and count as tokens for positions, chunks and decay.
+    /// Keys whose entry is `true`, one entry per key. The k and v of the others are never looked
+    /// at; they leave numerator, normaliser and state untouched, and count as tokens for positions,
+    /// chunks and decay.
     Valid(&'a [bool]),
 }
 
@@ -81,7 +86,8 @@ impl<'a> KeyMask<'a> {
     }
 }
 
-/// The near part: the query's own chunk and the `back` chunks before it are exact softmax attention.
+/// The near part: the query's own chunk and the `back` chunks before it are exact softmax
+/// attention.
 ///
 /// ```text
 /// near(i, j) = ⌊i/c⌋ − ⌊j/c⌋ ≤ r and j ≤ i
@@ -89,7 +95,11 @@ impl<'a> KeyMask<'a> {
 ///
 /// Chunks are aligned to absolute positions, so prefill in any pieces and decoding agree exactly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub struct Near {
     /// Chunk length c in tokens. The drop-in layer's default: 64.
@@ -104,9 +114,10 @@ impl Near {
         Self { chunk, back }
     }
 
-    /// The near part that costs a head of dimension `dim` no more per token than 64 tokens a chunk cost one of dimension 64:
-    /// 4096/d tokens a chunk, in whole groups of 16 and at least 64, and one chunk back. Narrow heads are worse
-    /// approximated by their features, and gain more from a longer near part than from anything else.
+    /// The near part that costs a head of dimension `dim` no more per token than 64 tokens a chunk
+    /// cost one of dimension 64: 4096/d tokens a chunk, in whole groups of 16 and at least 64, and
+    /// one chunk back. Narrow heads are worse approximated by their features, and gain more from a
+    /// longer near part than from anything else.
     pub fn for_dim(dim: usize) -> Self {
         Self { chunk: (4096 / dim.max(1)).next_multiple_of(16).clamp(64, 512), back: 1 }
     }

@@ -1,5 +1,5 @@
-//! Causal linear attention with an exact near part: the last chunks of keys as they are, everything older through the
-//! state.
+//! Causal linear attention with an exact near part: the last chunks of keys as they are, everything
+//! older through the state.
 
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3, s};
 
@@ -100,27 +100,37 @@ impl<T: Real> Ring<T> {
         self.chunk
     }
 
-    /// Position of the first token that has not left for the state when `position` tokens have been seen.
+    /// Position of the first token that has not left for the state when `position` tokens have been
+    /// seen.
     pub(super) fn first(&self, position: usize) -> usize {
         // Chunk i leaves when chunk i + slots begins, not when it is about to.
         position.div_ceil(self.chunk).saturating_sub(self.slots.len()) * self.chunk
     }
 
-    /// What the tokens before `position` left here: the position of the first one, scaled keys `[tokens, d]`, values
-    /// `[tokens, e]`, and which tokens may be attended to.
-    pub(super) fn tokens(&self, position: usize, value_dim: usize) -> (usize, Array2<T>, Array2<T>, Vec<bool>) {
+    /// What the tokens before `position` left here: the position of the first one, scaled keys
+    /// `[tokens, d]`, values `[tokens, e]`, and which tokens may be attended to.
+    pub(super) fn tokens(
+        &self,
+        position: usize,
+        value_dim: usize,
+    ) -> (usize, Array2<T>, Array2<T>, Vec<bool>) {
         let first = self.first(position);
         let (stride, value_stride) = (padded(self.chunk), padded(value_dim));
         let at = |j: usize| (self.slot((first + j) / self.chunk), (first + j) % self.chunk);
         let dim = self.slots[0].keys.len() / stride;
-        let keys = Array2::from_shape_fn((position - first, dim), |(j, i)| at(j).0.keys[i * stride + at(j).1]);
-        let values = Array2::from_shape_fn((position - first, value_dim), |(j, i)| at(j).0.values[at(j).1 * value_stride + i]);
+        let keys = Array2::from_shape_fn((position - first, dim), |(j, i)| {
+            at(j).0.keys[i * stride + at(j).1]
+        });
+        let values = Array2::from_shape_fn((position - first, value_dim), |(j, i)| {
+            at(j).0.values[at(j).1 * value_stride + i]
+        });
         (first, keys, values, (0..position - first).map(|j| at(j).0.valid[at(j).1]).collect())
     }
 
     /// Stores one token: its scaled key `[d]` and its value `[e_padded]`.
     pub(super) fn push(&mut self, position: usize, key: &[T], value: &[T]) {
-        let (chunk, within, stride) = (position / self.chunk, position % self.chunk, padded(self.chunk));
+        let (chunk, within, stride) =
+            (position / self.chunk, position % self.chunk, padded(self.chunk));
         let slot = self.slot_mut(chunk);
         for (row, &key) in slot.keys.chunks_exact_mut(stride).zip(key) {
             row[within] = key;
@@ -129,7 +139,8 @@ impl<T: Real> Ring<T> {
         slot.valid[within] = true;
     }
 
-    /// Chunks that a query at `position` sees, with the first column of their scores and the keys they hold.
+    /// Chunks that a query at `position` sees, with the first column of their scores and the keys
+    /// they hold.
     fn seen(&self, position: usize) -> impl Iterator<Item = (&Slot<T>, usize, usize)> {
         let (chunk, within) = (position / self.chunk, position % self.chunk);
         let back = (self.slots.len() - 1).min(chunk);
@@ -139,18 +150,29 @@ impl<T: Real> Ring<T> {
         })
     }
 
-    /// Scores of one scaled query `[d]` over the keys it sees, −∞ between and behind them; returns how many columns.
+    /// Scores of one scaled query `[d]` over the keys it sees, −∞ between and behind them; returns
+    /// how many columns.
     pub(super) fn scores_of(&self, ops: &Ops<T>, position: usize, x: &[T], p: &mut [T]) -> usize {
         let stride = padded(self.chunk);
         let mut width = 0;
         for (slot, at, keys) in self.seen(position) {
             let columns = padded(keys);
             width = at + columns;
-            let product =
-                Product { m: 1, n: columns, k: x.len(), a_row: x.len(), a_col: 1, b_row: stride, c_row: stride, accumulate: false };
+            let product = Product {
+                m: 1,
+                n: columns,
+                k: x.len(),
+                a_row: x.len(),
+                a_col: 1,
+                b_row: stride,
+                c_row: stride,
+                accumulate: false,
+            };
             ops.matmul(product, x, &slot.keys, &mut p[at..]);
             p[at + keys..width].fill(T::NEG_INFINITY);
-            for (score, _) in p[at..].iter_mut().zip(&slot.valid[..keys]).filter(|(_, valid)| !**valid) {
+            for (score, _) in
+                p[at..].iter_mut().zip(&slot.valid[..keys]).filter(|(_, valid)| !**valid)
+            {
                 *score = T::NEG_INFINITY;
             }
         }
@@ -158,9 +180,25 @@ impl<T: Real> Ring<T> {
     }
 
     /// Adds the values, weighted by the scores `p` of [`scores_of`](Self::scores_of), to `o`.
-    pub(super) fn add_values(&self, ops: &Ops<T>, position: usize, stride: usize, p: &[T], o: &mut [T]) {
+    pub(super) fn add_values(
+        &self,
+        ops: &Ops<T>,
+        position: usize,
+        stride: usize,
+        p: &[T],
+        o: &mut [T],
+    ) {
         for (slot, at, keys) in self.seen(position) {
-            let product = Product { m: 1, n: stride, k: keys, a_row: keys, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
+            let product = Product {
+                m: 1,
+                n: stride,
+                k: keys,
+                a_row: keys,
+                a_col: 1,
+                b_row: stride,
+                c_row: stride,
+                accumulate: true,
+            };
             ops.matmul(product, &p[at..], &slot.values, o);
         }
     }
@@ -192,7 +230,8 @@ impl<T: Real> Slot<T> {
 
 /// The next tokens of one key-value head and its group of query heads.
 ///
-/// Elements are looked at as they are read; returns false, leaving the state anywhere, if one is out of range.
+/// Elements are looked at as they are read; returns false, leaving the state anywhere, if one is
+/// out of range.
 ///
 /// # Shapes
 /// - `q`: `[group, n, d]`, `k`: `[n, d]`, `v`: `[n, e]`, `out`: `[group, n, e]`.
@@ -209,13 +248,23 @@ pub(super) fn near<T: Real, M: FeatureMap<T>>(
 ) -> bool {
     let Some(mut ring) = state.ring.take() else { return true };
     let (mut start, mut fits) = (0, true);
-    let mut ahead = Ahead::of([k, v].into_iter().chain(q.outer_iter()).chain(out.view().outer_iter()));
+    let mut ahead =
+        Ahead::of([k, v].into_iter().chain(q.outer_iter()).chain(out.view().outer_iter()));
     while fits && start < k.nrows() {
         let end = keys(head, state, &mut ring, position, k, v, valid, start, scratch);
         fits = end.is_some_and(|end| {
             let share = s![.., start..end, ..];
             ahead.aim(end, BLOCK);
-            queries(head, state, &ring, position + start, q.slice(share), out.slice_mut(share), scratch, Some(&mut ahead))
+            queries(
+                head,
+                state,
+                &ring,
+                position + start,
+                q.slice(share),
+                out.slice_mut(share),
+                scratch,
+                Some(&mut ahead),
+            )
         });
         start = end.unwrap_or(start);
     }
@@ -223,8 +272,8 @@ pub(super) fn near<T: Real, M: FeatureMap<T>>(
     fits
 }
 
-/// The block of keys and values at `start` goes to the ring, after the oldest chunk has left it for the state, if it must;
-/// returns where the block ends, or `None` for elements out of range.
+/// The block of keys and values at `start` goes to the ring, after the oldest chunk has left it for
+/// the state, if it must; returns where the block ends, or `None` for elements out of range.
 fn keys<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &mut HeadState<T>,
@@ -259,8 +308,8 @@ fn keys<T: Real, M: FeatureMap<T>>(
     Some(end)
 }
 
-/// Outputs of a block's queries, the first at `position`, over the near keys and the state. Returns whether all elements were
-/// in range.
+/// Outputs of a block's queries, the first at `position`, over the near keys and the state. Returns
+/// whether all elements were in range.
 ///
 /// # Shapes
 /// - `q`: `[group, tokens, d]`, `out`: `[group, tokens, e]`.
@@ -323,8 +372,9 @@ fn absorb<T: Real, M: FeatureMap<T>>(
     }
 }
 
-/// A segment that ends at `cut` is followed by one whose end is at `position` > `cut`, with the near part `next`: chunks of `ring` that
-/// are no longer near there join the state, and the next one's tokens join the ring.
+/// A segment that ends at `cut` is followed by one whose end is at `position` > `cut`, with the
+/// near part `next`: chunks of `ring` that are no longer near there join the state, and the next
+/// one's tokens join the ring.
 pub(super) fn hand_over<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &mut HeadState<T>,
@@ -347,8 +397,8 @@ pub(super) fn hand_over<T: Real, M: FeatureMap<T>>(
     }
 }
 
-/// Sums and normalisers of the queries `scratch.x`, the first at `position`, over the near keys and the state, into
-/// `scratch.o` and `scratch.total`.
+/// Sums and normalisers of the queries `scratch.x`, the first at `position`, over the near keys and
+/// the state, into `scratch.o` and `scratch.total`.
 fn sums<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &HeadState<T>,
@@ -368,7 +418,8 @@ fn sums<T: Real, M: FeatureMap<T>>(
     let stride = (back + 1) * slot_width;
     let stride_v = head.value_stride;
 
-    // Scores of the older chunks, then of the query's own up to the diagonal; −∞ where no key may be looked at.
+    // Scores of the older chunks, then of the query's own up to the diagonal; −∞ where no key may
+    // be looked at.
     for age in (0..=back).rev() {
         let slot = ring.slot(chunk - age);
         let at = (back - age) * slot_width;
@@ -377,15 +428,30 @@ fn sums<T: Real, M: FeatureMap<T>>(
         for band in (0..tokens).step_by(LANES) {
             let rows = LANES.min(tokens - band);
             let columns = if age == 0 { padded(within + band + rows) } else { slot_width };
-            let product =
-                Product { m: rows, n: columns, k: head.dim, a_row: 1, a_col: width, b_row: slot_width, c_row: stride, accumulate: false };
-            (head.ops.matmul_ahead)(product, &x[band..], &slot.keys, &mut p[band * stride + at..], ahead.as_deref_mut());
+            let product = Product {
+                m: rows,
+                n: columns,
+                k: head.dim,
+                a_row: 1,
+                a_col: width,
+                b_row: slot_width,
+                c_row: stride,
+                accumulate: false,
+            };
+            (head.ops.matmul_ahead)(
+                product,
+                &x[band..],
+                &slot.keys,
+                &mut p[band * stride + at..],
+                ahead.as_deref_mut(),
+            );
             for i in band..band + rows {
                 let row = &mut p[i * stride + at..][..slot_width];
                 let end = if age == 0 { within + i + 1 } else { ring.chunk };
                 row[end..columns].fill(T::NEG_INFINITY);
                 if masked {
-                    for (score, _) in row.iter_mut().zip(&slot.valid).filter(|(_, valid)| !**valid) {
+                    for (score, _) in row.iter_mut().zip(&slot.valid).filter(|(_, valid)| !**valid)
+                    {
                         *score = T::NEG_INFINITY;
                     }
                 }
@@ -393,7 +459,12 @@ fn sums<T: Real, M: FeatureMap<T>>(
         }
     }
     // Where the scores of a band's queries end: the own chunk comes last.
-    let scores = |i: usize| i * stride..i * stride + back * slot_width + padded(within + tokens.min(i / LANES * LANES + LANES));
+    let scores = |i: usize| {
+        i * stride
+            ..i * stride
+                + back * slot_width
+                + padded(within + tokens.min(i / LANES * LANES + LANES))
+    };
     for (i, top) in top.iter_mut().enumerate() {
         *top = if i < tokens { (head.ops.slice_max)(&p[scores(i)]) } else { T::zero() };
     }
@@ -407,7 +478,8 @@ fn sums<T: Real, M: FeatureMap<T>>(
             let decay = state.decay(head.log_decay, position + i);
             let far = *shift + decay;
             *top = top.max(far);
-            // decay − top, so that nothing of a strong decay's rounding is left where far keys are all there is.
+            // decay − top, so that nothing of a strong decay's rounding is left where far keys are
+            // all there is.
             *shift = (far - *top) - *shift;
         }
         state.read(head.ops, a, tokens, column, total, o, ahead.as_deref_mut());
@@ -429,9 +501,23 @@ fn sums<T: Real, M: FeatureMap<T>>(
         for band in (0..tokens).step_by(LANES) {
             let rows = LANES.min(tokens - band);
             let keys = if age == 0 { within + band + rows } else { ring.chunk };
-            let product =
-                Product { m: rows, n: stride_v, k: keys, a_row: stride, a_col: 1, b_row: stride_v, c_row: stride_v, accumulate: true };
-            (head.ops.matmul_ahead)(product, &p[band * stride + at..], &slot.values, &mut o[band * stride_v..], ahead.as_deref_mut());
+            let product = Product {
+                m: rows,
+                n: stride_v,
+                k: keys,
+                a_row: stride,
+                a_col: 1,
+                b_row: stride_v,
+                c_row: stride_v,
+                accumulate: true,
+            };
+            (head.ops.matmul_ahead)(
+                product,
+                &p[band * stride + at..],
+                &slot.values,
+                &mut o[band * stride_v..],
+                ahead.as_deref_mut(),
+            );
         }
     }
 }

@@ -1,11 +1,13 @@
-//! Many sequences in one call: their tokens one after another in the same arrays, told apart by offsets.
+//! Many sequences in one call: their tokens one after another in the same arrays, told apart by
+//! offsets.
 //!
 //! ```text
 //! sequence i = tokens offsets[i] .. offsets[i+1],   offsets = [0, …, total]        (`cu_seqlens` elsewhere)
 //! ```
 //!
-//! Every sequence is walked as it would be alone, so its results and states are the same, bit for bit, whatever its neighbours and
-//! however many threads there are. A sequence without tokens is allowed: it has no outputs, and its state stays as it is.
+//! Every sequence is walked as it would be alone, so its results and states are the same, bit for
+//! bit, whatever its neighbours and however many threads there are. A sequence without tokens is
+//! allowed: it has no outputs, and its state stays as it is.
 
 use std::ops::Range;
 
@@ -14,15 +16,24 @@ use ndarray::{Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis, s}
 use crate::attention::pages::Pages;
 use crate::attention::prefill::Stretch;
 use crate::attention::workspace::Scratch;
-use crate::attention::{CausalState, ExactAttention, KeyMask, KvCache, LinearAttention, Workspace, full};
+use crate::attention::{
+    CausalState, ExactAttention, KeyMask, KvCache, LinearAttention, Workspace, full,
+};
 use crate::error::{Error, Result, check_len, check_shape};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
 use crate::threads;
 
-/// Offsets begin with 0, never fall, and end with the number of tokens; returns how many sequences there are.
-pub(crate) fn check_offsets(argument: &'static str, offsets: &[usize], tokens: usize) -> Result<usize> {
-    let (Some(&first), Some(&last)) = (offsets.first(), offsets.last()) else { return Err(Error::Empty { argument }) };
+/// Offsets begin with 0, never fall, and end with the number of tokens; returns how many sequences
+/// there are.
+pub(crate) fn check_offsets(
+    argument: &'static str,
+    offsets: &[usize],
+    tokens: usize,
+) -> Result<usize> {
+    let (Some(&first), Some(&last)) = (offsets.first(), offsets.last()) else {
+        return Err(Error::Empty { argument });
+    };
     let wrong = |expected, got: usize| Err(Error::Value { argument, expected, got: got as f64 });
     if first != 0 {
         return wrong("0 at first", first);
@@ -43,7 +54,12 @@ pub(crate) fn check_offsets_of(states: usize, offsets: &[usize], tokens: usize) 
 }
 
 /// As [`check_offsets`], for queries and keys of as many sequences.
-fn check_both_offsets<T>(q_offsets: &[usize], k_offsets: &[usize], q: &ArrayRef3<T>, k: &ArrayRef3<T>) -> Result<()> {
+fn check_both_offsets<T>(
+    q_offsets: &[usize],
+    k_offsets: &[usize],
+    q: &ArrayRef3<T>,
+    k: &ArrayRef3<T>,
+) -> Result<()> {
     let sequences = check_offsets("q_offsets", q_offsets, q.shape()[1])?;
     check_len("k_offsets", sequences + 1, k_offsets.len())?;
     check_offsets("k_offsets", k_offsets, k.shape()[1]).map(|_| ())
@@ -80,11 +96,14 @@ impl<'a, T: Real> Packed<'a, T> {
     fn parts(self, out: &'a mut ArrayRef3<T>) -> impl Iterator<Item = Part<'a, T>> + Send {
         let Self { q, k, v, q_offsets, k_offsets, mask } = self;
         let (kv_heads, group) = (k.shape()[0], q.shape()[0] / k.shape()[0]);
-        let sequences = ranges(q_offsets).zip(ranges(k_offsets)).scan(Some(out.view_mut()), |rest, (queries, keys)| {
-            let (own, later) = rest.take()?.split_at(Axis(1), queries.len());
-            *rest = Some(later);
-            Some((queries, keys, own))
-        });
+        let sequences = ranges(q_offsets).zip(ranges(k_offsets)).scan(
+            Some(out.view_mut()),
+            |rest, (queries, keys)| {
+                let (own, later) = rest.take()?.split_at(Axis(1), queries.len());
+                *rest = Some(later);
+                Some((queries, keys, own))
+            },
+        );
         sequences.flat_map(move |(queries, keys, out)| {
             let mask = mask.of(keys.clone());
             (0..kv_heads).scan(Some(out), move |rest, head| {
@@ -111,15 +130,19 @@ fn for_each_part<'a, T: Real, S: Send>(
     states: impl Iterator<Item = S> + Send,
     work: impl Fn(Part<'a, T>, S, &mut Scratch<T>) + Sync,
 ) {
-    threads::for_each(scratches, packed.parts(out).zip(states), |scratch, (part, state)| work(part, state, scratch));
+    threads::for_each(scratches, packed.parts(out).zip(states), |scratch, (part, state)| {
+        work(part, state, scratch)
+    });
 }
 
 impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
-    /// [`full`](Self::full) of several sequences, each one's queries seeing its own keys only. Allocates.
+    /// [`full`](Self::full) of several sequences, each one's queries seeing its own keys only.
+    /// Allocates.
     ///
     /// # Shapes
-    /// - `q`: `[h, n_q, d]`, `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]` with all sequences' tokens one after another, `q_offsets` and
-    ///   `k_offsets`: b + 1 each, `mask`: n_k entries; returns `[h, n_q, e]`.
+    /// - `q`: `[h, n_q, d]`, `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]` with all sequences'
+    ///   tokens one after another, `q_offsets` and `k_offsets`: b + 1 each, `mask`: n_k entries;
+    ///   returns `[h, n_q, e]`.
     ///
     /// # Errors
     /// As [`full_packed_into`](Self::full_packed_into).
@@ -133,17 +156,27 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         mask: KeyMask<'_>,
     ) -> Result<Array3<T>> {
         let mut out = self.output(q)?;
-        self.full_packed_into(q, k, v, q_offsets, k_offsets, mask, &mut out, &mut self.workspace())?;
+        self.full_packed_into(
+            q,
+            k,
+            v,
+            q_offsets,
+            k_offsets,
+            mask,
+            &mut out,
+            &mut self.workspace(),
+        )?;
         Ok(out)
     }
 
-    /// [`full_packed`](Self::full_packed) into the caller's memory, without allocating. Sequence i is tokens
-    /// `offsets[i]..offsets[i + 1]`, and gets what [`full_into`](Self::full_into) gives for it alone, bit for bit; zeros, if it has
-    /// queries and no keys.
+    /// [`full_packed`](Self::full_packed) into the caller's memory, without allocating. Sequence i
+    /// is tokens `offsets[i]..offsets[i + 1]`, and gets what [`full_into`](Self::full_into) gives
+    /// for it alone, bit for bit; zeros, if it has queries and no keys.
     ///
     /// # Errors
-    /// As [`full_into`](Self::full_into). [`Error::Value`] for offsets that do not begin with 0, fall, or do not end with the number of
-    /// tokens, [`Error::Length`] for different numbers of both.
+    /// As [`full_into`](Self::full_into). [`Error::Value`] for offsets that do not begin with 0,
+    /// fall, or do not end with the number of tokens, [`Error::Length`] for different numbers of
+    /// both.
     pub fn full_packed_into(
         &self,
         q: &ArrayRef3<T>,
@@ -160,9 +193,23 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         check_both_offsets(q_offsets, k_offsets, q, k)?;
         self.check(q, k, v, mask, out)?;
         let packed = Packed { q, k, v, q_offsets, k_offsets, mask };
-        for_each_part(packed, out, &mut workspace.scratches, std::iter::repeat(()), |part, (), scratch| {
-            full::full(&self.head(part.head), part.q, part.k, part.v, part.mask.valid(), part.out, scratch);
-        });
+        for_each_part(
+            packed,
+            out,
+            &mut workspace.scratches,
+            std::iter::repeat(()),
+            |part, (), scratch| {
+                full::full(
+                    &self.head(part.head),
+                    part.q,
+                    part.k,
+                    part.v,
+                    part.mask.valid(),
+                    part.out,
+                    scratch,
+                );
+            },
+        );
         Ok(())
     }
 
@@ -221,21 +268,24 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         Ok(out)
     }
 
-    /// The next tokens of several sequences, into the caller's memory, without allocating. Sequence i is tokens
-    /// `offsets[i]..offsets[i + 1]` and continues `states[i]`, as [`prefill_into`](Self::prefill_into) would with it alone, bit for
-    /// bit. A sequence without tokens leaves its state as it is.
+    /// The next tokens of several sequences, into the caller's memory, without allocating. Sequence
+    /// i is tokens `offsets[i]..offsets[i + 1]` and continues `states[i]`, as
+    /// [`prefill_into`](Self::prefill_into) would with it alone, bit for bit. A sequence without
+    /// tokens leaves its state as it is.
     ///
     /// # Shapes
-    /// - `states`: b, `offsets`: b + 1; `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries, `out`:
-    ///   `[h, n, e]` with all sequences' tokens one after another.
+    /// - `states`: b, `offsets`: b + 1; `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`,
+    ///   `mask`: n entries, `out`: `[h, n, e]` with all sequences' tokens one after another.
     ///
     /// # Cost
-    /// That of the sequences, and one look at all elements before. Sequences and heads are shared out among the threads of the
-    /// current pool; where they are at most half as many as threads, threads share them as in `prefill_into`.
+    /// That of the sequences, and one look at all elements before. Sequences and heads are shared
+    /// out among the threads of the current pool; where they are at most half as many as threads,
+    /// threads share them as in `prefill_into`.
     ///
     /// # Errors
-    /// As [`prefill_into`](Self::prefill_into), for any of the sequences. [`Error::Length`] unless there is one offset more than
-    /// states, [`Error::Value`] for offsets that do not begin with 0, fall, or do not end with n. After an error no state is changed.
+    /// As [`prefill_into`](Self::prefill_into), for any of the sequences. [`Error::Length`] unless
+    /// there is one offset more than states, [`Error::Value`] for offsets that do not begin with 0,
+    /// fall, or do not end with n. After an error no state is changed.
     pub fn prefill_packed_into(
         &self,
         states: &mut [&mut CausalState<T>],
@@ -254,9 +304,19 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         check_shape("k", k, &[kv_heads, n, self.sizes.dim])?;
         self.check(q, k, v, mask, out)?;
         if Pages::<T>::pay(states.len() * kv_heads) {
-            for (state, tokens) in states.iter_mut().zip(ranges(offsets)).filter(|(_, tokens)| !tokens.is_empty()) {
+            for (state, tokens) in
+                states.iter_mut().zip(ranges(offsets)).filter(|(_, tokens)| !tokens.is_empty())
+            {
                 let (mask, own) = (mask.of(tokens.clone()), s![.., tokens, ..]);
-                self.prefill_into(state, &q.slice(own), &k.slice(own), &v.slice(own), mask, &mut out.slice_mut(own), workspace)?;
+                self.prefill_into(
+                    state,
+                    &q.slice(own),
+                    &k.slice(own),
+                    &v.slice(own),
+                    mask,
+                    &mut out.slice_mut(own),
+                    workspace,
+                )?;
             }
             return Ok(());
         }
@@ -265,17 +325,35 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             let position = state.position;
             state.heads.iter_mut().map(move |head| (position, head))
         });
-        for_each_part(packed, out, &mut workspace.scratches, heads, |part, (position, state), scratch| {
-            let stretch = Stretch { position, mask: part.mask, near: self.near() };
-            stretch.prefill(&self.head(part.head), state, part.q, part.k, part.v, part.out, scratch);
-        });
-        states.iter_mut().zip(ranges(offsets)).for_each(|(state, tokens)| state.position += tokens.len());
+        for_each_part(
+            packed,
+            out,
+            &mut workspace.scratches,
+            heads,
+            |part, (position, state), scratch| {
+                let stretch = Stretch { position, mask: part.mask, near: self.near() };
+                stretch.prefill(
+                    &self.head(part.head),
+                    state,
+                    part.q,
+                    part.k,
+                    part.v,
+                    part.out,
+                    scratch,
+                );
+            },
+        );
+        states
+            .iter_mut()
+            .zip(ranges(offsets))
+            .for_each(|(state, tokens)| state.position += tokens.len());
         Ok(())
     }
 }
 
 impl<T: Real> ExactAttention<T> {
-    /// [`full`](Self::full) of several sequences, each one's queries seeing its own keys only. Allocates.
+    /// [`full`](Self::full) of several sequences, each one's queries seeing its own keys only.
+    /// Allocates.
     ///
     /// # Shapes
     /// As [`LinearAttention::full_packed`].
@@ -292,12 +370,21 @@ impl<T: Real> ExactAttention<T> {
         mask: KeyMask<'_>,
     ) -> Result<Array3<T>> {
         let mut out = self.output(q)?;
-        self.full_packed_into(q, k, v, q_offsets, k_offsets, mask, &mut out, &mut self.workspace())?;
+        self.full_packed_into(
+            q,
+            k,
+            v,
+            q_offsets,
+            k_offsets,
+            mask,
+            &mut out,
+            &mut self.workspace(),
+        )?;
         Ok(out)
     }
 
-    /// [`full_packed`](Self::full_packed) into the caller's memory, without allocating; each sequence as
-    /// [`full_into`](Self::full_into) of it alone, bit for bit.
+    /// [`full_packed`](Self::full_packed) into the caller's memory, without allocating; each
+    /// sequence as [`full_into`](Self::full_into) of it alone, bit for bit.
     ///
     /// # Errors
     /// As [`LinearAttention::full_packed_into`].
@@ -319,7 +406,8 @@ impl<T: Real> ExactAttention<T> {
         Ok(())
     }
 
-    /// Whole sequences: [`causal`](Self::causal) of each. Allocates the output and scratch, no cache.
+    /// Whole sequences: [`causal`](Self::causal) of each. Allocates the output and scratch, no
+    /// cache.
     ///
     /// # Errors
     /// As [`causal_packed_into`](Self::causal_packed_into).
@@ -336,11 +424,12 @@ impl<T: Real> ExactAttention<T> {
         Ok(out)
     }
 
-    /// [`causal_packed`](Self::causal_packed) into the caller's memory, without allocating; each sequence as
-    /// [`causal_into`](Self::causal_into) of it alone, bit for bit.
+    /// [`causal_packed`](Self::causal_packed) into the caller's memory, without allocating; each
+    /// sequence as [`causal_into`](Self::causal_into) of it alone, bit for bit.
     ///
     /// # Errors
-    /// As [`causal_into`](Self::causal_into), and for offsets as [`LinearAttention::prefill_packed_into`].
+    /// As [`causal_into`](Self::causal_into), and for offsets as
+    /// [`LinearAttention::prefill_packed_into`].
     pub fn causal_packed_into(
         &self,
         q: &ArrayRef3<T>,
@@ -354,7 +443,12 @@ impl<T: Real> ExactAttention<T> {
         check_offsets("offsets", offsets, q.shape()[1])?;
         check_shape("k", k, &[self.config().kv_heads, q.shape()[1], self.config().dim])?;
         self.check(q, k, v, mask, out, workspace)?;
-        self.pass_packed(Packed { q, k, v, q_offsets: offsets, k_offsets: offsets, mask }, true, out, workspace);
+        self.pass_packed(
+            Packed { q, k, v, q_offsets: offsets, k_offsets: offsets, mask },
+            true,
+            out,
+            workspace,
+        );
         Ok(())
     }
 
@@ -376,8 +470,9 @@ impl<T: Real> ExactAttention<T> {
         Ok(out)
     }
 
-    /// The next tokens of several sequences, into the caller's memory; sequence i continues `caches[i]` as
-    /// [`prefill_into`](Self::prefill_into) would with it alone, bit for bit. Allocates where a cache grows.
+    /// The next tokens of several sequences, into the caller's memory; sequence i continues
+    /// `caches[i]` as [`prefill_into`](Self::prefill_into) would with it alone, bit for bit.
+    /// Allocates where a cache grows.
     ///
     /// # Shapes
     /// As [`LinearAttention::prefill_packed_into`], with caches for states.
@@ -404,19 +499,49 @@ impl<T: Real> ExactAttention<T> {
             let position = cache.position;
             cache.heads.iter_mut().map(move |head| (position, head))
         });
-        for_each_part(packed, out, &mut workspace.scratches, heads, |part, (position, cache), scratch| {
-            self.continue_head(cache, position, part.q, part.k, part.v, part.mask.valid(), part.out, scratch);
-        });
-        caches.iter_mut().zip(ranges(offsets)).for_each(|(cache, tokens)| cache.position += tokens.len());
+        for_each_part(
+            packed,
+            out,
+            &mut workspace.scratches,
+            heads,
+            |part, (position, cache), scratch| {
+                self.continue_head(
+                    cache,
+                    position,
+                    part.q,
+                    part.k,
+                    part.v,
+                    part.mask.valid(),
+                    part.out,
+                    scratch,
+                );
+            },
+        );
+        caches
+            .iter_mut()
+            .zip(ranges(offsets))
+            .for_each(|(cache, tokens)| cache.position += tokens.len());
         Ok(())
     }
 
-    fn pass_packed(&self, packed: Packed<'_, T>, causal: bool, out: &mut ArrayRef3<T>, workspace: &mut Workspace<T>) {
-        for_each_part(packed, out, &mut workspace.scratches, std::iter::repeat(()), |part, (), scratch| {
-            let Part { q, k, v, mask, mut out, .. } = part;
-            for (q, out) in q.outer_iter().zip(out.outer_iter_mut()) {
-                self.pass_head(q, k, v, mask.valid(), causal, out, scratch);
-            }
-        });
+    fn pass_packed(
+        &self,
+        packed: Packed<'_, T>,
+        causal: bool,
+        out: &mut ArrayRef3<T>,
+        workspace: &mut Workspace<T>,
+    ) {
+        for_each_part(
+            packed,
+            out,
+            &mut workspace.scratches,
+            std::iter::repeat(()),
+            |part, (), scratch| {
+                let Part { q, k, v, mask, mut out, .. } = part;
+                for (q, out) in q.outer_iter().zip(out.outer_iter_mut()) {
+                    self.pass_head(q, k, v, mask.valid(), causal, out, scratch);
+                }
+            },
+        );
     }
 }

@@ -1,10 +1,12 @@
-//! One head on several threads: whoever finds nobody on the walk over the keys walks the next segment of them and leaves on a page
-//! the state before it; the others take the pages that are full, and the segment's queries from there. Once there are full pages for
-//! everybody, who is at the head of the walk takes the queries of the next segment along, which then needs no page.
+//! One head on several threads: whoever finds nobody on the walk over the keys walks the next
+//! segment of them and leaves on a page the state before it; the others take the pages that are
+//! full, and the segment's queries from there. Once there are full pages for everybody, who is at
+//! the head of the walk takes the queries of the next segment along, which then needs no page.
 //!
-//! Segments, the blocks within and the order of every sum are those of the walk on one thread, so the results are too, bit for
-//! bit, on any number of threads. The keys of a segment with a page are met twice. With κ the keys' share of the work (two
-//! fifths; three tenths with a near part) two threads are 2 − κ times as fast as one; more than [`WORKERS`] would wait for the walk.
+//! Segments, the blocks within and the order of every sum are those of the walk on one thread, so
+//! the results are too, bit for bit, on any number of threads. The keys of a segment with a page
+//! are met twice. With κ the keys' share of the work (two fifths; three tenths with a near part)
+//! two threads are 2 − κ times as fast as one; more than [`WORKERS`] would wait for the walk.
 
 use std::ops::Range;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -49,7 +51,10 @@ impl<T: Real> Pages<T> {
     /// For a pool of as many threads as the current one.
     pub(super) fn new(sizes: Sizes, shape: Shape) -> Self {
         let workers = (max_threads() / shape.heads).clamp(2, WORKERS);
-        Self { scratches: vec![Scratch::new(sizes); workers], empty: vec![HeadState::new(shape); 2 * workers - 1] }
+        Self {
+            scratches: vec![Scratch::new(sizes); workers],
+            empty: vec![HeadState::new(shape); 2 * workers - 1],
+        }
     }
 
     /// Whether heads are too few to keep the threads busy by themselves.
@@ -62,8 +67,9 @@ impl<T: Real> Pages<T> {
         self.empty.iter().map(HeadState::len).chain(self.scratches.iter().map(Scratch::len)).sum()
     }
 
-    /// Runs `walk` for segment after segment, with its share of `q` and `out`, or with no heads of them and a page to leave the
-    /// state before the segment on; it returns false to give up. And `read` for every segment with a page.
+    /// Runs `walk` for segment after segment, with its share of `q` and `out`, or with no heads of
+    /// them and a page to leave the state before the segment on; it returns false to give up. And
+    /// `read` for every segment with a page.
     ///
     /// # Shapes
     /// - `q`: `[group, n, d]`, `out`: `[group, n, e]`.
@@ -71,12 +77,30 @@ impl<T: Real> Pages<T> {
         &mut self,
         q: ArrayView3<'_, T>,
         out: ArrayViewMut3<'_, T>,
-        walk: impl FnMut(Range<usize>, Option<&mut HeadState<T>>, ArrayView3<'_, T>, ArrayViewMut3<'_, T>, &mut Scratch<T>) -> bool + Send,
-        read: impl Fn(Range<usize>, &mut HeadState<T>, ArrayView3<'_, T>, ArrayViewMut3<'_, T>, &mut Scratch<T>) + Sync,
+        walk: impl FnMut(
+            Range<usize>,
+            Option<&mut HeadState<T>>,
+            ArrayView3<'_, T>,
+            ArrayViewMut3<'_, T>,
+            &mut Scratch<T>,
+        ) -> bool
+        + Send,
+        read: impl Fn(
+            Range<usize>,
+            &mut HeadState<T>,
+            ArrayView3<'_, T>,
+            ArrayViewMut3<'_, T>,
+            &mut Scratch<T>,
+        ) + Sync,
     ) {
         let (n, pages, workers) = (q.shape()[1], self.empty.len(), self.scratches.len());
         let empty = std::mem::take(&mut self.empty);
-        let desk = Desk { empty, full: Vec::with_capacity(pages), walk: Some(Walk { start: 0, out }), more: true };
+        let desk = Desk {
+            empty,
+            full: Vec::with_capacity(pages),
+            walk: Some(Walk { start: 0, out }),
+            more: true,
+        };
         // Only who has the walk locks the keys.
         let (desk, keys, changed) = (Mutex::new(desk), Mutex::new(walk), Condvar::new());
         let work = |scratch: &mut Scratch<T>| {
@@ -89,8 +113,13 @@ impl<T: Real> Pages<T> {
                     let tokens = start..start + share.shape()[1];
                     let heads = if page.is_some() { 0 } else { q.shape()[0] };
                     let of_heads = s![..heads, tokens.clone(), ..];
-                    let goes_on =
-                        (lock(&keys))(tokens.clone(), page.as_mut(), q.slice(of_heads), share.slice_mut(s![..heads, .., ..]), scratch);
+                    let goes_on = (lock(&keys))(
+                        tokens.clone(),
+                        page.as_mut(),
+                        q.slice(of_heads),
+                        share.slice_mut(s![..heads, .., ..]),
+                        scratch,
+                    );
                     at = lock(&desk);
                     at.more = goes_on && tokens.end < n;
                     at.walk = at.more.then_some(Walk { start: tokens.end, out });
@@ -113,7 +142,9 @@ impl<T: Real> Pages<T> {
                 }
             }
         };
-        for_each(&mut self.scratches, std::iter::repeat_n((), workers), |scratch, ()| work(scratch));
+        for_each(&mut self.scratches, std::iter::repeat_n((), workers), |scratch, ()| {
+            work(scratch)
+        });
         self.empty = desk.into_inner().unwrap_or_else(PoisonError::into_inner).empty;
     }
 }
@@ -134,8 +165,9 @@ impl<T> Drop for Alarm<'_, '_, T> {
 }
 
 impl<'a, T> Desk<'a, T> {
-    /// The walk, if it is to be had, and a page for it unless there are full ones for all `workers`, so that the others have something
-    /// to read for as long as the queries take. Each of the others reads one page at most: one is left.
+    /// The walk, if it is to be had, and a page for it unless there are full ones for all
+    /// `workers`, so that the others have something to read for as long as the queries take. Each
+    /// of the others reads one page at most: one is left.
     fn next_to_walk(&mut self, workers: usize) -> Option<(Option<HeadState<T>>, Walk<'a, T>)> {
         let walk = self.walk.take()?;
         Some((if self.full.len() < workers { self.empty.pop() } else { None }, walk))

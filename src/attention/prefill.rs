@@ -23,7 +23,8 @@ pub(super) struct Stretch<'a> {
 }
 
 impl Stretch<'_> {
-    /// One head on the calling thread; returns whether all elements were in range. If not, the state is anything.
+    /// One head on the calling thread; returns whether all elements were in range. If not, the
+    /// state is anything.
     pub(super) fn prefill<T: Real, M: FeatureMap<T>>(
         &self,
         head: &Head<'_, T, M>,
@@ -35,8 +36,12 @@ impl Stretch<'_> {
         scratch: &mut Scratch<T>,
     ) -> bool {
         match self.near {
-            Some(_) => near::near(head, state, self.position, q, k, v, self.mask.valid(), out, scratch),
-            None => causal::causal(head, state, self.position, q, k, v, self.mask.valid(), out, scratch),
+            Some(_) => {
+                near::near(head, state, self.position, q, k, v, self.mask.valid(), out, scratch)
+            }
+            None => {
+                causal::causal(head, state, self.position, q, k, v, self.mask.valid(), out, scratch)
+            }
         }
     }
 
@@ -52,15 +57,21 @@ impl Stretch<'_> {
         pages: &mut Pages<T>,
     ) -> bool {
         let clean = AtomicBool::new(true);
-        let segment =
-            |tokens: Range<usize>, state: &mut HeadState<T>, q: ArrayView3<'_, T>, out: ArrayViewMut3<'_, T>, scratch: &mut Scratch<T>| {
-                let mask = self.mask.valid().map_or(KeyMask::All, |valid| KeyMask::Valid(&valid[tokens.clone()]));
-                let stretch = Stretch { position: self.position + tokens.start, mask, ..*self };
-                let rows = s![tokens, ..];
-                let fits = stretch.prefill(head, state, q, k.slice(rows), v.slice(rows), out, scratch);
-                clean.fetch_and(fits, Ordering::Relaxed);
-                fits
-            };
+        let segment = |tokens: Range<usize>,
+                       state: &mut HeadState<T>,
+                       q: ArrayView3<'_, T>,
+                       out: ArrayViewMut3<'_, T>,
+                       scratch: &mut Scratch<T>| {
+            let mask = self
+                .mask
+                .valid()
+                .map_or(KeyMask::All, |valid| KeyMask::Valid(&valid[tokens.clone()]));
+            let stretch = Stretch { position: self.position + tokens.start, mask, ..*self };
+            let rows = s![tokens, ..];
+            let fits = stretch.prefill(head, state, q, k.slice(rows), v.slice(rows), out, scratch);
+            clean.fetch_and(fits, Ordering::Relaxed);
+            fits
+        };
         pages.run(
             q,
             out,

@@ -16,8 +16,9 @@ pub(super) fn is_valid(valid: Valid<'_>, j: usize) -> bool {
     valid.is_none_or(|valid| valid[j])
 }
 
-/// Rows `tokens` of `rows` become the columns of `panel` `[d, padded]`, multiplied by `scale`; masked tokens and the
-/// columns that fill up the last lane group become zeros. Returns whether every element taken is in range.
+/// Rows `tokens` of `rows` become the columns of `panel` `[d, padded]`, multiplied by `scale`;
+/// masked tokens and the columns that fill up the last lane group become zeros. Returns whether
+/// every element taken is in range.
 pub(super) fn gather<T: Real>(
     ops: &Ops<T>,
     rows: ArrayView2<'_, T>,
@@ -31,7 +32,9 @@ pub(super) fn gather<T: Real>(
     let zeros = &zeros[..d];
     let (mut squares, mut strided) = (T::ZERO, false);
     for group in (0..width).step_by(LANES) {
-        let token = |lane: usize| Some(tokens.start + group + lane).filter(|&j| j < tokens.end && is_valid(valid, j));
+        let token = |lane: usize| {
+            Some(tokens.start + group + lane).filter(|&j| j < tokens.end && is_valid(valid, j))
+        };
         let mut contiguous = true;
         let columns: [&[T]; LANES] = std::array::from_fn(|lane| match token(lane) {
             Some(j) => rows.row(j).to_slice().unwrap_or_else(|| {
@@ -53,13 +56,21 @@ pub(super) fn gather<T: Real>(
     !strided && proves::<T>(squares) || tokens_fit(rows, tokens, valid)
 }
 
-/// Rows `tokens` of `rows` one after the other in `out`, padded to whole lane groups; masked tokens become zeros. Returns
-/// whether every element taken is in range.
-pub(super) fn copy_rows<T: Real>(ops: &Ops<T>, rows: ArrayView2<'_, T>, tokens: Range<usize>, valid: Valid<'_>, out: &mut [T]) -> bool {
+/// Rows `tokens` of `rows` one after the other in `out`, padded to whole lane groups; masked tokens
+/// become zeros. Returns whether every element taken is in range.
+pub(super) fn copy_rows<T: Real>(
+    ops: &Ops<T>,
+    rows: ArrayView2<'_, T>,
+    tokens: Range<usize>,
+    valid: Valid<'_>,
+    out: &mut [T],
+) -> bool {
     let (e, stride) = (rows.ncols(), padded(rows.ncols()));
     let (mut squares, mut strided) = (T::ZERO, false);
     match rows.slice(s![tokens.clone(), ..]).to_slice() {
-        Some(whole) if e == stride && valid.is_none() => squares = (ops.copy)(whole, &mut out[..whole.len()]),
+        Some(whole) if e == stride && valid.is_none() => {
+            squares = (ops.copy)(whole, &mut out[..whole.len()])
+        }
         _ => {
             for (out, j) in out.chunks_exact_mut(stride).zip(tokens.clone()) {
                 let (row, padding) = out.split_at_mut(e);
@@ -84,7 +95,11 @@ fn proves<T: Real>(squares: T) -> bool {
 }
 
 /// Whether every element of the valid tokens is in range.
-pub(super) fn tokens_fit<T: Real>(rows: ArrayView2<'_, T>, tokens: Range<usize>, valid: Valid<'_>) -> bool {
+pub(super) fn tokens_fit<T: Real>(
+    rows: ArrayView2<'_, T>,
+    tokens: Range<usize>,
+    valid: Valid<'_>,
+) -> bool {
     let limit = T::from_f64(T::LIMIT);
     let token_fits = |row: ArrayView1<'_, T>| match row.to_slice() {
         Some(row) => (T::ops().all_within)(row, limit),

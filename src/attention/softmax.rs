@@ -1,11 +1,16 @@
-//! Exact softmax attention: tiled, with online softmax, and a cache of keys and values to decode from.
+//! Exact softmax attention: tiled, with online softmax, and a cache of keys and values to decode
+//! from.
 
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis};
+use ndarray::{
+    Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis,
+};
 
-use crate::attention::checks::{check_key_shapes, check_keys, check_scale, check_shapes, check_size, check_tokens};
+use crate::attention::checks::{
+    check_key_shapes, check_keys, check_scale, check_shapes, check_size, check_tokens,
+};
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
 use crate::attention::{KeyMask, Near, Workspace};
@@ -16,7 +21,11 @@ use crate::threads;
 
 /// How [`ExactAttention`] is to be built.
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub struct ExactConfig {
     /// Query heads h.
@@ -29,14 +38,22 @@ pub struct ExactConfig {
     pub value_dim: usize,
     /// Softmax scale σ. Default: 1/√d.
     pub scale: f64,
-    /// Causal attention sees the near part alone: the query's own chunk and `back` chunks before it. Default: none.
+    /// Causal attention sees the near part alone: the query's own chunk and `back` chunks before
+    /// it. Default: none.
     pub near: Option<Near>,
 }
 
 impl ExactConfig {
     /// `heads` heads of dimension `dim`, everything else by default.
     pub fn new(heads: usize, dim: usize) -> Self {
-        Self { heads, kv_heads: heads, dim, value_dim: dim, scale: 1.0 / (dim as f64).sqrt(), near: None }
+        Self {
+            heads,
+            kv_heads: heads,
+            dim,
+            value_dim: dim,
+            scale: 1.0 / (dim as f64).sqrt(),
+            near: None,
+        }
     }
 
     /// Fewer key-value heads than query heads: each serves h / h_kv consecutive query heads.
@@ -66,14 +83,24 @@ impl ExactConfig {
     /// Checks everything.
     ///
     /// # Errors
-    /// [`Error::Value`] for sizes of zero and a scale that is not positive, [`Error::NotDivisible`] for heads that are
-    /// no multiple of the key-value heads.
+    /// [`Error::Value`] for sizes of zero and a scale that is not positive, [`Error::NotDivisible`]
+    /// for heads that are no multiple of the key-value heads.
     pub fn build<T: Real>(self) -> Result<ExactAttention<T>> {
-        for (argument, value) in [("heads", self.heads), ("kv_heads", self.kv_heads), ("dim", self.dim), ("value_dim", self.value_dim)] {
+        for (argument, value) in [
+            ("heads", self.heads),
+            ("kv_heads", self.kv_heads),
+            ("dim", self.dim),
+            ("value_dim", self.value_dim),
+        ] {
             check_size(argument, value)?;
         }
         if !self.heads.is_multiple_of(self.kv_heads) {
-            return Err(Error::NotDivisible { argument: "heads", divisor: "kv_heads", divisor_value: self.kv_heads, got: self.heads });
+            return Err(Error::NotDivisible {
+                argument: "heads",
+                divisor: "kv_heads",
+                divisor_value: self.kv_heads,
+                got: self.heads,
+            });
         }
         check_scale(self.scale, self.dim)?;
         if let Some(near) = self.near {
@@ -89,15 +116,16 @@ impl ExactConfig {
 /// o_i = Σ_j exp(x_i·y_j) v_j / Σ_j exp(x_i·y_j)
 /// ```
 ///
-/// The thing [`LinearAttention`](crate::attention::LinearAttention) replaces, with the same methods: its judge, its
-/// baseline, and what to use below about a hundred tokens.
+/// The thing [`LinearAttention`](crate::attention::LinearAttention) replaces, with the same
+/// methods: its judge, its baseline, and what to use below about a hundred tokens.
 #[derive(Debug, Clone)]
 pub struct ExactAttention<T> {
     config: ExactConfig,
     element: PhantomData<T>,
 }
 
-/// The keys and values of every token so far: what [`ExactAttention`] needs to decode. Grows with every token.
+/// The keys and values of every token so far: what [`ExactAttention`] needs to decode. Grows with
+/// every token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvCache<T> {
     pub(super) heads: Vec<HeadCache<T>>,
@@ -167,11 +195,18 @@ impl<T: Real> ExactAttention<T> {
     /// Every query sees every allowed key. Allocates.
     ///
     /// # Shapes
-    /// - `q`: `[h, n_q, d]`, `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]`, `mask`: n_k entries; returns `[h, n_q, e]`.
+    /// - `q`: `[h, n_q, d]`, `k`: `[h_kv, n_k, d]`, `v`: `[h_kv, n_k, e]`, `mask`: n_k entries;
+    ///   returns `[h, n_q, e]`.
     ///
     /// # Errors
     /// As [`LinearAttention::full`](crate::attention::LinearAttention::full).
-    pub fn full(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
+    pub fn full(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<Array3<T>> {
         let mut out = self.output(q)?;
         self.full_into(q, k, v, mask, &mut out, &mut self.workspace())?;
         Ok(out)
@@ -202,20 +237,29 @@ impl<T: Real> ExactAttention<T> {
         Ok(())
     }
 
-    /// A whole sequence, each query seeing the keys up to its own. Allocates the output and scratch, no cache.
+    /// A whole sequence, each query seeing the keys up to its own. Allocates the output and
+    /// scratch, no cache.
     ///
     /// # Shapes
-    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries; returns `[h, n, e]`.
+    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries; returns
+    ///   `[h, n, e]`.
     ///
     /// # Errors
     /// As [`causal_into`](Self::causal_into).
-    pub fn causal(&self, q: &ArrayRef3<T>, k: &ArrayRef3<T>, v: &ArrayRef3<T>, mask: KeyMask<'_>) -> Result<Array3<T>> {
+    pub fn causal(
+        &self,
+        q: &ArrayRef3<T>,
+        k: &ArrayRef3<T>,
+        v: &ArrayRef3<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<Array3<T>> {
         let mut out = self.output(q)?;
         self.causal_into(q, k, v, mask, &mut out, &mut self.workspace())?;
         Ok(out)
     }
 
-    /// [`causal`](Self::causal) into the caller's memory, without allocating: O(n²) time, memory independent of n.
+    /// [`causal`](Self::causal) into the caller's memory, without allocating: O(n²) time, memory
+    /// independent of n.
     ///
     /// # Shapes
     /// - as [`causal`](Self::causal), `out`: `[h, n, e]`.
@@ -260,11 +304,12 @@ impl<T: Real> ExactAttention<T> {
     /// The next n tokens of a sequence, into the caller's memory; the cache grows by n tokens.
     ///
     /// # Shapes
-    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries, `out`: `[h, n, e]`.
+    /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries, `out`: `[h,
+    ///   n, e]`.
     ///
     /// # Errors
-    /// As [`LinearAttention::prefill_into`](crate::attention::LinearAttention::prefill_into); after an error the cache
-    /// is unchanged.
+    /// As [`LinearAttention::prefill_into`](crate::attention::LinearAttention::prefill_into); after
+    /// an error the cache is unchanged.
     pub fn prefill_into(
         &self,
         cache: &mut KvCache<T>,
@@ -280,16 +325,22 @@ impl<T: Real> ExactAttention<T> {
         check_shape("k", k, &[self.config.kv_heads, n, self.config.dim])?;
         self.check(q, k, v, mask, out, workspace)?;
         let (position, group) = (cache.position, self.config.heads / self.config.kv_heads);
-        let parts = q.axis_chunks_iter(Axis(0), group).zip(out.axis_chunks_iter_mut(Axis(0), group));
+        let parts =
+            q.axis_chunks_iter(Axis(0), group).zip(out.axis_chunks_iter_mut(Axis(0), group));
         let items = cache.heads.iter_mut().zip(k.outer_iter().zip(v.outer_iter())).zip(parts);
-        threads::for_each(&mut workspace.scratches, items, |scratch, ((cache, (k, v)), (q, out))| {
-            self.continue_head(cache, position, q, k, v, mask.valid(), out, scratch);
-        });
+        threads::for_each(
+            &mut workspace.scratches,
+            items,
+            |scratch, ((cache, (k, v)), (q, out))| {
+                self.continue_head(cache, position, q, k, v, mask.valid(), out, scratch);
+            },
+        );
         cache.position += n;
         Ok(())
     }
 
-    /// Appends tokens to the cache that nobody queries: the keys and values of a context to be attended to later.
+    /// Appends tokens to the cache that nobody queries: the keys and values of a context to be
+    /// attended to later.
     ///
     /// # Shapes
     /// - `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries.
@@ -349,7 +400,11 @@ impl<T: Real> ExactAttention<T> {
         check_elements("k", k)?;
         check_elements("v", v)?;
         let group = heads / kv_heads;
-        let (q, k, v) = (q.view().insert_axis(Axis(1)), k.view().insert_axis(Axis(1)), v.view().insert_axis(Axis(1)));
+        let (q, k, v) = (
+            q.view().insert_axis(Axis(1)),
+            k.view().insert_axis(Axis(1)),
+            v.view().insert_axis(Axis(1)),
+        );
         let mut out = out.view_mut().insert_axis(Axis(1));
         let position = cache.position;
         for (h, cache) in cache.heads.iter_mut().enumerate() {
@@ -406,7 +461,9 @@ impl<T: Real> ExactAttention<T> {
             ("value dimension", value_dim, cache.value_dim),
         ];
         match pairs.into_iter().find(|(_, expected, got)| expected != got) {
-            Some((what, expected, got)) => Err(Error::Foreign { argument: "cache", what, expected, got }),
+            Some((what, expected, got)) => {
+                Err(Error::Foreign { argument: "cache", what, expected, got })
+            }
             None => Ok(()),
         }
     }
@@ -459,7 +516,10 @@ impl<T: Real> ExactAttention<T> {
 
     /// Keys that the causal query at position i sees.
     fn window(&self, i: usize) -> Range<usize> {
-        let first = self.config.near.map_or(0, |near| (i / near.chunk).saturating_sub(near.back) * near.chunk);
+        let first = self
+            .config
+            .near
+            .map_or(0, |near| (i / near.chunk).saturating_sub(near.back) * near.chunk);
         first..i + 1
     }
 
@@ -480,16 +540,27 @@ impl<T: Real> ExactAttention<T> {
         for (q, mut out) in q.outer_iter().zip(out.outer_iter_mut()) {
             for start in (0..n).step_by(BLOCK) {
                 let rows = start..(start + BLOCK).min(n);
-                self.tiles(Keys::Cached(cache), q, rows.clone(), |i| self.window(position + i), scratch);
+                self.tiles(
+                    Keys::Cached(cache),
+                    q,
+                    rows.clone(),
+                    |i| self.window(position + i),
+                    scratch,
+                );
                 for i in rows {
-                    normalise(&scratch.o[(i - start) * stride..], scratch.total[i - start], out.row_mut(i));
+                    normalise(
+                        &scratch.o[(i - start) * stride..],
+                        scratch.total[i - start],
+                        out.row_mut(i),
+                    );
                 }
             }
         }
     }
 
-    /// Online softmax of the query rows `rows` of `q` over the key blocks that any of them sees: sums into `scratch.o`,
-    /// normalisers into `scratch.total`. `visible` tells the range of keys that a row sees, which only moves upwards.
+    /// Online softmax of the query rows `rows` of `q` over the key blocks that any of them sees:
+    /// sums into `scratch.o`, normalisers into `scratch.total`. `visible` tells the range of keys
+    /// that a row sees, which only moves upwards.
     fn tiles(
         &self,
         keys: Keys<'_, T>,
@@ -522,15 +593,27 @@ impl<T: Real> ExactAttention<T> {
             let columns = padded(count);
             for band in (0..tokens).step_by(LANES) {
                 let height = LANES.min(tokens - band);
-                let (low, high) = (visible(rows.start + band), visible(rows.start + band + height - 1));
+                let (low, high) =
+                    (visible(rows.start + band), visible(rows.start + band + height - 1));
                 if low.start >= base + BLOCK || high.end <= base {
                     continue;
                 }
                 let scores = &mut p[band * BLOCK..];
-                let product =
-                    Product { m: height, n: columns, k: d, a_row: 1, a_col: width, b_row: key_width, c_row: BLOCK, accumulate: false };
+                let product = Product {
+                    m: height,
+                    n: columns,
+                    k: d,
+                    a_row: 1,
+                    a_col: width,
+                    b_row: key_width,
+                    c_row: BLOCK,
+                    accumulate: false,
+                };
                 ops.matmul(product, &x[band..], keys, scores);
-                let whole = valid.is_none() && high.start <= base && low.end >= base + count && count == columns;
+                let whole = valid.is_none()
+                    && high.start <= base
+                    && low.end >= base + count
+                    && count == columns;
                 for i in 0..height {
                     let row = &mut scores[i * BLOCK..i * BLOCK + columns];
                     let row_index = band + i;
@@ -555,8 +638,16 @@ impl<T: Real> ExactAttention<T> {
                     }
                     total[row_index] += (ops.exp_sum)(row, -new_top);
                 }
-                let product =
-                    Product { m: height, n: stride, k: count, a_row: BLOCK, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
+                let product = Product {
+                    m: height,
+                    n: stride,
+                    k: count,
+                    a_row: BLOCK,
+                    a_col: 1,
+                    b_row: stride,
+                    c_row: stride,
+                    accumulate: true,
+                };
                 ops.matmul(product, scores, values, &mut o[band * stride..]);
             }
         }
@@ -591,7 +682,13 @@ impl<T: Real> HeadCache<T> {
                 keys[within..within + end - start].copy_from_slice(&y[..end - start]);
             }
             let first = position + start;
-            copy_rows(ops, v, start..end, valid, &mut self.values[first * stride..(first + end - start) * stride]);
+            copy_rows(
+                ops,
+                v,
+                start..end,
+                valid,
+                &mut self.values[first * stride..(first + end - start) * stride],
+            );
             for j in start..end {
                 self.valid[position + j] = is_valid(valid, j);
             }

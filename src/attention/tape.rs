@@ -9,13 +9,14 @@
 //!         v̇_j += Σ_f k_jf R_f                                  λ̇     = Σ_i p_i Σ_f ȧ_if − Σ_j p_j Σ_f ḃ_jf
 //! ```
 //!
-//! Forward, the sums S, z grow as in the [attention](crate::attention) itself, and give ȧ; backward, R, r grow, and give
-//! ḃ. Features are computed again where they are needed. What is kept from the first to the second pass is two numbers
-//! per query, and the *frames* (c, p₀) of the sums, which are constants to differentiate by: going back from one frame
-//! to the one before, R is multiplied by exp(c + λ(p₀′ − p₀) − c′) ≤ 1. So w and k are never out of range together.
+//! Forward, the sums S, z grow as in the [attention](crate::attention) itself, and give ȧ;
+//! backward, R, r grow, and give ḃ. Features are computed again where they are needed. What is kept
+//! from the first to the second pass is two numbers per query, and the *frames* (c, p₀) of the
+//! sums, which are constants to differentiate by: going back from one frame to the one before, R is
+//! multiplied by exp(c + λ(p₀′ − p₀) − c′) ≤ 1. So w and k are never out of range together.
 //!
-//! Inside a block of purely causal attention, queries and keys meet in the products of their features, as in the
-//! forward pass.
+//! Inside a block of purely causal attention, queries and keys meet in the products of their
+//! features, as in the forward pass.
 
 use std::ops::Range;
 
@@ -69,18 +70,27 @@ pub(super) struct Stretch<'a, T: 'static, M> {
 const KEYS: usize = 4;
 
 impl<T: Real, M> Stretch<'_, T, M> {
-    /// Keys, values and their gradients, then queries and the gradients of their outputs, and in the forward pass those of the
-    /// queries themselves.
-    fn ahead(&self, upstream: &Upstream<'_, T>, inputs: Option<&InputGradients<'_, T>>, forward: bool) -> Ahead<T> {
+    /// Keys, values and their gradients, then queries and the gradients of their outputs, and in
+    /// the forward pass those of the queries themselves.
+    fn ahead(
+        &self,
+        upstream: &Upstream<'_, T>,
+        inputs: Option<&InputGradients<'_, T>>,
+        forward: bool,
+    ) -> Ahead<T> {
         // Blocks are told by their queries in the forward pass, by their keys in the other.
         let first = if forward { self.lead.min(self.k.nrows()) } else { 0 };
         let kv = [self.k, self.v].map(|rows| rows.slice_move(s![first.., ..]));
         let written = inputs.filter(|_| !forward && !matches!(self.order, Order::Near(_)));
         let nothing = kv[0].slice(s![..0, ..]);
-        let [grad_k, grad_v] = written.map_or([nothing, nothing], |inputs| [inputs.k.view(), inputs.v.view()]);
+        let [grad_k, grad_v] =
+            written.map_or([nothing, nothing], |inputs| [inputs.k.view(), inputs.v.view()]);
         let grad_q = inputs.filter(|_| forward).map(|inputs| inputs.q.view());
         let grad_out = if let Upstream::Rows(rows) = upstream { Some(*rows) } else { None };
-        let of_queries = [Some(self.q), grad_out, grad_q].into_iter().flatten().flat_map(|rows| rows.into_outer_iter());
+        let of_queries = [Some(self.q), grad_out, grad_q]
+            .into_iter()
+            .flatten()
+            .flat_map(|rows| rows.into_outer_iter());
         Ahead::of(kv.into_iter().chain([grad_k, grad_v]).chain(of_queries))
     }
 }
@@ -96,8 +106,8 @@ pub(crate) struct NearSums<T> {
     pub(super) top: Vec<T>,
 }
 
-/// Receives the outputs of a block, (query head, queries, `[tokens, e_padded]`), and writes their gradients in the same
-/// shape.
+/// Receives the outputs of a block, (query head, queries, `[tokens, e_padded]`), and writes their
+/// gradients in the same shape.
 pub(super) type Loss<'u, T> = &'u mut dyn FnMut(usize, Range<usize>, &[T], &mut [T]);
 
 /// Where the gradient of the outputs comes from.
@@ -120,8 +130,8 @@ pub(super) struct Targets<'g, T, S> {
 
 /// Where gradients of queries, keys and values go.
 ///
-/// With a near part, whose keys are met in more than one block, `k` and `v` are left alone, and [`Tape::keys`] and
-/// [`Tape::values`] filled instead.
+/// With a near part, whose keys are met in more than one block, `k` and `v` are left alone, and
+/// [`Tape::keys`] and [`Tape::values`] filled instead.
 pub(super) struct InputGradients<'g, T> {
     /// `[group, n_q, d]`
     pub(super) q: ArrayViewMut3<'g, T>,
@@ -149,7 +159,8 @@ struct Event {
     frame: usize,
 }
 
-/// What the forward pass leaves for the backward one, and the memory of both. Made once, used for many passes.
+/// What the forward pass leaves for the backward one, and the memory of both. Made once, used for
+/// many passes.
 #[derive(Debug, Clone)]
 pub(crate) struct Tape<T> {
     events: Vec<Event>,
@@ -313,23 +324,58 @@ impl<T: Real> Tape<T> {
             let queries = stretch.q.shape()[0] * stretch.q.shape()[1];
             refill(&mut self.shifts, queries, T::NEG_INFINITY);
             refill(&mut self.deltas, queries, T::ZERO);
-            let stored = if matches!(upstream, Upstream::Loss(_)) { queries * padded(stretch.v.ncols()) } else { 0 };
+            let stored = if matches!(upstream, Upstream::Loss(_)) {
+                queries * padded(stretch.v.ncols())
+            } else {
+                0
+            };
             refill(&mut self.upstream, stored, T::ZERO);
-            let keys = if inputs && matches!(stretch.order, Order::Near(_)) { stretch.k.nrows() } else { 0 };
+            let keys = if inputs && matches!(stretch.order, Order::Near(_)) {
+                stretch.k.nrows()
+            } else {
+                0
+            };
             refill(&mut self.keys, keys * padded(stretch.k.ncols()), T::ZERO);
             refill(&mut self.values, keys * padded(stretch.v.ncols()), T::ZERO);
         }
-        let ahead = stretch.ahead(&upstream, targets.as_ref().and_then(|targets| targets.inputs.as_ref()), true);
+        let ahead = stretch.ahead(
+            &upstream,
+            targets.as_ref().and_then(|targets| targets.inputs.as_ref()),
+            true,
+        );
         let (target, from) = (targets.as_mut(), &mut upstream);
-        Forward { tape: self, stretch, state: &mut state, upstream: from, targets: target, origin, ahead }.run();
+        Forward {
+            tape: self,
+            stretch,
+            state: &mut state,
+            upstream: from,
+            targets: target,
+            origin,
+            ahead,
+        }
+        .run();
         if let Some(targets) = &mut targets {
             let ahead = stretch.ahead(&upstream, targets.inputs.as_ref(), false);
             let upstream = if let Upstream::Rows(rows) = upstream { Some(rows) } else { None };
             let frame = usize::MAX;
             let from_state = start.is_some_and(|start| start.started);
-            Backward { tape: self, stretch, upstream, targets, origin, frame, ahead, from_state, later: false }.run();
-            let first_absorbed =
-                self.events.iter().find(|event| event.kind != Kind::Read).map_or(stretch.k.nrows(), |event| event.tokens.start);
+            Backward {
+                tape: self,
+                stretch,
+                upstream,
+                targets,
+                origin,
+                frame,
+                ahead,
+                from_state,
+                later: false,
+            }
+            .run();
+            let first_absorbed = self
+                .events
+                .iter()
+                .find(|event| event.kind != Kind::Read)
+                .map_or(stretch.k.nrows(), |event| event.tokens.start);
             if let (Some(inputs), true) = (&mut targets.inputs, self.keys.is_empty()) {
                 // Masked keys before the first other one, which joined no sums.
                 inputs.k.slice_mut(s![..first_absorbed, ..]).fill(T::ZERO);
@@ -361,10 +407,17 @@ fn product<T>(
     accumulate: bool,
     ahead: &mut Ahead<T>,
 ) {
-    (ops.matmul_ahead)(Product { m, n, k, a_row, a_col, b_row, c_row, accumulate }, a, b, c, Some(ahead));
+    (ops.matmul_ahead)(
+        Product { m, n, k, a_row, a_col, b_row, c_row, accumulate },
+        a,
+        b,
+        c,
+        Some(ahead),
+    );
 }
 
-/// Bands of LANES keys of a block of `tokens`: first key, keys. No query before the first key sees any of them.
+/// Bands of LANES keys of a block of `tokens`: first key, keys. No query before the first key sees
+/// any of them.
 fn bands(tokens: usize) -> impl Iterator<Item = (usize, usize)> {
     (0..tokens).step_by(LANES).map(move |band| (band, LANES.min(tokens - band)))
 }
@@ -415,8 +468,9 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
     }
 
-    /// The keys' weights in the sums' frame, into `b`, their values into `v_rows`; moves the frame where they leave it.
-    /// Returns how many of them keep to it: all, unless `causal`, when the frame must not depend on later tokens.
+    /// The keys' weights in the sums' frame, into `b`, their values into `v_rows`; moves the frame
+    /// where they leave it. Returns how many of them keep to it: all, unless `causal`, when the
+    /// frame must not depend on later tokens.
     fn weigh(&mut self, keys: Range<usize>, causal: bool) -> usize {
         let (ops, stretch) = (T::ops(), self.stretch);
         let (start, width, mut tokens) = (keys.start, padded(keys.len()), keys.len());
@@ -430,16 +484,29 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
 
         let position = stretch.position + start;
         let exponents = |state: &HeadState<T>, column: &mut [T]| {
-            state.exponents(stretch.log_decay, position, tokens, |j| is_valid(stretch.valid, start + j), column);
+            state.exponents(
+                stretch.log_decay,
+                position,
+                tokens,
+                |j| is_valid(stretch.valid, start + j),
+                column,
+            );
         };
         exponents(self.state, column);
         let mut above = self.state.first_above(ops, b, column, top, feature);
         let moved = if causal { above == Some(0) } else { above.is_some() };
         if moved {
             if causal {
-                feature.iter_mut().zip(b.chunks_exact(width)).for_each(|(candidate, b)| *candidate = b[0]);
+                feature
+                    .iter_mut()
+                    .zip(b.chunks_exact(width))
+                    .for_each(|(candidate, b)| *candidate = b[0]);
             } else {
-                for (j, exponent) in column.iter_mut().enumerate().filter(|(_, exponent)| **exponent > T::NEG_INFINITY) {
+                for (j, exponent) in column
+                    .iter_mut()
+                    .enumerate()
+                    .filter(|(_, exponent)| **exponent > T::NEG_INFINITY)
+                {
                     *exponent = T::from_f64(-stretch.log_decay * j as f64);
                 }
                 (ops.row_max)(b, column, feature);
@@ -485,7 +552,15 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             let b = &b[..feature.len() * width];
             feature.fill(T::ZERO);
             (T::ops().add_row_sums)(b, feature);
-            self.state.accumulate(T::ops(), b, feature, width, tokens, v_rows, Some(&mut self.ahead));
+            self.state.accumulate(
+                T::ops(),
+                b,
+                feature,
+                width,
+                tokens,
+                v_rows,
+                Some(&mut self.ahead),
+            );
         }
     }
 
@@ -518,7 +593,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         block.end
     }
 
-    /// One query head's queries of a block; `own` is the width of the panel of the block's own keys, 0 for none.
+    /// One query head's queries of a block; `own` is the width of the panel of the block's own
+    /// keys, 0 for none.
     fn query(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
         let own = if self.state.started { own } else { 0 };
         self.weights(h, queries.clone(), keys.clone(), own);
@@ -533,7 +609,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
                 copy_rows(T::ops(), rows.index_axis(Axis(0), h), queries.clone(), None, g_rows);
             }
             Upstream::Loss(loss) => {
-                loss(h, queries.clone(), &o[..queries.len() * stride], &mut g_rows[..queries.len() * stride]);
+                loss(
+                    h,
+                    queries.clone(),
+                    &o[..queries.len() * stride],
+                    &mut g_rows[..queries.len() * stride],
+                );
             }
         }
         if self.targets.is_none() {
@@ -542,7 +623,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         g_rows[queries.len() * stride..width * stride].fill(T::ZERO);
         if !self.tape.upstream.is_empty() {
             let at = (h * self.stretch.q.shape()[1] + queries.start) * stride;
-            self.tape.upstream[at..at + queries.len() * stride].copy_from_slice(&g_rows[..queries.len() * stride]);
+            self.tape.upstream[at..at + queries.len() * stride]
+                .copy_from_slice(&g_rows[..queries.len() * stride]);
         }
         self.deltas(h, queries.clone(), keys.clone(), own);
         self.feature_gradients(queries.clone(), own);
@@ -552,16 +634,40 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
     }
 
-    /// Weights of the far part into `a`, of the near keys into `near.p`, of the block's own keys into `s`, and their sum
-    /// into `total`; all of them scaled by e^−top.
+    /// Weights of the far part into `a`, of the near keys into `near.p`, of the block's own keys
+    /// into `s`, and their sum into `total`; all of them scaled by e^−top.
     fn weights(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
         let (ops, stretch, state, ahead) = (T::ops(), self.stretch, &*self.state, &mut self.ahead);
         let (tokens, width, dim) = (queries.len(), padded(queries.len()), stretch.q.shape()[2]);
         let position = stretch.position + stretch.lead + queries.start;
         let near = &mut self.tape.near;
-        let Buffers { x, a, b, s, top, shift, total, inverse, column, feature, ones, zeros, map, .. } = &mut self.tape.block;
-        let (top, shift, total, column) = (&mut top[..width], &mut shift[..width], &mut total[..width], &mut column[..width]);
-        gather(ops, stretch.q.index_axis(Axis(0), h), queries.clone(), None, stretch.query_scale, x, zeros);
+        let Buffers {
+            x,
+            a,
+            b,
+            s,
+            top,
+            shift,
+            total,
+            inverse,
+            column,
+            feature,
+            ones,
+            zeros,
+            map,
+            ..
+        } = &mut self.tape.block;
+        let (top, shift, total, column) =
+            (&mut top[..width], &mut shift[..width], &mut total[..width], &mut column[..width]);
+        gather(
+            ops,
+            stretch.q.index_axis(Axis(0), h),
+            queries.clone(),
+            None,
+            stretch.query_scale,
+            x,
+            zeros,
+        );
         x[dim * width..padded(dim) * width].fill(T::ZERO);
         let a = &mut a[..feature.len() * width];
         total.fill(T::ZERO);
@@ -577,13 +683,24 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             shift.fill(T::ZERO);
         }
         if !keys.is_empty() {
-            near_scores(ops, stretch, keys.clone(), stretch.lead + queries.start, width, x, near, ahead);
+            near_scores(
+                ops,
+                stretch,
+                keys.clone(),
+                stretch.lead + queries.start,
+                width,
+                x,
+                near,
+                ahead,
+            );
             (ops.column_max)(&near.p[..keys.len() * width], &near.zeros[..keys.len()], column);
             top.iter_mut().zip(column.iter()).for_each(|(top, &near)| *top = top.max(near));
         }
         let given = stretch.given.map(|given| &given[h]);
         if let Some(given) = given {
-            top.iter_mut().zip(&given.top[queries.clone()]).for_each(|(top, &near)| *top = top.max(near));
+            top.iter_mut()
+                .zip(&given.top[queries.clone()])
+                .for_each(|(top, &near)| *top = top.max(near));
         }
         for (top, shift) in top.iter_mut().zip(shift.iter_mut()) {
             *top = if *top > T::NEG_INFINITY { *top } else { T::ZERO };
@@ -594,7 +711,11 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
         if !keys.is_empty() {
             column.iter_mut().zip(top.iter()).for_each(|(column, &top)| *column = -top);
-            let (p, zeros, ones) = (&mut near.p[..keys.len() * width], &near.zeros[..keys.len()], &near.ones[..keys.len()]);
+            let (p, zeros, ones) = (
+                &mut near.p[..keys.len() * width],
+                &near.zeros[..keys.len()],
+                &near.ones[..keys.len()],
+            );
             // `inverse` is not needed yet.
             let sums = &mut inverse[..width];
             (ops.exp_dot)(p, zeros, column, ones, sums);
@@ -608,51 +729,118 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         if own > 0 {
             for (band, keys) in bands(tokens) {
                 let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
-                product(ops, (keys, width - band, feature.len()), (&b[band..], 1, own), a, s, false, ahead);
+                product(
+                    ops,
+                    (keys, width - band, feature.len()),
+                    (&b[band..], 1, own),
+                    a,
+                    s,
+                    false,
+                    ahead,
+                );
             }
             (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
-            product(ops, (1, width, tokens), (ones, tokens, 1), (s, width), (total, width), true, ahead);
+            product(
+                ops,
+                (1, width, tokens),
+                (ones, tokens, 1),
+                (s, width),
+                (total, width),
+                true,
+                ahead,
+            );
         }
     }
 
     /// Outputs of the block, into `o`.
     fn output(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
         let (ops, stretch, ahead) = (T::ops(), self.stretch, &mut self.ahead);
-        let (tokens, width, stride) = (queries.len(), padded(queries.len()), padded(stretch.v.ncols()));
+        let (tokens, width, stride) =
+            (queries.len(), padded(queries.len()), padded(stretch.v.ncols()));
         let near = &self.tape.near;
         let Buffers { a, s, o, v_rows, top, total, feature, .. } = &mut self.tape.block;
         let o = &mut o[..tokens * stride];
         if self.state.started {
-            product(ops, (tokens, stride, feature.len()), (a, 1, width), (&self.state.sums, stride), (o, stride), false, ahead);
+            product(
+                ops,
+                (tokens, stride, feature.len()),
+                (a, 1, width),
+                (&self.state.sums, stride),
+                (o, stride),
+                false,
+                ahead,
+            );
         } else {
             o.fill(T::ZERO);
         }
         if own > 0 {
             for (band, keys) in bands(tokens) {
-                let (s, v, rows) = (&s[band * width + band..], &v_rows[band * stride..], &mut o[band * stride..]);
-                product(ops, (tokens - band, stride, keys), (s, 1, width), (v, stride), (rows, stride), true, ahead);
+                let (s, v, rows) =
+                    (&s[band * width + band..], &v_rows[band * stride..], &mut o[band * stride..]);
+                product(
+                    ops,
+                    (tokens - band, stride, keys),
+                    (s, 1, width),
+                    (v, stride),
+                    (rows, stride),
+                    true,
+                    ahead,
+                );
             }
         }
         if !keys.is_empty() {
-            product(ops, (tokens, stride, keys.len()), (&near.p, 1, width), (&near.v, stride), (o, stride), true, ahead);
+            product(
+                ops,
+                (tokens, stride, keys.len()),
+                (&near.p, 1, width),
+                (&near.v, stride),
+                (o, stride),
+                true,
+                ahead,
+            );
         }
         for (i, (o, query)) in o.chunks_exact_mut(stride).zip(queries).enumerate() {
             if let Some(given) = stretch.given.map(|given| &given[h]) {
                 let factor = (given.top[query] - top[i]).exp();
                 let row = &given.numerator[query * stride..(query + 1) * stride];
-                product(ops, (1, stride, 1), (&[factor], 1, 1), (row, stride), (o, stride), true, ahead);
+                product(
+                    ops,
+                    (1, stride, 1),
+                    (&[factor], 1, 1),
+                    (row, stride),
+                    (o, stride),
+                    true,
+                    ahead,
+                );
             }
             (ops.scale)(if total[i] > T::ZERO { T::ONE / total[i] } else { T::ZERO }, o);
         }
     }
 
-    /// δ, and what is kept of the queries for the pass back. Leaves S·ȯ in `df`, ȯ·v in `near.dp` and `h`.
+    /// δ, and what is kept of the queries for the pass back. Leaves S·ȯ in `df`, ȯ·v in `near.dp`
+    /// and `h`.
     fn deltas(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
         let (ops, stretch, state, ahead) = (T::ops(), self.stretch, &*self.state, &mut self.ahead);
-        let (tokens, width, stride) = (queries.len(), padded(queries.len()), padded(stretch.v.ncols()));
+        let (tokens, width, stride) =
+            (queries.len(), padded(queries.len()), padded(stretch.v.ncols()));
         let near = &mut self.tape.near;
-        let Buffers { a, df, s, h: products, v_rows, v, g_rows, top, shift, total, inverse, delta, feature, zeros, .. } =
-            &mut self.tape.block;
+        let Buffers {
+            a,
+            df,
+            s,
+            h: products,
+            v_rows,
+            v,
+            g_rows,
+            top,
+            shift,
+            total,
+            inverse,
+            delta,
+            feature,
+            zeros,
+            ..
+        } = &mut self.tape.block;
         let (delta, inverse) = (&mut delta[..width], &mut inverse[..width]);
         transpose(ops, stride, &g_rows[..width * stride], T::ONE, v);
         delta.fill(T::ZERO);
@@ -661,21 +849,45 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             if state.is_empty() {
                 df.fill(T::ZERO);
             } else {
-                product(ops, (feature.len(), width, stride), (&state.sums, stride, 1), (v, width), (df, width), false, ahead);
+                product(
+                    ops,
+                    (feature.len(), width, stride),
+                    (&state.sums, stride, 1),
+                    (v, width),
+                    (df, width),
+                    false,
+                    ahead,
+                );
                 (ops.column_dot)(&a[..feature.len() * width], df, delta);
             }
         }
         if own > 0 {
             for (band, keys) in bands(tokens) {
                 let (rows, to) = (&v_rows[band * stride..], &mut products[band * width + band..]);
-                product(ops, (keys, width - band, stride), (rows, stride, 1), (&v[band..], width), (to, width), false, ahead);
+                product(
+                    ops,
+                    (keys, width - band, stride),
+                    (rows, stride, 1),
+                    (&v[band..], width),
+                    (to, width),
+                    false,
+                    ahead,
+                );
             }
             (ops.upper_less)(&mut products[..tokens * width], &zeros[..width]);
             (ops.column_dot)(&s[..tokens * width], &products[..tokens * width], delta);
         }
         if !keys.is_empty() {
             let dp = &mut near.dp[..keys.len() * width];
-            product(ops, (keys.len(), width, stride), (&near.v, stride, 1), (v, width), (dp, width), false, ahead);
+            product(
+                ops,
+                (keys.len(), width, stride),
+                (&near.v, stride, 1),
+                (v, width),
+                (dp, width),
+                false,
+                ahead,
+            );
             (ops.column_dot)(&near.p[..keys.len() * width], dp, delta);
         }
         for (i, query) in queries.clone().enumerate() {
@@ -702,7 +914,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let (ops, stretch, state, ahead) = (T::ops(), self.stretch, &*self.state, &mut self.ahead);
         let (tokens, width, dim) = (queries.len(), padded(queries.len()), stretch.q.shape()[2]);
         let Some(targets) = &mut self.targets else { return };
-        let Buffers { x, dx, a, b, df, h, inverse, delta, column, feature, map, .. } = &mut self.tape.block;
+        let Buffers { x, dx, a, b, df, h, inverse, delta, column, feature, map, .. } =
+            &mut self.tape.block;
         dx[..padded(dim) * width].fill(T::ZERO);
         if !state.started {
             return;
@@ -712,13 +925,22 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             (ops.upper_less)(&mut h[..tokens * width], &delta[..width]);
             for (band, keys) in bands(tokens) {
                 let (h, df) = ((&h[band * width + band..], width), (&mut df[band..], width));
-                product(ops, (feature.len(), width - band, keys), (&b[band..], own, 1), h, df, true, ahead);
+                product(
+                    ops,
+                    (feature.len(), width - band, keys),
+                    (&b[band..], own, 1),
+                    h,
+                    df,
+                    true,
+                    ahead,
+                );
             }
         }
         let (inverse, delta, column) = (&inverse[..width], &delta[..width], &mut column[..width]);
         (ops.log_weight_vjp)(df, &a[..feature.len() * width], inverse, &state.norm, delta, column);
         let position = stretch.position + stretch.lead + queries.start;
-        *targets.log_decay += position_moment(position as f64 - self.origin as f64, &column[..tokens]);
+        *targets.log_decay +=
+            position_moment(position as f64 - self.origin as f64, &column[..tokens]);
         let dx = targets.inputs.is_some().then(|| &mut dx[..dim * width]);
         stretch.map.query_vjp(width, &x[..dim * width], df, dx, targets.sums, map);
     }
@@ -729,25 +951,62 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             return;
         }
         let (ops, stretch, ahead) = (T::ops(), self.stretch, &mut self.ahead);
-        let (tokens, width, dim, stride) = (queries.len(), padded(queries.len()), stretch.k.ncols(), padded(stretch.v.ncols()));
+        let (tokens, width, dim, stride) =
+            (queries.len(), padded(queries.len()), stretch.k.ncols(), padded(stretch.v.ncols()));
         let dim_stride = padded(dim);
         let NearBuffers { y, p, dp, ones, .. } = &mut self.tape.near;
         let Buffers { x, x_rows, dx, g_rows, o, inverse, delta, column, .. } = &mut self.tape.block;
         let (p, dp) = (&p[..keys.len() * width], &mut dp[..keys.len() * width]);
-        (ops.log_weight_vjp)(dp, p, &inverse[..width], &ones[..keys.len()], &delta[..width], &mut column[..width]);
-        for (tile, (start, y)) in (0..keys.len()).step_by(BLOCK).zip(y.chunks(dim * BLOCK)).enumerate() {
-            let (count, y_width) = (BLOCK.min(keys.len() - start), padded(BLOCK.min(keys.len() - start)));
+        (ops.log_weight_vjp)(
+            dp,
+            p,
+            &inverse[..width],
+            &ones[..keys.len()],
+            &delta[..width],
+            &mut column[..width],
+        );
+        for (tile, (start, y)) in
+            (0..keys.len()).step_by(BLOCK).zip(y.chunks(dim * BLOCK)).enumerate()
+        {
+            let (count, y_width) =
+                (BLOCK.min(keys.len() - start), padded(BLOCK.min(keys.len() - start)));
             debug_assert_eq!(start, tile * BLOCK);
-            product(ops, (dim, width, count), (y, y_width, 1), (&dp[start * width..], width), (&mut dx[..], width), true, ahead);
+            product(
+                ops,
+                (dim, width, count),
+                (y, y_width, 1),
+                (&dp[start * width..], width),
+                (&mut dx[..], width),
+                true,
+                ahead,
+            );
         }
         transpose(ops, width, &x[..dim_stride * width], T::ONE, x_rows);
         let rows = &mut self.tape.keys[keys.start * dim_stride..];
-        product(ops, (keys.len(), dim_stride, tokens), (dp, width, 1), (x_rows, dim_stride), (rows, dim_stride), true, ahead);
-        for ((to, from), &inverse) in o.chunks_exact_mut(stride).zip(g_rows.chunks_exact(stride)).zip(&inverse[..tokens]) {
+        product(
+            ops,
+            (keys.len(), dim_stride, tokens),
+            (dp, width, 1),
+            (x_rows, dim_stride),
+            (rows, dim_stride),
+            true,
+            ahead,
+        );
+        for ((to, from), &inverse) in
+            o.chunks_exact_mut(stride).zip(g_rows.chunks_exact(stride)).zip(&inverse[..tokens])
+        {
             to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * inverse);
         }
         let rows = &mut self.tape.values[keys.start * stride..];
-        product(ops, (keys.len(), stride, tokens), (p, width, 1), (o, stride), (rows, stride), true, ahead);
+        product(
+            ops,
+            (keys.len(), stride, tokens),
+            (p, width, 1),
+            (o, stride),
+            (rows, stride),
+            true,
+            ahead,
+        );
     }
 
     /// `dx` becomes rows of the queries' gradient.
@@ -779,7 +1038,12 @@ fn near_block<T, M>(stretch: &Stretch<'_, T, M>, near: Near, start: usize) -> (u
 }
 
 /// The near keys of a block of queries, whichever query head they are for.
-fn load_near<T: Real, M>(stretch: &Stretch<'_, T, M>, keys: Range<usize>, near: &mut NearBuffers<T>, zeros: &[T]) {
+fn load_near<T: Real, M>(
+    stretch: &Stretch<'_, T, M>,
+    keys: Range<usize>,
+    near: &mut NearBuffers<T>,
+    zeros: &[T],
+) {
     let (dim, stride, count) = (stretch.k.ncols(), padded(stretch.v.ncols()), keys.len());
     if near.ones.len() < count {
         near.y.resize(count.next_multiple_of(BLOCK) * dim, T::ZERO);
@@ -790,13 +1054,21 @@ fn load_near<T: Real, M>(stretch: &Stretch<'_, T, M>, keys: Range<usize>, near: 
         near.zeros.resize(count, T::ZERO);
     }
     for (start, panel) in keys.clone().step_by(BLOCK).zip(near.y.chunks_exact_mut(dim * BLOCK)) {
-        gather(T::ops(), stretch.k, start..keys.end.min(start + BLOCK), stretch.valid, stretch.key_scale, panel, zeros);
+        gather(
+            T::ops(),
+            stretch.k,
+            start..keys.end.min(start + BLOCK),
+            stretch.valid,
+            stretch.key_scale,
+            panel,
+            zeros,
+        );
     }
     copy_rows(T::ops(), stretch.v, keys, stretch.valid, &mut near.v);
 }
 
-/// Scores of the near keys (rows) for the queries (columns) of the panel `x`, whose first one belongs to key `query`;
-/// −∞ where a query must not look.
+/// Scores of the near keys (rows) for the queries (columns) of the panel `x`, whose first one
+/// belongs to key `query`; −∞ where a query must not look.
 fn near_scores<T: Real, M>(
     ops: &Ops<T>,
     stretch: &Stretch<'_, T, M>,
@@ -811,10 +1083,19 @@ fn near_scores<T: Real, M>(
     for (start, y) in (0..keys.len()).step_by(BLOCK).zip(near.y.chunks_exact(dim * BLOCK)) {
         let count = BLOCK.min(keys.len() - start);
         let p = &mut near.p[start * width..];
-        product(ops, (count, width, dim), (y, 1, padded(count)), (x, width), (p, width), false, ahead);
+        product(
+            ops,
+            (count, width, dim),
+            (y, 1, padded(count)),
+            (x, width),
+            (p, width),
+            false,
+            ahead,
+        );
     }
     for (key, row) in keys.zip(near.p.chunks_exact_mut(width)) {
-        let hidden = if is_valid(stretch.valid, key) { key.saturating_sub(query).min(width) } else { width };
+        let hidden =
+            if is_valid(stretch.valid, key) { key.saturating_sub(query).min(width) } else { width };
         row[..hidden].fill(T::NEG_INFINITY);
     }
 }
@@ -823,9 +1104,14 @@ impl<T: Real> NearSums<T> {
     /// Sums over the near keys of query head `h`, the order of the stretch being [`Order::Near`].
     pub(super) fn new<M>(stretch: &Stretch<'_, T, M>, near: Near, h: usize) -> Self {
         let ops = T::ops();
-        let (queries, dim, stride) = (stretch.q.shape()[1], stretch.q.shape()[2], padded(stretch.v.ncols()));
+        let (queries, dim, stride) =
+            (stretch.q.shape()[1], stretch.q.shape()[2], padded(stretch.v.ncols()));
         let zeros = |len| vec![T::ZERO; len];
-        let mut sums = Self { numerator: zeros(queries * stride), total: zeros(queries), top: vec![T::NEG_INFINITY; queries] };
+        let mut sums = Self {
+            numerator: zeros(queries * stride),
+            total: zeros(queries),
+            top: vec![T::NEG_INFINITY; queries],
+        };
         let mut ahead = Ahead::of([stretch.k, stretch.v, stretch.q.index_axis_move(Axis(0), h)]);
         let mut buffers = NearBuffers::default();
         let (mut x, no_token) = (zeros(dim * BLOCK), zeros(dim.max(LANES)));
@@ -838,17 +1124,44 @@ impl<T: Real> NearSums<T> {
             let (tokens, width) = (end - start, padded(end - start));
             let (column, total) = (&mut column[..width], &mut total[..width]);
             load_near(stretch, keys.clone(), &mut buffers, &no_token);
-            gather(ops, stretch.q.index_axis(Axis(0), h), start..end, None, stretch.query_scale, &mut x, &no_token);
-            near_scores(ops, stretch, keys.clone(), stretch.lead + start, width, &x, &mut buffers, &mut ahead);
+            gather(
+                ops,
+                stretch.q.index_axis(Axis(0), h),
+                start..end,
+                None,
+                stretch.query_scale,
+                &mut x,
+                &no_token,
+            );
+            near_scores(
+                ops,
+                stretch,
+                keys.clone(),
+                stretch.lead + start,
+                width,
+                &x,
+                &mut buffers,
+                &mut ahead,
+            );
             let NearBuffers { v, p, ones, zeros, .. } = &mut buffers;
             let p = &mut p[..keys.len() * width];
             (ops.column_max)(p, &zeros[..keys.len()], column);
             sums.top[start..end].copy_from_slice(&column[..tokens]);
-            column.iter_mut().for_each(|top| *top = if *top > T::NEG_INFINITY { -*top } else { T::ZERO });
+            column
+                .iter_mut()
+                .for_each(|top| *top = if *top > T::NEG_INFINITY { -*top } else { T::ZERO });
             (ops.exp_dot)(p, &zeros[..keys.len()], column, &ones[..keys.len()], total);
             sums.total[start..end].copy_from_slice(&total[..tokens]);
             let out = &mut sums.numerator[start * stride..end * stride];
-            product(ops, (tokens, stride, keys.len()), (p, 1, width), (v, stride), (out, stride), false, &mut ahead);
+            product(
+                ops,
+                (tokens, stride, keys.len()),
+                (p, 1, width),
+                (v, stride),
+                (out, stride),
+                false,
+                &mut ahead,
+            );
             start = end;
         }
         sums
@@ -889,13 +1202,15 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
             }
             let width = padded(event.tokens.len());
             match event.kind {
-                Kind::Read => (0..self.stretch.q.shape()[0]).for_each(|h| self.collect(h, event.tokens.clone(), 0, true)),
+                Kind::Read => (0..self.stretch.q.shape()[0])
+                    .for_each(|h| self.collect(h, event.tokens.clone(), 0, true)),
                 Kind::Absorb | Kind::Both => {
                     self.weigh(event.tokens.clone());
                     self.later_queries(event.tokens.clone());
                     if event.kind == Kind::Both {
                         let earlier = self.from_state || i > 0;
-                        (0..self.stretch.q.shape()[0]).for_each(|h| self.collect(h, event.tokens.clone(), width, earlier));
+                        (0..self.stretch.q.shape()[0])
+                            .for_each(|h| self.collect(h, event.tokens.clone(), width, earlier));
                     }
                     self.key_gradients(event.tokens.clone());
                     self.write_keys(event.tokens.clone());
@@ -913,7 +1228,8 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
             let distance = self.tape.positions[self.frame] - self.tape.positions[frame];
             let decay = T::from_f64(self.stretch.log_decay * distance as f64);
             for f in 0..m {
-                let (to, from) = (self.tape.references[frame * m + f], self.tape.references[self.frame * m + f]);
+                let (to, from) =
+                    (self.tape.references[frame * m + f], self.tape.references[self.frame * m + f]);
                 let factor = (to + decay - from).exp();
                 if factor != T::ONE {
                     (T::ops().scale)(factor, &mut self.tape.sums[f * stride..(f + 1) * stride]);
@@ -927,7 +1243,8 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
     /// The keys' weights into `b`, values into `v_rows` and `v`.
     fn weigh(&mut self, keys: Range<usize>) {
         let (ops, stretch) = (T::ops(), self.stretch);
-        let (width, dim, stride) = (padded(keys.len()), stretch.k.ncols(), padded(stretch.v.ncols()));
+        let (width, dim, stride) =
+            (padded(keys.len()), stretch.k.ncols(), padded(stretch.v.ncols()));
         let Buffers { x, b, v_rows, v, column, feature, zeros, map, .. } = &mut self.tape.block;
         let (b, column) = (&mut b[..feature.len() * width], &mut column[..width]);
         gather(ops, stretch.k, keys.clone(), stretch.valid, stretch.key_scale, x, zeros);
@@ -938,13 +1255,16 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         let reference = &self.tape.references[self.frame * feature.len()..][..feature.len()];
         feature.iter_mut().zip(reference).for_each(|(negated, &c)| *negated = -c);
         column.fill(T::NEG_INFINITY);
-        for (exponent, j) in column.iter_mut().zip(keys).filter(|(_, j)| is_valid(stretch.valid, *j)) {
+        for (exponent, j) in
+            column.iter_mut().zip(keys).filter(|(_, j)| is_valid(stretch.valid, *j))
+        {
             *exponent = T::from_f64(-decay(stretch, j, self.tape.positions[self.frame]));
         }
         (ops.exp_panel)(b, feature, column);
     }
 
-    /// What the queries after the block do to its keys: R·v into `df`, r into `feature`, and their part of v̇.
+    /// What the queries after the block do to its keys: R·v into `df`, r into `feature`, and their
+    /// part of v̇.
     fn later_queries(&mut self, keys: Range<usize>) {
         let (ops, ahead) = (T::ops(), &mut self.ahead);
         let (width, stride) = (padded(keys.len()), padded(self.stretch.v.ncols()));
@@ -956,22 +1276,64 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
             dv_rows[..keys.len() * stride].fill(T::ZERO);
             return;
         }
-        product(ops, (m, width, stride), (&self.tape.sums, stride, 1), (v, width), (df, width), false, ahead);
+        product(
+            ops,
+            (m, width, stride),
+            (&self.tape.sums, stride, 1),
+            (v, width),
+            (df, width),
+            false,
+            ahead,
+        );
         if self.targets.inputs.is_some() {
-            product(ops, (keys.len(), stride, m), (b, 1, width), (&self.tape.sums, stride), (dv_rows, stride), false, ahead);
+            product(
+                ops,
+                (keys.len(), stride, m),
+                (b, 1, width),
+                (&self.tape.sums, stride),
+                (dv_rows, stride),
+                false,
+                ahead,
+            );
         }
     }
 
-    /// One query head's queries join R and r. With `own` > 0, the width of the panel of their block's own keys, they
-    /// meet those first. R and r are left alone unless there are `earlier` keys to read them.
+    /// One query head's queries join R and r. With `own` > 0, the width of the panel of their
+    /// block's own keys, they meet those first. R and r are left alone unless there are `earlier`
+    /// keys to read them.
     fn collect(&mut self, h: usize, queries: Range<usize>, own: usize, earlier: bool) {
         let (ops, stretch, ahead) = (T::ops(), self.stretch, &mut self.ahead);
-        let (tokens, width, dim, stride) = (queries.len(), padded(queries.len()), stretch.q.shape()[2], padded(stretch.v.ncols()));
-        let Buffers { x_rows, a, b, df, s, h: products, v, g_rows, dv_rows, shift, delta, feature, zeros, map, .. } = &mut self.tape.block;
+        let (tokens, width, dim, stride) =
+            (queries.len(), padded(queries.len()), stretch.q.shape()[2], padded(stretch.v.ncols()));
+        let Buffers {
+            x_rows,
+            a,
+            b,
+            df,
+            s,
+            h: products,
+            v,
+            g_rows,
+            dv_rows,
+            shift,
+            delta,
+            feature,
+            zeros,
+            map,
+            ..
+        } = &mut self.tape.block;
         let m = feature.len();
         // The keys of the block are in `x`.
         let x = x_rows;
-        gather(ops, stretch.q.index_axis(Axis(0), h), queries.clone(), None, stretch.query_scale, x, zeros);
+        gather(
+            ops,
+            stretch.q.index_axis(Axis(0), h),
+            queries.clone(),
+            None,
+            stretch.query_scale,
+            x,
+            zeros,
+        );
         let (a, shift, delta) = (&mut a[..m * width], &mut shift[..width], &mut delta[..width]);
         stretch.map.query_panel(width, &x[..dim * width], a, map);
         let at = h * stretch.q.shape()[1] + queries.start;
@@ -984,7 +1346,8 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
             Some(rows) => {
                 copy_rows(ops, rows.index_axis(Axis(0), h), queries, None, g_rows);
             }
-            None => g_rows[..tokens * stride].copy_from_slice(&self.tape.upstream[at * stride..(at + tokens) * stride]),
+            None => g_rows[..tokens * stride]
+                .copy_from_slice(&self.tape.upstream[at * stride..(at + tokens) * stride]),
         }
         let g_rows = &g_rows[..tokens * stride];
         if own > 0 {
@@ -995,23 +1358,59 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
                 }
                 (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
                 for (band, keys) in bands(tokens) {
-                    let (s, g, rows) = (&s[band * width + band..], &g_rows[band * stride..], &mut dv_rows[band * stride..]);
-                    product(ops, (keys, stride, tokens - band), (s, width, 1), (g, stride), (rows, stride), true, ahead);
+                    let (s, g, rows) = (
+                        &s[band * width + band..],
+                        &g_rows[band * stride..],
+                        &mut dv_rows[band * stride..],
+                    );
+                    product(
+                        ops,
+                        (keys, stride, tokens - band),
+                        (s, width, 1),
+                        (g, stride),
+                        (rows, stride),
+                        true,
+                        ahead,
+                    );
                 }
             }
             // Rows are queries here: query i sees the keys up to its own.
             for (band, count) in bands(tokens) {
                 let (g, to) = (&g_rows[band * stride..], &mut products[band * own..]);
-                product(ops, (count, padded(band + count), stride), (g, stride, 1), (v, own), (to, own), false, ahead);
+                product(
+                    ops,
+                    (count, padded(band + count), stride),
+                    (g, stride, 1),
+                    (v, own),
+                    (to, own),
+                    false,
+                    ahead,
+                );
             }
             (ops.lower_less)(&mut products[..tokens * own], own, &delta[..tokens]);
             for (band, count) in bands(tokens) {
                 let (a, h) = (&a[band..], &products[band * own..]);
-                product(ops, (m, padded(band + count), count), (a, width, 1), (h, own), (df, own), true, ahead);
+                product(
+                    ops,
+                    (m, padded(band + count), count),
+                    (a, width, 1),
+                    (h, own),
+                    (df, own),
+                    true,
+                    ahead,
+                );
             }
         }
         if earlier {
-            product(ops, (m, stride, tokens), (a, width, 1), (g_rows, stride), (&mut self.tape.sums, stride), true, ahead);
+            product(
+                ops,
+                (m, stride, tokens),
+                (a, width, 1),
+                (g_rows, stride),
+                (&mut self.tape.sums, stride),
+                true,
+                ahead,
+            );
             (ops.matvec)(a, width, delta, &mut self.tape.norm);
             self.later = true;
         }
@@ -1036,18 +1435,28 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         }
     }
 
-    /// What `x_rows` and `dv_rows` hold is the block's part of the gradients of keys and values, all of it without a near part.
+    /// What `x_rows` and `dv_rows` hold is the block's part of the gradients of keys and values,
+    /// all of it without a near part.
     fn write_keys(&mut self, keys: Range<usize>) {
-        let (key_stride, value_stride) = (padded(self.stretch.k.ncols()), padded(self.stretch.v.ncols()));
-        let Some(InputGradients { k: out_k, v: out_v, .. }) = &mut self.targets.inputs else { return };
-        let Tape { keys: all_keys, values: all_values, block: Buffers { x_rows, dv_rows, .. }, .. } = &mut *self.tape;
+        let (key_stride, value_stride) =
+            (padded(self.stretch.k.ncols()), padded(self.stretch.v.ncols()));
+        let Some(InputGradients { k: out_k, v: out_v, .. }) = &mut self.targets.inputs else {
+            return;
+        };
+        let Tape {
+            keys: all_keys, values: all_values, block: Buffers { x_rows, dv_rows, .. }, ..
+        } = &mut *self.tape;
         if all_keys.is_empty() {
-            for ((key, x), v) in keys.zip(x_rows.chunks_exact(key_stride)).zip(dv_rows.chunks_exact(value_stride)) {
+            for ((key, x), v) in
+                keys.zip(x_rows.chunks_exact(key_stride)).zip(dv_rows.chunks_exact(value_stride))
+            {
                 put_row(x, self.stretch.key_scale, out_k.row_mut(key));
                 put_row(v, T::ONE, out_v.row_mut(key));
             }
         } else {
-            for (all, stride, block) in [(all_keys, key_stride, x_rows), (all_values, value_stride, dv_rows)] {
+            for (all, stride, block) in
+                [(all_keys, key_stride, x_rows), (all_values, value_stride, dv_rows)]
+            {
                 let rows = &mut all[keys.start * stride..keys.end * stride];
                 rows.iter_mut().zip(block.iter()).for_each(|(to, &from)| *to += from);
             }
@@ -1057,5 +1466,9 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
 
 /// λ(p_j − p₀) of key `j` in a frame taken at `p0`.
 fn decay<T, M>(stretch: &Stretch<'_, T, M>, j: usize, p0: usize) -> f64 {
-    if stretch.log_decay == 0.0 { 0.0 } else { stretch.log_decay * (stretch.position + j - p0) as f64 }
+    if stretch.log_decay == 0.0 {
+        0.0
+    } else {
+        stretch.log_decay * (stretch.position + j - p0) as f64
+    }
 }

@@ -7,11 +7,12 @@ use crate::real::Real;
 use crate::simd::{LANES, padded};
 use crate::threads::max_threads;
 
-/// Tokens worked on at a time: a block's panels stay in the L2 cache, and 64 rows fill the matrix products.
+/// Tokens worked on at a time: a block's panels stay in the L2 cache, and 64 rows fill the matrix
+/// products.
 pub(super) const BLOCK: usize = 64;
 
-/// Tokens of a block of purely causal attention, forward and back: the products within a block grow with its length, and at 32
-/// they are two fifths of those with the state.
+/// Tokens of a block of purely causal attention, forward and back: the products within a block grow
+/// with its length, and at 32 they are two fifths of those with the state.
 pub(super) const CAUSAL_BLOCK: usize = 32;
 
 /// Sizes that scratch memory depends on.
@@ -40,7 +41,9 @@ impl Sizes {
             ("map scratch", self.map, got.map),
         ];
         match pairs.into_iter().find(|(_, expected, got)| expected != got) {
-            Some((what, expected, got)) => Err(Error::Foreign { argument: "workspace", what, expected, got }),
+            Some((what, expected, got)) => {
+                Err(Error::Foreign { argument: "workspace", what, expected, got })
+            }
             None => Ok(()),
         }
     }
@@ -48,14 +51,15 @@ impl Sizes {
 
 /// Scratch memory for the methods of one attention operator.
 ///
-/// Its size depends on the operator and the number of threads, never on the number of tokens. Its contents mean nothing
-/// before or after a call. Make it once by the operator's `workspace` and use it for every call; another operator of
-/// the same shape may share it.
+/// Its size depends on the operator and the number of threads, never on the number of tokens. Its
+/// contents mean nothing before or after a call. Make it once by the operator's `workspace` and use
+/// it for every call; another operator of the same shape may share it.
 #[derive(Debug, Clone)]
 pub struct Workspace<T> {
     sizes: Sizes,
     pub(super) scratches: Vec<Scratch<T>>,
-    /// Where a long prefill keeps the state it started from, until all its arguments are known to be good.
+    /// Where a long prefill keeps the state it started from, until all its arguments are known to
+    /// be good.
     pub(super) snapshot: Vec<HeadState<T>>,
     /// One for each head, once heads were too few for the threads.
     pub(super) pages: Vec<Pages<T>>,
@@ -100,12 +104,24 @@ pub(super) struct Scratch<T> {
 
 impl<T: Real> Workspace<T> {
     pub(super) fn new(sizes: Sizes, snapshot: Vec<HeadState<T>>) -> Self {
-        Self { sizes, scratches: vec![Scratch::new(sizes); max_threads()], snapshot, pages: Vec::new(), parts: Vec::new() }
+        Self {
+            sizes,
+            scratches: vec![Scratch::new(sizes); max_threads()],
+            snapshot,
+            pages: Vec::new(),
+            parts: Vec::new(),
+        }
     }
 
     /// For one thread.
     pub(super) fn for_steps(sizes: Sizes) -> Self {
-        Self { sizes, scratches: vec![Scratch::new(sizes)], snapshot: Vec::new(), pages: Vec::new(), parts: Vec::new() }
+        Self {
+            sizes,
+            scratches: vec![Scratch::new(sizes)],
+            snapshot: Vec::new(),
+            pages: Vec::new(),
+            parts: Vec::new(),
+        }
     }
 
     /// Keeps `states` in the snapshot.
@@ -144,7 +160,8 @@ impl<T: Real> Workspace<T> {
     pub fn bytes(&self) -> usize {
         let snapshot = self.snapshot.iter().chain(&self.parts).map(HeadState::len);
         let pages = self.pages.iter().map(Pages::len);
-        self.scratches.iter().map(Scratch::len).chain(snapshot).chain(pages).sum::<usize>() * size_of::<T>()
+        self.scratches.iter().map(Scratch::len).chain(snapshot).chain(pages).sum::<usize>()
+            * size_of::<T>()
     }
 }
 
@@ -174,11 +191,23 @@ impl<T: Real> Scratch<T> {
     }
 
     pub(super) fn len(&self) -> usize {
-        [&self.x, &self.y, &self.a, &self.b, &self.v, &self.p, &self.o, &self.feature, &self.column, &self.top, &self.total]
-            .into_iter()
-            .chain([&self.zeros, &self.map])
-            .map(Vec::len)
-            .sum::<usize>()
+        [
+            &self.x,
+            &self.y,
+            &self.a,
+            &self.b,
+            &self.v,
+            &self.p,
+            &self.o,
+            &self.feature,
+            &self.column,
+            &self.top,
+            &self.total,
+        ]
+        .into_iter()
+        .chain([&self.zeros, &self.map])
+        .map(Vec::len)
+        .sum::<usize>()
             + self.sums.len()
             + self.part.len()
     }

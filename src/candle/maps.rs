@@ -1,4 +1,5 @@
-//! [`MapTensors`]: the numbers of one head's feature map as candle tensors, so that they can be trained.
+//! [`MapTensors`]: the numbers of one head's feature map as candle tensors, so that they can be
+//! trained.
 
 use candle_core::{DType, Device, Result, Tensor};
 
@@ -45,8 +46,8 @@ pub enum ProjectionTensors {
 
 /// The parameters of one key-value head's map, and its decay: [`DctParams`] as tensors.
 ///
-/// Tensors may be of any floating-point type; they are read in f64. Those that are variables, or come from variables, get gradients. To
-/// tie both sides, give the same tensor to both.
+/// Tensors may be of any floating-point type; they are read in f64. Those that are variables, or
+/// come from variables, get gradients. To tie both sides, give the same tensor to both.
 ///
 /// # Examples
 /// ```
@@ -93,7 +94,9 @@ impl MapTensors {
     /// None that sound parameters lead to; candle's result type is that of its constructors.
     pub fn new(params: &DctParams, log_decay: f64) -> Result<Self> {
         let vector = |values: &[f64]| Tensor::new(values, &Device::Cpu);
-        let matrix = |values: &[f64]| vector(values)?.reshape((values.len() / params.dim().max(1), params.dim()));
+        let matrix = |values: &[f64]| {
+            vector(values)?.reshape((values.len() / params.dim().max(1), params.dim()))
+        };
         let side = |side: &SideParams| {
             Ok::<_, candle_core::Error>(SideTensors {
                 center: vector(&side.center)?,
@@ -103,12 +106,17 @@ impl MapTensors {
         };
         let projection = match &params.projection {
             Projection::Dct => ProjectionTensors::Dct,
-            Projection::Mixed { signs } => ProjectionTensors::Mixed { signs: vector(signs)?.reshape((params.blocks(), 3, params.dim()))? },
+            Projection::Mixed { signs } => ProjectionTensors::Mixed {
+                signs: vector(signs)?.reshape((params.blocks(), 3, params.dim()))?,
+            },
             Projection::Deep { query, key } => {
-                let scales = |values: &[f64]| vector(values)?.reshape((params.blocks(), 2, params.dim()));
+                let scales =
+                    |values: &[f64]| vector(values)?.reshape((params.blocks(), 2, params.dim()));
                 ProjectionTensors::Deep { query: scales(query)?, key: scales(key)? }
             }
-            Projection::Dense { query, key } => ProjectionTensors::Dense { query: matrix(query)?, key: matrix(key)? },
+            Projection::Dense { query, key } => {
+                ProjectionTensors::Dense { query: matrix(query)?, key: matrix(key)? }
+            }
         };
         Ok(Self {
             projection,
@@ -147,19 +155,30 @@ impl MapTensors {
         match &self.projection {
             ProjectionTensors::Dct => {}
             ProjectionTensors::Mixed { signs } => named.push(("signs", signs)),
-            ProjectionTensors::Deep { query, key } => named.extend([("deep.query", query), ("deep.key", key)]),
-            ProjectionTensors::Dense { query, key } => named.extend([("dense.query", query), ("dense.key", key)]),
+            ProjectionTensors::Deep { query, key } => {
+                named.extend([("deep.query", query), ("deep.key", key)])
+            }
+            ProjectionTensors::Dense { query, key } => {
+                named.extend([("dense.query", query), ("dense.key", key)])
+            }
         }
         named
     }
 
-    /// All numbers of all heads that have gradients, one after another in the order of [`named`](Self::named), in f64.
+    /// All numbers of all heads that have gradients, one after another in the order of
+    /// [`named`](Self::named), in f64.
     pub(super) fn pack(maps: &[Self]) -> Result<Tensor> {
         let mut parts = Vec::new();
-        for (name, tensor) in maps.iter().flat_map(Self::named).filter(|(name, _)| *name != "signs") {
+        for (name, tensor) in maps.iter().flat_map(Self::named).filter(|(name, _)| *name != "signs")
+        {
             if !(tensor.dtype().is_float() && tensor.device().is_cpu()) {
                 let got = format!("{:?} on {:?}", tensor.dtype(), tensor.device().location());
-                return Err(Error::Tensor { argument: name, expected: "of floating-point numbers, on the CPU", got }.into());
+                return Err(Error::Tensor {
+                    argument: name,
+                    expected: "of floating-point numbers, on the CPU",
+                    got,
+                }
+                .into());
             }
             parts.push(tensor.flatten_all()?.to_dtype(DType::F64)?);
         }
@@ -173,25 +192,42 @@ impl MapTensors {
             *values = rest;
             taken.to_vec()
         };
-        let mut side = |side: &SideTensors| SideParams { center: take(&side.center), scale: take(&side.scale), radii: take(&side.radii) };
+        let mut side = |side: &SideTensors| SideParams {
+            center: take(&side.center),
+            scale: take(&side.scale),
+            radii: take(&side.radii),
+        };
         let (query, key) = (side(&self.query), side(&self.key));
         let log_weight = take(&self.log_weight);
-        let (log_mix, log_decay) = (single("log_mix", take(&self.log_mix))?, single("log_decay", take(&self.log_decay))?);
+        let (log_mix, log_decay) =
+            (single("log_mix", take(&self.log_mix))?, single("log_decay", take(&self.log_decay))?);
         let projection = match &self.projection {
             ProjectionTensors::Dct => Projection::Dct,
-            ProjectionTensors::Mixed { signs } => Projection::Mixed { signs: signs.flatten_all()?.to_dtype(DType::F64)?.to_vec1()? },
-            ProjectionTensors::Deep { query, key } => Projection::Deep { query: take(query), key: take(key) },
-            ProjectionTensors::Dense { query, key } => Projection::Dense { query: take(query), key: take(key) },
+            ProjectionTensors::Mixed { signs } => {
+                Projection::Mixed { signs: signs.flatten_all()?.to_dtype(DType::F64)?.to_vec1()? }
+            }
+            ProjectionTensors::Deep { query, key } => {
+                Projection::Deep { query: take(query), key: take(key) }
+            }
+            ProjectionTensors::Dense { query, key } => {
+                Projection::Dense { query: take(query), key: take(key) }
+            }
         };
         let (envelope, pairing, sides) = (self.envelope, self.pairing, Sides::Untied);
-        Ok((DctParams { projection, envelope, pairing, sides, query, key, log_weight, log_mix }, log_decay))
+        Ok((
+            DctParams { projection, envelope, pairing, sides, query, key, log_weight, log_mix },
+            log_decay,
+        ))
     }
 
     /// The same with every tensor replaced by what `replace` makes of it and its name.
     ///
     /// # Errors
     /// Those of `replace`.
-    pub fn try_map(&self, mut replace: impl FnMut(&'static str, &Tensor) -> Result<Tensor>) -> Result<Self> {
+    pub fn try_map(
+        &self,
+        mut replace: impl FnMut(&'static str, &Tensor) -> Result<Tensor>,
+    ) -> Result<Self> {
         let mut side = |names: [&'static str; 3], side: &SideTensors| {
             let [center, scale, radii] = names;
             Ok::<_, candle_core::Error>(SideTensors {
@@ -210,13 +246,17 @@ impl MapTensors {
             log_decay: replace("log_decay", &self.log_decay)?,
             projection: match &self.projection {
                 ProjectionTensors::Dct => ProjectionTensors::Dct,
-                ProjectionTensors::Mixed { signs } => ProjectionTensors::Mixed { signs: replace("signs", signs)? },
-                ProjectionTensors::Deep { query, key } => {
-                    ProjectionTensors::Deep { query: replace("deep.query", query)?, key: replace("deep.key", key)? }
+                ProjectionTensors::Mixed { signs } => {
+                    ProjectionTensors::Mixed { signs: replace("signs", signs)? }
                 }
-                ProjectionTensors::Dense { query, key } => {
-                    ProjectionTensors::Dense { query: replace("dense.query", query)?, key: replace("dense.key", key)? }
-                }
+                ProjectionTensors::Deep { query, key } => ProjectionTensors::Deep {
+                    query: replace("deep.query", query)?,
+                    key: replace("deep.key", key)?,
+                },
+                ProjectionTensors::Dense { query, key } => ProjectionTensors::Dense {
+                    query: replace("dense.query", query)?,
+                    key: replace("dense.key", key)?,
+                },
             },
         })
     }
@@ -231,9 +271,12 @@ fn single(argument: &'static str, values: Vec<f64>) -> Result<f64> {
 
 /// Gradients in the order of [`MapTensors::named`].
 pub(super) fn packed_gradients(map: &DctGradients, log_decay: f64) -> impl Iterator<Item = f64> {
-    let side = |side: &crate::kernel::SideGradients| [side.center.clone(), side.scale.clone(), side.radii.clone()].concat();
+    let side = |side: &crate::kernel::SideGradients| {
+        [side.center.clone(), side.scale.clone(), side.radii.clone()].concat()
+    };
     let scalars = [map.log_mix, log_decay];
     let projections = [map.query.projection.clone(), map.key.projection.clone()].concat();
-    let parts = [side(&map.query), side(&map.key), map.log_weight.clone(), scalars.to_vec(), projections];
+    let parts =
+        [side(&map.query), side(&map.key), map.log_weight.clone(), scalars.to_vec(), projections];
     parts.into_iter().flatten()
 }

@@ -1,7 +1,9 @@
-//! Attention on [candle](candle_core)'s CPU tensors: functions with gradients, and a module. Feature `candle`.
+//! Attention on [candle](candle_core)'s CPU tensors: functions with gradients, and a module.
+//! Feature `candle`.
 //!
-//! [`causal`] and [`full`] take q, k, v as candle's models lay them out and are operations of its graph: their backward pass is this
-//! crate's, in O(n), for q, k, v and every parameter of the maps.
+//! [`causal`] and [`full`] take q, k, v as candle's models lay them out and are operations of its
+//! graph: their backward pass is this crate's, in O(n), for q, k, v and every parameter of the
+//! maps.
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
@@ -25,9 +27,11 @@
 //!
 //! # Why a feature, and not a crate of its own
 //!
-//! candle brings about a hundred crates and minutes of compiling; with the feature off none of it is there, and neither tests nor
-//! examples of the rest need it. As a feature it reaches into q, k and v where they lie, by what the crate does not show to others, and
-//! there is one version to choose instead of two that have to fit. It is bound to one minor version of candle, as a crate would be.
+//! candle brings about a hundred crates and minutes of compiling; with the feature off none of it
+//! is there, and neither tests nor examples of the rest need it. As a feature it reaches into q, k
+//! and v where they lie, by what the crate does not show to others, and there is one version to
+//! choose instead of two that have to fit. It is bound to one minor version of candle, as a crate
+//! would be.
 
 mod maps;
 mod module;

@@ -15,14 +15,17 @@ use crate::attention::{LinearConfig, Near};
 use crate::error::Error;
 use crate::kernel::{DctMap, Mixing, Pairing};
 use crate::layer::{
-    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions, RotaryTable, SoftmaxAttention,
+    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
+    RotaryTable, SoftmaxAttention,
 };
 use crate::real::Real;
 
 /// A linear attention layer on candle's tensors: [`DijiangAttention`] as a module.
 ///
-/// Names below the [`VarBuilder`]'s prefix, usually `model.layers.{l}.self_attn`: `{q,k,v,o}_proj.weight`, `{q,k,v,o}_proj.bias` where there
-/// are any, and `dijiang.{h}.*` for the map of key-value head h, as `DijiangAttention::to_safetensors` (feature `safetensors`) writes them.
+/// Names below the [`VarBuilder`]'s prefix, usually `model.layers.{l}.self_attn`:
+/// `{q,k,v,o}_proj.weight`, `{q,k,v,o}_proj.bias` where there are any, and `dijiang.{h}.*` for the
+/// map of key-value head h, as `DijiangAttention::to_safetensors` (feature `safetensors`) writes
+/// them.
 ///
 /// # Examples
 /// ```
@@ -66,20 +69,29 @@ pub struct CandleAttention {
 impl CandleAttention {
     /// The layer whose tensors `vb` has, of the `VarBuilder`'s type; those of the maps in f64.
     ///
-    /// Of `options`, `near` counts, and what says how large the tensors of the maps are: `blocks`, `pairing`, `envelope` and `mixing`. A
-    /// head with `dense.query` among its tensors has a dense projection. Where the `VarBuilder` makes tensors that are not there (that of
-    /// a `VarMap` does), radii are normally distributed, and everything else is as `options` says but the signs of `mixing`, which are 1.
+    /// Of `options`, `near` counts, and what says how large the tensors of the maps are: `blocks`,
+    /// `pairing`, `envelope` and `mixing`. A head with `dense.query` among its tensors has a dense
+    /// projection. Where the `VarBuilder` makes tensors that are not there (that of a `VarMap`
+    /// does), radii are normally distributed, and everything else is as `options` says but the
+    /// signs of `mixing`, which are 1.
     ///
     /// # Errors
-    /// Those of the `VarBuilder` for missing tensors and other shapes; what [`AttentionConfig::check`] finds.
-    pub fn new(config: &AttentionConfig, options: &DijiangOptions, vb: VarBuilder<'_>) -> Result<Self> {
+    /// Those of the `VarBuilder` for missing tensors and other shapes; what
+    /// [`AttentionConfig::check`] finds.
+    pub fn new(
+        config: &AttentionConfig,
+        options: &DijiangOptions,
+        vb: VarBuilder<'_>,
+    ) -> Result<Self> {
         let (config, head_dim) = config.resolved()?;
         let (width, kv_width) = (config.heads * head_dim, config.kv_heads * head_dim);
         let q_proj = projection(config.model_dim, width, vb.pp("q_proj"))?;
         let k_proj = projection(config.model_dim, kv_width, vb.pp("k_proj"))?;
         let v_proj = projection(config.model_dim, kv_width, vb.pp("v_proj"))?;
         let o_proj = projection(width, config.model_dim, vb.pp("o_proj"))?;
-        let maps = (0..config.kv_heads).map(|h| map(head_dim, options, &vb.pp("dijiang").pp(h))).collect::<Result<_>>()?;
+        let maps = (0..config.kv_heads)
+            .map(|h| map(head_dim, options, &vb.pp("dijiang").pp(h)))
+            .collect::<Result<_>>()?;
         Self::assemble(&config, options.near, [q_proj, k_proj, v_proj, o_proj], maps)
     }
 
@@ -87,13 +99,21 @@ impl CandleAttention {
     ///
     /// # Errors
     /// [`Error::Tensor`] unless `dtype` is f32, f64, f16 or bf16.
-    pub fn from_layer<T: Real + WithDType>(layer: &DijiangAttention<T>, dtype: DType) -> Result<Self> {
+    pub fn from_layer<T: Real + WithDType>(
+        layer: &DijiangAttention<T>,
+        dtype: DType,
+    ) -> Result<Self> {
         working_dtype("dtype", dtype)?;
         let weights = layer.weights();
         let linear = |weight: &Array2<T>, bias: &Option<Array1<T>>| {
-            let tensor = |values: Vec<T>, shape: &[usize]| Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype);
+            let tensor = |values: Vec<T>, shape: &[usize]| {
+                Tensor::from_vec(values, shape, &Device::Cpu)?.to_dtype(dtype)
+            };
             let bias = bias.as_ref().map(|bias| tensor(bias.to_vec(), bias.shape())).transpose()?;
-            Ok::<_, candle_core::Error>(Linear::new(tensor(weight.iter().copied().collect(), weight.shape())?, bias))
+            Ok::<_, candle_core::Error>(Linear::new(
+                tensor(weight.iter().copied().collect(), weight.shape())?,
+                bias,
+            ))
         };
         let projections = [
             linear(&weights.q, &weights.q_bias)?,
@@ -101,7 +121,11 @@ impl CandleAttention {
             linear(&weights.v, &weights.v_bias)?,
             linear(&weights.o, &weights.o_bias)?,
         ];
-        let maps = layer.maps().iter().zip(layer.log_decay()).map(|(map, &log_decay)| MapTensors::new(map.params(), log_decay));
+        let maps = layer
+            .maps()
+            .iter()
+            .zip(layer.log_decay())
+            .map(|(map, &log_decay)| MapTensors::new(map.params(), log_decay));
         Self::assemble(layer.config(), layer.near(), projections, maps.collect::<Result<_>>()?)
     }
 
@@ -116,7 +140,8 @@ impl CandleAttention {
             let matrix = Array2::from_shape_vec((rows, columns), vector(linear.weight())?);
             matrix.map_err(candle_core::Error::wrap)
         };
-        let bias = |linear: &Linear| linear.bias().map(|bias| vector(bias).map(Array1::from)).transpose();
+        let bias =
+            |linear: &Linear| linear.bias().map(|bias| vector(bias).map(Array1::from)).transpose();
         let (q, k, v, o) = (&self.q_proj, &self.k_proj, &self.v_proj, &self.o_proj);
         let weights = AttentionWeights {
             q_bias: bias(q)?,
@@ -125,18 +150,26 @@ impl CandleAttention {
             o_bias: bias(o)?,
             ..AttentionWeights::new(matrix(q)?, matrix(k)?, matrix(v)?, matrix(o)?)
         };
-        let heads = self.present_maps()?.iter().map(MapTensors::params).collect::<Result<Vec<_>>>()?;
+        let heads =
+            self.present_maps()?.iter().map(MapTensors::params).collect::<Result<Vec<_>>>()?;
         let (params, log_decay): (Vec<_>, Vec<_>) = heads.into_iter().unzip();
         let maps = params.into_iter().map(DctMap::from_params).collect::<crate::Result<_>>()?;
         let softmax = SoftmaxAttention::new(self.config.clone(), weights)?;
-        let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(self.near))?;
+        let layer =
+            DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(self.near))?;
         Ok(layer.with_maps(maps)?.with_log_decay(log_decay)?)
     }
 
-    fn assemble(config: &AttentionConfig, near: Option<Near>, projections: [Linear; 4], maps: Vec<MapTensors>) -> Result<Self> {
+    fn assemble(
+        config: &AttentionConfig,
+        near: Option<Near>,
+        projections: [Linear; 4],
+        maps: Vec<MapTensors>,
+    ) -> Result<Self> {
         let (config, head_dim) = config.resolved()?;
         let near = near.filter(|_| config.causality == Causality::Causal);
-        let rotary = config.rotary.as_ref().map(|rotary| Arc::new(RotaryTable::new(rotary, head_dim)));
+        let rotary =
+            config.rotary.as_ref().map(|rotary| Arc::new(RotaryTable::new(rotary, head_dim)));
         let [q_proj, k_proj, v_proj, o_proj] = projections;
         Ok(Self { config, head_dim, near, rotary, q_proj, k_proj, v_proj, o_proj, maps })
     }
@@ -159,24 +192,37 @@ impl CandleAttention {
     /// Every tensor with its name below the layer's prefix.
     pub fn named(&self) -> Vec<(String, Tensor)> {
         let mut named = Vec::new();
-        for (which, linear) in [("q", &self.q_proj), ("k", &self.k_proj), ("v", &self.v_proj), ("o", &self.o_proj)] {
+        for (which, linear) in
+            [("q", &self.q_proj), ("k", &self.k_proj), ("v", &self.v_proj), ("o", &self.o_proj)]
+        {
             named.push((format!("{which}_proj.weight"), linear.weight().clone()));
             named.extend(linear.bias().map(|bias| (format!("{which}_proj.bias"), bias.clone())));
         }
         for (h, map) in self.maps.iter().enumerate() {
-            named.extend(map.named().into_iter().map(|(name, tensor)| (format!("dijiang.{h}.{name}"), tensor.clone())));
+            named.extend(
+                map.named()
+                    .into_iter()
+                    .map(|(name, tensor)| (format!("dijiang.{h}.{name}"), tensor.clone())),
+            );
         }
         named
     }
 
-    /// The same layer with every tensor replaced by what `replace` makes of it and its name: a variable, to train the layer.
+    /// The same layer with every tensor replaced by what `replace` makes of it and its name: a
+    /// variable, to train the layer.
     ///
     /// # Errors
     /// Those of `replace`.
-    pub fn try_map(&self, mut replace: impl FnMut(&str, &Tensor) -> Result<Tensor>) -> Result<Self> {
+    pub fn try_map(
+        &self,
+        mut replace: impl FnMut(&str, &Tensor) -> Result<Tensor>,
+    ) -> Result<Self> {
         let mut linear = |which: &str, linear: &Linear| {
             let weight = replace(&format!("{which}_proj.weight"), linear.weight())?;
-            let bias = linear.bias().map(|bias| replace(&format!("{which}_proj.bias"), bias)).transpose()?;
+            let bias = linear
+                .bias()
+                .map(|bias| replace(&format!("{which}_proj.bias"), bias))
+                .transpose()?;
             Ok::<_, candle_core::Error>(Linear::new(weight, bias))
         };
         Ok(Self {
@@ -185,7 +231,9 @@ impl CandleAttention {
             v_proj: linear("v", &self.v_proj)?,
             o_proj: linear("o", &self.o_proj)?,
             maps: (self.maps.iter().enumerate())
-                .map(|(h, map)| map.try_map(|name, tensor| replace(&format!("dijiang.{h}.{name}"), tensor)))
+                .map(|(h, map)| {
+                    map.try_map(|name, tensor| replace(&format!("dijiang.{h}.{name}"), tensor))
+                })
                 .collect::<Result<_>>()?,
             config: self.config.clone(),
             head_dim: self.head_dim,
@@ -194,15 +242,21 @@ impl CandleAttention {
         })
     }
 
-    /// The empty state of `batch` new sequences, with the maps of now: train on, and it is that of another layer.
+    /// The empty state of `batch` new sequences, with the maps of now: train on, and it is that of
+    /// another layer.
     ///
     /// # Errors
-    /// [`Error::Empty`] for a batch of 0, [`Error::Conflict`] for a bidirectional layer, and what is wrong with the maps.
+    /// [`Error::Empty`] for a batch of 0, [`Error::Conflict`] for a bidirectional layer, and what
+    /// is wrong with the maps.
     pub fn new_state(&self, batch: usize) -> Result<CandleState> {
         if self.config.causality == Causality::Bidirectional {
-            return Err(Error::Conflict { argument: "state", other: "bidirectional attention" }.into());
+            return Err(
+                Error::Conflict { argument: "state", other: "bidirectional attention" }.into()
+            );
         }
-        let config = LinearConfig { scale: self.config.scale, near: self.near, ..LinearConfig::new() }.with_heads(self.config.heads);
+        let config =
+            LinearConfig { scale: self.config.scale, near: self.near, ..LinearConfig::new() }
+                .with_heads(self.config.heads);
         let maps = self.present_maps()?;
         let params = MapTensors::pack(&maps)?;
         match working_dtype("weights", self.q_proj.weight().dtype())? {
@@ -211,39 +265,66 @@ impl CandleAttention {
         }
     }
 
-    /// Hidden states in, hidden states out, as the attention of candle's own models: `index_pos` is the position of the first token.
+    /// Hidden states in, hidden states out, as the attention of candle's own models: `index_pos` is
+    /// the position of the first token.
     ///
-    /// Without a state, these tokens are whole sequences, and the result has gradients with respect to `x` and every variable among the
-    /// layer's tensors. With one, they are the next tokens of its sequences; attention has no gradients then.
+    /// Without a state, these tokens are whole sequences, and the result has gradients with respect
+    /// to `x` and every variable among the layer's tensors. With one, they are the next tokens of
+    /// its sequences; attention has no gradients then.
     ///
     /// # Shapes
     /// - `x`: `[b, n, D]`, returns `[b, n, D]`.
     ///
     /// # Conventions
-    /// `x` is of the type of the weights. Rotary embedding and attention of f16 and bf16 are computed in f32, as is the state. log γ is
-    /// min(`log_decay`, 0), so that an optimizer may overshoot.
+    /// `x` is of the type of the weights. Rotary embedding and attention of f16 and bf16 are
+    /// computed in f32, as is the state. log γ is min(`log_decay`, 0), so that an optimizer may
+    /// overshoot.
     ///
     /// # Errors
-    /// [`Error::Tensor`], [`Error::Shape`] and [`Error::Empty`] for `x`, [`Error::Value`] if `index_pos` is not where the state is,
-    /// [`Error::Foreign`] for a state of another batch; those of [`causal`](super::causal). After an error the state is unchanged.
-    pub fn forward(&self, x: &Tensor, index_pos: usize, state: Option<&mut CandleState>) -> Result<Tensor> {
+    /// [`Error::Tensor`], [`Error::Shape`] and [`Error::Empty`] for `x`, [`Error::Value`] if
+    /// `index_pos` is not where the state is, [`Error::Foreign`] for a state of another batch;
+    /// those of [`causal`](super::causal). After an error the state is unchanged.
+    pub fn forward(
+        &self,
+        x: &Tensor,
+        index_pos: usize,
+        state: Option<&mut CandleState>,
+    ) -> Result<Tensor> {
         self.run(x, index_pos, state, None)
     }
 
-    /// [`forward`](Self::forward) where some keys must not be attended to: `key_mask` is `[b, n]` of type U8, 0 for those.
+    /// [`forward`](Self::forward) where some keys must not be attended to: `key_mask` is `[b, n]`
+    /// of type U8, 0 for those.
     ///
     /// # Errors
     /// As [`forward`](Self::forward); [`Error::Tensor`] and [`Error::Shape`] for the mask.
-    pub fn forward_masked(&self, x: &Tensor, index_pos: usize, key_mask: &Tensor, state: Option<&mut CandleState>) -> Result<Tensor> {
+    pub fn forward_masked(
+        &self,
+        x: &Tensor,
+        index_pos: usize,
+        key_mask: &Tensor,
+        state: Option<&mut CandleState>,
+    ) -> Result<Tensor> {
         self.run(x, index_pos, state, Some(key_mask))
     }
 
-    fn run(&self, x: &Tensor, index_pos: usize, state: Option<&mut CandleState>, key_mask: Option<&Tensor>) -> Result<Tensor> {
+    fn run(
+        &self,
+        x: &Tensor,
+        index_pos: usize,
+        state: Option<&mut CandleState>,
+        key_mask: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let AttentionConfig { model_dim, heads, kv_heads, scale, causality, .. } = self.config;
         check_cpu("x", x)?;
         check_dtype("x", x, self.q_proj.weight().dtype(), "of the type of the weights")?;
         let &[b, n, got] = x.dims() else {
-            return Err(Error::Tensor { argument: "x", expected: "of three axes", got: format!("{:?}", x.dims()) }.into());
+            return Err(Error::Tensor {
+                argument: "x",
+                expected: "of three axes",
+                got: format!("{:?}", x.dims()),
+            }
+            .into());
         };
         if got != model_dim {
             return Err(Error::Shape { argument: "x", axis: 2, expected: model_dim, got }.into());
@@ -266,11 +347,14 @@ impl CandleAttention {
         let q = project(&self.q_proj, heads, self.rotary.as_ref())?;
         let k = project(&self.k_proj, kv_heads, self.rotary.as_ref())?;
         let v = project(&self.v_proj, kv_heads, None)?;
-        let options = AttentionOptions { layout: HeadLayout::TokensFirst, scale, near: self.near, key_mask };
+        let options =
+            AttentionOptions { layout: HeadLayout::TokensFirst, scale, near: self.near, key_mask };
         let out = match (state, causality) {
             (Some(state), _) => state.extend(&q, &k, &v, key_mask)?,
             (None, Causality::Causal) => ops::causal(&q, &k, &v, &self.present_maps()?, &options)?,
-            (None, Causality::Bidirectional) => ops::full(&q, &k, &v, &self.present_maps()?, &options)?,
+            (None, Causality::Bidirectional) => {
+                ops::full(&q, &k, &v, &self.present_maps()?, &options)?
+            }
         };
         self.o_proj.forward(&out.reshape((b, n, heads * self.head_dim))?.to_dtype(x.dtype())?)
     }
@@ -290,14 +374,17 @@ impl CandleAttention {
 
 /// A projection, with a bias if there is one.
 fn projection(inner: usize, out: usize, vb: VarBuilder<'_>) -> Result<Linear> {
-    let weight = vb.get_with_hints((out, inner), "weight", candle_nn::init::DEFAULT_KAIMING_NORMAL)?;
+    let weight =
+        vb.get_with_hints((out, inner), "weight", candle_nn::init::DEFAULT_KAIMING_NORMAL)?;
     let bias = vb.contains_tensor("bias").then(|| vb.get(out, "bias")).transpose()?;
     Ok(Linear::new(weight, bias))
 }
 
 /// The map of one head.
 fn map(dim: usize, options: &DijiangOptions, vb: &VarBuilder<'_>) -> Result<MapTensors> {
-    let get = |name: &str, shape: &[usize], init: Init| vb.get_with_hints_dtype(shape, name, init, DType::F64);
+    let get = |name: &str, shape: &[usize], init: Init| {
+        vb.get_with_hints_dtype(shape, name, init, DType::F64)
+    };
     let rows = options.blocks * dim;
     let features = if options.pairing == Pairing::Antithetic { 2 * rows } else { rows };
     let dense = vb.contains_tensor("dense.query");
@@ -315,11 +402,15 @@ fn map(dim: usize, options: &DijiangOptions, vb: &VarBuilder<'_>) -> Result<MapT
             ProjectionTensors::Dense { query: matrix("query")?, key: matrix("key")? }
         }
         _ if vb.contains_tensor("deep.query") => {
-            let scales = |side: &str| get(&format!("deep.{side}"), &[options.blocks, 2, dim], Init::Const(1.0));
+            let scales = |side: &str| {
+                get(&format!("deep.{side}"), &[options.blocks, 2, dim], Init::Const(1.0))
+            };
             ProjectionTensors::Deep { query: scales("query")?, key: scales("key")? }
         }
         Mixing::None => ProjectionTensors::Dct,
-        Mixing::Mixed => ProjectionTensors::Mixed { signs: get("signs", &[options.blocks, 3, dim], Init::Const(1.0))? },
+        Mixing::Mixed => ProjectionTensors::Mixed {
+            signs: get("signs", &[options.blocks, 3, dim], Init::Const(1.0))?,
+        },
     };
     Ok(MapTensors {
         projection,

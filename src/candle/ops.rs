@@ -1,9 +1,10 @@
 //! Linear attention on tensors, with gradients.
 //!
-//! An operation of candle may have three inputs; attention has four, q, k, v and the numbers of its maps. So it is two nodes of the
-//! graph: `Bind` takes q, k and v and yields one number, `Attend` takes that and the maps and computes. On the way back `Attend` computes
-//! all gradients at once and leaves those of q, k and v in a ledger; the gradient of the number is the page they are on, from which `Bind`
-//! picks them up. No copy of q, k or v is made either way.
+//! An operation of candle may have three inputs; attention has four, q, k, v and the numbers of its
+//! maps. So it is two nodes of the graph: `Bind` takes q, k and v and yields one number, `Attend`
+//! takes that and the maps and computes. On the way back `Attend` computes all gradients at once
+//! and leaves those of q, k and v in a ledger; the gradient of the number is the page they are on,
+//! from which `Bind` picks them up. No copy of q, k or v is made either way.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,7 +28,8 @@ pub struct AttentionOptions<'a> {
     pub scale: Option<f64>,
     /// The exact near part of causal attention. Default: none.
     pub near: Option<Near>,
-    /// Keys that may be attended to: `[b, n_k]` of type U8, everything but 0 means yes. Default: all.
+    /// Keys that may be attended to: `[b, n_k]` of type U8, everything but 0 means yes. Default:
+    /// all.
     pub key_mask: Option<&'a Tensor>,
 }
 
@@ -66,32 +68,48 @@ impl<'a> AttentionOptions<'a> {
 ///
 /// # Shapes
 /// In the order of [`HeadLayout`], here `[b, h, n, d]`:
-/// - `q`: `[b, h, n, d]`, `k`: `[b, h_kv, n, d]`, `v`: `[b, h_kv, n, e]`; `maps`: h_kv; returns `[b, h, n, e]`, without gaps.
+/// - `q`: `[b, h, n, d]`, `k`: `[b, h_kv, n, d]`, `v`: `[b, h_kv, n, e]`; `maps`: h_kv; returns
+///   `[b, h, n, e]`, without gaps.
 ///
 /// # Conventions
-/// q, k and v of type f32 or f64, with any strides, also those of a broadcast; f16 and bf16 are computed in f32. σ is applied here. The
-/// output has gradients with respect to q, k, v and every tensor of `maps` but the signs; a gradient of a gradient it has not.
+/// q, k and v of type f32 or f64, with any strides, also those of a broadcast; f16 and bf16 are
+/// computed in f32. σ is applied here. The output has gradients with respect to q, k, v and every
+/// tensor of `maps` but the signs; a gradient of a gradient it has not.
 ///
 /// # Cost
-/// O(n), heads in parallel. Forward and backward build the maps' tables, at most O(m·d·log d) per head; backward takes about three times the
-/// time of forward. Nothing is kept for it but q, k and v themselves.
+/// O(n), heads in parallel. Forward and backward build the maps' tables, at most O(m·d·log d) per
+/// head; backward takes about three times the time of forward. Nothing is kept for it but q, k and
+/// v themselves.
 ///
 /// # Errors
-/// [`Error::Tensor`] for tensors of another rank, type or device, [`Error::Shape`] for sizes that do not fit, [`Error::Empty`] for an
-/// empty batch, and those of
-/// [`LinearAttention::causal`] and [`DctMap::from_params`], all of them within a [`candle_core::Error::Wrapped`].
-pub fn causal(q: &Tensor, k: &Tensor, v: &Tensor, maps: &[MapTensors], options: &AttentionOptions<'_>) -> Result<Tensor> {
+/// [`Error::Tensor`] for tensors of another rank, type or device, [`Error::Shape`] for sizes that
+/// do not fit, [`Error::Empty`] for an empty batch, and those of [`LinearAttention::causal`] and
+/// [`DctMap::from_params`], all of them within a [`candle_core::Error::Wrapped`].
+pub fn causal(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    maps: &[MapTensors],
+    options: &AttentionOptions<'_>,
+) -> Result<Tensor> {
     attention(Causality::Causal, q, k, v, maps, options)
 }
 
-/// Full linear attention, bidirectional or cross: [`LinearAttention::full`] of every sequence of a batch.
+/// Full linear attention, bidirectional or cross: [`LinearAttention::full`] of every sequence of a
+/// batch.
 ///
 /// # Shapes
 /// As for [`causal`], where k and v may have another number of tokens than q.
 ///
 /// # Errors
 /// As [`causal`]; [`Error::Conflict`] with a near part or decay.
-pub fn full(q: &Tensor, k: &Tensor, v: &Tensor, maps: &[MapTensors], options: &AttentionOptions<'_>) -> Result<Tensor> {
+pub fn full(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    maps: &[MapTensors],
+    options: &AttentionOptions<'_>,
+) -> Result<Tensor> {
     attention(Causality::Bidirectional, q, k, v, maps, options)
 }
 
@@ -154,7 +172,8 @@ fn run<T: Element>(
 ) -> Result<Tensor> {
     let params = MapTensors::pack(maps)?;
     let config = LinearConfig { scale: options.scale, near: options.near, ..LinearConfig::new() };
-    let attention = build::<T>(config.with_heads(sizes.heads).with_value_dim(value_dim), maps, &params)?;
+    let attention =
+        build::<T>(config.with_heads(sizes.heads).with_value_dim(value_dim), maps, &params)?;
     let valid = match options.key_mask {
         Some(mask) => Some(mask_rows(mask, sizes.batch, k.dim(options.layout.axes().1)?)?),
         None => None,
@@ -166,14 +185,20 @@ fn run<T: Element>(
     }
     let ledger = Arc::new(Ledger::default());
     let bound = q.apply_op3(&k, &v, Bind(Arc::clone(&ledger)))?;
-    params.apply_op2(&bound, Attend { problem, inputs: [q.detach(), k.detach(), v.detach()], ledger })
+    params
+        .apply_op2(&bound, Attend { problem, inputs: [q.detach(), k.detach(), v.detach()], ledger })
 }
 
 /// The operator of these maps; `params` is what [`MapTensors::pack`] made of them.
-pub(super) fn build<T: Element>(config: LinearConfig, maps: &[MapTensors], params: &Tensor) -> Result<LinearAttention<T, DctMap<T>>> {
+pub(super) fn build<T: Element>(
+    config: LinearConfig,
+    maps: &[MapTensors],
+    params: &Tensor,
+) -> Result<LinearAttention<T, DctMap<T>>> {
     let values = params.to_vec1::<f64>()?;
     let mut rest = &values[..];
-    let (mut built, mut log_decay) = (Vec::with_capacity(maps.len()), Vec::with_capacity(maps.len()));
+    let (mut built, mut log_decay) =
+        (Vec::with_capacity(maps.len()), Vec::with_capacity(maps.len()));
     for map in maps {
         let (params, decay) = map.read(&mut rest)?;
         built.push(DctMap::from_params(params)?);
@@ -208,7 +233,8 @@ impl<T: Element> Problem<T> {
         let Sizes { batch, heads, tokens, .. } = Sizes::of("q", q, self.layout)?;
         let value_dim = v.dim(3)?;
         let mut out = vec![T::ZERO; batch * heads * tokens * value_dim];
-        let [q, k, v] = [("q", q), ("k", k), ("v", v)].map(|(name, x)| Reading::new(name, x, self.layout));
+        let [q, k, v] =
+            [("q", q), ("k", k), ("v", v)].map(|(name, x)| Reading::new(name, x, self.layout));
         let (mut state, mut workspace) = (self.attention.new_state(), self.attention.workspace());
         for (i, out) in out.chunks_exact_mut((heads * tokens * value_dim).max(1)).enumerate() {
             let mut out = self.layout.split(out, [heads, tokens, value_dim])?;
@@ -216,9 +242,19 @@ impl<T: Element> Problem<T> {
             match self.causality {
                 Causality::Causal => {
                     state.reset();
-                    self.attention.prefill_into(&mut state, &q, &k, &v, self.mask(i), &mut out, &mut workspace)?;
+                    self.attention.prefill_into(
+                        &mut state,
+                        &q,
+                        &k,
+                        &v,
+                        self.mask(i),
+                        &mut out,
+                        &mut workspace,
+                    )?;
                 }
-                Causality::Bidirectional => self.attention.full_into(&q, &k, &v, self.mask(i), &mut out, &mut workspace)?,
+                Causality::Bidirectional => {
+                    self.attention.full_into(&q, &k, &v, self.mask(i), &mut out, &mut workspace)?
+                }
             }
         }
         Ok((out, self.layout.shape([batch, heads, tokens, value_dim])))
@@ -228,21 +264,33 @@ impl<T: Element> Problem<T> {
         let batch = q.dim(0)?;
         let mut inputs = [(); 3].map(|()| (Vec::new(), [0; 3]));
         let mut params: Vec<f64> = Vec::new();
-        let [q, k, v, grad] = [("q", q), ("k", k), ("v", v), ("grad_out", grad)].map(|(name, x)| Reading::new(name, x, self.layout));
+        let [q, k, v, grad] = [("q", q), ("k", k), ("v", v), ("grad_out", grad)]
+            .map(|(name, x)| Reading::new(name, x, self.layout));
         for i in 0..batch {
-            let (q, k, v, grad) = (q.sequence(i)?, k.sequence(i)?, v.sequence(i)?, grad.sequence(i)?);
+            let (q, k, v, grad) =
+                (q.sequence(i)?, k.sequence(i)?, v.sequence(i)?, grad.sequence(i)?);
             let gradients = match self.causality {
-                Causality::Causal => self.attention.causal_backward(&q, &k, &v, self.mask(i), &grad),
-                Causality::Bidirectional => self.attention.full_backward(&q, &k, &v, self.mask(i), &grad),
+                Causality::Causal => {
+                    self.attention.causal_backward(&q, &k, &v, self.mask(i), &grad)
+                }
+                Causality::Bidirectional => {
+                    self.attention.full_backward(&q, &k, &v, self.mask(i), &grad)
+                }
             }?;
-            for ((all, shape), one) in inputs.iter_mut().zip([gradients.q, gradients.k, gradients.v]) {
+            for ((all, shape), one) in
+                inputs.iter_mut().zip([gradients.q, gradients.k, gradients.v])
+            {
                 *shape = one.dim().into();
                 let (one, _) = one.into_raw_vec_and_offset();
                 if all.is_empty() { *all = one } else { all.extend(one) }
             }
             let heads = gradients.maps.iter().zip(gradients.log_decay);
             let heads = heads.flat_map(|(map, log_decay)| packed_gradients(map, log_decay));
-            if params.is_empty() { params.extend(heads) } else { params.iter_mut().zip(heads).for_each(|(sum, x)| *sum += x) }
+            if params.is_empty() {
+                params.extend(heads)
+            } else {
+                params.iter_mut().zip(heads).for_each(|(sum, x)| *sum += x)
+            }
         }
         Ok(Gradients { inputs, params })
     }
@@ -290,7 +338,15 @@ impl CustomOp3 for Bind {
         "dijiang-bind"
     }
 
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         Ok((CpuStorage::F64(vec![0.0]), Shape::from(1)))
     }
 
@@ -322,15 +378,31 @@ impl<T: Element> CustomOp2 for Attend<T> {
         "dijiang-attention"
     }
 
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
         let [q, k, v] = &self.inputs;
         let (out, shape) = self.problem.forward(q, k, v)?;
         Ok((T::to_cpu_storage_owned(out), shape))
     }
 
-    fn bwd(&self, params: &Tensor, bound: &Tensor, _: &Tensor, grad: &Tensor) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let Gradients { inputs, params: grad_params } = self.problem.backward(&self.inputs, grad)?;
-        let grad_params = params.track_op().then(|| Tensor::from_vec(grad_params, params.shape(), &Device::Cpu)).transpose()?;
+    fn bwd(
+        &self,
+        params: &Tensor,
+        bound: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let Gradients { inputs, params: grad_params } =
+            self.problem.backward(&self.inputs, grad)?;
+        let grad_params = params
+            .track_op()
+            .then(|| Tensor::from_vec(grad_params, params.shape(), &Device::Cpu))
+            .transpose()?;
         if !bound.track_op() {
             return Ok((grad_params, None));
         }

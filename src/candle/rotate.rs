@@ -18,27 +18,41 @@ enum Turn {
     Back,
 }
 
-/// Turns every head of every row of `[b, n, h·d]`; row j of each sequence is the token at `start` + j.
+/// Turns every head of every row of `[b, n, h·d]`; row j of each sequence is the token at `start` +
+/// j.
 struct Rotate {
     table: Arc<RotaryTable>,
     start: usize,
     turn: Turn,
 }
 
-/// `x` `[b, n, h·d]`, f32 or f64, turned by the positions from `start` on. Its backward pass turns back.
+/// `x` `[b, n, h·d]`, f32 or f64, turned by the positions from `start` on. Its backward pass turns
+/// back.
 pub(super) fn rotate(x: &Tensor, table: &Arc<RotaryTable>, start: usize) -> Result<Tensor> {
     x.contiguous()?.apply_op1(Rotate { table: Arc::clone(table), start, turn: Turn::Forth })
 }
 
 impl Rotate {
-    fn apply<T: Element>(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let (Some((start, end)), &[_, tokens, width]) = (layout.contiguous_offsets(), layout.dims()) else {
+    fn apply<T: Element>(
+        &self,
+        storage: &CpuStorage,
+        layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (Some((start, end)), &[_, tokens, width]) =
+            (layout.contiguous_offsets(), layout.dims())
+        else {
             let got = format!("{layout:?}");
-            return Err(Error::Tensor { argument: "rows to rotate", expected: "of three axes without gaps", got }.into());
+            return Err(Error::Tensor {
+                argument: "rows to rotate",
+                expected: "of three axes without gaps",
+                got,
+            }
+            .into());
         };
         let mut rows = T::cpu_storage_as_slice(storage)?[start..end].to_vec();
         let blocks = rows.chunks_mut((tokens * width).max(1));
-        let blocks = blocks.flat_map(|sequence| sequence.chunks_mut((ROWS * width).max(1)).enumerate());
+        let blocks =
+            blocks.flat_map(|sequence| sequence.chunks_mut((ROWS * width).max(1)).enumerate());
         for_each(&mut vec![(); max_threads()], blocks, |(), (block, rows)| {
             let start = self.start + block * ROWS;
             match self.turn {
@@ -59,7 +73,12 @@ impl CustomOp1 for Rotate {
         match storage {
             CpuStorage::F32(_) => self.apply::<f32>(storage, layout),
             CpuStorage::F64(_) => self.apply::<f64>(storage, layout),
-            _ => Err(Error::Tensor { argument: "rows to rotate", expected: "of type F32 or F64", got: "another".to_owned() }.into()),
+            _ => Err(Error::Tensor {
+                argument: "rows to rotate",
+                expected: "of type F32 or F64",
+                got: "another".to_owned(),
+            }
+            .into()),
         }
     }
 

@@ -11,7 +11,8 @@ use crate::attention::{CausalState, KeyMask, LinearAttention, Workspace};
 use crate::error::{Error, check_elements};
 use crate::kernel::DctMap;
 
-/// What a batch of sequences leaves behind in one layer, in place of a key-value cache: constant size at any length.
+/// What a batch of sequences leaves behind in one layer, in place of a key-value cache: constant
+/// size at any length.
 ///
 /// A clone is a snapshot to return to.
 #[derive(Debug, Clone)]
@@ -50,7 +51,10 @@ impl Stateful for f64 {
 }
 
 impl CandleState {
-    pub(super) fn new<T: Stateful>(attention: LinearAttention<T, DctMap<T>>, batch: usize) -> crate::Result<Self> {
+    pub(super) fn new<T: Stateful>(
+        attention: LinearAttention<T, DctMap<T>>,
+        batch: usize,
+    ) -> crate::Result<Self> {
         if batch == 0 {
             return Err(Error::Empty { argument: "batch" });
         }
@@ -93,22 +97,40 @@ impl CandleState {
     /// The next tokens are those of as many sequences, at this position.
     pub(super) fn check(&self, batch: usize, position: usize) -> crate::Result<()> {
         if batch != self.batch() {
-            return Err(Error::Foreign { argument: "state", what: "batch", expected: batch, got: self.batch() });
+            return Err(Error::Foreign {
+                argument: "state",
+                what: "batch",
+                expected: batch,
+                got: self.batch(),
+            });
         }
         if position != self.position() {
-            return Err(Error::Value { argument: "index_pos", expected: "the position of the state", got: position as f64 });
+            return Err(Error::Value {
+                argument: "index_pos",
+                expected: "the position of the state",
+                got: position as f64,
+            });
         }
         Ok(())
     }
 
-    /// The next tokens of every sequence: `[b, n, h, d]`, `[b, n, h_kv, d]` twice, and a mask `[b, n]`; returns `[b, n, h, d]`.
-    pub(super) fn extend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, key_mask: Option<&Tensor>) -> Result<Tensor> {
+    /// The next tokens of every sequence: `[b, n, h, d]`, `[b, n, h_kv, d]` twice, and a mask `[b,
+    /// n]`; returns `[b, n, h, d]`.
+    pub(super) fn extend(
+        &mut self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        key_mask: Option<&Tensor>,
+    ) -> Result<Tensor> {
         let expected = match self.0 {
             Typed::F32(_) => DType::F32,
             Typed::F64(_) => DType::F64,
         };
         check_dtype("x", q, expected, "of the type of the state")?;
-        let &[batch, tokens, ..] = q.dims() else { return Err(Error::Empty { argument: "x" }.into()) };
+        let &[batch, tokens, ..] = q.dims() else {
+            return Err(Error::Empty { argument: "x" }.into());
+        };
         let valid = match key_mask {
             Some(mask) => Some(mask_rows(mask, batch, tokens)?),
             None => None,
@@ -121,28 +143,46 @@ impl CandleState {
 }
 
 impl<T: Element> Sequences<T> {
-    fn extend(&mut self, q: &Tensor, k: &Tensor, v: &Tensor, valid: Option<&[Vec<bool>]>) -> Result<Tensor> {
+    fn extend(
+        &mut self,
+        q: &Tensor,
+        k: &Tensor,
+        v: &Tensor,
+        valid: Option<&[Vec<bool>]>,
+    ) -> Result<Tensor> {
         let (batch, tokens, heads, dim) = q.dims4()?;
         let layout = HeadLayout::TokensFirst;
         let mut out = vec![T::ZERO; q.elem_count()];
-        let [readings_q, readings_k, readings_v] = [("q", q), ("k", k), ("v", v)].map(|(name, x)| Reading::new(name, x, layout));
+        let [readings_q, readings_k, readings_v] =
+            [("q", q), ("k", k), ("v", v)].map(|(name, x)| Reading::new(name, x, layout));
         let outputs = out.chunks_exact_mut((tokens * heads * dim).max(1)).enumerate();
         let single = tokens == 1 && valid.is_none();
-        // What fails for one sequence must not have changed another: single tokens are looked at first, and for many there is a copy.
+        // What fails for one sequence must not have changed another: single tokens are looked at
+        // first, and for many there is a copy.
         let before = if single || batch == 1 { Vec::new() } else { self.states.clone() };
         if single {
             for (name, reading) in [("q", &readings_q), ("k", &readings_k), ("v", &readings_v)] {
-                (0..batch).try_for_each(|i| Ok::<_, candle_core::Error>(check_elements(name, &reading.sequence::<T>(i)?)?))?;
+                (0..batch).try_for_each(|i| {
+                    Ok::<_, candle_core::Error>(check_elements(name, &reading.sequence::<T>(i)?)?)
+                })?;
             }
         }
         let mut workspace = if single { None } else { Some(self.attention.workspace()) };
         for ((i, out), state) in outputs.zip(&mut self.states) {
             let mut out = layout.split(out, [heads, tokens, dim])?;
-            let (q, k, v) = (readings_q.sequence(i)?, readings_k.sequence(i)?, readings_v.sequence(i)?);
+            let (q, k, v) =
+                (readings_q.sequence(i)?, readings_k.sequence(i)?, readings_v.sequence(i)?);
             let result = match &mut workspace {
                 None => {
                     let [q, k, v] = [q, k, v].map(|x| x.index_axis_move(Axis(1), 0));
-                    self.attention.step(state, &q, &k, &v, &mut out.index_axis_mut(Axis(1), 0), &mut self.workspace)
+                    self.attention.step(
+                        state,
+                        &q,
+                        &k,
+                        &v,
+                        &mut out.index_axis_mut(Axis(1), 0),
+                        &mut self.workspace,
+                    )
                 }
                 Some(workspace) => {
                     let mask = valid.map_or(KeyMask::All, |valid| KeyMask::Valid(&valid[i]));

@@ -1,8 +1,8 @@
 //! Attention layers from the model directories of Hugging Face.
 //!
-//! A directory holds `config.json` and the weights: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
-//! Tensors are stored in f32, f16, bf16 or f64 and converted when they are asked for; the files are mapped, not read, so opening a
-//! large model costs nothing.
+//! A directory holds `config.json` and the weights: `model.safetensors`, or the shards that
+//! `model.safetensors.index.json` lists. Tensors are stored in f32, f16, bf16 or f64 and converted
+//! when they are asked for; the files are mapped, not read, so opening a large model costs nothing.
 //!
 //! | family (`model_type`) | attention |
 //! | --- | --- |
@@ -56,7 +56,8 @@ pub enum Family {
 
 /// A model directory, opened.
 ///
-/// Shared freely between threads. The files must not be written to or cut short while it lives: they are mapped into memory.
+/// Shared freely between threads. The files must not be written to or cut short while it lives:
+/// they are mapped into memory.
 #[derive(Debug)]
 pub struct Checkpoint {
     config: Config,
@@ -64,14 +65,16 @@ pub struct Checkpoint {
 }
 
 impl Checkpoint {
-    /// Opens `directory` and checks its config and the headers of its weight files. No weight is read yet.
+    /// Opens `directory` and checks its config and the headers of its weight files. No weight is
+    /// read yet.
     ///
     /// # Cost
-    /// Reads the config and the headers, some kilobytes a file; the rest is mapped. Files stay open as long as this lives.
+    /// Reads the config and the headers, some kilobytes a file; the rest is mapped. Files stay open
+    /// as long as this lives.
     ///
     /// # Errors
-    /// [`Error::Io`] for files that cannot be read, [`Error::Format`] for those that are damaged, of another family, or say something
-    /// impossible.
+    /// [`Error::Io`] for files that cannot be read, [`Error::Format`] for those that are damaged,
+    /// of another family, or say something impossible.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
         let directory = directory.as_ref();
         Ok(Self { config: Config::read(directory)?, tensors: Tensors::open(directory)? })
@@ -98,11 +101,15 @@ impl Checkpoint {
     /// One pass over the tensors, and the memory of the weights in `T`.
     ///
     /// # Errors
-    /// [`Error::Value`] for a layer that is not there, [`Error::Format`] for tensors that are missing, of another shape or type, or not
-    /// finite in `T`.
+    /// [`Error::Value`] for a layer that is not there, [`Error::Format`] for tensors that are
+    /// missing, of another shape or type, or not finite in `T`.
     pub fn attention_weights<T: Real>(&self, layer: usize) -> Result<AttentionWeights<T>> {
         if layer >= self.layers() {
-            return Err(Error::Value { argument: "layer", expected: "below the number of layers", got: layer as f64 });
+            return Err(Error::Value {
+                argument: "layer",
+                expected: "below the number of layers",
+                got: layer as f64,
+            });
         }
         families::attention_weights(&self.config, &self.tensors, layer)
     }
@@ -110,7 +117,8 @@ impl Checkpoint {
     /// The attention layer with index `layer` as it was trained.
     ///
     /// # Cost
-    /// As [`attention_weights`](Self::attention_weights); the layer keeps these weights, without another copy.
+    /// As [`attention_weights`](Self::attention_weights); the layer keeps these weights, without
+    /// another copy.
     ///
     /// # Errors
     /// As [`attention_weights`](Self::attention_weights).
@@ -138,7 +146,11 @@ fn io_error(path: &Path, error: &std::io::Error) -> Error {
 fn read_json<J: for<'de> serde::Deserialize<'de>>(path: &Path) -> Result<J> {
     let metadata = std::fs::metadata(path).map_err(|error| io_error(path, &error))?;
     if !metadata.is_file() || metadata.len() > MAX_JSON {
-        let got = if metadata.is_file() { format!("{} bytes", metadata.len()) } else { "something else".to_owned() };
+        let got = if metadata.is_file() {
+            format!("{} bytes", metadata.len())
+        } else {
+            "something else".to_owned()
+        };
         return Err(fault(path.display(), format!("a file of at most {MAX_JSON} bytes"), got));
     }
     let text = std::fs::read(path).map_err(|error| io_error(path, &error))?;

@@ -8,21 +8,24 @@ use crate::layer::{AttentionConfig, PublishedAttention, PublishedWeights};
 use crate::real::Real;
 
 impl<T: Real> PublishedAttention<T> {
-    /// The layer whose tensors have names beginning with `place` (`gpt_neox.layers.0.attention.`): `query_key_value.*`, `dense.*`,
-    /// `group_norm.*`, `W_G`, `proj_matrix` and `D1`, as the code published with the paper saves them in its GPT-NeoX form.
+    /// The layer whose tensors have names beginning with `place` (`gpt_neox.layers.0.attention.`):
+    /// `query_key_value.*`, `dense.*`, `group_norm.*`, `W_G`, `proj_matrix` and `D1`, as the code
+    /// published with the paper saves them in its GPT-NeoX form.
     ///
-    /// Radii and decays come from `proj_matrix` and `D1`, which that code keeps in f32: outputs agree with it to about 10⁻⁶.
+    /// Radii and decays come from `proj_matrix` and `D1`, which that code keeps in f32: outputs
+    /// agree with it to about 10⁻⁶.
     ///
     /// # Shapes
-    /// - `query_key_value.weight`: `[3·D, D]`, query, key and value of each head together; `dense.weight`, `W_G`: `[D, D]`; biases
-    ///   `[3·D]`, `[D]`; `group_norm.*`: `[D]`; `proj_matrix`: `[d, d]`; `D1`: `[1, h, positions, 1]`.
+    /// - `query_key_value.weight`: `[3·D, D]`, query, key and value of each head together;
+    ///   `dense.weight`, `W_G`: `[D, D]`; biases `[3·D]`, `[D]`; `group_norm.*`: `[D]`;
+    ///   `proj_matrix`: `[d, d]`; `D1`: `[1, h, positions, 1]`.
     ///
     /// # Cost
     /// One pass over the tensors, and the memory of the weights in `T`.
     ///
     /// # Errors
-    /// [`Error::Format`](crate::Error::Format) for tensors that are missing or do not fit `config`, and what
-    /// [`new`](PublishedAttention::new) finds.
+    /// [`Error::Format`](crate::Error::Format) for tensors that are missing or do not fit `config`,
+    /// and what [`new`](PublishedAttention::new) finds.
     pub fn from_tensors(tensors: &Tensors, place: &str, config: AttentionConfig) -> Result<Self> {
         let name = |name: &str| format!("{place}{name}");
         let (config, d) = config.resolved()?;
@@ -32,16 +35,30 @@ impl<T: Real> PublishedAttention<T> {
         let decays = name("D1");
         let positions = match tensors.shape(&decays) {
             Some(&[1, found, positions, 1]) if found == heads && positions > 1 => positions,
-            found => return Err(fault(decays, format!("a tensor [1, {heads}, positions, 1]"), format!("{found:?}"))),
+            found => {
+                return Err(fault(
+                    decays,
+                    format!("a tensor [1, {heads}, positions, 1]"),
+                    format!("{found:?}"),
+                ));
+            }
         };
         let powers: Vec<f64> = tensors.numbers(&decays, &[1, heads, positions, 1])?;
-        // γ to the last position that is a normal number in f32: its logarithm is the one rounding has touched least.
+        // γ to the last position that is a normal number in f32: its logarithm is the one rounding
+        // has touched least.
         let log_decay = powers.chunks_exact(positions).map(|powers| {
-            let last = powers.iter().rposition(|&power| power >= f64::from(f32::MIN_POSITIVE)).filter(|&last| last > 0);
+            let last = powers
+                .iter()
+                .rposition(|&power| power >= f64::from(f32::MIN_POSITIVE))
+                .filter(|&last| last > 0);
             last.map(|last| powers[last].ln() / last as f64)
         });
         let Some(log_decay) = log_decay.collect::<Option<_>>() else {
-            return Err(fault(decays, "powers of a decay of each head", "none at the second position".to_owned()));
+            return Err(fault(
+                decays,
+                "powers of a decay of each head",
+                "none at the second position".to_owned(),
+            ));
         };
         let published = PublishedWeights::new(
             radii,

@@ -20,8 +20,8 @@ const INDEX: &str = "model.safetensors.index.json";
 
 /// Tensors in safetensors files: those of a model directory, or of one file.
 ///
-/// The files are mapped into memory, and must not be written to or cut short while this lives. Elements are converted from what
-/// they are stored as when a tensor is asked for.
+/// The files are mapped into memory, and must not be written to or cut short while this lives.
+/// Elements are converted from what they are stored as when a tensor is asked for.
 #[derive(Debug)]
 pub struct Tensors {
     /// The file to name where a tensor is missing.
@@ -45,7 +45,8 @@ struct Index {
 }
 
 impl Tensors {
-    /// Opens the weight files of a model directory: `model.safetensors`, or the shards that `model.safetensors.index.json` lists.
+    /// Opens the weight files of a model directory: `model.safetensors`, or the shards that
+    /// `model.safetensors.index.json` lists.
     ///
     /// # Errors
     /// [`Error::Io`] for files that cannot be read, [`Error::Format`] for damaged ones.
@@ -62,11 +63,19 @@ impl Tensors {
         let mut shards = Vec::with_capacity(names.len());
         for name in &names {
             if Path::new(name).file_name() != Some(name.as_ref()) {
-                return Err(fault_in(&index_path, "weight_map", "names of files beside it", format!("{name:?}")));
+                return Err(fault_in(
+                    &index_path,
+                    "weight_map",
+                    "names of files beside it",
+                    format!("{name:?}"),
+                ));
             }
             shards.push(Shard::open(directory.join(name))?);
         }
-        let shard_of = index.weight_map.iter().filter_map(|(tensor, file)| Some((tensor.clone(), names.binary_search(&file).ok()?)));
+        let shard_of = index
+            .weight_map
+            .iter()
+            .filter_map(|(tensor, file)| Some((tensor.clone(), names.binary_search(&file).ok()?)));
         Ok(Self { shard_of: shard_of.collect(), shards, root: index_path })
     }
 
@@ -94,14 +103,17 @@ impl Tensors {
     /// The tensor of two axes called `name`, `[rows, columns]`.
     ///
     /// # Cost
-    /// One pass over its bytes, which come from the disk if nobody has looked at them yet, and the memory of its elements in `T`.
+    /// One pass over its bytes, which come from the disk if nobody has looked at them yet, and the
+    /// memory of its elements in `T`.
     ///
     /// # Errors
-    /// [`Error::Format`] for a tensor that is missing, of another shape or type, or with elements beyond [`Real::LIMIT`]. No memory is
-    /// taken before the shape has been compared with that of the file.
+    /// [`Error::Format`] for a tensor that is missing, of another shape or type, or with elements
+    /// beyond [`Real::LIMIT`]. No memory is taken before the shape has been compared with that of
+    /// the file.
     pub fn matrix<T: Real>(&self, name: &str, rows: usize, columns: usize) -> Result<Array2<T>> {
         let values = self.numbers(name, &[rows, columns])?;
-        Array2::from_shape_vec((rows, columns), values).map_err(|error| fault_in(&self.root, name, "a matrix", error))
+        Array2::from_shape_vec((rows, columns), values)
+            .map_err(|error| fault_in(&self.root, name, "a matrix", error))
     }
 
     /// The tensor of one axis called `name`, `[len]`. Costs what [`matrix`](Self::matrix) costs.
@@ -112,7 +124,8 @@ impl Tensors {
         Ok(self.numbers(name, &[len])?.into())
     }
 
-    /// The numbers of the tensor of this shape, row-major. Costs what [`matrix`](Self::matrix) costs.
+    /// The numbers of the tensor of this shape, row-major. Costs what [`matrix`](Self::matrix)
+    /// costs.
     ///
     /// # Errors
     /// As [`matrix`](Self::matrix).
@@ -125,13 +138,26 @@ impl Tensors {
             return Err(fault(format!("of shape {shape:?}"), format!("{:?}", info.shape)));
         }
         let (start, end) = info.data_offsets;
-        let bytes = shard.map[shard.data..].get(start..end).ok_or_else(|| fault("whole".to_owned(), "an end of the file".to_owned()))?;
+        let bytes = shard.map[shard.data..]
+            .get(start..end)
+            .ok_or_else(|| fault("whole".to_owned(), "an end of the file".to_owned()))?;
         let values: Vec<T> = match info.dtype {
             Dtype::F64 => elements(bytes, |bytes| T::from_f64(f64::from_le_bytes(bytes))),
-            Dtype::F32 => elements(bytes, |bytes| T::from_f64(f64::from(f32::from_le_bytes(bytes)))),
-            Dtype::F16 => elements(bytes, |bytes| T::from_f64(f64::from(f16::from_le_bytes(bytes)))),
-            Dtype::BF16 => elements(bytes, |bytes| T::from_f64(f64::from(bf16::from_le_bytes(bytes)))),
-            other => return Err(fault("stored as F64, F32, F16 or BF16".to_owned(), format!("{other:?}"))),
+            Dtype::F32 => {
+                elements(bytes, |bytes| T::from_f64(f64::from(f32::from_le_bytes(bytes))))
+            }
+            Dtype::F16 => {
+                elements(bytes, |bytes| T::from_f64(f64::from(f16::from_le_bytes(bytes))))
+            }
+            Dtype::BF16 => {
+                elements(bytes, |bytes| T::from_f64(f64::from(bf16::from_le_bytes(bytes))))
+            }
+            other => {
+                return Err(fault(
+                    "stored as F64, F32, F16 or BF16".to_owned(),
+                    format!("{other:?}"),
+                ));
+            }
         };
         match values.iter().position(|&value| !within(value, T::from_f64(T::LIMIT))) {
             None => Ok(values),

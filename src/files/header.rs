@@ -17,17 +17,22 @@ pub(crate) fn quoted(text: &str) -> String {
     }
 }
 
-/// The header of a safetensors file, its tensors' types, shapes and offsets checked, and where its data begin.
+/// The header of a safetensors file, its tensors' types, shapes and offsets checked, and where its
+/// data begin.
 pub(crate) fn header(bytes: &[u8]) -> Result<(Metadata, usize)> {
     check_numbers(bytes)?;
     let damaged = |error: SafeTensorError| fault("file", "in safetensors format", error);
     let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
     let start = size_of::<u64>() + header;
-    if start > bytes.len() { Err(damaged(SafeTensorError::InvalidHeaderLength)) } else { Ok((metadata, start)) }
+    if start > bytes.len() {
+        Err(damaged(SafeTensorError::InvalidHeaderLength))
+    } else {
+        Ok((metadata, start))
+    }
 }
 
-/// Refuses headers with numbers too long for `usize`'s every sum: the parser adds the last offset to the header's length
-/// without care for overflow.
+/// Refuses headers with numbers too long for `usize`'s every sum: the parser adds the last offset
+/// to the header's length without care for overflow.
 fn check_numbers(bytes: &[u8]) -> Result<()> {
     let Some((len, rest)) = bytes.split_first_chunk() else { return Ok(()) }; // the parser's to refuse
     let header = usize::try_from(u64::from_le_bytes(*len)).ok().filter(|&len| len <= MAX_HEADER);
@@ -41,7 +46,11 @@ fn check_numbers(bytes: &[u8]) -> Result<()> {
         }
         digits = if byte.is_ascii_digit() && !quoted { digits + 1 } else { 0 };
         if digits > usize::MAX.ilog10() {
-            return Err(fault("file", "in safetensors format", format!("a number of more than {} digits", digits - 1)));
+            return Err(fault(
+                "file",
+                "in safetensors format",
+                format!("a number of more than {} digits", digits - 1),
+            ));
         }
     }
     Ok(())

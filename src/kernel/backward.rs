@@ -1,8 +1,8 @@
 //! Vector–Jacobian products of the DCT feature maps.
 //!
-//! Every map of this room is a = A(x − μ) + …, with A = T·W·S, `[P, d]`, and what its parameters' gradients need of the
-//! tokens is small: the moments M = Σ_j ȧ_j z_jᵀ and the sums r = Σ_j ȧ_j, where ȧ_j is the gradient with respect to
-//! the log-features of token j and z_j = x_j − μ:
+//! Every map of this room is a = A(x − μ) + …, with A = T·W·S, `[P, d]`, and what its parameters'
+//! gradients need of the tokens is small: the moments M = Σ_j ȧ_j z_jᵀ and the sums r = Σ_j ȧ_j,
+//! where ȧ_j is the gradient with respect to the log-features of token j and z_j = x_j − μ:
 //!
 //! ```text
 //! ṫ_f = Σ_i W_fi s_i M_fi        ṡ_i = Σ_f t_f W_fi M_fi        Ẇ_fi = t_f s_i M_fi
@@ -11,8 +11,9 @@
 //!
 //! and with Ȧ = M the chain rule through the transforms, if the projection is deep.
 //!
-//! So the gradients cost one matrix product per panel of tokens, whatever the projection is made of. But where it is transforms with
-//! tokens along the lanes, most of M is not needed, and two transforms take its place: û = C(s ⊙ z) once more, and y = Cᵀ(t ⊙ u̇).
+//! So the gradients cost one matrix product per panel of tokens, whatever the projection is made
+//! of. But where it is transforms with tokens along the lanes, most of M is not needed, and two
+//! transforms take its place: û = C(s ⊙ z) once more, and y = Cᵀ(t ⊙ u̇).
 //!
 //! ```text
 //! ṫ = Σ_j u̇_j ⊙ û_j        ṡ = Σ_j y_j ⊙ z_j        μ̇ = −s ⊙ Σ_j y_j (+ …)        ẋ_j = s ⊙ y_j + …
@@ -21,7 +22,9 @@
 use std::fmt::Debug;
 
 use super::FeatureMap;
-use super::dct_map::{DctMap, cast, deep_gradients, lane_tables, lanes, lanes_transposed, projection_matrix};
+use super::dct_map::{
+    DctMap, cast, deep_gradients, lane_tables, lanes, lanes_transposed, projection_matrix,
+};
 use super::favor::FavorMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, SideParams};
 use crate::real::Real;
@@ -32,8 +35,8 @@ const PANELS: usize = 32;
 
 /// A feature map whose parameters have gradients.
 ///
-/// A pass over many tokens adds each panel's contribution to [`Sums`](Self::Sums) and asks for the gradients once, at
-/// the end.
+/// A pass over many tokens adds each panel's contribution to [`Sums`](Self::Sums) and asks for the
+/// gradients once, at the end.
 ///
 /// # Examples
 /// ```
@@ -61,21 +64,39 @@ pub trait DifferentiableMap<T: Real>: FeatureMap<T> {
     /// Scratch elements that the methods below need for panels `width` columns wide.
     fn vjp_scratch_len(&self, width: usize) -> usize;
 
-    /// Carries the gradient with respect to the log-features of a panel of queries over to the queries and parameters.
+    /// Carries the gradient with respect to the log-features of a panel of queries over to the
+    /// queries and parameters.
     ///
     /// # Shapes
-    /// - `x`: `[d, width]`, the scaled queries; `grad_a`: `[m, width]`, zero in columns that stand for no token; `width`
-    ///   is a multiple of 16.
+    /// - `x`: `[d, width]`, the scaled queries; `grad_a`: `[m, width]`, zero in columns that stand
+    ///   for no token; `width` is a multiple of 16.
     /// - `grad_x`: `[d, width]`, added to; `None` if nobody wants it.
-    /// - `scratch`: at least [`vjp_scratch_len`](Self::vjp_scratch_len) elements, contents garbage before and after.
+    /// - `scratch`: at least [`vjp_scratch_len`](Self::vjp_scratch_len) elements, contents garbage
+    ///   before and after.
     ///
     /// # Cost
-    /// Two matrix products of m·d·width, or one without `grad_x`; two batches of transforms for a projection by batched
-    /// transforms. Does not allocate.
-    fn query_vjp(&self, width: usize, x: &[T], grad_a: &[T], grad_x: Option<&mut [T]>, sums: &mut Self::Sums, scratch: &mut [T]);
+    /// Two matrix products of m·d·width, or one without `grad_x`; two batches of transforms for a
+    /// projection by batched transforms. Does not allocate.
+    fn query_vjp(
+        &self,
+        width: usize,
+        x: &[T],
+        grad_a: &[T],
+        grad_x: Option<&mut [T]>,
+        sums: &mut Self::Sums,
+        scratch: &mut [T],
+    );
 
     /// The same for keys.
-    fn key_vjp(&self, width: usize, y: &[T], grad_b: &[T], grad_y: Option<&mut [T]>, sums: &mut Self::Sums, scratch: &mut [T]);
+    fn key_vjp(
+        &self,
+        width: usize,
+        y: &[T],
+        grad_b: &[T],
+        grad_y: Option<&mut [T]>,
+        sums: &mut Self::Sums,
+        scratch: &mut [T],
+    );
 
     /// The gradients with respect to the parameters of this map. Allocates.
     fn gradients(&self, sums: &Self::Sums) -> Self::Gradients;
@@ -91,12 +112,13 @@ pub struct SideGradients {
     pub scale: Vec<f64>,
     /// Of the radii t, as long as they.
     pub radii: Vec<f64>,
-    /// Of what only this side has of the projection: p and r of a deep one, `[G, 2, d]`, the matrix of a dense one, `[P, d]`; empty
-    /// for others.
+    /// Of what only this side has of the projection: p and r of a deep one, `[G, 2, d]`, the matrix
+    /// of a dense one, `[P, d]`; empty for others.
     pub projection: Vec<f64>,
 }
 
-/// The gradients with respect to [`DctParams`]. Both sides are told apart even where the map ties them.
+/// The gradients with respect to [`DctParams`]. Both sides are told apart even where the map ties
+/// them.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct DctGradients {
@@ -128,7 +150,8 @@ impl DctGradients {
         }
     }
 
-    /// Adds the gradients of another pass through a map of the same shape; numbers one of them lacks are left alone.
+    /// Adds the gradients of another pass through a map of the same shape; numbers one of them
+    /// lacks are left alone.
     pub fn add(&mut self, other: &Self) {
         for (to, from) in [(&mut self.query, &other.query), (&mut self.key, &other.key)] {
             add(&mut to.center, &from.center);
@@ -204,8 +227,8 @@ enum Table<T> {
 
 /// Projections that are batched transforms with tokens along the lanes.
 ///
-/// The sums are, LANES partial ones of each, those over the tokens of ȧ_f `[m]`, ȧ_f·û_f `[m]` with û = C(s ⊙ z), y_i `[P]` with
-/// y = Cᵀ(t ⊙ u̇), y_i z_i `[P]`, and z_i Σ_f ȧ_f `[d]`.
+/// The sums are, LANES partial ones of each, those over the tokens of ȧ_f `[m]`, ȧ_f·û_f `[m]` with
+/// û = C(s ⊙ z), y_i `[P]` with y = Cᵀ(t ⊙ u̇), y_i z_i `[P]`, and z_i Σ_f ȧ_f `[d]`.
 #[derive(Debug)]
 struct LanesTable<T> {
     /// û of z, chains as in the forward pass.
@@ -246,11 +269,15 @@ pub(super) struct Tables<T> {
 impl<T: Real> Tables<T> {
     pub(super) fn new(params: &DctParams) -> Self {
         let (query, key) = params.projection.sides();
-        Self { query: Table::new(params, &params.query, &params.key, query), key: Table::new(params, &params.key, &params.query, key) }
+        Self {
+            query: Table::new(params, &params.query, &params.key, query),
+            key: Table::new(params, &params.key, &params.query, key),
+        }
     }
 }
 
-/// What both kinds of sums tell of one side, besides the gradients of its radii, scales and projection.
+/// What both kinds of sums tell of one side, besides the gradients of its radii, scales and
+/// projection.
 struct Common {
     /// Σ_j ȧ_fj, `[m]`.
     rows: Vec<f64>,
@@ -261,19 +288,31 @@ struct Common {
 impl<T: Real> Table<T> {
     fn new(params: &DctParams, own: &SideParams, other: &SideParams, of_side: &[f64]) -> Self {
         match params.projection {
-            Projection::Dct | Projection::Mixed { .. } if supports_dct(params.dim()) => Self::Lanes(LanesTable::new(params, own, other)),
+            Projection::Dct | Projection::Mixed { .. } if supports_dct(params.dim()) => {
+                Self::Lanes(LanesTable::new(params, own, other))
+            }
             _ => Self::Matrix(MatrixTable::new(params, own, other, of_side)),
         }
     }
 
     fn new_sums(&self) -> SideSums<T> {
         SideSums::new(match self {
-            Self::Lanes(table) => (2 * table.ones.len() + 2 * table.scale.len() + table.center.len()) * LANES,
+            Self::Lanes(table) => {
+                (2 * table.ones.len() + 2 * table.scale.len() + table.center.len()) * LANES
+            }
             Self::Matrix(table) => table.features * (padded(table.dim()) + 1),
         })
     }
 
-    fn vjp(&self, width: usize, x: &[T], grad: &[T], grad_x: Option<&mut [T]>, sums: &mut SideSums<T>, scratch: &mut [T]) {
+    fn vjp(
+        &self,
+        width: usize,
+        x: &[T],
+        grad: &[T],
+        grad_x: Option<&mut [T]>,
+        sums: &mut SideSums<T>,
+        scratch: &mut [T],
+    ) {
         if width == 0 {
             return;
         }
@@ -284,8 +323,16 @@ impl<T: Real> Table<T> {
         sums.count();
     }
 
-    /// The gradients of one side's own parameters but for its part in the other side's; `unit` as [`matrix_gradients`] wants it.
-    fn gradients(&self, params: &DctParams, own: &SideParams, unit: &[f64], sums: &SideSums<T>, out: &mut SideGradients) -> Common {
+    /// The gradients of one side's own parameters but for its part in the other side's; `unit` as
+    /// [`matrix_gradients`] wants it.
+    fn gradients(
+        &self,
+        params: &DctParams,
+        own: &SideParams,
+        unit: &[f64],
+        sums: &SideSums<T>,
+        out: &mut SideGradients,
+    ) -> Common {
         let common = match self {
             Self::Lanes(table) => table.gradients(own, &sums.total(), out),
             Self::Matrix(_) => matrix_gradients(params, own, unit, &sums.total(), out),
@@ -300,7 +347,11 @@ impl<T: Real> Table<T> {
 impl<T: Real> LanesTable<T> {
     fn new(params: &DctParams, own: &SideParams, other: &SideParams) -> Self {
         let ones = |values: &[f64]| vec![1.0; values.len()];
-        let unscaled = SideParams { center: vec![0.0; own.center.len()], scale: ones(&own.scale), radii: own.radii.clone() };
+        let unscaled = SideParams {
+            center: vec![0.0; own.center.len()],
+            scale: ones(&own.scale),
+            radii: own.radii.clone(),
+        };
         Self {
             forward: lane_tables(params, &SideParams { radii: ones(&own.radii), ..own.clone() }),
             reverse: lane_tables(params, &unscaled),
@@ -312,7 +363,15 @@ impl<T: Real> LanesTable<T> {
         }
     }
 
-    fn vjp(&self, width: usize, x: &[T], grad: &[T], grad_x: Option<&mut [T]>, sums: &mut [T], scratch: &mut [T]) {
+    fn vjp(
+        &self,
+        width: usize,
+        x: &[T],
+        grad: &[T],
+        grad_x: Option<&mut [T]>,
+        sums: &mut [T],
+        scratch: &mut [T],
+    ) {
         let (ops, m, dim, rows) = (T::ops(), self.ones.len(), self.center.len(), self.scale.len());
         let size = dim * width;
         let (panel, scratch) = scratch.split_at_mut(size);
@@ -333,20 +392,39 @@ impl<T: Real> LanesTable<T> {
             lanes(forward, x, &zeros[..width], &zeros[..dim], panel, &[], &mut [], zeros, link);
             let of_features = |first: usize| (first * LANES)..((first + dim) * LANES);
             let minus = minus.get(g * size..(g + 1) * size).unwrap_or_default();
-            for (first, grad) in [(g * dim, &plus[g * size..(g + 1) * size]), (rows + g * dim, minus)] {
+            for (first, grad) in
+                [(g * dim, &plus[g * size..(g + 1) * size]), (rows + g * dim, minus)]
+            {
                 if !grad.is_empty() {
-                    let (sums, products) = (&mut row_sums[of_features(first)], &mut radii_sums[of_features(first)]);
+                    let (sums, products) =
+                        (&mut row_sums[of_features(first)], &mut radii_sums[of_features(first)]);
                     (ops.lane_sums)(grad, panel, &zeros[..dim], sums, products);
                 }
             }
             let grad = &plus[g * size..(g + 1) * size];
             lanes_transposed(reverse, width, grad, minus, panel, link);
             let of_block = of_features(g * dim);
-            (ops.lane_sums)(panel, x, &self.center, &mut y_sums[of_block.clone()], &mut scale_sums[of_block]);
+            (ops.lane_sums)(
+                panel,
+                x,
+                &self.center,
+                &mut y_sums[of_block.clone()],
+                &mut scale_sums[of_block],
+            );
             // What the features have in common comes with the first block.
             let total = if g == 0 { &*total } else { &zeros[..width] };
             let scale = &self.scale[g * dim..(g + 1) * dim];
-            (ops.input_vjp)(x, &self.center, panel, scale, total, &self.tilt, self.envelope, grad_x, input_sums);
+            (ops.input_vjp)(
+                x,
+                &self.center,
+                panel,
+                scale,
+                total,
+                &self.tilt,
+                self.envelope,
+                grad_x,
+                input_sums,
+            );
         }
     }
 
@@ -374,7 +452,9 @@ impl<T: Real> MatrixTable<T> {
         let minus = plus.clone().map(|(_, row)| (-1.0, row));
         let antithetic = params.pairing == Pairing::Antithetic;
         let rows = plus.chain(minus.filter(|_| antithetic));
-        let jacobian = rows.flat_map(|(sign, row)| row.iter().zip(&other.center).map(move |(a, mu)| T::from_f64(sign * a + mu)));
+        let jacobian = rows.flat_map(|(sign, row)| {
+            row.iter().zip(&other.center).map(move |(a, mu)| T::from_f64(sign * a + mu))
+        });
         Self {
             jacobian: jacobian.collect(),
             features: params.features(),
@@ -387,7 +467,15 @@ impl<T: Real> MatrixTable<T> {
         self.jacobian.len() / self.features
     }
 
-    fn vjp(&self, width: usize, x: &[T], grad: &[T], grad_x: Option<&mut [T]>, sums: &mut [T], scratch: &mut [T]) {
+    fn vjp(
+        &self,
+        width: usize,
+        x: &[T],
+        grad: &[T],
+        grad_x: Option<&mut [T]>,
+        sums: &mut [T],
+        scratch: &mut [T],
+    ) {
         let ops = T::ops();
         let (m, dim, stride) = (self.features, self.dim(), padded(self.dim()));
         let (rows, scratch) = scratch.split_at_mut(stride * width);
@@ -404,16 +492,37 @@ impl<T: Real> MatrixTable<T> {
         transpose(ops, width, centered, T::ONE, rows);
         let (moments, row_sums) = sums.split_at_mut(m * stride);
         (ops.add_row_sums)(grad, row_sums);
-        let product = Product { m, n: stride, k: width, a_row: width, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
+        let product = Product {
+            m,
+            n: stride,
+            k: width,
+            a_row: width,
+            a_col: 1,
+            b_row: stride,
+            c_row: stride,
+            accumulate: true,
+        };
         ops.matmul(product, grad, rows, moments);
         let Some(grad_x) = grad_x else { return };
-        let product = Product { m: dim, n: width, k: m, a_row: 1, a_col: dim, b_row: width, c_row: width, accumulate: true };
+        let product = Product {
+            m: dim,
+            n: width,
+            k: m,
+            a_row: 1,
+            a_col: dim,
+            b_row: width,
+            c_row: width,
+            accumulate: true,
+        };
         ops.matmul(product, &self.jacobian, grad, grad_x);
         if let Some(ones) = &self.ones {
             let total = &mut total[..width];
             column_sums_of(ones, grad, total);
             for (to, z) in grad_x.chunks_exact_mut(width).zip(centered.chunks_exact(width)) {
-                to.iter_mut().zip(z).zip(total.iter()).for_each(|((to, &z), &total)| *to -= z * total);
+                to.iter_mut()
+                    .zip(z)
+                    .zip(total.iter())
+                    .for_each(|((to, &z), &total)| *to -= z * total);
             }
         }
     }
@@ -422,7 +531,21 @@ impl<T: Real> MatrixTable<T> {
 /// The sums of a panel's columns, which has as many rows as there are ones.
 fn column_sums_of<T: Real>(ones: &[T], panel: &[T], sums: &mut [T]) {
     let (m, width) = (ones.len(), sums.len());
-    T::ops().matmul(Product { m: 1, n: width, k: m, a_row: m, a_col: 1, b_row: width, c_row: width, accumulate: false }, ones, panel, sums);
+    T::ops().matmul(
+        Product {
+            m: 1,
+            n: width,
+            k: m,
+            a_row: m,
+            a_col: 1,
+            b_row: width,
+            c_row: width,
+            accumulate: false,
+        },
+        ones,
+        panel,
+        sums,
+    );
 }
 
 /// The input scales that row `f` of the projection sees, `[d]`.
@@ -436,14 +559,25 @@ fn scales(side: &SideParams, f: usize) -> &[f64] {
 /// W of both sides, `[P, d]`: transforms with radii and scales of one.
 fn unit_projection(params: &DctParams) -> Vec<f64> {
     let ones = vec![1.0; params.rows()];
-    projection_matrix(params, &SideParams { center: Vec::new(), scale: ones.clone(), radii: ones }, &[])
+    projection_matrix(
+        params,
+        &SideParams { center: Vec::new(), scale: ones.clone(), radii: ones },
+        &[],
+    )
 }
 
 /// [`Table::gradients`] from moments M and sums r; `unit` is W, or p and r of a deep projection.
-fn matrix_gradients(params: &DctParams, own: &SideParams, unit: &[f64], sums: &[f64], out: &mut SideGradients) -> Common {
+fn matrix_gradients(
+    params: &DctParams,
+    own: &SideParams,
+    unit: &[f64],
+    sums: &[f64],
+    out: &mut SideGradients,
+) -> Common {
     let (dim, paired) = (params.dim(), params.rows());
     let (moments, rows) = sums.split_at(params.features() * padded(dim));
-    let moments: Vec<f64> = moments.chunks_exact(padded(dim)).flat_map(|row| row[..dim].iter().copied()).collect();
+    let moments: Vec<f64> =
+        moments.chunks_exact(padded(dim)).flat_map(|row| row[..dim].iter().copied()).collect();
     let common = Common { rows: rows.to_vec(), inputs: column_sums(dim, &moments) };
     // Feature P + f is that of −u_f.
     let mut folded = (moments[..paired * dim].to_vec(), rows[..paired].to_vec());
@@ -470,15 +604,26 @@ fn matrix_gradients(params: &DctParams, own: &SideParams, unit: &[f64], sums: &[
 }
 
 /// [`matrix_gradients`] of a deep projection.
-fn deep_side(params: &DctParams, own: &SideParams, of_side: &[f64], moments: &[f64], rows: &[f64], out: &mut SideGradients) {
+fn deep_side(
+    params: &DctParams,
+    own: &SideParams,
+    of_side: &[f64],
+    moments: &[f64],
+    rows: &[f64],
+    out: &mut SideGradients,
+) {
     let dim = params.dim();
     for (row, &sum) in projection_matrix(params, own, of_side).chunks_exact(dim).zip(rows) {
         out.center.iter_mut().zip(row).for_each(|(to, a)| *to -= a * sum);
     }
     for (g, moments) in moments.chunks_exact(dim * dim).enumerate() {
         let (block, outer) = (g * dim..(g + 1) * dim, 2 * g * dim..2 * (g + 1) * dim);
-        let (radii, scale, of_outer) =
-            deep_gradients(&own.radii[block.clone()], &own.scale[block.clone()], &of_side[outer.clone()], moments);
+        let (radii, scale, of_outer) = deep_gradients(
+            &own.radii[block.clone()],
+            &own.scale[block.clone()],
+            &of_side[outer.clone()],
+            moments,
+        );
         add(&mut out.radii[block.clone()], &radii);
         add(&mut out.scale[block], &scale);
         add(&mut out.projection[outer], &of_outer);
@@ -504,11 +649,27 @@ impl<T: Real> DifferentiableMap<T> for DctMap<T> {
         (2 * padded(self.dim()) + 1) * width + width.max(self.dim())
     }
 
-    fn query_vjp(&self, width: usize, x: &[T], grad_a: &[T], grad_x: Option<&mut [T]>, sums: &mut DctSums<T>, scratch: &mut [T]) {
+    fn query_vjp(
+        &self,
+        width: usize,
+        x: &[T],
+        grad_a: &[T],
+        grad_x: Option<&mut [T]>,
+        sums: &mut DctSums<T>,
+        scratch: &mut [T],
+    ) {
         self.tables().query.vjp(width, x, grad_a, grad_x, &mut sums.query, scratch);
     }
 
-    fn key_vjp(&self, width: usize, y: &[T], grad_b: &[T], grad_y: Option<&mut [T]>, sums: &mut DctSums<T>, scratch: &mut [T]) {
+    fn key_vjp(
+        &self,
+        width: usize,
+        y: &[T],
+        grad_b: &[T],
+        grad_y: Option<&mut [T]>,
+        sums: &mut DctSums<T>,
+        scratch: &mut [T],
+    ) {
         self.tables().key.vjp(width, y, grad_b, grad_y, &mut sums.key, scratch);
     }
 
@@ -518,11 +679,15 @@ impl<T: Real> DifferentiableMap<T> for DctMap<T> {
         let (of_query, of_key) = params.projection.sides();
         let shared = matches!(tables.query, Table::Matrix(_)) && of_query.is_empty();
         let unit = if shared { unit_projection(params) } else { Vec::new() };
-        let (query_unit, key_unit) = if shared { (&unit[..], &unit[..]) } else { (of_query, of_key) };
-        let query = tables.query.gradients(params, &params.query, query_unit, &sums.query, &mut out.query);
+        let (query_unit, key_unit) =
+            if shared { (&unit[..], &unit[..]) } else { (of_query, of_key) };
+        let query =
+            tables.query.gradients(params, &params.query, query_unit, &sums.query, &mut out.query);
         let key = tables.key.gradients(params, &params.key, key_unit, &sums.key, &mut out.key);
-        // x·μk − μq·μk on the query side gives μk the sum of x − μq, and μq what is left of it; μq·y the sum of y.
-        let (query_total, key_total) = (query.rows.iter().sum::<f64>(), key.rows.iter().sum::<f64>());
+        // x·μk − μq·μk on the query side gives μk the sum of x − μq, and μq what is left of it;
+        // μq·y the sum of y.
+        let (query_total, key_total) =
+            (query.rows.iter().sum::<f64>(), key.rows.iter().sum::<f64>());
         add(&mut out.key.center, &query.inputs);
         add(&mut out.query.center, &key.inputs);
         for (to, mu) in out.query.center.iter_mut().zip(&params.key.center) {
@@ -546,11 +711,27 @@ impl<T: Real> DifferentiableMap<T> for FavorMap<T> {
         self.as_dct().vjp_scratch_len(width)
     }
 
-    fn query_vjp(&self, width: usize, x: &[T], grad_a: &[T], grad_x: Option<&mut [T]>, sums: &mut DctSums<T>, scratch: &mut [T]) {
+    fn query_vjp(
+        &self,
+        width: usize,
+        x: &[T],
+        grad_a: &[T],
+        grad_x: Option<&mut [T]>,
+        sums: &mut DctSums<T>,
+        scratch: &mut [T],
+    ) {
         self.as_dct().query_vjp(width, x, grad_a, grad_x, sums, scratch);
     }
 
-    fn key_vjp(&self, width: usize, y: &[T], grad_b: &[T], grad_y: Option<&mut [T]>, sums: &mut DctSums<T>, scratch: &mut [T]) {
+    fn key_vjp(
+        &self,
+        width: usize,
+        y: &[T],
+        grad_b: &[T],
+        grad_y: Option<&mut [T]>,
+        sums: &mut DctSums<T>,
+        scratch: &mut [T],
+    ) {
         self.as_dct().key_vjp(width, y, grad_b, grad_y, sums, scratch);
     }
 

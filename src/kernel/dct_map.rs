@@ -7,14 +7,18 @@
 //! K(x, y) = Σ_f exp(a_f(x) + b_f(y))
 //! ```
 //!
-//! The paper's φ_WDCF(x) = D·exp(T·C·x) is the case of one block, s = 1, p = 0, centres 0 and w = log D².
+//! The paper's φ_WDCF(x) = D·exp(T·C·x) is the case of one block, s = 1, p = 0, centres 0 and w =
+//! log D².
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
 use super::FeatureMap;
 use super::backward::Tables;
-use super::params::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides, paired};
+use super::params::{
+    DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams,
+    Sides, paired,
+};
 use super::quantile::Quantile;
 use super::sampler::{MAX_POINTS, Purpose, signs, unit_points};
 use super::transform::{DctPlan, shared_halves, transposed};
@@ -33,7 +37,11 @@ use crate::simd::{DctTables, Product, padded, supports_dct};
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub struct DctMapConfig {
     /// Head dimension d ≥ 1.
@@ -59,7 +67,8 @@ pub struct DctMapConfig {
 }
 
 impl DctMapConfig {
-    /// The map of the paper for head dimension `dim`: one block, normal radii, Sobol points, no envelope.
+    /// The map of the paper for head dimension `dim`: one block, normal radii, Sobol points, no
+    /// envelope.
     pub fn new(dim: usize) -> Self {
         Self {
             dim,
@@ -137,31 +146,45 @@ impl DctMapConfig {
             return Err(Error::TooLarge { argument: "dim", limit: MAX_POINTS, got: self.dim });
         }
         if self.blocks > MAX_POINTS / self.dim {
-            return Err(Error::TooLarge { argument: "blocks", limit: MAX_POINTS / self.dim, got: self.blocks });
+            return Err(Error::TooLarge {
+                argument: "blocks",
+                limit: MAX_POINTS / self.dim,
+                got: self.blocks,
+            });
         }
         Ok(())
     }
 
-    /// Draws the parameters: t = F⁻¹(u), s, mixing signs, centres 0, w = −ln m, g = 0. Same config, same numbers.
+    /// Draws the parameters: t = F⁻¹(u), s, mixing signs, centres 0, w = −ln m, g = 0. Same config,
+    /// same numbers.
     ///
     /// # Cost
     /// One quantile per row, G·d of them: about 30 ns each for the normal law, 3 µs for chi.
     ///
     /// # Errors
-    /// [`Error::Value`] for `dim` = 0 or `blocks` = 0, [`Error::TooLarge`] beyond 65 536 · 256 rows G·d, which is as
-    /// far as the Sobol sequence reaches.
+    /// [`Error::Value`] for `dim` = 0 or `blocks` = 0, [`Error::TooLarge`] beyond 65 536 · 256 rows
+    /// G·d, which is as far as the Sobol sequence reaches.
     pub fn params(&self) -> Result<DctParams> {
         self.check()?;
         let rows = self.blocks * self.dim;
         let quantile = Quantile::new(self.radial, self.dim)?;
-        let radii = unit_points(self.points, self.dim, self.blocks, self.seed).into_iter().map(|u| quantile.at(u)).collect();
+        let radii = unit_points(self.points, self.dim, self.blocks, self.seed)
+            .into_iter()
+            .map(|u| quantile.at(u))
+            .collect();
         let mut scale = vec![1.0; rows];
         if self.scales == InputScales::RandomSigns {
-            scale[self.dim..].copy_from_slice(&signs(rows - self.dim, self.seed, Purpose::InputSigns));
+            scale[self.dim..].copy_from_slice(&signs(
+                rows - self.dim,
+                self.seed,
+                Purpose::InputSigns,
+            ));
         }
         let projection = match self.mixing {
             Mixing::None => Projection::Dct,
-            Mixing::Mixed => Projection::Mixed { signs: signs(3 * rows, self.seed, Purpose::MixingSigns) },
+            Mixing::Mixed => {
+                Projection::Mixed { signs: signs(3 * rows, self.seed, Purpose::MixingSigns) }
+            }
         };
         let side = SideParams { center: vec![0.0; self.dim], scale, radii };
         let features = paired(self.pairing, rows);
@@ -191,9 +214,10 @@ impl DctMapConfig {
 /// Immutable; tables are computed in f64, cast once and shared by clones.
 ///
 /// # Conventions
-/// x = √σ·q and y = √σ·k come in scaled; C is orthonormal; the mix g and the constant −μq·μk are on the query side, the
-/// log-weights on the key side. Parameters and inputs within [`Real::LIMIT`] give finite log-features unless their
-/// products overflow the type, in which case the log-features are infinite or NaN.
+/// x = √σ·q and y = √σ·k come in scaled; C is orthonormal; the mix g and the constant −μq·μk are on
+/// the query side, the log-weights on the key side. Parameters and inputs within [`Real::LIMIT`]
+/// give finite log-features unless their products overflow the type, in which case the log-features
+/// are infinite or NaN.
 ///
 /// # Examples
 /// ```
@@ -239,7 +263,8 @@ struct Side<T> {
     /// Added to every log-feature of a token: constants and log-weights, `[m]`.
     row: Vec<T>,
     projector: Projector<T>,
-    /// How a single token is projected, while its matrix is small enough for that to be the fastest.
+    /// How a single token is projected, while its matrix is small enough for that to be the
+    /// fastest.
     token: Option<TokenProjector<T>>,
 }
 
@@ -247,8 +272,8 @@ struct Side<T> {
 enum TokenProjector<T> {
     /// One DCT between diagonals per block.
     Dct {
-        /// Of the matrix C, shared by all maps of this dimension: with many heads their own matrices would push each other out of
-        /// the fastest cache.
+        /// Of the matrix C, shared by all maps of this dimension: with many heads their own
+        /// matrices would push each other out of the fastest cache.
         halves: Arc<Vec<T>>,
         /// s, `[P]`.
         scale: Vec<T>,
@@ -259,13 +284,14 @@ enum TokenProjector<T> {
     Matrix(Vec<T>),
 }
 
-/// How the projection u = t ⊙ C(s ⊙ z) of a panel is computed; which one is faster was measured (benches/kernel.rs).
+/// How the projection u = t ⊙ C(s ⊙ z) of a panel is computed; which one is faster was measured
+/// (benches/kernel.rs).
 enum Projector<T> {
-    /// Batched transforms with tokens along the lanes, a chain of them (three if mixed) per block: d = 2^k, 3·2^k or 5·2^k, k ≥ 3,
-    /// up to 256.
+    /// Batched transforms with tokens along the lanes, a chain of them (three if mixed) per block:
+    /// d = 2^k, 3·2^k or 5·2^k, k ≥ 3, up to 256.
     Lanes(Vec<Vec<DctTables<T>>>),
-    /// A matrix `[P, d]`: other d up to 256, rows that are no transform, and deep projections up to that d, for which batched
-    /// transforms there and back would be hardly faster.
+    /// A matrix `[P, d]`: other d up to 256, rows that are no transform, and deep projections up to
+    /// that d, for which batched transforms there and back would be hardly faster.
     Matrix(Vec<T>),
     /// One transform per column by rustdct, between diagonals: larger d.
     Columns {
@@ -289,13 +315,14 @@ impl<T: Real> DctMap<T> {
     /// Builds the map that `params` describe.
     ///
     /// # Cost
-    /// Tables of O(m + d·log d) numbers for a transform; a matrix `[P, d]` a side for a dense projection, and where d is below 256
-    /// and not 2^k, 3·2^k or 5·2^k with k ≥ 3. Maps of equal d share their cosines.
+    /// Tables of O(m + d·log d) numbers for a transform; a matrix `[P, d]` a side for a dense
+    /// projection, and where d is below 256 and not 2^k, 3·2^k or 5·2^k with k ≥ 3. Maps of equal d
+    /// share their cosines.
     ///
     /// # Errors
-    /// [`Error::Empty`], [`Error::NotDivisible`] and [`Error::Length`] for lengths that do not fit each other,
-    /// [`Error::NonFinite`] for numbers that are not finite or beyond [`Real::LIMIT`], [`Error::Conflict`] for
-    /// [`Sides::Tied`] with sides that differ.
+    /// [`Error::Empty`], [`Error::NotDivisible`] and [`Error::Length`] for lengths that do not fit
+    /// each other, [`Error::NonFinite`] for numbers that are not finite or beyond [`Real::LIMIT`],
+    /// [`Error::Conflict`] for [`Sides::Tied`] with sides that differ.
     pub fn from_params(params: DctParams) -> Result<Self> {
         params.check::<T>()?;
         let dot: f64 = params.query.center.iter().zip(&params.key.center).map(|(q, k)| q * k).sum();
@@ -366,14 +393,18 @@ impl<T: Real> FeatureMap<T> for DctMap<T> {
     fn query_token(&self, x: &[T], out: &mut [T], scratch: &mut [T]) {
         match &self.inner.query.token {
             Some(projector) => self.inner.token(&self.inner.query, projector, x, out, scratch),
-            None => super::token(self.features(), x, out, scratch, |width, x, out, scratch| self.query_panel(width, x, out, scratch)),
+            None => super::token(self.features(), x, out, scratch, |width, x, out, scratch| {
+                self.query_panel(width, x, out, scratch)
+            }),
         }
     }
 
     fn key_token(&self, y: &[T], out: &mut [T], scratch: &mut [T]) {
         match &self.inner.key.token {
             Some(projector) => self.inner.token(&self.inner.key, projector, y, out, scratch),
-            None => super::token(self.features(), y, out, scratch, |width, y, out, scratch| self.key_panel(width, y, out, scratch)),
+            None => super::token(self.features(), y, out, scratch, |width, y, out, scratch| {
+                self.key_panel(width, y, out, scratch)
+            }),
         }
     }
 }
@@ -394,24 +425,47 @@ impl<T: Real> Inner<T> {
         match &side.projector {
             Projector::Lanes(blocks) => {
                 let size = self.dim * width;
-                let mut mirrors = minus.chunks_exact_mut(size).zip(mirror_row.chunks_exact(self.dim));
-                for ((chain, out), row) in blocks.iter().zip(plus.chunks_exact_mut(size)).zip(row.chunks_exact(self.dim)) {
+                let mut mirrors =
+                    minus.chunks_exact_mut(size).zip(mirror_row.chunks_exact(self.dim));
+                for ((chain, out), row) in
+                    blocks.iter().zip(plus.chunks_exact_mut(size)).zip(row.chunks_exact(self.dim))
+                {
                     let (mirror, mirror_row) = mirrors.next().unwrap_or_default();
-                    lanes(chain, x, column, row, out, mirror_row, mirror, zeros, &mut scratch[..size]);
+                    lanes(
+                        chain,
+                        x,
+                        column,
+                        row,
+                        out,
+                        mirror_row,
+                        mirror,
+                        zeros,
+                        &mut scratch[..size],
+                    );
                 }
             }
             Projector::Matrix(matrix) => {
                 let z = side.centred(x, width, scratch);
                 let (m, n, k) = (self.rows, width, self.dim);
-                T::ops().matmul(Product { m, n, k, a_row: k, a_col: 1, b_row: n, c_row: n, accumulate: false }, matrix, z, plus);
+                T::ops().matmul(
+                    Product { m, n, k, a_row: k, a_col: 1, b_row: n, c_row: n, accumulate: false },
+                    matrix,
+                    z,
+                    plus,
+                );
                 add_rows_and_column(plus, row, minus, mirror_row, column);
             }
             Projector::Columns { plan, diagonals, chain, radii } => {
-                let blocks = plus.chunks_exact_mut(self.dim * width).zip(diagonals.chunks_exact(chain.len() * self.dim));
+                let blocks = plus
+                    .chunks_exact_mut(self.dim * width)
+                    .zip(diagonals.chunks_exact(chain.len() * self.dim));
                 for ((block, diagonals), radii) in blocks.zip(radii.chunks_exact(self.dim)) {
                     block.copy_from_slice(x);
                     if let Some(center) = &side.center {
-                        block.chunks_exact_mut(width).zip(center).for_each(|(row, &mu)| row.iter_mut().for_each(|z| *z -= mu));
+                        block
+                            .chunks_exact_mut(width)
+                            .zip(center)
+                            .for_each(|(row, &mu)| row.iter_mut().for_each(|z| *z -= mu));
                     }
                     for (link, diagonal) in diagonals.chunks_exact(self.dim).enumerate() {
                         scale_rows(block, diagonal);
@@ -425,7 +479,14 @@ impl<T: Real> Inner<T> {
     }
 
     /// Log-features of one token of one side.
-    fn token(&self, side: &Side<T>, projector: &TokenProjector<T>, x: &[T], out: &mut [T], scratch: &mut [T]) {
+    fn token(
+        &self,
+        side: &Side<T>,
+        projector: &TokenProjector<T>,
+        x: &[T],
+        out: &mut [T],
+        scratch: &mut [T],
+    ) {
         let (x, out) = (&x[..self.dim], &mut out[..self.params.features()]);
         let (centred, scratch) = scratch.split_at_mut(self.dim);
         let (plus, minus) = out.split_at_mut(self.rows);
@@ -452,46 +513,98 @@ impl<T: Real> Inner<T> {
                 let (mut start, size) = (0, self.dim);
                 while start < self.rows {
                     let block = start..start + size;
-                    let (mirror_row, minus) =
-                        if minus.is_empty() { Default::default() } else { (&mirror_row[block.clone()], &mut minus[block.clone()]) };
-                    let (scale, radii, row) = (&scale[block.clone()], &radii[block.clone()], &row[block.clone()]);
+                    let (mirror_row, minus) = if minus.is_empty() {
+                        Default::default()
+                    } else {
+                        (&mirror_row[block.clone()], &mut minus[block.clone()])
+                    };
+                    let (scale, radii, row) =
+                        (&scale[block.clone()], &radii[block.clone()], &row[block.clone()]);
                     start = block.end;
-                    (T::ops().dct_token)(halves, z, scale, radii, offset, row, &mut plus[block], mirror_row, minus, scratch);
+                    (T::ops().dct_token)(
+                        halves,
+                        z,
+                        scale,
+                        radii,
+                        offset,
+                        row,
+                        &mut plus[block],
+                        mirror_row,
+                        minus,
+                        scratch,
+                    );
                 }
             }
             TokenProjector::Matrix(matrix) => {
                 let u = &mut scratch[..padded(self.rows)];
                 (T::ops().vecmat)(z, matrix, false, u);
-                plus.iter_mut().zip(&*u).zip(row).for_each(|((out, &u), &row)| *out = u + (row + offset));
-                minus.iter_mut().zip(&*u).zip(mirror_row).for_each(|((out, &u), &row)| *out = (row + offset) - u);
+                plus.iter_mut()
+                    .zip(&*u)
+                    .zip(row)
+                    .for_each(|((out, &u), &row)| *out = u + (row + offset));
+                minus
+                    .iter_mut()
+                    .zip(&*u)
+                    .zip(mirror_row)
+                    .for_each(|((out, &u), &row)| *out = (row + offset) - u);
             }
         }
     }
 }
 
 impl<T: Real> Side<T> {
-    /// Tables of `own` side; `of_side` is what only it has of the projection, `row` what is added per feature.
-    fn new(params: &DctParams, own: &SideParams, other: &SideParams, of_side: &[f64], row: &[f64]) -> Self {
+    /// Tables of `own` side; `of_side` is what only it has of the projection, `row` what is added
+    /// per feature.
+    fn new(
+        params: &DctParams,
+        own: &SideParams,
+        other: &SideParams,
+        of_side: &[f64],
+        row: &[f64],
+    ) -> Self {
         let unless_zero = |center: &[f64]| center.iter().any(|&c| c != 0.0).then(|| cast(center));
         let (dim, rows) = (params.dim(), params.rows());
         let token = match params.projection {
-            Projection::Dct if dim * dim / 2 <= TOKEN_MATRIX => {
-                Some(TokenProjector::Dct { halves: shared_halves(dim), scale: cast(&own.scale), radii: cast(&own.radii) })
-            }
-            Projection::Mixed { .. } | Projection::Deep { .. } | Projection::Dense { .. } if rows * dim <= TOKEN_MATRIX => {
-                Some(TokenProjector::Matrix(transposed(&projection_matrix(params, own, of_side), dim, dim)))
+            Projection::Dct if dim * dim / 2 <= TOKEN_MATRIX => Some(TokenProjector::Dct {
+                halves: shared_halves(dim),
+                scale: cast(&own.scale),
+                radii: cast(&own.radii),
+            }),
+            Projection::Mixed { .. } | Projection::Deep { .. } | Projection::Dense { .. }
+                if rows * dim <= TOKEN_MATRIX =>
+            {
+                Some(TokenProjector::Matrix(transposed(
+                    &projection_matrix(params, own, of_side),
+                    dim,
+                    dim,
+                )))
             }
             _ => None,
         };
         let projector = match params.projection {
-            Projection::Dct | Projection::Mixed { .. } if supports_dct(dim) => Projector::Lanes(lane_tables(params, own)),
-            Projection::Dct | Projection::Mixed { .. } | Projection::Deep { .. } if dim > MATRIX_DIM => {
+            Projection::Dct | Projection::Mixed { .. } if supports_dct(dim) => {
+                Projector::Lanes(lane_tables(params, own))
+            }
+            Projection::Dct | Projection::Mixed { .. } | Projection::Deep { .. }
+                if dim > MATRIX_DIM =>
+            {
                 let (diagonals, chain) = chain_diagonals(params, own, of_side);
-                Projector::Columns { plan: DctPlan::new(dim), diagonals: cast(&diagonals), chain, radii: cast(&own.radii) }
+                Projector::Columns {
+                    plan: DctPlan::new(dim),
+                    diagonals: cast(&diagonals),
+                    chain,
+                    radii: cast(&own.radii),
+                }
             }
             _ => Projector::Matrix(cast(&projection_matrix(params, own, of_side))),
         };
-        Self { center: unless_zero(&own.center), tilt: unless_zero(&other.center), row: cast(row), projector, token }
+        Self {
+            center: unless_zero(&own.center),
+            tilt: unless_zero(&other.center),
+            row: cast(row),
+            projector,
+            token,
+        }
     }
 
     /// z = x − μ, in `scratch` unless the centre is zero.
@@ -500,7 +613,9 @@ impl<T: Real> Side<T> {
             None => x,
             Some(center) => {
                 let z = &mut scratch[..x.len()];
-                for ((z, x), &mu) in z.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(center) {
+                for ((z, x), &mu) in
+                    z.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(center)
+                {
                     z.iter_mut().zip(x).for_each(|(z, &x)| *z = x - mu);
                 }
                 z
@@ -516,7 +631,10 @@ impl<T: Real> Side<T> {
             let half = T::from_f64(-0.5);
             for (i, x) in x.chunks_exact(width).enumerate() {
                 let center = self.center.as_ref().map_or(T::ZERO, |center| center[i]);
-                column.iter_mut().zip(x).for_each(|(sum, &x)| *sum += half * ((x - center) * (x - center)));
+                column
+                    .iter_mut()
+                    .zip(x)
+                    .for_each(|(sum, &x)| *sum += half * ((x - center) * (x - center)));
             }
         }
         if let Some(tilt) = &self.tilt {
@@ -552,8 +670,16 @@ pub(super) fn lanes<T: Real>(
     }
 }
 
-/// The transpose of [`lanes`] without its additions: `out` is what the block's input gets from `grad − minus`.
-pub(super) fn lanes_transposed<T: Real>(chain: &[DctTables<T>], width: usize, grad: &[T], minus: &[T], out: &mut [T], scratch: &mut [T]) {
+/// The transpose of [`lanes`] without its additions: `out` is what the block's input gets from
+/// `grad − minus`.
+pub(super) fn lanes_transposed<T: Real>(
+    chain: &[DctTables<T>],
+    width: usize,
+    grad: &[T],
+    minus: &[T],
+    out: &mut [T],
+    scratch: &mut [T],
+) {
     let ops = T::ops();
     match chain {
         [only] => (ops.dct_transposed)(only, width, grad, minus, out),
@@ -586,7 +712,14 @@ impl Chain {
     }
 
     /// Transform `link` of the columns of a panel.
-    fn transform<T: Real>(self, link: usize, plan: &DctPlan<T>, width: usize, panel: &mut [T], scratch: &mut [T]) {
+    fn transform<T: Real>(
+        self,
+        link: usize,
+        plan: &DctPlan<T>,
+        width: usize,
+        panel: &mut [T],
+        scratch: &mut [T],
+    ) {
         match (self, link) {
             (Chain::Deep, 1) => plan.dct3_panel(width, panel, scratch),
             _ => plan.dct2_panel(width, panel, scratch),
@@ -594,7 +727,8 @@ impl Chain {
     }
 }
 
-/// Per block the diagonals before each transform, in the order they are applied, `[G, chain, d]`: s, or D₃s, D₂, D₁, or p, r, s.
+/// Per block the diagonals before each transform, in the order they are applied, `[G, chain, d]`:
+/// s, or D₃s, D₂, D₁, or p, r, s.
 fn chain_diagonals(params: &DctParams, own: &SideParams, of_side: &[f64]) -> (Vec<f64>, Chain) {
     let dim = params.dim();
     match &params.projection {
@@ -603,19 +737,28 @@ fn chain_diagonals(params: &DctParams, own: &SideParams, of_side: &[f64]) -> (Ve
             let diagonals = blocks.flat_map(|(signs, scale)| {
                 let (first, rest) = signs.split_at(dim);
                 let (second, third) = rest.split_at(dim);
-                third.iter().zip(scale).map(|(sign, s)| sign * s).chain(second.iter().copied()).chain(first.iter().copied())
+                third
+                    .iter()
+                    .zip(scale)
+                    .map(|(sign, s)| sign * s)
+                    .chain(second.iter().copied())
+                    .chain(first.iter().copied())
             });
             (diagonals.collect(), Chain::Mixed)
         }
         Projection::Deep { .. } => {
             let blocks = of_side.chunks_exact(2 * dim).zip(own.scale.chunks_exact(dim));
-            (blocks.flat_map(|(outer, scale)| outer.iter().chain(scale).copied()).collect(), Chain::Deep)
+            (
+                blocks.flat_map(|(outer, scale)| outer.iter().chain(scale).copied()).collect(),
+                Chain::Deep,
+            )
         }
         Projection::Dct | Projection::Dense { .. } => (own.scale.clone(), Chain::Plain),
     }
 }
 
-/// The batched transforms of every block: centre and first diagonal before the first, radii after the last.
+/// The batched transforms of every block: centre and first diagonal before the first, radii after
+/// the last.
 pub(super) fn lane_tables<T: Real>(params: &DctParams, own: &SideParams) -> Vec<Vec<DctTables<T>>> {
     let dim = params.dim();
     let (diagonals, chain) = chain_diagonals(params, own, &[]);
@@ -623,24 +766,33 @@ pub(super) fn lane_tables<T: Real>(params: &DctParams, own: &SideParams) -> Vec<
     let block = |(diagonals, radii): (&[f64], &[f64])| {
         let links = diagonals.chunks_exact(dim).enumerate().map(|(link, diagonal)| {
             let shift: Vec<f64> = diagonal.iter().zip(&own.center).map(|(s, mu)| -s * mu).collect();
-            DctTables::new(diagonal, if link == 0 { &shift } else { &zeros }, if link + 1 == chain.len() { radii } else { &ones })
+            DctTables::new(
+                diagonal,
+                if link == 0 { &shift } else { &zeros },
+                if link + 1 == chain.len() { radii } else { &ones },
+            )
         });
         links.collect()
     };
     diagonals.chunks_exact(chain.len() * dim).zip(own.radii.chunks_exact(dim)).map(block).collect()
 }
 
-/// The projection as a matrix W `[P, d]`, u = W z: the transforms, run on the unit vectors in f64, or the dense rows.
+/// The projection as a matrix W `[P, d]`, u = W z: the transforms, run on the unit vectors in f64,
+/// or the dense rows.
 pub(super) fn projection_matrix(params: &DctParams, own: &SideParams, of_side: &[f64]) -> Vec<f64> {
     let dim = params.dim();
     if let Projection::Dense { .. } = params.projection {
-        let row = |(w, &t): (&[f64], &f64)| -> Vec<f64> { w.iter().zip(&own.scale).map(|(w, s)| t * w * s).collect() };
+        let row = |(w, &t): (&[f64], &f64)| -> Vec<f64> {
+            w.iter().zip(&own.scale).map(|(w, s)| t * w * s).collect()
+        };
         return of_side.chunks_exact(dim).zip(&own.radii).flat_map(row).collect();
     }
     let (diagonals, chain) = chain_diagonals(params, own, of_side);
     let mut square = Square::new(dim);
     let mut matrix = Vec::with_capacity(own.radii.len() * dim);
-    for (diagonals, radii) in diagonals.chunks_exact(chain.len() * dim).zip(own.radii.chunks_exact(dim)) {
+    for (diagonals, radii) in
+        diagonals.chunks_exact(chain.len() * dim).zip(own.radii.chunks_exact(dim))
+    {
         let mut panel = square.identity();
         for (link, diagonal) in diagonals.chunks_exact(dim).enumerate() {
             scale_rows(&mut panel, diagonal);
@@ -652,7 +804,8 @@ pub(super) fn projection_matrix(params: &DctParams, own: &SideParams, of_side: &
     matrix
 }
 
-/// Transforms of the columns of d × d matrices in f64, for tables and gradients; rows padded to whole lane groups.
+/// Transforms of the columns of d × d matrices in f64, for tables and gradients; rows padded to
+/// whole lane groups.
 struct Square {
     plan: DctPlan<f64>,
     dim: usize,
@@ -690,7 +843,8 @@ impl Square {
     }
 }
 
-/// The gradients of one block of a deep projection A = T C S Cᵀ R C P from that of its matrix, Ȧ `[d, d]`:
+/// The gradients of one block of a deep projection A = T C S Cᵀ R C P from that of its matrix, Ȧ
+/// `[d, d]`:
 ///
 /// ```text
 /// X₁ = C P      X₂ = Cᵀ R X₁      X₃ = C S X₂      Ẋ₂ = S Cᵀ T Ȧ      Ẋ₁ = R C Ẋ₂
@@ -698,7 +852,12 @@ impl Square {
 /// ```
 ///
 /// `outer` is p, r. Returns ṫ, ṡ, and ṗ, ṙ one after the other.
-pub(super) fn deep_gradients(radii: &[f64], scale: &[f64], outer: &[f64], matrix: &[f64]) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
+pub(super) fn deep_gradients(
+    radii: &[f64],
+    scale: &[f64],
+    outer: &[f64],
+    matrix: &[f64],
+) -> (Vec<f64>, Vec<f64>, Vec<f64>) {
     let dim = radii.len();
     let (p, r) = outer.split_at(dim);
     let mut square = Square::new(dim);
@@ -718,7 +877,10 @@ pub(super) fn deep_gradients(radii: &[f64], scale: &[f64], outer: &[f64], matrix
     square.dct2(&mut third);
 
     let mut slope = vec![0.0; dim * width];
-    slope.chunks_exact_mut(width).zip(matrix.chunks_exact(dim)).for_each(|(row, from)| row[..dim].copy_from_slice(from));
+    slope
+        .chunks_exact_mut(width)
+        .zip(matrix.chunks_exact(dim))
+        .for_each(|(row, from)| row[..dim].copy_from_slice(from));
     let of_radii = dots(&slope, &third);
     scale_rows(&mut slope, radii);
     square.dct3(&mut slope);
@@ -741,10 +903,22 @@ fn scale_rows<T: Real>(panel: &mut [T], factors: &[T]) {
 }
 
 /// `mirror = −u + mirror_row + column` unless it is empty, then `u += row + column`.
-fn add_rows_and_column<T: Real>(u: &mut [T], row: &[T], mirror: &mut [T], mirror_row: &[T], column: &[T]) {
+fn add_rows_and_column<T: Real>(
+    u: &mut [T],
+    row: &[T],
+    mirror: &mut [T],
+    mirror_row: &[T],
+    column: &[T],
+) {
     let width = column.len();
-    for ((u, mirror), &weight) in u.chunks_exact(width).zip(mirror.chunks_exact_mut(width)).zip(mirror_row) {
-        mirror.iter_mut().zip(u).zip(column).for_each(|((out, &u), &column)| *out = (weight + column) - u);
+    for ((u, mirror), &weight) in
+        u.chunks_exact(width).zip(mirror.chunks_exact_mut(width)).zip(mirror_row)
+    {
+        mirror
+            .iter_mut()
+            .zip(u)
+            .zip(column)
+            .for_each(|((out, &u), &column)| *out = (weight + column) - u);
     }
     for (u, &weight) in u.chunks_exact_mut(width).zip(row) {
         u.iter_mut().zip(column).for_each(|(u, &column)| *u += weight + column);

@@ -1,4 +1,5 @@
-//! FAVOR+: positive random features with dense Gaussian rows, the Monte Carlo baseline of the paper's comparison.
+//! FAVOR+: positive random features with dense Gaussian rows, the Monte Carlo baseline of the
+//! paper's comparison.
 //!
 //! Choromanski et al.: *Rethinking Attention with Performers*, ICLR 2021.
 //!
@@ -21,7 +22,8 @@ const MAX_ELEMENTS: usize = 1 << 27;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum FavorRows {
-    /// Orthogonal within every block of d rows, with the lengths of independent Gaussian vectors: lower variance.
+    /// Orthogonal within every block of d rows, with the lengths of independent Gaussian vectors:
+    /// lower variance.
     #[default]
     Orthogonal,
     /// Independent.
@@ -39,7 +41,11 @@ pub enum FavorRows {
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub struct FavorConfig {
     /// Head dimension d ≥ 1.
@@ -78,7 +84,8 @@ impl FavorConfig {
         Self { seed, ..self }
     }
 
-    /// Draws the parameters: a dense projection, Gaussian envelope, w = −ln m. Same config, same numbers.
+    /// Draws the parameters: a dense projection, Gaussian envelope, w = −ln m. Same config, same
+    /// numbers.
     ///
     /// # Cost
     /// m·d normal numbers, and O(m·d²) to orthogonalise.
@@ -93,7 +100,11 @@ impl FavorConfig {
             return Err(Error::TooLarge { argument: "dim", limit: MAX_POINTS, got: self.dim });
         }
         if self.features > MAX_ELEMENTS / self.dim {
-            return Err(Error::TooLarge { argument: "features", limit: MAX_ELEMENTS / self.dim, got: self.features });
+            return Err(Error::TooLarge {
+                argument: "features",
+                limit: MAX_ELEMENTS / self.dim,
+                got: self.features,
+            });
         }
         let rows = gaussian_rows(self.rows, self.dim, self.features, self.seed);
         let mut params = DctParams::new(self.dim);

@@ -1,12 +1,14 @@
-//! Feature maps: K(x, y) = Σ_f exp(a_f(x) + b_f(y)), an approximation of the softmax kernel exp(x·y).
+//! Feature maps: K(x, y) = Σ_f exp(a_f(x) + b_f(y)), an approximation of the softmax kernel
+//! exp(x·y).
 //!
-//! Every map works in the *log domain*: it yields the log-features a_f and b_f, never their exponentials, so that
-//! attention can stabilise them with a running maximum. x = √σ·q and y = √σ·k are the scaled queries and keys.
+//! Every map works in the *log domain*: it yields the log-features a_f and b_f, never their
+//! exponentials, so that attention can stabilise them with a running maximum. x = √σ·q and y = √σ·k
+//! are the scaled queries and keys.
 //!
 //! # The weighted DCT feature map
 //!
-//! C is the orthonormal DCT-II, `C[f,i] = s_f cos(π(2i+1)f / 2d)`. Blocks g = 0..G, features f = g·d + i, m = G·d, or
-//! m = 2·G·d with antithetic pairs (+u, −u):
+//! C is the orthonormal DCT-II, `C[f,i] = s_f cos(π(2i+1)f / 2d)`. Blocks g = 0..G, features f =
+//! g·d + i, m = G·d, or m = 2·G·d with antithetic pairs (+u, −u):
 //!
 //! ```text
 //! u_f(z)  = t_f · [C (s_g ⊙ z)]_i
@@ -14,19 +16,20 @@
 //! key:      b_f(y) = u_f(y − μk) + p(y − μk) + w_f + μq·y
 //! ```
 //!
-//! with radii t, input scales s, log-weights w, centres μ, envelope p and mix g. The centres cancel exactly: with
-//! p(z) = −|z|²/2 the map estimates exp(x·y) whatever they are, and they change its error only.
+//! with radii t, input scales s, log-weights w, centres μ, envelope p and mix g. The centres cancel
+//! exactly: with p(z) = −|z|²/2 the map estimates exp(x·y) whatever they are, and they change its
+//! error only.
 //!
-//! Sources: φ_WDCF of Chen et al. 2024, arXiv 2403.19928, with w = log D²; the envelope as in Choromanski et al. 2021; centres, mix
-//! and separate sides are this crate's.
+//! Sources: φ_WDCF of Chen et al. 2024, arXiv 2403.19928, with w = log D²; the envelope as in
+//! Choromanski et al. 2021; centres, mix and separate sides are this crate's.
 //!
 //! # What the maps converge to
 //!
-//! * With one transform per block ([`Mixing::None`]), normal radii, s = 1, no envelope and w = −ln m the kernel tends to
-//!   the *additive* kernel (1/d) Σ_f exp((c_f·(x+y))²/2) as the blocks grow, c_f being the rows of C. It is not
-//!   exp(x·y), nor a multiple of it.
-//! * With [`Mixing::Mixed`], [`Radial::Chi`] and [`Envelope::Gaussian`] the projection's rows are nearly standard
-//!   normal vectors, and the kernel is nearly unbiased for exp(x·y).
+//! * With one transform per block ([`Mixing::None`]), normal radii, s = 1, no envelope and w = −ln
+//!   m the kernel tends to the *additive* kernel (1/d) Σ_f exp((c_f·(x+y))²/2) as the blocks grow,
+//!   c_f being the rows of C. It is not exp(x·y), nor a multiple of it.
+//! * With [`Mixing::Mixed`], [`Radial::Chi`] and [`Envelope::Gaussian`] the projection's rows are
+//!   nearly standard normal vectors, and the kernel is nearly unbiased for exp(x·y).
 //! * [`FavorMap`], the dense Monte Carlo baseline, is exactly unbiased for exp(x·y).
 //!
 //! ```
@@ -56,7 +59,10 @@ mod transform;
 pub use backward::{DctGradients, DctSums, DifferentiableMap, SideGradients};
 pub use dct_map::{DctMap, DctMapConfig};
 pub use favor::{FavorConfig, FavorMap, FavorRows};
-pub use params::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams, Sides};
+pub use params::{
+    DctParams, Envelope, InputScales, Mixing, Pairing, Points, Projection, Radial, SideParams,
+    Sides,
+};
 pub use published::published_features;
 #[cfg(feature = "safetensors")]
 pub(crate) use published::published_radii;
@@ -74,9 +80,9 @@ use crate::simd::{LANES, padded};
 ///
 /// The kernel it stands for is K(x, y) = Σ_f exp(a_f(x) + b_f(y)).
 ///
-/// Implementors work on *panels*: column = token, row = coordinate or feature, row-major, so that tokens lie along SIMD
-/// lanes and the features are ready for the matrix products of attention. A column's result must depend on that column
-/// alone, bit for bit, whatever the width of the panel.
+/// Implementors work on *panels*: column = token, row = coordinate or feature, row-major, so that
+/// tokens lie along SIMD lanes and the features are ready for the matrix products of attention. A
+/// column's result must depend on that column alone, bit for bit, whatever the width of the panel.
 pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     /// Head dimension d.
     fn dim(&self) -> usize;
@@ -90,14 +96,17 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     /// Log-features a_f(x) of a panel of scaled queries.
     ///
     /// # Shapes
-    /// - `x`: `[d, width]`, `out`: `[m, width]`, row-major without gaps; `width` is a multiple of 16.
-    /// - `scratch`: at least [`scratch_len`](Self::scratch_len) elements, contents garbage before and after.
+    /// - `x`: `[d, width]`, `out`: `[m, width]`, row-major without gaps; `width` is a multiple of
+    ///   16.
+    /// - `scratch`: at least [`scratch_len`](Self::scratch_len) elements, contents garbage before
+    ///   and after.
     ///
     /// # Panics
     /// If a slice is shorter than that.
     fn query_panel(&self, width: usize, x: &[T], out: &mut [T], scratch: &mut [T]);
 
-    /// Log-features b_f(y) of a panel of scaled keys; shapes as for [`query_panel`](Self::query_panel).
+    /// Log-features b_f(y) of a panel of scaled keys; shapes as for
+    /// [`query_panel`](Self::query_panel).
     fn key_panel(&self, width: usize, y: &[T], out: &mut [T], scratch: &mut [T]);
 
     /// Scratch elements that the token methods need.
@@ -105,22 +114,28 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
         LANES * (self.dim() + self.features()) + self.scratch_len(LANES)
     }
 
-    /// Log-features of one scaled query, as a panel of one token would have them (to rounding): for decoding.
+    /// Log-features of one scaled query, as a panel of one token would have them (to rounding): for
+    /// decoding.
     ///
     /// The provided method fills a panel with the token and 15 zeros.
     ///
     /// # Shapes
-    /// - `x`: `[d]`, `out`: `[m]`, `scratch`: at least [`token_scratch_len`](Self::token_scratch_len) elements.
+    /// - `x`: `[d]`, `out`: `[m]`, `scratch`: at least
+    ///   [`token_scratch_len`](Self::token_scratch_len) elements.
     ///
     /// # Panics
     /// If a slice is shorter than that.
     fn query_token(&self, x: &[T], out: &mut [T], scratch: &mut [T]) {
-        token(self.features(), x, out, scratch, |width, x, out, scratch| self.query_panel(width, x, out, scratch));
+        token(self.features(), x, out, scratch, |width, x, out, scratch| {
+            self.query_panel(width, x, out, scratch)
+        });
     }
 
     /// Log-features of one scaled key, as [`query_token`](Self::query_token).
     fn key_token(&self, y: &[T], out: &mut [T], scratch: &mut [T]) {
-        token(self.features(), y, out, scratch, |width, y, out, scratch| self.key_panel(width, y, out, scratch));
+        token(self.features(), y, out, scratch, |width, y, out, scratch| {
+            self.key_panel(width, y, out, scratch)
+        });
     }
 
     /// Log-features a_f(x) of scaled queries, rows are tokens. Allocates.
@@ -129,10 +144,12 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     /// - `x`: `[n, d]`, returns `[n, m]`.
     ///
     /// # Errors
-    /// [`Error::Shape`] unless `x` has d columns; [`Error::NonFinite`] for elements beyond [`Real::LIMIT`]; [`Error::TooLarge`] for
-    /// results there is no room for.
+    /// [`Error::Shape`] unless `x` has d columns; [`Error::NonFinite`] for elements beyond
+    /// [`Real::LIMIT`]; [`Error::TooLarge`] for results there is no room for.
     fn query_log_features(&self, x: &ArrayRef2<T>) -> Result<Array2<T>> {
-        rows(self.dim(), self.features(), self.scratch_len(ROWS), x, "x", |w, x, o, s| self.query_panel(w, x, o, s))
+        rows(self.dim(), self.features(), self.scratch_len(ROWS), x, "x", |w, x, o, s| {
+            self.query_panel(w, x, o, s)
+        })
     }
 
     /// Log-features b_f(y) of scaled keys, rows are tokens. Allocates.
@@ -143,12 +160,20 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     /// # Errors
     /// As [`query_log_features`](Self::query_log_features).
     fn key_log_features(&self, y: &ArrayRef2<T>) -> Result<Array2<T>> {
-        rows(self.dim(), self.features(), self.scratch_len(ROWS), y, "y", |w, y, o, s| self.key_panel(w, y, o, s))
+        rows(self.dim(), self.features(), self.scratch_len(ROWS), y, "y", |w, y, o, s| {
+            self.key_panel(w, y, o, s)
+        })
     }
 }
 
 /// Runs a panel method on one token.
-fn token<T: Real>(features: usize, x: &[T], out: &mut [T], scratch: &mut [T], panel: impl Fn(usize, &[T], &mut [T], &mut [T])) {
+fn token<T: Real>(
+    features: usize,
+    x: &[T],
+    out: &mut [T],
+    scratch: &mut [T],
+    panel: impl Fn(usize, &[T], &mut [T], &mut [T]),
+) {
     let (input, scratch) = scratch.split_at_mut(LANES * x.len());
     let (output, scratch) = scratch.split_at_mut(LANES * features);
     input.fill(T::ZERO);
@@ -177,7 +202,9 @@ fn rows<T: Real>(
     let mut features_of = Array2::zeros((rows.nrows(), features));
     let (mut x, mut out) = (vec![T::ZERO; dim * ROWS], vec![T::ZERO; features * ROWS]);
     let mut scratch = vec![T::ZERO; scratch_len];
-    for (rows, mut features_of) in rows.axis_chunks_iter(Axis(0), ROWS).zip(features_of.axis_chunks_iter_mut(Axis(0), ROWS)) {
+    for (rows, mut features_of) in
+        rows.axis_chunks_iter(Axis(0), ROWS).zip(features_of.axis_chunks_iter_mut(Axis(0), ROWS))
+    {
         let width = padded(rows.nrows());
         let (x, out) = (&mut x[..dim * width], &mut out[..features * width]);
         x.fill(T::ZERO);

@@ -79,7 +79,8 @@ pub enum Mixing {
     /// Nothing: C.
     #[default]
     None,
-    /// C·D₁·C·D₂·C·D₃ with random sign diagonals per block: directions close to uniform ones on the sphere.
+    /// C·D₁·C·D₂·C·D₃ with random sign diagonals per block: directions close to uniform ones on the
+    /// sphere.
     Mixed,
 }
 
@@ -102,10 +103,12 @@ pub enum Projection {
     Dct,
     /// u = t ⊙ C D₁ C D₂ C D₃ (s ⊙ z), block by block.
     Mixed {
-        /// The diagonals D₁, D₂, D₃ of every block, `[G, 3, d]`. Random signs at first; any numbers are accepted.
+        /// The diagonals D₁, D₂, D₃ of every block, `[G, 3, d]`. Random signs at first; any numbers
+        /// are accepted.
         signs: Vec<f64>,
     },
-    /// u = t ⊙ C(s ⊙ Cᵀ(r ⊙ C(p ⊙ z))), block by block: a transform between two more, which at r = p = 1 undo each other.
+    /// u = t ⊙ C(s ⊙ Cᵀ(r ⊙ C(p ⊙ z))), block by block: a transform between two more, which at r =
+    /// p = 1 undo each other.
     Deep {
         /// p and r of the queries, `[G, 2, d]`.
         query: Vec<f64>,
@@ -122,7 +125,8 @@ pub enum Projection {
 }
 
 impl Projection {
-    /// What only one side has of it, queries and keys: scales of a deep projection, the matrix of a dense one, nothing of others.
+    /// What only one side has of it, queries and keys: scales of a deep projection, the matrix of a
+    /// dense one, nothing of others.
     pub(crate) fn sides(&self) -> (&[f64], &[f64]) {
         match self {
             Projection::Dct | Projection::Mixed { .. } => (&[], &[]),
@@ -139,10 +143,11 @@ impl Projection {
     }
 }
 
-/// All parameters of a DCT feature map: readable, replaceable, checked when a map is built from them.
+/// All parameters of a DCT feature map: readable, replaceable, checked when a map is built from
+/// them.
 ///
-/// A map is [`DctMap::from_params`](super::DctMap::from_params) of these numbers and nothing else; save them, not the
-/// seed they came from.
+/// A map is [`DctMap::from_params`](super::DctMap::from_params) of these numbers and nothing else;
+/// save them, not the seed they came from.
 ///
 /// # Examples
 /// ```
@@ -180,10 +185,12 @@ pub struct DctParams {
 impl DctParams {
     /// One plain block: the DCT itself, t = s = 1, centres 0, w = −ln d, g = 0.
     ///
-    /// `dim` = 0 gives empty parameters, which no map can be built from, and so does a `dim` beyond 2²⁴.
+    /// `dim` = 0 gives empty parameters, which no map can be built from, and so does a `dim` beyond
+    /// 2²⁴.
     pub fn new(dim: usize) -> Self {
         let dim = if dim > MAX_POINTS { 0 } else { dim };
-        let side = SideParams { center: vec![0.0; dim], scale: vec![1.0; dim], radii: vec![1.0; dim] };
+        let side =
+            SideParams { center: vec![0.0; dim], scale: vec![1.0; dim], radii: vec![1.0; dim] };
         Self {
             projection: Projection::Dct,
             envelope: Envelope::None,
@@ -196,28 +203,35 @@ impl DctParams {
         }
     }
 
-    /// The same map with two more transforms per block, r = p = 1, which calibration can move away from each other: 2·d more numbers
-    /// per block and side than the plain projection has. Mixed, deep and dense projections stay what they are.
+    /// The same map with two more transforms per block, r = p = 1, which calibration can move away
+    /// from each other: 2·d more numbers per block and side than the plain projection has. Mixed,
+    /// deep and dense projections stay what they are.
     ///
-    /// Costs what [`to_dense`](Self::to_dense) costs for d ≤ 256, where a product with the matrix is what is computed;
-    /// O(m·log d) per token beyond.
+    /// Costs what [`to_dense`](Self::to_dense) costs for d ≤ 256, where a product with the matrix
+    /// is what is computed; O(m·log d) per token beyond.
     #[must_use]
     pub fn to_deep(&self) -> Self {
         match self.projection {
             Projection::Dct => {
                 let ones = vec![1.0; 2 * self.rows()];
-                Self { projection: Projection::Deep { query: ones.clone(), key: ones }, ..self.clone() }
+                Self {
+                    projection: Projection::Deep { query: ones.clone(), key: ones },
+                    ..self.clone()
+                }
             }
-            Projection::Mixed { .. } | Projection::Deep { .. } | Projection::Dense { .. } => self.clone(),
+            Projection::Mixed { .. } | Projection::Deep { .. } | Projection::Dense { .. } => {
+                self.clone()
+            }
         }
     }
 
-    /// The same map with its projection written out: one matrix W for each side, which a backward pass has gradients of. It
-    /// can express more, and costs O(m·d) per token instead of O(m·log d).
+    /// The same map with its projection written out: one matrix W for each side, which a backward
+    /// pass has gradients of. It can express more, and costs O(m·d) per token instead of O(m·log
+    /// d).
     ///
     /// # Errors
-    /// Those of [`DctMap::from_params`](super::DctMap::from_params) for parameters that do not fit each other, and
-    /// [`Error::TooLarge`] for matrices there is no room for.
+    /// Those of [`DctMap::from_params`](super::DctMap::from_params) for parameters that do not fit
+    /// each other, and [`Error::TooLarge`] for matrices there is no room for.
     pub fn to_dense(&self) -> Result<Self> {
         self.check::<f64>()?;
         if matches!(self.projection, Projection::Dense { .. }) {
@@ -229,7 +243,8 @@ impl DctParams {
             projection_matrix(self, &side, of_side)
         };
         let (query, key) = self.projection.sides();
-        let projection = Projection::Dense { query: rows(&self.query, query), key: rows(&self.key, key) };
+        let projection =
+            Projection::Dense { query: rows(&self.query, query), key: rows(&self.key, key) };
         let side = |side: &SideParams| SideParams { scale: vec![1.0; self.dim()], ..side.clone() };
         Ok(Self { projection, query: side(&self.query), key: side(&self.key), ..self.clone() })
     }
@@ -254,11 +269,13 @@ impl DctParams {
         self.query.radii.len()
     }
 
-    /// Checks lengths, finiteness and ties; numbers must be at most [`Real::LIMIT`] of the type they will be cast to.
+    /// Checks lengths, finiteness and ties; numbers must be at most [`Real::LIMIT`] of the type
+    /// they will be cast to.
     ///
     /// # Errors
-    /// [`Error::Empty`], [`Error::NotDivisible`], [`Error::Length`] for lengths that do not fit, [`Error::NonFinite`]
-    /// and [`Error::Value`] for numbers, [`Error::Conflict`] for tied sides that differ.
+    /// [`Error::Empty`], [`Error::NotDivisible`], [`Error::Length`] for lengths that do not fit,
+    /// [`Error::NonFinite`] and [`Error::Value`] for numbers, [`Error::Conflict`] for tied sides
+    /// that differ.
     pub(super) fn check<T: Real>(&self) -> Result<()> {
         self.check_lengths()?;
         self.check_numbers(T::LIMIT)?;
@@ -276,7 +293,12 @@ impl DctParams {
         match &self.projection {
             Projection::Dct | Projection::Mixed { .. } | Projection::Deep { .. } => {
                 if rows % dim != 0 {
-                    return Err(Error::NotDivisible { argument: "query.radii", divisor: "dim", divisor_value: dim, got: rows });
+                    return Err(Error::NotDivisible {
+                        argument: "query.radii",
+                        divisor: "dim",
+                        divisor_value: dim,
+                        got: rows,
+                    });
                 }
                 check_len("query.scale", rows, scales)?;
             }
@@ -287,7 +309,9 @@ impl DctParams {
         check_len("key.radii", rows, self.key.radii.len())?;
         match &self.projection {
             Projection::Dct => {}
-            Projection::Mixed { signs } => check_len("projection.signs", rows.saturating_mul(3), signs.len())?,
+            Projection::Mixed { signs } => {
+                check_len("projection.signs", rows.saturating_mul(3), signs.len())?
+            }
             Projection::Deep { query, key } => {
                 check_len("projection.query", rows.saturating_mul(2), query.len())?;
                 check_len("projection.key", rows.saturating_mul(2), key.len())?;
@@ -301,9 +325,10 @@ impl DctParams {
     }
 
     fn check_numbers(&self, limit: f64) -> Result<()> {
-        for (side, [center, scale, radii]) in
-            [(&self.query, ["query.center", "query.scale", "query.radii"]), (&self.key, ["key.center", "key.scale", "key.radii"])]
-        {
+        for (side, [center, scale, radii]) in [
+            (&self.query, ["query.center", "query.scale", "query.radii"]),
+            (&self.key, ["key.center", "key.scale", "key.radii"]),
+        ] {
             check_limit(center, &side.center, limit)?;
             check_limit(scale, &side.scale, limit)?;
             check_limit(radii, &side.radii, limit)?;
@@ -322,9 +347,14 @@ impl DctParams {
 
     fn check_ties(&self) -> Result<()> {
         let (query, key) = self.projection.sides();
-        let same = query == key && self.query.scale == self.key.scale && self.query.radii == self.key.radii;
+        let same = query == key
+            && self.query.scale == self.key.scale
+            && self.query.radii == self.key.radii;
         if self.sides == Sides::Tied && !same {
-            return Err(Error::Conflict { argument: "Sides::Tied", other: "scales, radii or projections that differ between the sides" });
+            return Err(Error::Conflict {
+                argument: "Sides::Tied",
+                other: "scales, radii or projections that differ between the sides",
+            });
         }
         Ok(())
     }

@@ -1,11 +1,13 @@
-//! The feature map of the code published with the paper, which is another function than the paper's.
+//! The feature map of the code published with the paper, which is another function than the
+//! paper's.
 //!
 //! ```text
 //! φ_f(x) = exp(t_f·[Cᵀx]_f) / Σ_f' exp(t_f'·[Cᵀx]_f')
 //! ```
 //!
-//! A DCT-III where the paper has a DCT-II, of the unscaled query or key, and a softmax over the features in place of
-//! the paper's weights. Needed to reproduce models trained with that code, and for comparison.
+//! A DCT-III where the paper has a DCT-II, of the unscaled query or key, and a softmax over the
+//! features in place of the paper's weights. Needed to reproduce models trained with that code, and
+//! for comparison.
 
 use ndarray::{Array2, ArrayRef2, ArrayViewMut2};
 
@@ -28,7 +30,8 @@ use crate::real::Real;
 ///
 /// # Errors
 /// [`Error::Empty`] for d = 0, [`Error::Shape`] unless `x` has as many columns as there are radii,
-/// [`Error::NonFinite`] for elements or radii beyond [`Real::LIMIT`], [`Error::TooLarge`] for features there is no room for.
+/// [`Error::NonFinite`] for elements or radii beyond [`Real::LIMIT`], [`Error::TooLarge`] for
+/// features there is no room for.
 ///
 /// # Examples
 /// ```
@@ -60,7 +63,8 @@ pub fn published_features<T: Real>(x: &ArrayRef2<T>, radii: &[f64]) -> Result<Ar
         row.iter_mut().zip(&radii).for_each(|(v, &t)| *v *= t);
     }
     let features = Array2::from_shape_vec(x.dim(), features);
-    let mut features = features.map_err(|_| Error::Length { argument: "x", expected: x.len(), got: x.len() })?;
+    let mut features =
+        features.map_err(|_| Error::Length { argument: "x", expected: x.len(), got: x.len() })?;
     softmax_rows(features.view_mut());
     Ok(features)
 }
@@ -85,7 +89,9 @@ pub(crate) fn published_projection<T: Real>(radii: &[f64]) -> Array2<T> {
         let mut row = vec![0.0; d];
         row[i] = 1.0;
         plan.dct3_row(&mut row, &mut scratch);
-        out.iter_mut().zip(row.iter().zip(radii)).for_each(|(out, (c, t))| *out = T::from_f64(c * t));
+        out.iter_mut()
+            .zip(row.iter().zip(radii))
+            .for_each(|(out, (c, t))| *out = T::from_f64(c * t));
     }
     projection
 }

@@ -1,7 +1,8 @@
 //! Quantile functions t = F⁻¹(u) of the radii's laws.
 //!
-//! The normal and the chi quantile of `statrs` are right to 1e-13 over the whole range the sampler can ask for (its
-//! quantiles of the gamma and chi-squared laws are not); the test below pins that against 40-digit references.
+//! The normal and the chi quantile of `statrs` are right to 1e-13 over the whole range the sampler
+//! can ask for (its quantiles of the gamma and chi-squared laws are not); the test below pins that
+//! against 40-digit references.
 
 use statrs::distribution::{Chi, ContinuousCDF, Normal};
 
@@ -25,12 +26,15 @@ impl Quantile {
             Radial::Normal => Ok(Self::Normal(Normal::standard())),
             Radial::Chi => match Chi::new(dim as u64) {
                 Ok(chi) => Ok(Self::Chi(chi)),
-                Err(_) => Err(Error::Value { argument: "dim", expected: "at least 1", got: dim as f64 }),
+                Err(_) => {
+                    Err(Error::Value { argument: "dim", expected: "at least 1", got: dim as f64 })
+                }
             },
         }
     }
 
-    /// t with F(t) = `u`, for u in the open interval (0, 1). About 30 ns for the normal law, 3 µs for chi.
+    /// t with F(t) = `u`, for u in the open interval (0, 1). About 30 ns for the normal law, 3 µs
+    /// for chi.
     pub(super) fn at(&self, u: f64) -> f64 {
         debug_assert!(u > 0.0 && u < 1.0);
         match self {
@@ -45,7 +49,8 @@ impl Quantile {
 mod tests {
     use super::*;
 
-    /// (degrees of freedom or 0 for the normal law, n, quantile at (n + 1/2) / 2³²), computed with mpmath at 40 digits.
+    /// (degrees of freedom or 0 for the normal law, n, quantile at (n + 1/2) / 2³²), computed with
+    /// mpmath at 40 digits.
     #[allow(clippy::excessive_precision)]
     const REFERENCE: &[(usize, u32, f64)] = &[
         (0, 0, -6.33795775455378925),
@@ -105,7 +110,11 @@ mod tests {
     ];
 
     fn law(freedom: usize) -> Quantile {
-        if freedom == 0 { Quantile::new(Radial::Normal, 1).unwrap() } else { Quantile::new(Radial::Chi, freedom).unwrap() }
+        if freedom == 0 {
+            Quantile::new(Radial::Normal, 1).unwrap()
+        } else {
+            Quantile::new(Radial::Chi, freedom).unwrap()
+        }
     }
 
     #[test]
@@ -114,7 +123,10 @@ mod tests {
             let got = law(freedom).at((f64::from(n) + 0.5) / 4_294_967_296.0);
             // At the middle of the normal law the rounding of u itself is all of the error.
             let tolerance = 1e-13 * expected.abs() + if freedom == 0 { 3e-16 } else { 0.0 };
-            assert!((got - expected).abs() <= tolerance, "freedom {freedom}, n {n}: {got:e} instead of {expected:e}");
+            assert!(
+                (got - expected).abs() <= tolerance,
+                "freedom {freedom}, n {n}: {got:e} instead of {expected:e}"
+            );
         }
     }
 
@@ -127,7 +139,11 @@ mod tests {
                 let u = (f64::from(k) + 0.5) / 200.0;
                 let t = quantile.at(u);
                 assert!(t > last, "not increasing at freedom {freedom}, u {u}");
-                assert!((chi.cdf(t) - u).abs() < 1e-11, "freedom {freedom}, u {u}: F(F⁻¹(u)) = {}", chi.cdf(t));
+                assert!(
+                    (chi.cdf(t) - u).abs() < 1e-11,
+                    "freedom {freedom}, u {u}: F(F⁻¹(u)) = {}",
+                    chi.cdf(t)
+                );
                 last = t;
             }
         }

@@ -1,8 +1,8 @@
 //! Points in (0, 1), signs and normal numbers, all from an integer seed.
 //!
-//! The quasi-Monte Carlo points are an Owen-scrambled Sobol sequence (Burley 2020, through `sobol_burley`) at its full
-//! 32 bits; n ↦ (n + 1/2)/2³² keeps them off 0 and 1, where quantiles are infinite. The pseudo-random points of the
-//! Monte Carlo baseline lie on the same grid.
+//! The quasi-Monte Carlo points are an Owen-scrambled Sobol sequence (Burley 2020, through
+//! `sobol_burley`) at its full 32 bits; n ↦ (n + 1/2)/2³² keeps them off 0 and 1, where quantiles
+//! are infinite. The pseudo-random points of the Monte Carlo baseline lie on the same grid.
 
 use rand::rngs::ChaCha12Rng;
 use rand::{Rng, SeedableRng};
@@ -29,9 +29,9 @@ pub(super) enum Purpose {
 
 /// One u in (0, 1) per feature, `[G·d]`.
 ///
-/// Feature f = g·d + i takes Sobol index i·G + g: the G points of one DCT row are then an aligned run of the sequence
-/// (for G a power of two), stratified among themselves, and all G·d of them jointly too. Every 65 536 indices the next
-/// Sobol dimension takes over.
+/// Feature f = g·d + i takes Sobol index i·G + g: the G points of one DCT row are then an aligned
+/// run of the sequence (for G a power of two), stratified among themselves, and all G·d of them
+/// jointly too. Every 65 536 indices the next Sobol dimension takes over.
 pub(super) fn unit_points(points: Points, dim: usize, blocks: usize, seed: u64) -> Vec<f64> {
     debug_assert!(dim.checked_mul(blocks).is_some_and(|count| count <= MAX_POINTS));
     match points {
@@ -39,7 +39,11 @@ pub(super) fn unit_points(points: Points, dim: usize, blocks: usize, seed: u64) 
             let seed = (stream(seed, Purpose::Radii) >> 32) as u32;
             let point = |g, i| {
                 let index = i * blocks + g;
-                open_unit(sobol((index % SOBOL_INDICES) as u32, (index / SOBOL_INDICES) as u32, seed))
+                open_unit(sobol(
+                    (index % SOBOL_INDICES) as u32,
+                    (index / SOBOL_INDICES) as u32,
+                    seed,
+                ))
             };
             (0..blocks).flat_map(|g| (0..dim).map(move |i| point(g, i))).collect()
         }
@@ -79,12 +83,14 @@ fn split_mix(seed: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// All 32 bits of the point of which `sobol_burley::sample` returns 23; its scrambling constants, hence its stream.
+/// All 32 bits of the point of which `sobol_burley::sample` returns 23; its scrambling constants,
+/// hence its stream.
 fn sobol(index: u32, dimension: u32, seed: u32) -> u32 {
     const PER_DIMENSION: [u32; 4] = [0x912f_69ba, 0x174f_18ab, 0x691e_72ca, 0xb40c_c1b8];
     debug_assert!((index as usize) < SOBOL_INDICES && (dimension as usize) < SOBOL_DIMENSIONS);
     let shuffled = owen_scramble_rev(index.reverse_bits(), hash(seed ^ 0x79c6_8e4a));
-    let scramble = (dimension >> 2) ^ seed.wrapping_mul(0x9c8f_2d3b) ^ PER_DIMENSION[(dimension & 3) as usize];
+    let scramble =
+        (dimension >> 2) ^ seed.wrapping_mul(0x9c8f_2d3b) ^ PER_DIMENSION[(dimension & 3) as usize];
     owen_scramble_rev(sobol_rev(shuffled, dimension), hash(scramble)).reverse_bits()
 }
 
@@ -105,7 +111,11 @@ mod tests {
         for (dimension, seed) in [(0, 0), (1, 7), (17, 99), (255, u32::MAX)] {
             for index in (0..65_536).step_by(13) {
                 let coarse = (sobol(index, dimension, seed) >> 9) as f32 / 8_388_608.0;
-                assert_eq!(coarse, sobol_burley::sample(index, dimension, seed), "index {index} dimension {dimension} seed {seed}");
+                assert_eq!(
+                    coarse,
+                    sobol_burley::sample(index, dimension, seed),
+                    "index {index} dimension {dimension} seed {seed}"
+                );
             }
         }
     }
@@ -113,7 +123,8 @@ mod tests {
     #[test]
     fn points_stay_inside_and_radii_are_finite() {
         assert!(open_unit(0) > 0.0 && open_unit(u32::MAX) < 1.0);
-        let laws = [Quantile::new(Radial::Normal, 16).unwrap(), Quantile::new(Radial::Chi, 16).unwrap()];
+        let laws =
+            [Quantile::new(Radial::Normal, 16).unwrap(), Quantile::new(Radial::Chi, 16).unwrap()];
         for seed in 0..300 {
             for points in [Points::Sobol, Points::Random] {
                 for u in unit_points(points, 16, 4, seed) {
@@ -143,7 +154,10 @@ mod tests {
                 let row: Vec<f64> = (0..blocks).map(|g| points[g * dim + i]).collect();
                 assert_eq!(fullest_cell(&row), 1, "seed {seed}, row {i}");
             }
-            assert!(fullest_cell(&unit_points(Points::Random, dim, blocks, seed)) > 1, "pseudo-random points are not");
+            assert!(
+                fullest_cell(&unit_points(Points::Random, dim, blocks, seed)) > 1,
+                "pseudo-random points are not"
+            );
         }
     }
 

@@ -26,7 +26,12 @@ impl<T: Real> DctPlan<T> {
     /// Plans transforms of `len` ≥ 1 elements.
     pub(super) fn new(len: usize) -> Self {
         let len_f = len as f64;
-        Self { len, row: T::plan_dct(len), first: T::from_f64((1.0 / len_f).sqrt()), other: T::from_f64((2.0 / len_f).sqrt()) }
+        Self {
+            len,
+            row: T::plan_dct(len),
+            first: T::from_f64((1.0 / len_f).sqrt()),
+            other: T::from_f64((2.0 / len_f).sqrt()),
+        }
     }
 
     /// Scratch elements that [`dct2_panel`](Self::dct2_panel) needs for a panel of that width.
@@ -45,14 +50,20 @@ impl<T: Real> DctPlan<T> {
         });
     }
 
-    /// Replaces every column of `panel`, `[len, width]`, by its DCT-III, with the scratch of [`dct2_panel`](Self::dct2_panel). Does
-    /// not allocate.
+    /// Replaces every column of `panel`, `[len, width]`, by its DCT-III, with the scratch of
+    /// [`dct2_panel`](Self::dct2_panel). Does not allocate.
     pub(super) fn dct3_panel(&self, width: usize, panel: &mut [T], scratch: &mut [T]) {
         self.columns(width, panel, scratch, |row, scratch| self.dct3_row(row, scratch));
     }
 
     /// Replaces every column of `panel` by what `transform` makes of it.
-    fn columns(&self, width: usize, panel: &mut [T], scratch: &mut [T], transform: impl Fn(&mut [T], &mut [T])) {
+    fn columns(
+        &self,
+        width: usize,
+        panel: &mut [T],
+        scratch: &mut [T],
+        transform: impl Fn(&mut [T], &mut [T]),
+    ) {
         debug_assert_eq!(panel.len(), self.len * width);
         let (row, scratch) = scratch.split_at_mut(self.len);
         let scratch = &mut scratch[..self.row.scratch_len];
@@ -83,8 +94,9 @@ impl<T: Real> DctPlan<T> {
     }
 }
 
-/// The halves of the DCT-II matrix that the product with one token works on, see [`Ops::dct_token`](crate::simd::Ops::dct_token):
-/// Cᵀ's even columns, then its odd ones, the first half of each; the same ones for all who hold them.
+/// The halves of the DCT-II matrix that the product with one token works on, see
+/// [`Ops::dct_token`](crate::simd::Ops::dct_token): Cᵀ's even columns, then its odd ones, the first
+/// half of each; the same ones for all who hold them.
 pub(super) fn shared_halves<T: Real>(len: usize) -> Arc<Vec<T>> {
     let mut shared = T::dct_halves().lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(halves) = shared.get(&len).and_then(Weak::upgrade) {
@@ -99,7 +111,9 @@ pub(super) fn shared_halves<T: Real>(len: usize) -> Arc<Vec<T>> {
     let (even, odd) = halves.split_at_mut(len.div_ceil(2) * stride);
     for (f, row) in rows.chunks_exact(width).enumerate() {
         let half = if f % 2 == 0 { &mut *even } else { &mut *odd };
-        half.chunks_exact_mut(stride).zip(row).for_each(|(column, &c)| column[f / 2] = T::from_f64(c));
+        half.chunks_exact_mut(stride)
+            .zip(row)
+            .for_each(|(column, &c)| column[f / 2] = T::from_f64(c));
     }
     let halves = Arc::new(halves);
     shared.retain(|_, halves| halves.strong_count() > 0);
@@ -107,7 +121,8 @@ pub(super) fn shared_halves<T: Real>(len: usize) -> Arc<Vec<T>> {
     halves
 }
 
-/// The first `dim` columns of `rows` `[P, row_len]` as rows padded to whole lane groups, `[dim, P_padded]`.
+/// The first `dim` columns of `rows` `[P, row_len]` as rows padded to whole lane groups, `[dim,
+/// P_padded]`.
 pub(super) fn transposed<T: Real>(rows: &[f64], row_len: usize, dim: usize) -> Vec<T> {
     let stride = padded(rows.len() / row_len);
     let mut columns = vec![T::ZERO; dim * stride];
@@ -140,16 +155,23 @@ mod tests {
         for d in LENGTHS {
             for width in [LANES, 3 * LANES] {
                 let plan = DctPlan::<T>::new(d);
-                let mut panel: Vec<T> = (0..d * width).map(|k| T::from_f64(input(k / width, k % width))).collect();
+                let mut panel: Vec<T> =
+                    (0..d * width).map(|k| T::from_f64(input(k / width, k % width))).collect();
                 let mut scratch = vec![T::from_f64(f64::NAN); plan.scratch_len(width)];
                 plan.dct2_panel(width, &mut panel, &mut scratch);
                 for j in 0..width {
                     let norm = (0..d).map(|i| input(i, j).powi(2)).sum::<f64>().sqrt();
                     for f in 0..d {
-                        let expected: f64 = (0..d).map(|i| cosine(d, f, i) * T::from_f64(input(i, j)).to_f64()).sum();
+                        let expected: f64 = (0..d)
+                            .map(|i| cosine(d, f, i) * T::from_f64(input(i, j)).to_f64())
+                            .sum();
                         let error = (panel[f * width + j].to_f64() - expected).abs();
                         let tolerance = 10.0 * T::EPSILON.to_f64() * norm;
-                        assert!(error <= tolerance, "{} d {d} width {width} f {f} j {j}: off by {error:e}", T::NAME);
+                        assert!(
+                            error <= tolerance,
+                            "{} d {d} width {width} f {f} j {j}: off by {error:e}",
+                            T::NAME
+                        );
                     }
                 }
             }
@@ -163,9 +185,14 @@ mod tests {
             plan.dct3_row(&mut row, &mut vec![T::from_f64(f64::NAN); plan.row_scratch_len()]);
             let norm = (0..d).map(|i| input(i, 3).powi(2)).sum::<f64>().sqrt();
             for f in 0..d {
-                let expected: f64 = (0..d).map(|i| cosine(d, i, f) * T::from_f64(input(i, 3)).to_f64()).sum();
+                let expected: f64 =
+                    (0..d).map(|i| cosine(d, i, f) * T::from_f64(input(i, 3)).to_f64()).sum();
                 let error = (row[f].to_f64() - expected).abs();
-                assert!(error <= 10.0 * T::EPSILON.to_f64() * norm, "{} d {d} f {f}: off by {error:e}", T::NAME);
+                assert!(
+                    error <= 10.0 * T::EPSILON.to_f64() * norm,
+                    "{} d {d} f {f}: off by {error:e}",
+                    T::NAME
+                );
             }
         }
     }

@@ -1,4 +1,5 @@
-//! The backward pass of [`DijiangAttention`]: through its projections, rotary embedding and attention.
+//! The backward pass of [`DijiangAttention`]: through its projections, rotary embedding and
+//! attention.
 //!
 //! ```text
 //! y = o Woᵀ + bo      ȯ = ẏ Wo      Ẇo = ẏᵀ o      ḃo = Σ_i ẏ_i
@@ -6,7 +7,8 @@
 //! ẋ = q̂ Wq + k̂ Wk + v̇ Wv
 //! ```
 //!
-//! R turns pairs of coordinates (rotary embedding), so Rᵀ turns them back; a dot marks the gradient.
+//! R turns pairs of coordinates (rotary embedding), so Rᵀ turns them back; a dot marks the
+//! gradient.
 
 use ndarray::{Array1, Array2, ArrayRef2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2};
 
@@ -36,14 +38,16 @@ pub struct LayerGradients<T> {
 }
 
 impl<T: Real> DijiangAttention<T> {
-    /// Gradients of a scalar through [`forward`](crate::layer::Attention::forward), from its gradient with respect to the output.
+    /// Gradients of a scalar through [`forward`](crate::layer::Attention::forward), from its
+    /// gradient with respect to the output.
     ///
     /// # Shapes
     /// - `x`: `[n, D]`, `mask`: n keys, `grad_out`: `[n, D]`.
     ///
     /// # Cost
-    /// The attention's backward pass and one forward pass of the layer, and twice the matrix products of its projections:
-    /// O(n) time and memory. Heads and rows in parallel; the same bits on any number of threads.
+    /// The attention's backward pass and one forward pass of the layer, and twice the matrix
+    /// products of its projections: O(n) time and memory. Heads and rows in parallel; the same bits
+    /// on any number of threads.
     ///
     /// # Errors
     /// As [`forward`](crate::layer::Attention::forward), `grad_out` being checked like `x`.
@@ -65,19 +69,24 @@ impl<T: Real> DijiangAttention<T> {
     /// assert_eq!(gradients.weights.o.dim(), (4, 4));
     /// # Ok::<(), dijiang::Error>(())
     /// ```
-    pub fn backward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>, grad_out: &ArrayRef2<T>) -> Result<LayerGradients<T>> {
+    pub fn backward(
+        &self,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+        grad_out: &ArrayRef2<T>,
+    ) -> Result<LayerGradients<T>> {
         self.vjp(x, mask, |_| grad_out.view().into())
     }
 
-    /// [`backward`](Self::backward) for a gradient that depends on the outputs, which are computed on the way anyway: `loss`
-    /// is given them and returns the gradient with respect to them.
+    /// [`backward`](Self::backward) for a gradient that depends on the outputs, which are computed
+    /// on the way anyway: `loss` is given them and returns the gradient with respect to them.
     ///
     /// # Shapes
     /// - `x`: `[n, D]`, `mask`: n keys, `loss`: from `[n, D]` to `[n, D]`.
     ///
     /// # Cost
-    /// As [`backward`](Self::backward), and the output projection: less than [`forward`](crate::layer::Attention::forward) and
-    /// `backward`, one after the other.
+    /// As [`backward`](Self::backward), and the output projection: less than
+    /// [`forward`](crate::layer::Attention::forward) and `backward`, one after the other.
     ///
     /// # Errors
     /// As [`backward`](Self::backward), what `loss` returns being `grad_out`.
@@ -90,7 +99,8 @@ impl<T: Real> DijiangAttention<T> {
         self.vjp(x, mask, |o| loss(self.projections.output(o)).into())
     }
 
-    /// The gradients from that with respect to the outputs, which `upstream` makes of the heads' outputs `[n, h·d]`.
+    /// The gradients from that with respect to the outputs, which `upstream` makes of the heads'
+    /// outputs `[n, h·d]`.
     fn vjp<'g>(
         &self,
         x: &ArrayRef2<T>,
@@ -112,14 +122,31 @@ impl<T: Real> DijiangAttention<T> {
         let causal = projections.config().causality == Causality::Causal;
         let o_heads = &mut projections.heads_mut(&mut o);
         match causal {
-            true => self.linear.prefill_into(&mut self.linear.new_state(), &q_heads, &k_heads, &v_heads, mask, o_heads, &mut workspace)?,
-            false => self.linear.full_into(&q_heads, &k_heads, &v_heads, mask, o_heads, &mut workspace)?,
+            true => self.linear.prefill_into(
+                &mut self.linear.new_state(),
+                &q_heads,
+                &k_heads,
+                &v_heads,
+                mask,
+                o_heads,
+                &mut workspace,
+            )?,
+            false => self.linear.full_into(
+                &q_heads,
+                &k_heads,
+                &v_heads,
+                mask,
+                o_heads,
+                &mut workspace,
+            )?,
         }
         let grad_out = upstream(&o);
         check_shape("grad_out", &grad_out, &[x.nrows(), x.ncols()])?;
         check_elements("grad_out", &grad_out)?;
         let mut grad_o = Array2::zeros(q.raw_dim());
-        by_rows(grad_out.view(), &mut grad_o, |grad_out, grad_o| product(grad_out, weights.o.view(), grad_o, false));
+        by_rows(grad_out.view(), &mut grad_o, |grad_out, grad_o| {
+            product(grad_out, weights.o.view(), grad_o, false)
+        });
         let grad_heads = projections.heads(&grad_o);
         let gradients = match causal {
             true => self.linear.causal_backward(&q_heads, &k_heads, &v_heads, mask, &grad_heads)?,
@@ -127,18 +154,22 @@ impl<T: Real> DijiangAttention<T> {
         };
         drop((q, k, v, grad_o));
 
-        let [mut grad_q, mut grad_k, grad_v] = [gradients.q, gradients.k, gradients.v].map(|heads| {
-            let (h, n, d) = heads.dim();
-            let mut rows = Array2::zeros((n, h * d));
-            projections.heads_mut(&mut rows).assign(&heads);
-            rows
-        });
+        let [mut grad_q, mut grad_k, grad_v] =
+            [gradients.q, gradients.k, gradients.v].map(|heads| {
+                let (h, n, d) = heads.dim();
+                let mut rows = Array2::zeros((n, h * d));
+                projections.heads_mut(&mut rows).assign(&heads);
+                rows
+            });
         projections.unrotate(&mut grad_q);
         projections.unrotate(&mut grad_k);
 
         let mut grad_x = Array2::zeros(x.raw_dim());
-        for (grad, weight) in [(&grad_q, &weights.q), (&grad_k, &weights.k), (&grad_v, &weights.v)] {
-            by_rows(grad.view(), &mut grad_x, |grad, grad_x| product(grad, weight.view(), grad_x, true));
+        for (grad, weight) in [(&grad_q, &weights.q), (&grad_k, &weights.k), (&grad_v, &weights.v)]
+        {
+            by_rows(grad.view(), &mut grad_x, |grad, grad_x| {
+                product(grad, weight.view(), grad_x, true)
+            });
         }
         let mut of_weights = AttentionWeights::new(
             Array2::zeros(weights.q.raw_dim()),
@@ -152,20 +183,35 @@ impl<T: Real> DijiangAttention<T> {
             (&mut of_weights.v, grad_v.view(), x.view()),
             (&mut of_weights.o, grad_out.view(), o.view()),
         ];
-        for_each(&mut vec![(); max_threads().min(jobs.len())], jobs.into_iter(), |(), (to, grad, input)| {
-            product(grad.t(), input, to.view_mut(), false);
-        });
-        let sum = |bias: &Option<Array1<T>>, grad: ArrayView2<'_, T>| bias.as_ref().map(|_| grad.sum_axis(Axis(0)));
+        for_each(
+            &mut vec![(); max_threads().min(jobs.len())],
+            jobs.into_iter(),
+            |(), (to, grad, input)| {
+                product(grad.t(), input, to.view_mut(), false);
+            },
+        );
+        let sum = |bias: &Option<Array1<T>>, grad: ArrayView2<'_, T>| {
+            bias.as_ref().map(|_| grad.sum_axis(Axis(0)))
+        };
         of_weights.q_bias = sum(&weights.q_bias, grad_q.view());
         of_weights.k_bias = sum(&weights.k_bias, grad_k.view());
         of_weights.v_bias = sum(&weights.v_bias, grad_v.view());
         of_weights.o_bias = sum(&weights.o_bias, grad_out.view());
-        Ok(LayerGradients { x: grad_x, weights: of_weights, maps: gradients.maps, log_decay: gradients.log_decay })
+        Ok(LayerGradients {
+            x: grad_x,
+            weights: of_weights,
+            maps: gradients.maps,
+            log_decay: gradients.log_decay,
+        })
     }
 }
 
 /// `work` on blocks of rows of both, on all threads.
-fn by_rows<T: Real>(from: ArrayView2<'_, T>, to: &mut Array2<T>, work: impl Fn(ArrayView2<'_, T>, ArrayViewMut2<'_, T>) + Sync) {
+fn by_rows<T: Real>(
+    from: ArrayView2<'_, T>,
+    to: &mut Array2<T>,
+    work: impl Fn(ArrayView2<'_, T>, ArrayViewMut2<'_, T>) + Sync,
+) {
     let blocks = from.nrows().div_ceil(ROWS);
     let pairs = from.axis_chunks_iter(Axis(0), ROWS).zip(to.axis_chunks_iter_mut(Axis(0), ROWS));
     for_each(&mut vec![(); max_threads().min(blocks)], pairs, |(), (from, to)| work(from, to));

@@ -4,10 +4,11 @@
 //! error = Σ (ô − o)² / Σ (o − ō)²      o: a head's softmax outputs on the samples, ō: their mean, ô: its linear outputs
 //! ```
 //!
-//! Every key-value head by itself, first in closed form: the centres μq, μk become the means of x = √σ·q (over all query
-//! heads that share the map) and of y = √σ·k. They leave the kernel that is approximated as it is and shrink the error of
-//! the approximation. Then the decay, where it is to be fitted, from a grid of half-lives, and the mix g, which weighs the
-//! kernel against the exact near part, by bisection: what far keys add should be half of what it is in softmax attention,
+//! Every key-value head by itself, first in closed form: the centres μq, μk become the means of x =
+//! √σ·q (over all query heads that share the map) and of y = √σ·k. They leave the kernel that is
+//! approximated as it is and shrink the error of the approximation. Then the decay, where it is to
+//! be fitted, from a grid of half-lives, and the mix g, which weighs the kernel against the exact
+//! near part, by bisection: what far keys add should be half of what it is in softmax attention,
 //!
 //! ```text
 //! Σ (ô − n)·(o − n) = ½ Σ (o − n)²        n: outputs over the near keys alone
@@ -15,13 +16,14 @@
 //!
 //! or more or less, where the error would otherwise hardly fall.
 //!
-//! Then by gradient: Adam with cosine decay of the step length on scales, radii, log-weights, mix and, where they are to
-//! be fitted, decay and centres. Only the far part is computed in every step; the sums over near keys are constants. At the
-//! end the mix is searched again, now for all of what far keys should add. (Of two mixes the one with the smaller squared
-//! error is not the one with the better model: it shrinks what is noisy.)
+//! Then by gradient: Adam with cosine decay of the step length on scales, radii, log-weights, mix
+//! and, where they are to be fitted, decay and centres. Only the far part is computed in every
+//! step; the sums over near keys are constants. At the end the mix is searched again, now for all
+//! of what far keys should add. (Of two mixes the one with the smaller squared error is not the one
+//! with the better model: it shrinks what is noisy.)
 //!
-//! Some of the samples are held out of all this. By the error on them the best of the steps is taken; and a head whose
-//! error on them did not fall keeps its old numbers.
+//! Some of the samples are held out of all this. By the error on them the best of the steps is
+//! taken; and a head whose error on them did not fall keeps its old numbers.
 
 use std::ops::{ControlFlow, Range};
 use std::time::{Duration, Instant};
@@ -47,11 +49,13 @@ const HALF_LIVES: usize = 11;
 const MIX: (f64, f64) = (-12.0, 4.0);
 /// Halvings of that range.
 const HALVINGS: usize = 12;
-/// Share of the softmax outputs' far part that the far part of a map in closed form should make up. Half: what such a map
-/// gets wrong harms a model more than what it leaves out, which looks to the model like a shorter text.
+/// Share of the softmax outputs' far part that the far part of a map in closed form should make up.
+/// Half: what such a map gets wrong harms a model more than what it leaves out, which looks to the
+/// model like a shorter text.
 const CLOSED_FORM_SHARE: f64 = 0.5;
-/// The same after at least [`TRAINED`] steps by gradient: all of it. The mix of least error would be smaller, as for any noisy
-/// estimate, in a way that all tokens of a text share, and models bear that worse than noise. In between after fewer.
+/// The same after at least [`TRAINED`] steps by gradient: all of it. The mix of least error would
+/// be smaller, as for any noisy estimate, in a way that all tokens of a text share, and models bear
+/// that worse than noise. In between after fewer.
 const TRAINED_SHARE: f64 = 1.0;
 /// Steps after which a map counts as trained.
 const TRAINED: f64 = 50.0;
@@ -97,7 +101,11 @@ impl ProjectionFit {
 
 /// How [`DijiangAttention::calibrate`] searches.
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub struct CalibrateOptions {
     /// Steps by gradient after the closed form; 0 for the closed form alone. Default: 60.
@@ -106,15 +114,17 @@ pub struct CalibrateOptions {
     pub learning_rate: f64,
     /// Samples in every step, all of them if there are fewer. Default: 8.
     pub batch: usize,
-    /// log γ of every head. Worth most without a near part, next to nothing with one. Default: [`Fit::Keep`].
+    /// log γ of every head. Worth most without a near part, next to nothing with one. Default:
+    /// [`Fit::Keep`].
     pub decay: Fit,
     /// The centres by gradient; from the means they start in any case. Default: [`Fit::Keep`].
     pub centers: Fit,
     /// What the projection is fitted as. Default: [`ProjectionFit::Keep`].
     pub projection: ProjectionFit,
-    /// Seconds after which it should end: so many less what the last search of the mix will take, as far as the one before the steps
-    /// tells, the steps end, their lengths having fallen to 0 by then. The closed form always finishes. With a limit the result depends
-    /// on the machine and its load. Default: none.
+    /// Seconds after which it should end: so many less what the last search of the mix will take,
+    /// as far as the one before the steps tells, the steps end, their lengths having fallen to 0 by
+    /// then. The closed form always finishes. With a limit the result depends on the machine and
+    /// its load. Default: none.
     pub seconds: Option<f64>,
     /// Seed of the order in which samples are taken. Default: 0.
     pub seed: u64,
@@ -230,9 +240,9 @@ pub struct CalibrateReport {
     pub held_out: usize,
 }
 
-/// What a calibration did to one key-value head. Errors are squared differences of the outputs of its query heads on the
-/// held-out samples, relative to the variance of the softmax outputs (or to the rounding of their mean square, if that is
-/// larger).
+/// What a calibration did to one key-value head. Errors are squared differences of the outputs of
+/// its query heads on the held-out samples, relative to the variance of the softmax outputs (or to
+/// the rounding of their mean square, if that is larger).
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct HeadReport {
@@ -246,7 +256,8 @@ pub struct HeadReport {
     pub log_mix: f64,
     /// log γ after.
     pub log_decay: f64,
-    /// The share of softmax attention's mass that is on far keys: what the map stands for. 1 without a near part.
+    /// The share of softmax attention's mass that is on far keys: what the map stands for. 1
+    /// without a near part.
     pub far_mass: f64,
 }
 
@@ -268,34 +279,39 @@ pub(super) fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
 }
 
 impl<T: Real> DijiangAttention<T> {
-    /// Fits every head's map to the layer's own inputs: in closed form, then by gradient. Any text of the kind the model will
-    /// read will do; some thousand tokens are enough for the closed form, some ten thousand for the rest. No weight of the
-    /// model is touched.
+    /// Fits every head's map to the layer's own inputs: in closed form, then by gradient. Any text
+    /// of the kind the model will read will do; some thousand tokens are enough for the closed
+    /// form, some ten thousand for the rest. No weight of the model is touched.
     ///
-    /// The last eighth of the samples, at least one, is held out; errors are measured on it, and a head keeps its old map
-    /// where no new one is better there. A single sample, or the closed form alone ([`steps`](CalibrateOptions::steps)
-    /// = 0), has nothing held out: what was calibrated on is what is measured.
+    /// The last eighth of the samples, at least one, is held out; errors are measured on it, and a
+    /// head keeps its old map where no new one is better there. A single sample, or the closed form
+    /// alone ([`steps`](CalibrateOptions::steps) = 0), has nothing held out: what was calibrated on
+    /// is what is measured.
     ///
-    /// Samples that lie within the near part, at most c·(r + 1) tokens long, teach nothing and are left out.
+    /// Samples that lie within the near part, at most c·(r + 1) tokens long, teach nothing and are
+    /// left out.
     ///
-    /// `progress` is called on this thread after every pass over the samples and every step; [`ControlFlow::Break`] ends the
-    /// calibration.
+    /// `progress` is called on this thread after every pass over the samples and every step;
+    /// [`ControlFlow::Break`] ends the calibration.
     ///
     /// # Shapes
-    /// - `samples`: hidden states as the layer receives them, one array `[n, D]` per sequence, positions from 0.
+    /// - `samples`: hidden states as the layer receives them, one array `[n, D]` per sequence,
+    ///   positions from 0.
     ///
     /// # Cost
-    /// Softmax attention once (twice on the held-out samples), then linear attention's far part 12 times over the samples
-    /// for the closed form, forward and backward once per step over [`batch`](CalibrateOptions::batch) of them, and 12 times
-    /// over the samples again; with no near part, where the mix cancels, the steps alone. Fitting decay adds 12 times. Heads and
-    /// samples in parallel; without a limit of time the result does not depend on the number of threads. Memory: about 5·n·h·d
-    /// numbers for n tokens in all samples.
+    /// Softmax attention once (twice on the held-out samples), then linear attention's far part 12
+    /// times over the samples for the closed form, forward and backward once per step over
+    /// [`batch`](CalibrateOptions::batch) of them, and 12 times over the samples again; with no
+    /// near part, where the mix cancels, the steps alone. Fitting decay adds 12 times. Heads and
+    /// samples in parallel; without a limit of time the result does not depend on the number of
+    /// threads. Memory: about 5·n·h·d numbers for n tokens in all samples.
     ///
     /// # Errors
-    /// [`Error::Empty`] without samples or for an empty one, [`Error::Shape`] for one of another width,
-    /// [`Error::NonFinite`] for elements beyond [`Real::LIMIT`], [`Error::Value`] if no sample is longer than the near part,
-    /// [`Error::Value`] and [`Error::TooLarge`] for impossible options, [`Error::Conflict`] for fitting the decay of a
-    /// bidirectional layer, [`Error::Cancelled`] after `Break`. After an error the layer is unchanged.
+    /// [`Error::Empty`] without samples or for an empty one, [`Error::Shape`] for one of another
+    /// width, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`], [`Error::Value`] if no
+    /// sample is longer than the near part, [`Error::Value`] and [`Error::TooLarge`] for impossible
+    /// options, [`Error::Conflict`] for fitting the decay of a bidirectional layer,
+    /// [`Error::Cancelled`] after `Break`. After an error the layer is unchanged.
     ///
     /// # Examples
     ///
@@ -332,21 +348,38 @@ impl<T: Real> DijiangAttention<T> {
         if options.decay == Fit::Train && !causal {
             return Err(Error::Conflict { argument: "decay", other: "bidirectional attention" });
         }
-        let order = if causal { self.near().map_or(Order::Causal, Order::Near) } else { Order::Full };
+        let order =
+            if causal { self.near().map_or(Order::Causal, Order::Near) } else { Order::Full };
         let samples = capture(self, samples, order)?;
         let decays = self.log_decay().iter();
-        let old = self.maps().iter().zip(decays).map(|(map, &log_decay)| Head { params: map.params().clone(), log_decay });
+        let old = self
+            .maps()
+            .iter()
+            .zip(decays)
+            .map(|(map, &log_decay)| Head { params: map.params().clone(), log_decay });
         let old: Vec<Head> = old.collect();
 
         let split = samples.len() - (samples.len() / HELD_OUT).max(1);
         let apart = options.steps > 0 && split > 0;
-        let (train, held) = if apart { (0..split, split..samples.len()) } else { (0..samples.len(), 0..samples.len()) };
+        let (train, held) = if apart {
+            (0..split, split..samples.len())
+        } else {
+            (0..samples.len(), 0..samples.len())
+        };
         let tokens = |set: &Range<usize>| samples[set.clone()].iter().map(Sample::len).sum();
         let (trained_on, held_out) = (tokens(&train), if apart { tokens(&held) } else { 0 });
 
         let mut judge = Judge::new(self.projections(), order, &samples);
         let far_mass = judge.far_mass(held.clone());
-        let run = Run { options, start, near: matches!(order, Order::Near(_)), train, held, done: 0, progress };
+        let run = Run {
+            options,
+            start,
+            near: matches!(order, Order::Near(_)),
+            train,
+            held,
+            done: 0,
+            progress,
+        };
         let found = run.run(&mut judge, old)?;
         let heads = found.iter().zip(far_mass).map(|(found, far_mass)| HeadReport {
             before: found.before,
@@ -358,14 +391,21 @@ impl<T: Real> DijiangAttention<T> {
         });
         let report = CalibrateReport { heads: heads.collect(), tokens: trained_on, held_out };
         let log_decay = found.iter().map(|found| found.head.log_decay).collect();
-        let maps = found.into_iter().map(|found| DctMap::from_params(found.head.params)).collect::<Result<_>>()?;
+        let maps = found
+            .into_iter()
+            .map(|found| DctMap::from_params(found.head.params))
+            .collect::<Result<_>>()?;
         self.set_heads(maps, log_decay)?;
         Ok(report)
     }
 }
 
 /// Projects the samples that reach beyond the near part.
-fn capture<T: Real>(layer: &DijiangAttention<T>, samples: &[ArrayView2<'_, T>], order: Order) -> Result<Vec<Sample<T>>> {
+fn capture<T: Real>(
+    layer: &DijiangAttention<T>,
+    samples: &[ArrayView2<'_, T>],
+    order: Order,
+) -> Result<Vec<Sample<T>>> {
     if samples.is_empty() {
         return Err(Error::Empty { argument: "samples" });
     }
@@ -374,10 +414,15 @@ fn capture<T: Real>(layer: &DijiangAttention<T>, samples: &[ArrayView2<'_, T>], 
         Order::Full | Order::Causal => 0,
     };
     let longest = samples.iter().map(|x| x.nrows()).max().unwrap_or(0);
-    let samples = samples.iter().map(|x| Sample::new(layer.projections(), x)).collect::<Result<Vec<_>>>()?;
+    let samples =
+        samples.iter().map(|x| Sample::new(layer.projections(), x)).collect::<Result<Vec<_>>>()?;
     let samples: Vec<_> = samples.into_iter().filter(|sample| sample.len() > near).collect();
     if samples.is_empty() {
-        return Err(Error::Value { argument: "samples", expected: "longer than the near part", got: longest as f64 });
+        return Err(Error::Value {
+            argument: "samples",
+            expected: "longer than the near part",
+            got: longest as f64,
+        });
     }
     Ok(samples)
 }
@@ -421,7 +466,8 @@ struct Run<'a, F> {
 
 impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
     fn run<T: Real>(mut self, judge: &mut Judge<'_, T>, old: Vec<Head>) -> Result<Vec<Found>> {
-        let held_variance: Vec<f64> = (0..old.len()).map(|head| judge.variance(head, self.held.clone())).collect();
+        let held_variance: Vec<f64> =
+            (0..old.len()).map(|head| judge.variance(head, self.held.clone())).collect();
         let closed: Vec<Head> = old
             .iter()
             .enumerate()
@@ -433,7 +479,12 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
 
         let before = judge.errors(&old, self.held.clone(), &held_variance);
         let found = old.iter().zip(before);
-        let found = found.map(|(head, before)| Found { head: head.clone(), before, closed_form: f64::INFINITY, after: before });
+        let found = found.map(|(head, before)| Found {
+            head: head.clone(),
+            before,
+            closed_form: f64::INFINITY,
+            after: before,
+        });
         let mut found: Vec<Found> = found.collect();
         self.tell(&found)?;
 
@@ -442,7 +493,9 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         if self.near {
             let given = judge.far_shares(&old, self.train.clone()).into_iter();
             limits = given.map(|far| far.map_or(f64::INFINITY, |far| WORTH * far.error)).collect();
-            closed = self.fit_mix(judge, closed, &found, |h, far| far.is_below(CLOSED_FORM_SHARE, limits[h]))?;
+            closed = self.fit_mix(judge, closed, &found, |h, far| {
+                far.is_below(CLOSED_FORM_SHARE, limits[h])
+            })?;
         }
         let errors = judge.errors(&closed, self.held.clone(), &held_variance);
         found.iter_mut().zip(&errors).for_each(|(found, &error)| found.closed_form = error);
@@ -453,18 +506,24 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
             let (mut search, start) = (Duration::ZERO, Instant::now());
             if self.near {
                 let heads = found.iter().map(|found| found.head.clone()).collect();
-                let heads = self.fit_mix(judge, heads, &found, |_, far| far.is_below_least_squares())?;
+                let heads =
+                    self.fit_mix(judge, heads, &found, |_, far| far.is_below_least_squares())?;
                 let errors = judge.errors(&heads, self.held.clone(), &held_variance);
                 learn(&mut found, &heads, &errors);
                 search = start.elapsed();
             }
             let steps = self.descend(judge, &mut found, &held_variance, search)?;
             if self.near {
-                let share = CLOSED_FORM_SHARE + (TRAINED_SHARE - CLOSED_FORM_SHARE) * (steps as f64 / TRAINED).min(1.0);
+                let share = CLOSED_FORM_SHARE
+                    + (TRAINED_SHARE - CLOSED_FORM_SHARE) * (steps as f64 / TRAINED).min(1.0);
                 let heads = found.iter().map(|found| found.head.clone()).collect();
-                let heads = self.fit_mix(judge, heads, &found, |h, far| far.is_below(share, limits[h]))?;
+                let heads =
+                    self.fit_mix(judge, heads, &found, |h, far| far.is_below(share, limits[h]))?;
                 let errors = judge.errors(&heads, self.held.clone(), &held_variance);
-                found.iter_mut().zip(heads.iter().zip(&errors)).for_each(|(found, (head, &error))| found.settle(head, error));
+                found
+                    .iter_mut()
+                    .zip(heads.iter().zip(&errors))
+                    .for_each(|(found, (head, &error))| found.settle(head, error));
                 self.tell(&found)?;
             }
         }
@@ -483,15 +542,31 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
     }
 
     /// The half-life of least error, or none.
-    fn fit_decay<T: Real>(&mut self, judge: &mut Judge<'_, T>, heads: Vec<Head>, found: &[Found]) -> Result<Vec<Head>> {
+    fn fit_decay<T: Real>(
+        &mut self,
+        judge: &mut Judge<'_, T>,
+        heads: Vec<Head>,
+        found: &[Found],
+    ) -> Result<Vec<Head>> {
         if self.options.decay == Fit::Keep {
             return Ok(heads);
         }
-        let variance: Vec<f64> = (0..heads.len()).map(|head| judge.variance(head, self.train.clone())).collect();
-        let mut best: Vec<(f64, Head)> = heads.iter().map(|head| (f64::INFINITY, head.clone())).collect();
+        let variance: Vec<f64> =
+            (0..heads.len()).map(|head| judge.variance(head, self.train.clone())).collect();
+        let mut best: Vec<(f64, Head)> =
+            heads.iter().map(|head| (f64::INFINITY, head.clone())).collect();
         for power in 0..=HALF_LIVES {
-            let log_decay = |head: &Head| if power == 0 { head.log_decay } else { -std::f64::consts::LN_2 / 2.0_f64.powi(power as i32) };
-            let tried: Vec<Head> = heads.iter().map(|head| Head { log_decay: log_decay(head), ..head.clone() }).collect();
+            let log_decay = |head: &Head| {
+                if power == 0 {
+                    head.log_decay
+                } else {
+                    -std::f64::consts::LN_2 / 2.0_f64.powi(power as i32)
+                }
+            };
+            let tried: Vec<Head> = heads
+                .iter()
+                .map(|head| Head { log_decay: log_decay(head), ..head.clone() })
+                .collect();
             let errors = judge.errors(&tried, self.train.clone(), &variance);
             for (best, tried) in best.iter_mut().zip(errors.into_iter().zip(tried)) {
                 if tried.0 < best.0 {
@@ -513,7 +588,10 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
     ) -> Result<Vec<Head>> {
         let mut ranges = vec![MIX; heads.len()];
         for _ in 0..HALVINGS {
-            heads.iter_mut().zip(&ranges).for_each(|(head, (low, high))| head.params.log_mix = 0.5 * (low + high));
+            heads
+                .iter_mut()
+                .zip(&ranges)
+                .for_each(|(head, (low, high))| head.params.log_mix = 0.5 * (low + high));
             let shares = judge.far_shares(&heads, self.train.clone());
             for (h, ((low, high), far)) in ranges.iter_mut().zip(&shares).enumerate() {
                 let below = far.is_some_and(|far| is_below(h, &far));
@@ -524,30 +602,55 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         Ok(heads)
     }
 
-    /// Adam, from the best numbers so far, until `rest` before the limit of time; returns the number of steps made.
-    fn descend<T: Real>(&mut self, judge: &mut Judge<'_, T>, found: &mut [Found], variance: &[f64], rest: Duration) -> Result<usize> {
+    /// Adam, from the best numbers so far, until `rest` before the limit of time; returns the
+    /// number of steps made.
+    fn descend<T: Real>(
+        &mut self,
+        judge: &mut Judge<'_, T>,
+        found: &mut [Found],
+        variance: &[f64],
+        rest: Duration,
+    ) -> Result<usize> {
         let CalibrateOptions { steps, batch, learning_rate, .. } = *self.options;
-        let moved = Moved { mix: self.near, centers: self.options.centers == Fit::Train, decay: self.options.decay == Fit::Train };
-        let row_variance: Vec<f64> = (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
-        let first = |found: &Found| Ok(Head { params: self.options.projection.prepare(&found.head.params)?, ..found.head });
-        let mut descents = found.iter().map(|found| Ok(Descent::new(first(found)?, moved))).collect::<Result<Vec<Descent>>>()?;
+        let moved = Moved {
+            mix: self.near,
+            centers: self.options.centers == Fit::Train,
+            decay: self.options.decay == Fit::Train,
+        };
+        let row_variance: Vec<f64> =
+            (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
+        let first = |found: &Found| {
+            Ok(Head { params: self.options.projection.prepare(&found.head.params)?, ..found.head })
+        };
+        let mut descents = found
+            .iter()
+            .map(|found| Ok(Descent::new(first(found)?, moved)))
+            .collect::<Result<Vec<Descent>>>()?;
         let mut deck = Deck::new(self.options.seed, self.train.clone());
         let mut made = 0;
         for step in 0..steps {
-            let share = |seconds: f64| self.start.elapsed().as_secs_f64() / (seconds - rest.as_secs_f64()).max(f64::MIN_POSITIVE);
+            let share = |seconds: f64| {
+                self.start.elapsed().as_secs_f64()
+                    / (seconds - rest.as_secs_f64()).max(f64::MIN_POSITIVE)
+            };
             let passed = self.options.seconds.map_or(0.0, share);
             let passed = passed.max(step as f64 / steps as f64);
             let last = passed >= 1.0 || step + 1 == steps;
             if passed < 1.0 {
                 made += 1;
                 let batch = deck.deal(batch.min(self.train.len()));
-                let heads: Vec<Head> = descents.iter().map(|descent| descent.head.clone()).collect();
+                let heads: Vec<Head> =
+                    descents.iter().map(|descent| descent.head.clone()).collect();
                 let slopes = judge.slopes(&heads, &batch, &row_variance);
                 let rate = learning_rate * 0.5 * (1.0 + (std::f64::consts::PI * passed).cos());
-                descents.iter_mut().zip(&slopes).for_each(|(descent, slope)| descent.step(slope.as_ref(), rate));
+                descents
+                    .iter_mut()
+                    .zip(&slopes)
+                    .for_each(|(descent, slope)| descent.step(slope.as_ref(), rate));
             }
             if last || (step + 1) % LOOK == 0 {
-                let heads: Vec<Head> = descents.iter().map(|descent| descent.head.clone()).collect();
+                let heads: Vec<Head> =
+                    descents.iter().map(|descent| descent.head.clone()).collect();
                 let errors = judge.errors(&heads, self.held.clone(), variance);
                 learn(found, &heads, &errors);
             }
@@ -575,7 +678,10 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
 }
 
 fn learn(found: &mut [Found], heads: &[Head], errors: &[f64]) {
-    found.iter_mut().zip(heads.iter().zip(errors)).for_each(|(found, (head, &error))| found.learn(head, error));
+    found
+        .iter_mut()
+        .zip(heads.iter().zip(errors))
+        .for_each(|(found, (head, &error))| found.learn(head, error));
 }
 
 /// Samples in an order of their own, all of them before any comes again.

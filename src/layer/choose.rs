@@ -1,9 +1,9 @@
-//! Choice of structure: how far the near part reaches, how many features a map has, and which projection each head has,
-//! by trial calibrations within a budget of time.
+//! Choice of structure: how far the near part reaches, how many features a map has, and which
+//! projection each head has, by trial calibrations within a budget of time.
 //!
-//! One question after the other: the near part first, which the whole layer shares and which is worth most; then the
-//! number of features; then, head by head, the projection. Of two answers the cheaper one stays unless the other lowers the
-//! error on the held-out samples by at least 2 %.
+//! One question after the other: the near part first, which the whole layer shares and which is
+//! worth most; then the number of features; then, head by head, the projection. Of two answers the
+//! cheaper one stays unless the other lowers the error on the held-out samples by at least 2 %.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
@@ -14,7 +14,9 @@ use crate::attention::{KeyMask, LinearConfig, Near};
 use crate::error::{Error, Result};
 use crate::kernel::DctMap;
 use crate::layer::Attention;
-use crate::layer::calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, ProjectionFit, mean};
+use crate::layer::calibrate::{
+    CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, ProjectionFit, mean,
+};
 use crate::layer::config::Causality;
 use crate::layer::dijiang::{DijiangAttention, DijiangOptions, mixed};
 use crate::layer::softmax::SoftmaxAttention;
@@ -29,14 +31,19 @@ const REPEATS: usize = 9;
 
 /// What [`DijiangAttention::choose`] may choose from, and how long it may look.
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub struct ChooseOptions {
-    /// Longest time per token that attention of all heads may take on one thread of this machine in a long prefill, projections
-    /// by the weights not counted. Default: none, whatever lowers the error.
+    /// Longest time per token that attention of all heads may take on one thread of this machine in
+    /// a long prefill, projections by the weights not counted. Default: none, whatever lowers the
+    /// error.
     pub budget: Option<Duration>,
-    /// Near parts, the cheapest first. A bidirectional layer has none and ignores them. Default: 64 and 128 tokens a
-    /// chunk, one chunk back.
+    /// Near parts, the cheapest first. A bidirectional layer has none and ignores them. Default: 64
+    /// and 128 tokens a chunk, one chunk back.
     pub near: Vec<Option<Near>>,
     /// Blocks G of d features each, the cheapest first. Default: 1 and 2.
     pub blocks: Vec<usize>,
@@ -113,7 +120,11 @@ impl ChooseOptions {
     }
 
     fn check(&self) -> Result<()> {
-        let lists = [("near", self.near.len()), ("blocks", self.blocks.len()), ("projections", self.projections.len())];
+        let lists = [
+            ("near", self.near.len()),
+            ("blocks", self.blocks.len()),
+            ("projections", self.projections.len()),
+        ];
         match lists.into_iter().find(|(_, len)| *len == 0) {
             Some((argument, _)) => Err(Error::Empty { argument }),
             None => Ok(()),
@@ -145,7 +156,8 @@ pub struct Trial {
     pub projection: ProjectionFit,
     /// Time per token, all heads.
     pub time: Duration,
-    /// Mean error on the held-out samples after the trial calibration; `None` if the time was beyond the budget.
+    /// Mean error on the held-out samples after the trial calibration; `None` if the time was
+    /// beyond the budget.
     pub error: Option<f64>,
 }
 
@@ -168,23 +180,26 @@ pub struct ChooseReport {
 }
 
 impl<T: Real> DijiangAttention<T> {
-    /// [`from_softmax`](Self::from_softmax) and [`calibrate`](Self::calibrate) for those who would rather give a budget of time than
-    /// choose near part, features and projection themselves.
+    /// [`from_softmax`](Self::from_softmax) and [`calibrate`](Self::calibrate) for those who would
+    /// rather give a budget of time than choose near part, features and projection themselves.
     ///
-    /// Times are taken on the machine it runs on, so the choice may differ where a structure is at the edge of the budget;
-    /// without a budget the same samples, options and seed give the same layer.
+    /// Times are taken on the machine it runs on, so the choice may differ where a structure is at
+    /// the edge of the budget; without a budget the same samples, options and seed give the same
+    /// layer.
     ///
     /// # Shapes
-    /// - `samples`: as [`calibrate`](Self::calibrate). Near parts that none of them reaches beyond are left out.
+    /// - `samples`: as [`calibrate`](Self::calibrate). Near parts that none of them reaches beyond
+    ///   are left out.
     ///
     /// # Cost
-    /// A calibration by [`trial`](ChooseOptions::trial) for every near part, then for every further number of blocks, then for
-    /// every further projection, and one by [`calibrate`](ChooseOptions::calibrate) at the end.
+    /// A calibration by [`trial`](ChooseOptions::trial) for every near part, then for every further
+    /// number of blocks, then for every further projection, and one by
+    /// [`calibrate`](ChooseOptions::calibrate) at the end.
     ///
     /// # Errors
-    /// [`Error::Empty`] for an empty list, [`Error::Value`] if no structure is within the budget or no sample is longer than a
-    /// near part, [`Error::Cancelled`] after `Break`, and those of [`from_softmax`](Self::from_softmax) and
-    /// [`calibrate`](Self::calibrate).
+    /// [`Error::Empty`] for an empty list, [`Error::Value`] if no structure is within the budget or
+    /// no sample is longer than a near part, [`Error::Cancelled`] after `Break`, and those of
+    /// [`from_softmax`](Self::from_softmax) and [`calibrate`](Self::calibrate).
     ///
     /// # Examples
     ///
@@ -217,16 +232,23 @@ impl<T: Real> DijiangAttention<T> {
         options.check()?;
         let causal = layer.config().causality == Causality::Causal;
         let longest = samples.iter().map(|sample| sample.nrows()).max().unwrap_or(0);
-        let reached = |near: &Option<Near>| near.is_none_or(|near| near.chunk.saturating_mul(near.back.saturating_add(1)) < longest);
+        let reached = |near: &Option<Near>| {
+            near.is_none_or(|near| near.chunk.saturating_mul(near.back.saturating_add(1)) < longest)
+        };
         let nears: Vec<Option<Near>> = match causal {
             true => options.near.iter().copied().filter(reached).collect(),
             false => vec![None],
         };
         if nears.is_empty() {
-            return Err(Error::Value { argument: "samples", expected: "longer than the near part", got: longest as f64 });
+            return Err(Error::Value {
+                argument: "samples",
+                expected: "longer than the near part",
+                got: longest as f64,
+            });
         }
         let trials = nears.len() + options.blocks.len() - 1 + options.projections.len() - 1;
-        let mut search = Search { layer, samples, options, causal, trials, made: Vec::new(), progress };
+        let mut search =
+            Search { layer, samples, options, causal, trials, made: Vec::new(), progress };
         let (blocks, projection) = (options.blocks[0], options.projections[0]);
         let mut best: Option<Tried<T>> = None;
         for near in nears {
@@ -240,7 +262,11 @@ impl<T: Real> DijiangAttention<T> {
         }
         let Some(best) = best else {
             let got = options.budget.unwrap_or_default().as_secs_f64();
-            return Err(Error::Value { argument: "budget", expected: "seconds enough for one of the structures", got });
+            return Err(Error::Value {
+                argument: "budget",
+                expected: "seconds enough for one of the structures",
+                got,
+            });
         };
         let mut tried = vec![best];
         for &projection in &options.projections[1..] {
@@ -255,7 +281,10 @@ impl<T: Real> DijiangAttention<T> {
         let calibration = search.calibrate(&mut layer, &options.calibrate)?;
         let (near, blocks) = (tried[0].near, tried[0].blocks);
         let projections = chosen.iter().map(|&chosen| tried[chosen].projection).collect();
-        Ok((layer, ChooseReport { trials: search.made, near, blocks, projections, time, calibration }))
+        Ok((
+            layer,
+            ChooseReport { trials: search.made, near, blocks, projections, time, calibration },
+        ))
     }
 }
 
@@ -284,15 +313,17 @@ fn better<T>(best: Option<Tried<T>>, other: Option<Tried<T>>) -> Option<Tried<T>
     }
 }
 
-/// For every head which of `tried` it gets, the first one being for all who get no other; and the time of it all. What lowers
-/// an error most for its time comes first, as far as the budget goes.
+/// For every head which of `tried` it gets, the first one being for all who get no other; and the
+/// time of it all. What lowers an error most for its time comes first, as far as the budget goes.
 fn per_head<T>(tried: &[Tried<T>], budget: Option<Duration>) -> (Vec<usize>, Duration) {
     let heads = tried[0].errors.len();
     let share = |which: usize| tried[which].time.as_secs_f64() / heads as f64;
     let gain = |which: usize, head: usize| tried[0].errors[head] - tried[which].errors[head];
-    let mut offers: Vec<(usize, usize)> = (1..tried.len()).flat_map(|which| (0..heads).map(move |head| (which, head))).collect();
+    let mut offers: Vec<(usize, usize)> =
+        (1..tried.len()).flat_map(|which| (0..heads).map(move |head| (which, head))).collect();
     offers.retain(|&(which, head)| gain(which, head) > WORTH * tried[0].errors[head]);
-    let rate = |&(which, head): &(usize, usize)| gain(which, head) / (share(which) - share(0)).max(1e-12);
+    let rate =
+        |&(which, head): &(usize, usize)| gain(which, head) / (share(which) - share(0)).max(1e-12);
     offers.sort_by(|a, b| rate(b).total_cmp(&rate(a)));
     let mut chosen = vec![0; heads];
     let mut time = tried[0].time.as_secs_f64();
@@ -320,10 +351,18 @@ struct Search<'a, T, F> {
 
 impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
     /// Calibrates one structure, if it is within the budget.
-    fn trial(&mut self, near: Option<Near>, blocks: usize, projection: ProjectionFit) -> Result<Option<Tried<T>>> {
+    fn trial(
+        &mut self,
+        near: Option<Near>,
+        blocks: usize,
+        projection: ProjectionFit,
+    ) -> Result<Option<Tried<T>>> {
         let options = self.options.map.clone().with_near(near).with_blocks(blocks);
         let mut layer = DijiangAttention::from_softmax(self.layer, options)?;
-        let maps = layer.maps().iter().map(|map| projection.prepare(map.params()).and_then(DctMap::from_params));
+        let maps = layer
+            .maps()
+            .iter()
+            .map(|map| projection.prepare(map.params()).and_then(DctMap::from_params));
         layer.set_maps(maps.collect::<Result<_>>()?)?;
         let time = time_per_token(&layer)?;
         let mut trial = Trial { near, blocks, projection, time, error: None };
@@ -338,24 +377,34 @@ impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
         Ok(Some(Tried { near, blocks, projection, layer, time, errors }))
     }
 
-    fn calibrate(&mut self, layer: &mut DijiangAttention<T>, options: &CalibrateOptions) -> Result<CalibrateReport> {
+    fn calibrate(
+        &mut self,
+        layer: &mut DijiangAttention<T>,
+        options: &CalibrateOptions,
+    ) -> Result<CalibrateReport> {
         // Without a near part, decay is what a causal head needs most.
         let decay = if self.causal && layer.near().is_none() { Fit::Train } else { options.decay };
         let (trial, trials) = (self.made.len(), self.trials);
         let options = options.clone().with_decay(decay).with_projection(ProjectionFit::Keep);
-        layer.calibrate(self.samples, &options, |calibrate| (self.progress)(ChooseProgress { trial, trials, calibrate }))
+        layer.calibrate(self.samples, &options, |calibrate| {
+            (self.progress)(ChooseProgress { trial, trials, calibrate })
+        })
     }
 }
 
-/// Time that attention of all heads takes per token once the near part is full, on one thread: that of the first
-/// key-value head, for as many heads as there are.
+/// Time that attention of all heads takes per token once the near part is full, on one thread: that
+/// of the first key-value head, for as many heads as there are.
 fn time_per_token<T: Real>(layer: &DijiangAttention<T>) -> Result<Duration> {
     let (heads, d) = (layer.config().kv_heads, layer.projections().head_dim());
     let group = layer.config().heads / heads;
     let config = LinearConfig { near: layer.near(), ..LinearConfig::new() };
     let linear = config.with_heads(group).build(vec![layer.maps()[0].clone()])?;
-    let random = |h: usize, i: usize, l: usize| mixed(((h * STRETCH + i) * d + l) as u64) as f64 / u64::MAX as f64 - 0.5;
-    let stretch = |heads: usize| Array3::from_shape_fn((heads, STRETCH, d), |(h, i, l)| T::from_f64(random(h, i, l)));
+    let random = |h: usize, i: usize, l: usize| {
+        mixed(((h * STRETCH + i) * d + l) as u64) as f64 / u64::MAX as f64 - 0.5
+    };
+    let stretch = |heads: usize| {
+        Array3::from_shape_fn((heads, STRETCH, d), |(h, i, l)| T::from_f64(random(h, i, l)))
+    };
     let (q, k) = (stretch(group), stretch(1));
     let (mut out, mut workspace, mut state) = (q.clone(), linear.workspace(), linear.new_state());
     let causal = layer.config().causality == Causality::Causal;
@@ -364,7 +413,15 @@ fn time_per_token<T: Real>(layer: &DijiangAttention<T>) -> Result<Duration> {
     for repeat in 0..reach + REPEATS {
         let start = Instant::now();
         match causal {
-            true => linear.prefill_into(&mut state, &q, &k, &k, KeyMask::All, &mut out, &mut workspace)?,
+            true => linear.prefill_into(
+                &mut state,
+                &q,
+                &k,
+                &k,
+                KeyMask::All,
+                &mut out,
+                &mut workspace,
+            )?,
             false => linear.full_into(&q, &k, &k, KeyMask::All, &mut out, &mut workspace)?,
         }
         if repeat >= reach {

@@ -14,7 +14,8 @@ pub enum Causality {
     Bidirectional,
 }
 
-/// The shape of an attention layer. Checked by [`check`](Self::check), which every layer's constructor calls.
+/// The shape of an attention layer. Checked by [`check`](Self::check), which every layer's
+/// constructor calls.
 ///
 /// # Examples
 ///
@@ -28,30 +29,45 @@ pub enum Causality {
 /// # Ok::<(), dijiang::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub struct AttentionConfig {
     /// Model dimension D: the width of a hidden state.
     pub model_dim: usize,
     /// Query heads h.
     pub heads: usize,
-    /// Key-value heads; h is a multiple of it, h / kv_heads consecutive query heads share one. Default: h.
+    /// Key-value heads; h is a multiple of it, h / kv_heads consecutive query heads share one.
+    /// Default: h.
     pub kv_heads: usize,
-    /// Head dimension d, of keys, queries and values. Default: D / h, which then has to be whole. A layer's own
-    /// [`config`](crate::layer::Attention::config) has it filled in.
+    /// Head dimension d, of keys, queries and values. Default: D / h, which then has to be whole. A
+    /// layer's own [`config`](crate::layer::Attention::config) has it filled in.
     pub head_dim: Option<usize>,
     /// Rotary position embedding of queries and keys. Default: none.
     pub rotary: Option<Rotary>,
     /// What a token may look at. Default: [`Causality::Causal`].
     pub causality: Causality,
-    /// Softmax scale σ. Default: 1/√d. A layer's own [`config`](crate::layer::Attention::config) has it filled in.
+    /// Softmax scale σ. Default: 1/√d. A layer's own [`config`](crate::layer::Attention::config)
+    /// has it filled in.
     pub scale: Option<f64>,
 }
 
 impl AttentionConfig {
-    /// Causal attention with `heads` heads in a model of width `model_dim`, everything else by default.
+    /// Causal attention with `heads` heads in a model of width `model_dim`, everything else by
+    /// default.
     pub fn new(model_dim: usize, heads: usize) -> Self {
-        Self { model_dim, heads, kv_heads: heads, head_dim: None, rotary: None, causality: Causality::Causal, scale: None }
+        Self {
+            model_dim,
+            heads,
+            kv_heads: heads,
+            head_dim: None,
+            rotary: None,
+            causality: Causality::Causal,
+            scale: None,
+        }
     }
 
     /// Fewer key-value heads than query heads (grouped queries).
@@ -87,10 +103,12 @@ impl AttentionConfig {
     /// Checks everything that can be checked without weights.
     ///
     /// # Errors
-    /// - [`Error::Value`]: a size of zero; a scale that is not finite and positive; a rotary embedding that is impossible
-    ///   (see [`Rotary`]).
-    /// - [`Error::NotDivisible`]: `heads` by `kv_heads`; `model_dim` by `heads` when no head dimension is given.
-    /// - [`Error::TooLarge`]: a weight matrix of this shape could not exist, or more coordinates rotated than there are.
+    /// - [`Error::Value`]: a size of zero; a scale that is not finite and positive; a rotary
+    ///   embedding that is impossible (see [`Rotary`]).
+    /// - [`Error::NotDivisible`]: `heads` by `kv_heads`; `model_dim` by `heads` when no head
+    ///   dimension is given.
+    /// - [`Error::TooLarge`]: a weight matrix of this shape could not exist, or more coordinates
+    ///   rotated than there are.
     pub fn check(&self) -> Result<()> {
         self.resolved().map(|_| ())
     }
@@ -106,14 +124,26 @@ impl AttentionConfig {
         }
         let head_dim = self.head_dim.unwrap_or(self.model_dim / self.heads);
         check_positive("head_dim", head_dim)?;
-        let elements = self.heads.checked_mul(head_dim).and_then(|width| width.checked_mul(self.model_dim)).unwrap_or(usize::MAX);
+        let elements = self
+            .heads
+            .checked_mul(head_dim)
+            .and_then(|width| width.checked_mul(self.model_dim))
+            .unwrap_or(usize::MAX);
         let limit = isize::MAX as usize / size_of::<f64>();
         if elements > limit {
-            return Err(Error::TooLarge { argument: "model_dim · heads · head_dim", limit, got: elements });
+            return Err(Error::TooLarge {
+                argument: "model_dim · heads · head_dim",
+                limit,
+                got: elements,
+            });
         }
         let scale = self.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
         if !(scale.is_finite() && scale > 0.0) {
-            return Err(Error::Value { argument: "scale", expected: "finite and positive", got: scale });
+            return Err(Error::Value {
+                argument: "scale",
+                expected: "finite and positive",
+                got: scale,
+            });
         }
         if let Some(rotary) = &self.rotary {
             rotary.check(head_dim)?;
@@ -122,6 +152,15 @@ impl AttentionConfig {
     }
 }
 
-fn check_multiple(argument: &'static str, got: usize, divisor: &'static str, divisor_value: usize) -> Result<()> {
-    if got.is_multiple_of(divisor_value) { Ok(()) } else { Err(Error::NotDivisible { argument, divisor, divisor_value, got }) }
+fn check_multiple(
+    argument: &'static str,
+    got: usize,
+    divisor: &'static str,
+    divisor_value: usize,
+) -> Result<()> {
+    if got.is_multiple_of(divisor_value) {
+        Ok(())
+    } else {
+        Err(Error::NotDivisible { argument, divisor, divisor_value, got })
+    }
 }

@@ -4,8 +4,8 @@
 //! m ← β₁m + (1 − β₁)ġ     v ← β₂v + (1 − β₂)ġ²     θ ← θ − η (m/(1 − β₁ᵏ)) / (√(v/(1 − β₂ᵏ)) + ε)     [Kingma, Ba 2015]
 //! ```
 //!
-//! θ: scales and radii of both sides (of one, if they are tied), log-weights, the numbers of a deep or dense projection, and by
-//! choice the mix g, the centres, and ρ with log γ = −e^ρ.
+//! θ: scales and radii of both sides (of one, if they are tied), log-weights, the numbers of a deep
+//! or dense projection, and by choice the mix g, the centres, and ρ with log γ = −e^ρ.
 
 use crate::kernel::{DctGradients, DctParams, Sides};
 use crate::layer::judge::{Head, Slope};
@@ -46,7 +46,9 @@ impl Descent {
     }
 
     pub(super) fn step(&mut self, slope: Option<&Slope>, rate: f64) {
-        let slope = slope.map(|slope| self.slope(slope)).filter(|slope| slope.iter().all(|x| x.is_finite()));
+        let slope = slope
+            .map(|slope| self.slope(slope))
+            .filter(|slope| slope.iter().all(|x| x.is_finite()));
         let Some(slope) = slope.filter(|_| !self.lost) else {
             self.lost = true;
             return;
@@ -81,7 +83,11 @@ impl Descent {
         let Moved { mix, centers, decay } = self.moved;
         let DctGradients { query, key, log_weight, log_mix, .. } = &slope.params;
         let mut all = Vec::new();
-        for (query, key) in [(&query.scale, &key.scale), (&query.radii, &key.radii), (&query.projection, &key.projection)] {
+        for (query, key) in [
+            (&query.scale, &key.scale),
+            (&query.radii, &key.radii),
+            (&query.projection, &key.projection),
+        ] {
             match self.head.params.sides {
                 Sides::Tied => all.extend(query.iter().zip(key).map(|(a, b)| a + b)),
                 Sides::Untied => all.extend(query.iter().chain(key)),
@@ -103,7 +109,11 @@ impl Descent {
 fn numbers(params: &mut DctParams, mix: bool, centers: bool) -> Vec<&mut [f64]> {
     let DctParams { projection, sides, query, key, log_weight, log_mix, .. } = params;
     let mut all: Vec<&mut [f64]> = Vec::new();
-    for (query, key) in [(&mut query.scale[..], &mut key.scale[..]), (&mut query.radii[..], &mut key.radii[..]), projection.sides_mut()] {
+    for (query, key) in [
+        (&mut query.scale[..], &mut key.scale[..]),
+        (&mut query.radii[..], &mut key.radii[..]),
+        projection.sides_mut(),
+    ] {
         all.push(query);
         if *sides == Sides::Untied {
             all.push(key);

@@ -10,10 +10,13 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayRef1, ArrayRef2, Axis};
 
 use crate::attention::{
-    CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace, check_offsets, check_offsets_of, check_state_size,
+    CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace, check_offsets,
+    check_offsets_of, check_state_size,
 };
 use crate::error::{Error, Result, check_elements, check_len};
-use crate::kernel::{DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides};
+use crate::kernel::{
+    DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides,
+};
 use crate::layer::config::{AttentionConfig, Causality};
 use crate::layer::projection::{Projected, Projections, Runs, StepScratch};
 use crate::layer::softmax::SoftmaxAttention;
@@ -22,9 +25,14 @@ use crate::layer::{Attention, check_causal};
 use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 
-/// How [`DijiangAttention::from_softmax`] sets up its maps. The defaults are those of [`DctMapConfig`].
+/// How [`DijiangAttention::from_softmax`] sets up its maps. The defaults are those of
+/// [`DctMapConfig`].
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub struct DijiangOptions {
     /// Blocks G ≥ 1: m = G·d features, twice as many with antithetic pairs. Default: 1.
@@ -37,7 +45,8 @@ pub struct DijiangOptions {
     pub points: Points,
     /// Envelope p. Default: [`Envelope::None`].
     pub envelope: Envelope,
-    /// Whether calibration must keep scales and radii of both sides equal. Default: [`Sides::Untied`].
+    /// Whether calibration must keep scales and radii of both sides equal. Default:
+    /// [`Sides::Untied`].
     pub sides: Sides,
     /// Initial input scales. Default: [`InputScales::RandomSigns`].
     pub scales: InputScales,
@@ -45,7 +54,8 @@ pub struct DijiangOptions {
     pub mixing: Mixing,
     /// Seed of points and signs; every head gets one of its own, derived from it. Default: 0.
     pub seed: u64,
-    /// The exact near part. Default: 64 tokens a chunk, one chunk back. A bidirectional layer has none and ignores it.
+    /// The exact near part. Default: 64 tokens a chunk, one chunk back. A bidirectional layer has
+    /// none and ignores it.
     pub near: Option<Near>,
     /// log γ ≤ 0 of every head. Default: 0. Causal layers only.
     pub log_decay: f64,
@@ -207,7 +217,8 @@ pub struct DijiangAttention<T> {
     pub(super) linear: LinearAttention<T, DctMap<T>>,
 }
 
-/// What one sequence leaves behind for its next tokens, at constant size, with the scratch memory of a step.
+/// What one sequence leaves behind for its next tokens, at constant size, with the scratch memory
+/// of a step.
 #[derive(Debug, Clone)]
 pub struct DijiangState<T> {
     causal: CausalState<T>,
@@ -216,13 +227,15 @@ pub struct DijiangState<T> {
 }
 
 impl<T: Real> DijiangState<T> {
-    /// Position of the next token: but for segments made by [`new_state_at`](DijiangAttention::new_state_at), the number of tokens
-    /// seen so far, masked ones included.
+    /// Position of the next token: but for segments made by
+    /// [`new_state_at`](DijiangAttention::new_state_at), the number of tokens seen so far, masked
+    /// ones included.
     pub fn position(&self) -> usize {
         self.causal.position()
     }
 
-    /// The attention's state, without the scratch memory: what is worth keeping. [`DijiangAttention::resume`] takes it back.
+    /// The attention's state, without the scratch memory: what is worth keeping.
+    /// [`DijiangAttention::resume`] takes it back.
     pub fn causal(&self) -> &CausalState<T> {
         &self.causal
     }
@@ -232,13 +245,15 @@ impl<T: Real> DijiangState<T> {
         self.causal.bytes()
     }
 
-    /// The state as bytes, which [`DijiangAttention::state_from_bytes`] reads: see [`CausalState::to_bytes`].
+    /// The state as bytes, which [`DijiangAttention::state_from_bytes`] reads: see
+    /// [`CausalState::to_bytes`].
     #[cfg(feature = "states")]
     pub fn to_bytes(&self, storage: crate::attention::Storage) -> Vec<u8> {
         self.causal.to_bytes(storage)
     }
 
-    /// Takes over another state of the same layer, without allocating: back to a snapshot, or on from one.
+    /// Takes over another state of the same layer, without allocating: back to a snapshot, or on
+    /// from one.
     ///
     /// # Errors
     /// [`Error::Foreign`] for a state of a layer of another shape; this one is unchanged then.
@@ -260,14 +275,17 @@ impl<T: Real> PartialEq for DijiangState<T> {
 }
 
 impl<T: Real> DijiangAttention<T> {
-    /// Exchanges the attention of `layer` and keeps its weights (shared, not copied), rotary embedding, heads and scale. A
-    /// [`near`](SoftmaxAttention::with_near) restriction of `layer` is not taken over: `options` has its own.
+    /// Exchanges the attention of `layer` and keeps its weights (shared, not copied), rotary
+    /// embedding, heads and scale. A [`near`](SoftmaxAttention::with_near) restriction of `layer`
+    /// is not taken over: `options` has its own.
     ///
     /// # Cost
-    /// Draws and tabulates the maps, O(m·d) a key-value head at most. Nothing is measured on data: [`calibrate`](Self::calibrate).
+    /// Draws and tabulates the maps, O(m·d) a key-value head at most. Nothing is measured on data:
+    /// [`calibrate`](Self::calibrate).
     ///
     /// # Errors
-    /// - [`Error::Value`], [`Error::TooLarge`]: impossible `options`, see [`DctMapConfig::build`] and [`LinearConfig::build`];
+    /// - [`Error::Value`], [`Error::TooLarge`]: impossible `options`, see [`DctMapConfig::build`]
+    ///   and [`LinearConfig::build`];
     /// - [`Error::Conflict`]: a decay in a bidirectional layer.
     pub fn from_softmax(layer: &SoftmaxAttention<T>, options: DijiangOptions) -> Result<Self> {
         let projections = layer.projections().clone();
@@ -276,14 +294,16 @@ impl<T: Real> DijiangAttention<T> {
         let log_decay = vec![options.log_decay; heads];
         let d = projections.head_dim();
         options.map(d, 0).check()?;
-        let features = options.blocks * d * if options.pairing == Pairing::Antithetic { 2 } else { 1 };
+        let features =
+            options.blocks * d * if options.pairing == Pairing::Antithetic { 2 } else { 1 };
         check_state_size(heads, d, features, d, near)?;
         let maps = (0..heads).map(|head| options.map(d, head).build()).collect::<Result<_>>()?;
         let linear = linear(&projections, maps, near, log_decay)?;
         Ok(Self { projections, linear })
     }
 
-    /// The state that [`DijiangState::to_bytes`] wrote, for a layer of this shape: see [`LinearAttention::state_from_bytes`].
+    /// The state that [`DijiangState::to_bytes`] wrote, for a layer of this shape: see
+    /// [`LinearAttention::state_from_bytes`].
     ///
     /// # Errors
     /// As [`LinearAttention::state_from_bytes`].
@@ -302,7 +322,8 @@ impl<T: Real> DijiangAttention<T> {
         Ok(DijiangState { causal, ..state })
     }
 
-    /// The empty state of a segment that begins at `position` of its sequence: see [`LinearAttention::new_state_at`].
+    /// The empty state of a segment that begins at `position` of its sequence: see
+    /// [`LinearAttention::new_state_at`].
     ///
     /// # Errors
     /// As [`LinearAttention::new_state_at`].
@@ -310,15 +331,20 @@ impl<T: Real> DijiangAttention<T> {
         self.resume(self.linear.new_state_at(position)?)
     }
 
-    /// Tokens that nobody queries join a state: [`prefill`](Attention::prefill) without outputs, at less than half the cost. The state
-    /// becomes the same, bit for bit.
+    /// Tokens that nobody queries join a state: [`prefill`](Attention::prefill) without outputs, at
+    /// less than half the cost. The state becomes the same, bit for bit.
     ///
     /// # Shapes
     /// - `x`: `[n, D]`, `mask`: n keys.
     ///
     /// # Errors
     /// As [`prefill`](Attention::prefill), but the queries are not looked at.
-    pub fn extend(&self, state: &mut DijiangState<T>, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<()> {
+    pub fn extend(
+        &self,
+        state: &mut DijiangState<T>,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<()> {
         check_causal(self.config(), "extend")?;
         self.projections.check_sequence("x", x)?;
         let (k, v) = self.projections.project_keys(x, state.position());
@@ -354,26 +380,32 @@ impl<T: Real> DijiangAttention<T> {
         self.linear.log_decay()
     }
 
-    /// Replaces the maps, one per key-value head: calibrated elsewhere, or loaded from a file. States made before mean
-    /// something else to the new maps: start new ones.
+    /// Replaces the maps, one per key-value head: calibrated elsewhere, or loaded from a file.
+    /// States made before mean something else to the new maps: start new ones.
     ///
     /// # Cost
     /// None beside the maps' own: they are moved in.
     ///
     /// # Errors
-    /// [`Error::Length`] for another number of maps, [`Error::Foreign`] for a map of another head dimension. After an error the
-    /// layer is unchanged.
+    /// [`Error::Length`] for another number of maps, [`Error::Foreign`] for a map of another head
+    /// dimension. After an error the layer is unchanged.
     pub fn set_maps(&mut self, maps: Vec<DctMap<T>>) -> Result<()> {
         check_len("maps", self.projections.config().kv_heads, maps.len())?;
         let expected = self.projections.head_dim();
         if let Some(map) = maps.iter().find(|map| map.dim() != expected) {
-            return Err(Error::Foreign { argument: "map", what: "head dimension", expected, got: map.dim() });
+            return Err(Error::Foreign {
+                argument: "map",
+                what: "head dimension",
+                expected,
+                got: map.dim(),
+            });
         }
         self.linear = linear(&self.projections, maps, self.near(), self.log_decay().to_vec())?;
         Ok(())
     }
 
-    /// [`set_maps`](Self::set_maps) as a constructor. Weights are shared, not copied, here and below.
+    /// [`set_maps`](Self::set_maps) as a constructor. Weights are shared, not copied, here and
+    /// below.
     ///
     /// # Errors
     /// As [`set_maps`](Self::set_maps).
@@ -385,25 +417,29 @@ impl<T: Real> DijiangAttention<T> {
     /// Another near part, or none. States made before belong to another layer then.
     ///
     /// # Errors
-    /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of zero.
+    /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of
+    /// zero.
     pub fn with_near(self, near: Option<Near>) -> Result<Self> {
         check_near(&self.projections, near)?;
-        let linear = linear(&self.projections, self.maps().to_vec(), near, self.log_decay().to_vec())?;
+        let linear =
+            linear(&self.projections, self.maps().to_vec(), near, self.log_decay().to_vec())?;
         Ok(Self { linear, ..self })
     }
 
     /// log γ ≤ 0, one per key-value head.
     ///
     /// # Errors
-    /// [`Error::Length`] for another number of heads, [`Error::Value`] or [`Error::NonFinite`] for numbers that are no
-    /// decay, [`Error::Conflict`] if the layer is bidirectional and a number is not zero.
+    /// [`Error::Length`] for another number of heads, [`Error::Value`] or [`Error::NonFinite`] for
+    /// numbers that are no decay, [`Error::Conflict`] if the layer is bidirectional and a number is
+    /// not zero.
     pub fn with_log_decay(self, log_decay: Vec<f64>) -> Result<Self> {
         check_len("log_decay", self.projections.config().kv_heads, log_decay.len())?;
         let linear = linear(&self.projections, self.maps().to_vec(), self.near(), log_decay)?;
         Ok(Self { linear, ..self })
     }
 
-    /// Other projection weights, of the same shapes: those of a step of training, say. Maps, near part and decay stay.
+    /// Other projection weights, of the same shapes: those of a step of training, say. Maps, near
+    /// part and decay stay.
     ///
     /// # Errors
     /// As [`AttentionWeights::check`].
@@ -420,24 +456,30 @@ impl<T: Real> DijiangAttention<T> {
 
     /// A layer of its parts: as many maps and decays as key-value heads, of the head dimension.
     #[cfg(feature = "safetensors")]
-    pub(super) fn from_parts(projections: Projections<T>, maps: Vec<DctMap<T>>, near: Option<Near>, log_decay: Vec<f64>) -> Result<Self> {
+    pub(super) fn from_parts(
+        projections: Projections<T>,
+        maps: Vec<DctMap<T>>,
+        near: Option<Near>,
+        log_decay: Vec<f64>,
+    ) -> Result<Self> {
         check_near(&projections, near)?;
         let linear = linear(&projections, maps, near, log_decay)?;
         Ok(Self { projections, linear })
     }
 
-    /// The next token of each of several sequences: what [`step`](Attention::step) gives for each alone, bit for bit, but every weight
-    /// is read once for all of them.
+    /// The next token of each of several sequences: what [`step`](Attention::step) gives for each
+    /// alone, bit for bit, but every weight is read once for all of them.
     ///
     /// # Shapes
     /// - `states`: b of them; `x` and `out`: `[b, D]`, a row per state.
     ///
     /// # Cost
-    /// The matrix products of b tokens by the projections, one thread; attention of the sequences on all threads. Allocates for the
-    /// batch.
+    /// The matrix products of b tokens by the projections, one thread; attention of the sequences
+    /// on all threads. Allocates for the batch.
     ///
     /// # Errors
-    /// As [`step`](Attention::step), for any of the tokens and states. After an error no state is changed, nor `out`.
+    /// As [`step`](Attention::step), for any of the tokens and states. After an error no state is
+    /// changed, nor `out`.
     ///
     /// # Examples
     /// ```
@@ -457,7 +499,12 @@ impl<T: Real> DijiangAttention<T> {
     /// assert_eq!((states[0].position(), states[1].position()), (1, 6));
     /// # Ok::<(), dijiang::Error>(())
     /// ```
-    pub fn step_batch(&self, states: &mut [&mut DijiangState<T>], x: &ArrayRef2<T>, out: &mut ArrayRef2<T>) -> Result<()> {
+    pub fn step_batch(
+        &self,
+        states: &mut [&mut DijiangState<T>],
+        x: &ArrayRef2<T>,
+        out: &mut ArrayRef2<T>,
+    ) -> Result<()> {
         check_causal(self.config(), "step")?;
         if states.is_empty() {
             return Err(Error::Empty { argument: "states" });
@@ -473,13 +520,27 @@ impl<T: Real> DijiangAttention<T> {
             }
             let [q, k, v] = [q, k, v].map(|rows| self.projections.heads(rows));
             let mut o = self.projections.heads_mut(o);
-            let tokens = q.axis_iter(Axis(1)).zip(k.axis_iter(Axis(1)).zip(v.axis_iter(Axis(1)))).zip(o.axis_iter_mut(Axis(1)));
+            let tokens = q
+                .axis_iter(Axis(1))
+                .zip(k.axis_iter(Axis(1)).zip(v.axis_iter(Axis(1))))
+                .zip(o.axis_iter_mut(Axis(1)));
             let threads = max_threads().min(positions.len());
             let mut results = vec![Ok(()); positions.len()];
             let sequences = states.iter_mut().zip(tokens).zip(&mut results);
-            for_each(&mut vec![(); threads], sequences, |(), ((state, ((q, (k, v)), mut out)), result)| {
-                *result = self.linear.step(&mut state.causal, &q, &k, &v, &mut out, &mut state.workspace);
-            });
+            for_each(
+                &mut vec![(); threads],
+                sequences,
+                |(), ((state, ((q, (k, v)), mut out)), result)| {
+                    *result = self.linear.step(
+                        &mut state.causal,
+                        &q,
+                        &k,
+                        &v,
+                        &mut out,
+                        &mut state.workspace,
+                    );
+                },
+            );
             results.into_iter().collect()
         })
     }
@@ -508,7 +569,10 @@ fn linear<T: Real>(
     if config.causality == Causality::Bidirectional && log_decay.iter().any(|&decay| decay != 0.0) {
         return Err(Error::Conflict { argument: "log_decay", other: "bidirectional attention" });
     }
-    let linear = LinearConfig::new().with_heads(config.heads).with_scale(projections.scale()).with_log_decay(log_decay);
+    let linear = LinearConfig::new()
+        .with_heads(config.heads)
+        .with_scale(projections.scale())
+        .with_log_decay(log_decay);
     LinearConfig { near, ..linear }.build(maps)
 }
 
@@ -520,34 +584,84 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
     }
 
     fn new_state(&self) -> DijiangState<T> {
-        DijiangState { causal: self.linear.new_state(), workspace: self.linear.step_workspace(), scratch: self.projections.step_scratch() }
+        DijiangState {
+            causal: self.linear.new_state(),
+            workspace: self.linear.step_workspace(),
+            scratch: self.projections.step_scratch(),
+        }
     }
 
     fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
         let mut workspace = self.linear.workspace();
         self.projections.run(x, mask, 0, |q, k, v, out| match self.config().causality {
-            Causality::Causal => self.linear.prefill_into(&mut self.linear.new_state(), q, k, v, mask, out, &mut workspace),
+            Causality::Causal => self.linear.prefill_into(
+                &mut self.linear.new_state(),
+                q,
+                k,
+                v,
+                mask,
+                out,
+                &mut workspace,
+            ),
             Causality::Bidirectional => self.linear.full_into(q, k, v, mask, out, &mut workspace),
         })
     }
 
-    fn prefill(&self, state: &mut DijiangState<T>, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
+    fn prefill(
+        &self,
+        state: &mut DijiangState<T>,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>> {
         check_causal(self.config(), "prefill")?;
         self.projections.run(x, mask, state.position(), |q, k, v, out| {
-            self.linear.prefill_into(&mut state.causal, q, k, v, mask, out, &mut self.linear.workspace())
+            self.linear.prefill_into(
+                &mut state.causal,
+                q,
+                k,
+                v,
+                mask,
+                out,
+                &mut self.linear.workspace(),
+            )
         })
     }
 
-    fn forward_packed(&self, x: &ArrayRef2<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array2<T>> {
+    fn forward_packed(
+        &self,
+        x: &ArrayRef2<T>,
+        offsets: &[usize],
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>> {
         let sequences = check_offsets("offsets", offsets, x.nrows())?;
         let (starts, mut workspace) = (vec![0; sequences], self.linear.workspace());
-        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| match self.config().causality {
-            Causality::Causal => {
-                let mut states = vec![self.linear.new_state(); sequences];
-                let mut states: Vec<_> = states.iter_mut().collect();
-                self.linear.prefill_packed_into(&mut states, q, k, v, offsets, mask, out, &mut workspace)
+        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
+            match self.config().causality {
+                Causality::Causal => {
+                    let mut states = vec![self.linear.new_state(); sequences];
+                    let mut states: Vec<_> = states.iter_mut().collect();
+                    self.linear.prefill_packed_into(
+                        &mut states,
+                        q,
+                        k,
+                        v,
+                        offsets,
+                        mask,
+                        out,
+                        &mut workspace,
+                    )
+                }
+                Causality::Bidirectional => self.linear.full_packed_into(
+                    q,
+                    k,
+                    v,
+                    offsets,
+                    offsets,
+                    mask,
+                    out,
+                    &mut workspace,
+                ),
             }
-            Causality::Bidirectional => self.linear.full_packed_into(q, k, v, offsets, offsets, mask, out, &mut workspace),
         })
     }
 
@@ -563,14 +677,30 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
         let starts: Vec<_> = states.iter().map(|state| state.position()).collect();
         self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
             let mut states: Vec<_> = states.iter_mut().map(|state| &mut state.causal).collect();
-            self.linear.prefill_packed_into(&mut states, q, k, v, offsets, mask, out, &mut self.linear.workspace())
+            self.linear.prefill_packed_into(
+                &mut states,
+                q,
+                k,
+                v,
+                offsets,
+                mask,
+                out,
+                &mut self.linear.workspace(),
+            )
         })
     }
 
     /// As [`Attention::step`]. Never allocates.
-    fn step(&self, state: &mut DijiangState<T>, x: &ArrayRef1<T>, out: &mut ArrayRef1<T>) -> Result<()> {
+    fn step(
+        &self,
+        state: &mut DijiangState<T>,
+        x: &ArrayRef1<T>,
+        out: &mut ArrayRef1<T>,
+    ) -> Result<()> {
         check_causal(self.config(), "step")?;
         let DijiangState { causal, workspace, scratch } = state;
-        self.projections.step(x, causal.position(), scratch, out, |q, k, v, out| self.linear.step(causal, q, k, v, out, workspace))
+        self.projections.step(x, causal.position(), scratch, out, |q, k, v, out| {
+            self.linear.step(causal, q, k, v, out, workspace)
+        })
     }
 }

@@ -1,5 +1,5 @@
-//! The judge of calibration: what softmax attention makes of the samples, how far the maps are from it, and which way is
-//! nearer.
+//! The judge of calibration: what softmax attention makes of the samples, how far the maps are from
+//! it, and which way is nearer.
 
 use std::ops::Range;
 
@@ -28,7 +28,8 @@ pub(super) struct Slope {
     pub(super) log_decay: f64,
 }
 
-/// One sample, projected and scaled, with what softmax attention makes of it: x, teacher `[n, h·d]`; y, v `[n, h_kv·d]`.
+/// One sample, projected and scaled, with what softmax attention makes of it: x, teacher `[n,
+/// h·d]`; y, v `[n, h_kv·d]`.
 pub(super) struct Sample<T> {
     x: Array2<T>,
     y: Array2<T>,
@@ -46,8 +47,12 @@ impl<T: Real> Sample<T> {
             let (q, k, v) = (projections.heads(&q), projections.heads(&k), projections.heads(&v));
             let (mut out, mut workspace) = (projections.heads_mut(&mut teacher), exact.workspace());
             match projections.config().causality {
-                Causality::Causal => exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
-                Causality::Bidirectional => exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?,
+                Causality::Causal => {
+                    exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?
+                }
+                Causality::Bidirectional => {
+                    exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?
+                }
             }
         }
         let root = T::from_f64(projections.scale().sqrt());
@@ -62,7 +67,8 @@ impl<T: Real> Sample<T> {
     }
 }
 
-/// What far keys add to the outputs of a head: o being the softmax outputs, n those over near keys alone, ô the linear ones.
+/// What far keys add to the outputs of a head: o being the softmax outputs, n those over near keys
+/// alone, ô the linear ones.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct FarShare {
     /// Σ (ô − n)·(o − n).
@@ -74,8 +80,8 @@ pub(super) struct FarShare {
 }
 
 impl FarShare {
-    /// Whether the mix should be larger to add `share` of what far keys should add; or, where the error is not below `limit`
-    /// and not below that without a far part, to have the least error.
+    /// Whether the mix should be larger to add `share` of what far keys should add; or, where the
+    /// error is not below `limit` and not below that without a far part, to have the least error.
     pub(super) fn is_below(&self, share: f64, limit: f64) -> bool {
         match self.error < self.whole.min(limit) {
             true => self.along < share * self.whole,
@@ -83,7 +89,8 @@ impl FarShare {
         }
     }
 
-    /// Whether a multiple of what is added, larger than one, would have the least squared error: Σ (ô − n)² < Σ (ô − n)·(o − n).
+    /// Whether a multiple of what is added, larger than one, would have the least squared error: Σ
+    /// (ô − n)² < Σ (ô − n)·(o − n).
     pub(super) fn is_below_least_squares(&self) -> bool {
         self.error + self.along < self.whole
     }
@@ -93,7 +100,11 @@ impl std::ops::Add for FarShare {
     type Output = Self;
 
     fn add(self, other: Self) -> Self {
-        Self { along: self.along + other.along, whole: self.whole + other.whole, error: self.error + other.error }
+        Self {
+            along: self.along + other.along,
+            whole: self.whole + other.whole,
+            error: self.error + other.error,
+        }
     }
 }
 
@@ -113,7 +124,9 @@ impl<T: Real> Part<'_, T> {
 
     /// The softmax outputs of a query.
     fn teacher_row(&self, h: usize, query: usize) -> &[T] {
-        let Some(row) = self.teacher.slice_move(s![h, query, ..]).to_slice() else { unreachable!("rows of a projection") };
+        let Some(row) = self.teacher.slice_move(s![h, query, ..]).to_slice() else {
+            unreachable!("rows of a projection")
+        };
         row
     }
 
@@ -132,11 +145,17 @@ impl<T: Real> Part<'_, T> {
 
     /// What the far part adds, next to what it should.
     fn far_share(&self, map: &DctMap<T>, log_decay: f64, tape: &mut Tape<T>) -> FarShare {
-        let (mut share, stride, dim) = (FarShare::default(), self.far.value_stride(), self.teacher.len_of(Axis(2)));
+        let (mut share, stride, dim) =
+            (FarShare::default(), self.far.value_stride(), self.teacher.len_of(Axis(2)));
         self.far.forward(map, log_decay, tape, |h, queries, rows| {
             for (i, row) in queries.zip(rows.chunks_exact(stride)) {
                 let Some((near, total)) = self.far.near(h, i) else { continue };
-                let sums = (T::ops().shares)(&row[..dim], self.teacher_row(h, i), T::ONE / total, &near[..dim]);
+                let sums = (T::ops().shares)(
+                    &row[..dim],
+                    self.teacher_row(h, i),
+                    T::ONE / total,
+                    &near[..dim],
+                );
                 let [along, whole, error] = sums.map(Real::to_f64);
                 share = share + FarShare { along, whole, error };
             }
@@ -144,12 +163,27 @@ impl<T: Real> Part<'_, T> {
         share
     }
 
-    /// The gradient of Σ (ô − o)²·`weight`/2: sums for that of the map's parameters, and that of log γ.
-    fn slope(&self, map: &DctMap<T>, log_decay: f64, weight: T, tape: &mut Tape<T>) -> (DctSums<T>, f64) {
-        let (mut sums, stride, dim) = (map.new_sums(), self.far.value_stride(), self.teacher.len_of(Axis(2)));
+    /// The gradient of Σ (ô − o)²·`weight`/2: sums for that of the map's parameters, and that of
+    /// log γ.
+    fn slope(
+        &self,
+        map: &DctMap<T>,
+        log_decay: f64,
+        weight: T,
+        tape: &mut Tape<T>,
+    ) -> (DctSums<T>, f64) {
+        let (mut sums, stride, dim) =
+            (map.new_sums(), self.far.value_stride(), self.teacher.len_of(Axis(2)));
         let loss = |h: usize, queries: Range<usize>, rows: &[T], grad: &mut [T]| {
-            for (i, (row, grad)) in queries.zip(rows.chunks_exact(stride).zip(grad.chunks_exact_mut(stride))) {
-                (T::ops().difference)(&row[..dim], self.teacher_row(h, i), weight, &mut grad[..dim]);
+            for (i, (row, grad)) in
+                queries.zip(rows.chunks_exact(stride).zip(grad.chunks_exact_mut(stride)))
+            {
+                (T::ops().difference)(
+                    &row[..dim],
+                    self.teacher_row(h, i),
+                    weight,
+                    &mut grad[..dim],
+                );
                 grad[dim..].fill(T::ZERO);
             }
         };
@@ -166,18 +200,29 @@ pub(super) struct Judge<'a, T> {
 }
 
 impl<'a, T: Real> Judge<'a, T> {
-    pub(super) fn new(projections: &Projections<T>, order: Order, samples: &'a [Sample<T>]) -> Self {
+    pub(super) fn new(
+        projections: &Projections<T>,
+        order: Order,
+        samples: &'a [Sample<T>],
+    ) -> Self {
         let config = projections.config();
-        let (heads, group, d) = (config.kv_heads, config.heads / config.kv_heads, projections.head_dim());
-        let mut slots: Vec<Option<Part<'a, T>>> = (0..heads * samples.len()).map(|_| None).collect();
-        for_each(&mut vec![(); max_threads().min(slots.len())], slots.iter_mut().enumerate(), |(), (i, slot)| {
-            let (head, sample) = (i / samples.len(), &samples[i % samples.len()]);
-            let own = s![.., head * d..(head + 1) * d];
-            let queries = |rows: &'a Array2<T>| heads_of(rows, d, head * group..(head + 1) * group);
-            let (x, y, v) = (queries(&sample.x), sample.y.slice(own), sample.v.slice(own));
-            let far = FarPart::new(order, x, y, v, None);
-            *slot = Some(Part { far, x, y, teacher: queries(&sample.teacher) });
-        });
+        let (heads, group, d) =
+            (config.kv_heads, config.heads / config.kv_heads, projections.head_dim());
+        let mut slots: Vec<Option<Part<'a, T>>> =
+            (0..heads * samples.len()).map(|_| None).collect();
+        for_each(
+            &mut vec![(); max_threads().min(slots.len())],
+            slots.iter_mut().enumerate(),
+            |(), (i, slot)| {
+                let (head, sample) = (i / samples.len(), &samples[i % samples.len()]);
+                let own = s![.., head * d..(head + 1) * d];
+                let queries =
+                    |rows: &'a Array2<T>| heads_of(rows, d, head * group..(head + 1) * group);
+                let (x, y, v) = (queries(&sample.x), sample.y.slice(own), sample.v.slice(own));
+                let far = FarPart::new(order, x, y, v, None);
+                *slot = Some(Part { far, x, y, teacher: queries(&sample.teacher) });
+            },
+        );
         let mut slots = slots.into_iter().flatten();
         let parts = (0..heads).map(|_| slots.by_ref().take(samples.len()).collect()).collect();
         let tapes = (0..max_threads()).map(|_| None).collect();
@@ -193,8 +238,8 @@ impl<'a, T: Real> Judge<'a, T> {
         params
     }
 
-    /// Σ (o − ō)² of the softmax outputs of a head, each query head with its own mean; at least what rounding makes of
-    /// constant ones, and never 0.
+    /// Σ (o − ō)² of the softmax outputs of a head, each query head with its own mean; at least
+    /// what rounding makes of constant ones, and never 0.
     pub(super) fn variance(&self, head: usize, set: Range<usize>) -> f64 {
         let parts = &self.parts[head][set];
         let (mut variance, mut square) = (0.0, 0.0);
@@ -203,8 +248,10 @@ impl<'a, T: Real> Judge<'a, T> {
             let mean = mean_row(outputs());
             let zero = vec![0.0; mean.len()];
             for o in outputs() {
-                variance += o.rows().into_iter().map(|row| squared_difference(&row, &mean)).sum::<f64>();
-                square += o.rows().into_iter().map(|row| squared_difference(&row, &zero)).sum::<f64>();
+                variance +=
+                    o.rows().into_iter().map(|row| squared_difference(&row, &mean)).sum::<f64>();
+                square +=
+                    o.rows().into_iter().map(|row| squared_difference(&row, &zero)).sum::<f64>();
             }
         }
         let variance = variance.max(T::EPSILON.to_f64() * square);
@@ -221,25 +268,48 @@ impl<'a, T: Real> Judge<'a, T> {
     pub(super) fn far_mass(&mut self, set: Range<usize>) -> Vec<f64> {
         let mut sums = vec![0.0; self.parts.len() * set.len()];
         let parts = self.parts.iter().flat_map(|parts| &parts[set.clone()]);
-        for_each(&mut self.tapes, parts.zip(&mut sums), |_, (part, sum)| *sum = part.far.far_mass());
-        let rows = |parts: &[Part<'_, T>]| parts.iter().map(Part::rows).sum::<usize>().max(1) as f64;
-        sums.chunks(set.len()).zip(&self.parts).map(|(sums, parts)| sums.iter().sum::<f64>() / rows(&parts[set.clone()])).collect()
+        for_each(&mut self.tapes, parts.zip(&mut sums), |_, (part, sum)| {
+            *sum = part.far.far_mass()
+        });
+        let rows =
+            |parts: &[Part<'_, T>]| parts.iter().map(Part::rows).sum::<usize>().max(1) as f64;
+        sums.chunks(set.len())
+            .zip(&self.parts)
+            .map(|(sums, parts)| sums.iter().sum::<f64>() / rows(&parts[set.clone()]))
+            .collect()
     }
 
-    /// The error of every head, relative to `variance`; infinite where it is not a number, or numbers that make no map.
-    pub(super) fn errors(&mut self, heads: &[Head], set: Range<usize>, variance: &[f64]) -> Vec<f64> {
+    /// The error of every head, relative to `variance`; infinite where it is not a number, or
+    /// numbers that make no map.
+    pub(super) fn errors(
+        &mut self,
+        heads: &[Head],
+        set: Range<usize>,
+        variance: &[f64],
+    ) -> Vec<f64> {
         let len = set.len();
-        let sums = self.passes(heads, set, |part, map, log_decay, tape| part.squared_error(map, log_decay, tape));
-        let sums = sums.chunks(len).map(|sums| sums.iter().map(|sum| sum.unwrap_or(f64::INFINITY)).sum::<f64>());
+        let sums = self.passes(heads, set, |part, map, log_decay, tape| {
+            part.squared_error(map, log_decay, tape)
+        });
+        let sums = sums
+            .chunks(len)
+            .map(|sums| sums.iter().map(|sum| sum.unwrap_or(f64::INFINITY)).sum::<f64>());
         let errors = sums.zip(variance).map(|(sum, variance)| sum / variance);
         errors.map(|error| if error.is_nan() { f64::INFINITY } else { error }).collect()
     }
 
     /// What the far part of every head adds; `None` for numbers that make no map.
-    pub(super) fn far_shares(&mut self, heads: &[Head], set: Range<usize>) -> Vec<Option<FarShare>> {
+    pub(super) fn far_shares(
+        &mut self,
+        heads: &[Head],
+        set: Range<usize>,
+    ) -> Vec<Option<FarShare>> {
         let len = set.len();
-        let shares = self.passes(heads, set, |part, map, log_decay, tape| part.far_share(map, log_decay, tape));
-        let sum = |shares: &[Option<FarShare>]| shares.iter().copied().try_fold(FarShare::default(), |sum, share| Some(sum + share?));
+        let shares = self
+            .passes(heads, set, |part, map, log_decay, tape| part.far_share(map, log_decay, tape));
+        let sum = |shares: &[Option<FarShare>]| {
+            shares.iter().copied().try_fold(FarShare::default(), |sum, share| Some(sum + share?))
+        };
         shares.chunks(len).map(sum).collect()
     }
 
@@ -253,17 +323,31 @@ impl<'a, T: Real> Judge<'a, T> {
         let maps = maps(heads);
         let mut results = vec![None; heads.len() * set.len()];
         let parts = self.parts.iter().zip(heads.iter().zip(&maps));
-        let items = parts.flat_map(|(parts, head)| parts[set.clone()].iter().map(move |part| (part, head)));
-        for_each(&mut self.tapes, items.zip(&mut results), |tape, ((part, (head, map)), result)| {
-            *result = map.as_ref().map(|map| pass(part, map, head.log_decay, tape.get_or_insert_with(|| part.far.tape(map))));
-        });
+        let items =
+            parts.flat_map(|(parts, head)| parts[set.clone()].iter().map(move |part| (part, head)));
+        for_each(
+            &mut self.tapes,
+            items.zip(&mut results),
+            |tape, ((part, (head, map)), result)| {
+                *result = map.as_ref().map(|map| {
+                    pass(part, map, head.log_decay, tape.get_or_insert_with(|| part.far.tape(map)))
+                });
+            },
+        );
         results
     }
 
-    /// The gradient of half the mean error per row over the samples `batch`, for every head; `None` where numbers make no map.
-    pub(super) fn slopes(&mut self, heads: &[Head], batch: &[usize], row_variance: &[f64]) -> Vec<Option<Slope>> {
+    /// The gradient of half the mean error per row over the samples `batch`, for every head; `None`
+    /// where numbers make no map.
+    pub(super) fn slopes(
+        &mut self,
+        heads: &[Head],
+        batch: &[usize],
+        row_variance: &[f64],
+    ) -> Vec<Option<Slope>> {
         let maps = maps(heads);
-        let mut slopes: Vec<Option<(DctSums<T>, f64)>> = (0..heads.len() * batch.len()).map(|_| None).collect();
+        let mut slopes: Vec<Option<(DctSums<T>, f64)>> =
+            (0..heads.len() * batch.len()).map(|_| None).collect();
         let parts = &self.parts;
         for_each(&mut self.tapes, slopes.iter_mut().enumerate(), |tape, (i, slope)| {
             let h = i / batch.len();

@@ -1,7 +1,9 @@
-//! Drop-in attention layers: projections, rotary embedding and grouped queries around either attention.
+//! Drop-in attention layers: projections, rotary embedding and grouped queries around either
+//! attention.
 //!
-//! [`SoftmaxAttention`] is the layer as trained; [`DijiangAttention::from_softmax`] makes the linear one from it, keeping
-//! every weight. Both are an [`Attention`], so that exchanging them in a model is one type and one line:
+//! [`SoftmaxAttention`] is the layer as trained; [`DijiangAttention::from_softmax`] makes the
+//! linear one from it, keeping every weight. Both are an [`Attention`], so that exchanging them in
+//! a model is one type and one line:
 //!
 //! ```
 //! use dijiang::attention::KeyMask;
@@ -29,16 +31,19 @@
 //! # Ok::<(), dijiang::Error>(())
 //! ```
 //!
-//! 20 tokens lie within the exact near part of the linear layer (two chunks of 64), so here it equals softmax attention; older
-//! tokens go through its DCT maps, which [`DijiangAttention::calibrate`] fits to your own hidden states.
+//! 20 tokens lie within the exact near part of the linear layer (two chunks of 64), so here it
+//! equals softmax attention; older tokens go through its DCT maps, which
+//! [`DijiangAttention::calibrate`] fits to your own hidden states.
 //!
-//! Many sequences at once, each with the bits it has alone: [`Attention::prefill_packed`] and [`Attention::prefill_padded`] for prompts,
-//! [`StatePool`] and [`DijiangAttention::step_batch`] for the tokens after them. A clone of a state is a prefix to continue many times,
-//! or the way back from a rejected draft. [`DijiangAttention::merge`] puts the states of a sequence's segments together.
+//! Many sequences at once, each with the bits it has alone: [`Attention::prefill_packed`] and
+//! [`Attention::prefill_padded`] for prompts, [`StatePool`] and [`DijiangAttention::step_batch`]
+//! for the tokens after them. A clone of a state is a prefix to continue many times, or the way
+//! back from a rejected draft. [`DijiangAttention::merge`] puts the states of a sequence's segments
+//! together.
 //!
-//! With the feature `safetensors`, layers and calibrated maps go to files and come back with the same bits:
-//! `DijiangAttention::{to_safetensors, from_safetensors}` and `{save_maps, load_maps}` for one layer, `save_layers`, `load_layers`,
-//! `save_maps` and `load_maps` for a model.
+//! With the feature `safetensors`, layers and calibrated maps go to files and come back with the
+//! same bits: `DijiangAttention::{to_safetensors, from_safetensors}` and `{save_maps, load_maps}`
+//! for one layer, `save_layers`, `load_layers`, `save_maps` and `load_maps` for a model.
 
 mod backward;
 mod calibrate;
@@ -58,7 +63,9 @@ mod softmax;
 mod weights;
 
 pub use backward::LayerGradients;
-pub use calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport, ProjectionFit};
+pub use calibrate::{
+    CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport, ProjectionFit,
+};
 pub use choose::{ChooseOptions, ChooseProgress, ChooseReport, Trial};
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
@@ -80,12 +87,13 @@ use crate::error::{Error, Result, check_elements, check_len, check_room, check_s
 use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 
-/// A self-attention layer: hidden states in, hidden states out. What both layers offer, so that a model can be generic over
-/// its attention.
+/// A self-attention layer: hidden states in, hidden states out. What both layers offer, so that a
+/// model can be generic over its attention.
 ///
 /// # Conventions
-/// Rows are tokens. Positions count from 0 at the first token of a sequence and include masked tokens. A masked token is
-/// never attended to, but still has a query and an output of its own; its hidden state must be finite like any other.
+/// Rows are tokens. Positions count from 0 at the first token of a sequence and include masked
+/// tokens. A masked token is never attended to, but still has a query and an output of its own; its
+/// hidden state must be finite like any other.
 pub trait Attention<T: Real>: Send + Sync {
     /// What one sequence leaves behind for its next tokens. A clone is a snapshot to return to.
     type State: Clone + Send;
@@ -93,7 +101,8 @@ pub trait Attention<T: Real>: Send + Sync {
     /// The checked config, head dimension and scale filled in.
     fn config(&self) -> &AttentionConfig;
 
-    /// The empty state of a new sequence. Of a bidirectional layer it is of no use: see [`prefill`](Self::prefill).
+    /// The empty state of a new sequence. Of a bidirectional layer it is of no use: see
+    /// [`prefill`](Self::prefill).
     fn new_state(&self) -> Self::State;
 
     /// A whole sequence, causal or not as configured.
@@ -102,23 +111,33 @@ pub trait Attention<T: Real>: Send + Sync {
     /// - `x`: `[n, D]`, `mask`: n keys; returns `[n, D]`.
     ///
     /// # Cost
-    /// O(n) memory for projections and output. Runs on all threads; the result does not depend on their number.
+    /// O(n) memory for projections and output. Runs on all threads; the result does not depend on
+    /// their number.
     ///
     /// # Errors
-    /// - [`Error::Empty`] for n = 0, [`Error::Shape`] unless `x` has D columns, [`Error::Length`] for a mask of another length;
-    /// - [`Error::NonFinite`] for elements of `x`, or of the queries, keys and values made from it, beyond [`Real::LIMIT`];
+    /// - [`Error::Empty`] for n = 0, [`Error::Shape`] unless `x` has D columns, [`Error::Length`]
+    ///   for a mask of another length;
+    /// - [`Error::NonFinite`] for elements of `x`, or of the queries, keys and values made from it,
+    ///   beyond [`Real::LIMIT`];
     /// - [`Error::TooLarge`] for more tokens than there is room for.
     fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>>;
 
-    /// The next n tokens of a sequence. Calling it for pieces of a sequence gives what [`forward`](Self::forward) gives for the whole.
+    /// The next n tokens of a sequence. Calling it for pieces of a sequence gives what
+    /// [`forward`](Self::forward) gives for the whole.
     ///
     /// # Shapes
     /// - `x`: `[n, D]`, `mask`: these n keys; returns `[n, D]`.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); [`Error::Conflict`] if the layer is bidirectional; [`Error::Foreign`] for the state of a
-    /// layer of another shape. After an error the state is unchanged.
-    fn prefill(&self, state: &mut Self::State, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>>;
+    /// As [`forward`](Self::forward); [`Error::Conflict`] if the layer is bidirectional;
+    /// [`Error::Foreign`] for the state of a layer of another shape. After an error the state is
+    /// unchanged.
+    fn prefill(
+        &self,
+        state: &mut Self::State,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>>;
 
     /// The next token.
     ///
@@ -129,17 +148,25 @@ pub trait Attention<T: Real>: Send + Sync {
     /// Runs on the calling thread. Needs no scratch but the state's own.
     ///
     /// # Errors
-    /// As [`prefill`](Self::prefill), [`Error::Length`] for `x` and `out`. After an error neither state nor `out` is changed.
-    fn step(&self, state: &mut Self::State, x: &ArrayRef1<T>, out: &mut ArrayRef1<T>) -> Result<()>;
+    /// As [`prefill`](Self::prefill), [`Error::Length`] for `x` and `out`. After an error neither
+    /// state nor `out` is changed.
+    fn step(&self, state: &mut Self::State, x: &ArrayRef1<T>, out: &mut ArrayRef1<T>)
+    -> Result<()>;
 
-    /// [`forward`](Self::forward) of several sequences of one length; sequence i is what `forward` gives for it alone, bit for bit.
+    /// [`forward`](Self::forward) of several sequences of one length; sequence i is what `forward`
+    /// gives for it alone, bit for bit.
     ///
     /// # Shapes
-    /// - `x`: `[b, n, D]`, `masks`: `[b, n]`, `true` for the keys that may be attended to; returns `[b, n, D]`.
+    /// - `x`: `[b, n, D]`, `masks`: `[b, n]`, `true` for the keys that may be attended to; returns
+    ///   `[b, n, D]`.
     ///
     /// # Errors
     /// As [`forward`](Self::forward); [`Error::Shape`] for `masks`.
-    fn forward_batch(&self, x: &ArrayRef3<T>, masks: Option<&ArrayRef2<bool>>) -> Result<Array3<T>> {
+    fn forward_batch(
+        &self,
+        x: &ArrayRef3<T>,
+        masks: Option<&ArrayRef2<bool>>,
+    ) -> Result<Array3<T>> {
         let (b, n, _) = x.dim();
         check_shape("x", x, &[b, n, self.config().model_dim])?;
         if b == 0 || n == 0 {
@@ -154,44 +181,68 @@ pub trait Attention<T: Real>: Send + Sync {
             }
             None => Vec::new(),
         };
-        let mask = |i: usize| if masks.is_some() { KeyMask::Valid(&valid[i * n..(i + 1) * n]) } else { KeyMask::All };
+        let mask = |i: usize| {
+            if masks.is_some() { KeyMask::Valid(&valid[i * n..(i + 1) * n]) } else { KeyMask::All }
+        };
         let mut out = Array3::zeros(x.raw_dim());
         let mut results = vec![Ok(()); b];
         let sequences = x.outer_iter().zip(out.outer_iter_mut()).zip(&mut results).enumerate();
-        let sequences: Vec<_> = sequences.map(|(i, ((x, out), result))| (i, x, out, result)).collect();
-        for_each(&mut vec![(); max_threads().min(b)], sequences.into_iter(), |(), (i, x, mut out, result)| {
-            *result = self.forward(&x, mask(i)).map(|y| out.assign(&y));
-        });
+        let sequences: Vec<_> =
+            sequences.map(|(i, ((x, out), result))| (i, x, out, result)).collect();
+        for_each(
+            &mut vec![(); max_threads().min(b)],
+            sequences.into_iter(),
+            |(), (i, x, mut out, result)| {
+                *result = self.forward(&x, mask(i)).map(|y| out.assign(&y));
+            },
+        );
         results.into_iter().collect::<Result<()>>()?;
         Ok(out)
     }
 
-    /// [`forward`](Self::forward) of several sequences, packed one after another; each one is what `forward` gives for it alone, bit
-    /// for bit. Sequence i is tokens `offsets[i]..offsets[i + 1]` and may have none.
+    /// [`forward`](Self::forward) of several sequences, packed one after another; each one is what
+    /// `forward` gives for it alone, bit for bit. Sequence i is tokens `offsets[i]..offsets[i + 1]`
+    /// and may have none.
     ///
     /// # Shapes
-    /// - `x`: `[n, D]` with all sequences' tokens, `offsets`: one more than sequences, `mask`: n keys; returns `[n, D]`.
+    /// - `x`: `[n, D]` with all sequences' tokens, `offsets`: one more than sequences, `mask`: n
+    ///   keys; returns `[n, D]`.
     ///
     /// # Cost
     /// The layers of this crate project all tokens in one matrix product.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); [`Error::Value`] for offsets that do not begin with 0, fall, or do not end with n.
-    fn forward_packed(&self, x: &ArrayRef2<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array2<T>> {
+    /// As [`forward`](Self::forward); [`Error::Value`] for offsets that do not begin with 0, fall,
+    /// or do not end with n.
+    fn forward_packed(
+        &self,
+        x: &ArrayRef2<T>,
+        offsets: &[usize],
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>> {
         check_offsets("offsets", offsets, x.nrows())?;
         packed::each(x, offsets, mask, |_, x, mask| self.forward(x, mask))
     }
 
-    /// The next tokens of several sequences, packed one after another: [`prefill`](Self::prefill) of each, bit for bit. Sequence i is
-    /// tokens `offsets[i]..offsets[i + 1]`; if it has none, its state stays as it is.
+    /// The next tokens of several sequences, packed one after another: [`prefill`](Self::prefill)
+    /// of each, bit for bit. Sequence i is tokens `offsets[i]..offsets[i + 1]`; if it has none, its
+    /// state stays as it is.
     ///
     /// # Shapes
-    /// - `states`: b, `offsets`: b + 1; `x`: `[n, D]` with all sequences' tokens, `mask`: n keys; returns `[n, D]`.
+    /// - `states`: b, `offsets`: b + 1; `x`: `[n, D]` with all sequences' tokens, `mask`: n keys;
+    ///   returns `[n, D]`.
     ///
     /// # Errors
-    /// As [`prefill`](Self::prefill), for any of the sequences, and for offsets as [`forward_packed`](Self::forward_packed);
-    /// [`Error::Length`] unless there is one offset more than states. After an error no state is changed.
-    fn prefill_packed(&self, states: &mut [&mut Self::State], x: &ArrayRef2<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array2<T>> {
+    /// As [`prefill`](Self::prefill), for any of the sequences, and for offsets as
+    /// [`forward_packed`](Self::forward_packed); [`Error::Length`] unless there is one offset more
+    /// than states. After an error no state is changed.
+    fn prefill_packed(
+        &self,
+        states: &mut [&mut Self::State],
+        x: &ArrayRef2<T>,
+        offsets: &[usize],
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>> {
         check_offsets_of(states.len(), offsets, x.nrows())?;
         let mut next: Vec<Self::State> = states.iter().map(|state| (*state).clone()).collect();
         let out = packed::each(x, offsets, mask, |i, x, mask| self.prefill(&mut next[i], x, mask))?;
@@ -199,31 +250,49 @@ pub trait Attention<T: Real>: Send + Sync {
         Ok(out)
     }
 
-    /// [`forward`](Self::forward) of several sequences of different lengths, padded to one; each is what `forward` gives for it alone,
-    /// bit for bit, whichever side the padding is on: positions count from a sequence's first own token.
+    /// [`forward`](Self::forward) of several sequences of different lengths, padded to one; each is
+    /// what `forward` gives for it alone, bit for bit, whichever side the padding is on: positions
+    /// count from a sequence's first own token.
     ///
     /// # Shapes
-    /// - `x`: `[b, n, D]`, `lengths`: b numbers of at most n; returns `[b, n, D]`, zeros in the padding. What `x` holds there is never
-    ///   looked at.
+    /// - `x`: `[b, n, D]`, `lengths`: b numbers of at most n; returns `[b, n, D]`, zeros in the
+    ///   padding. What `x` holds there is never looked at.
     ///
     /// # Errors
-    /// As [`forward`](Self::forward); [`Error::Length`] for another number of lengths, [`Error::TooLarge`] for one beyond n,
-    /// [`Error::Empty`] if all are 0.
-    fn forward_padded(&self, x: &ArrayRef3<T>, lengths: &[usize], padding: Padding) -> Result<Array3<T>> {
-        packed::padded(self.config().model_dim, x, lengths, padding, |x, offsets| self.forward_packed(x, offsets, KeyMask::All))
+    /// As [`forward`](Self::forward); [`Error::Length`] for another number of lengths,
+    /// [`Error::TooLarge`] for one beyond n, [`Error::Empty`] if all are 0.
+    fn forward_padded(
+        &self,
+        x: &ArrayRef3<T>,
+        lengths: &[usize],
+        padding: Padding,
+    ) -> Result<Array3<T>> {
+        packed::padded(self.config().model_dim, x, lengths, padding, |x, offsets| {
+            self.forward_packed(x, offsets, KeyMask::All)
+        })
     }
 
-    /// The next tokens of several sequences, as many as `lengths` says, padded to one length: [`prefill`](Self::prefill) of each, bit
-    /// for bit. The padding leaves no trace in the states, which afterwards step together, say.
+    /// The next tokens of several sequences, as many as `lengths` says, padded to one length:
+    /// [`prefill`](Self::prefill) of each, bit for bit. The padding leaves no trace in the states,
+    /// which afterwards step together, say.
     ///
     /// # Shapes
     /// As [`forward_padded`](Self::forward_padded); `states`: b.
     ///
     /// # Errors
-    /// As [`prefill_packed`](Self::prefill_packed) and [`forward_padded`](Self::forward_padded). After an error no state is changed.
-    fn prefill_padded(&self, states: &mut [&mut Self::State], x: &ArrayRef3<T>, lengths: &[usize], padding: Padding) -> Result<Array3<T>> {
+    /// As [`prefill_packed`](Self::prefill_packed) and [`forward_padded`](Self::forward_padded).
+    /// After an error no state is changed.
+    fn prefill_padded(
+        &self,
+        states: &mut [&mut Self::State],
+        x: &ArrayRef3<T>,
+        lengths: &[usize],
+        padding: Padding,
+    ) -> Result<Array3<T>> {
         check_len("lengths", states.len(), lengths.len())?;
-        packed::padded(self.config().model_dim, x, lengths, padding, |x, offsets| self.prefill_packed(states, x, offsets, KeyMask::All))
+        packed::padded(self.config().model_dim, x, lengths, padding, |x, offsets| {
+            self.prefill_packed(states, x, offsets, KeyMask::All)
+        })
     }
 }
 
@@ -231,6 +300,8 @@ pub trait Attention<T: Real>: Send + Sync {
 fn check_causal(config: &AttentionConfig, argument: &'static str) -> Result<()> {
     match config.causality {
         Causality::Causal => Ok(()),
-        Causality::Bidirectional => Err(Error::Conflict { argument, other: "bidirectional attention" }),
+        Causality::Bidirectional => {
+            Err(Error::Conflict { argument, other: "bidirectional attention" })
+        }
     }
 }

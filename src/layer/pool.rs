@@ -10,8 +10,8 @@ use crate::real::Real;
 /// Most states of one pool.
 const MOST: usize = 1 << 20;
 
-/// A place in a [`StatePool`]. It means one sequence: after [`release`](StatePool::release) it is refused, also when another
-/// sequence has taken its place.
+/// A place in a [`StatePool`]. It means one sequence: after [`release`](StatePool::release) it is
+/// refused, also when another sequence has taken its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Slot {
     index: usize,
@@ -75,8 +75,8 @@ impl<T: Real> StatePool<T> {
     /// `capacity` times the bytes of a state and of the scratch memory of a step.
     ///
     /// # Errors
-    /// [`Error::Value`] for a capacity of 0, [`Error::TooLarge`] for one beyond 2²⁰ or without room for it, [`Error::Conflict`] for a
-    /// bidirectional layer.
+    /// [`Error::Value`] for a capacity of 0, [`Error::TooLarge`] for one beyond 2²⁰ or without room
+    /// for it, [`Error::Conflict`] for a bidirectional layer.
     pub fn new(layer: &DijiangAttention<T>, capacity: usize) -> Result<Self> {
         check_positive("capacity", capacity)?;
         if capacity > MOST {
@@ -85,7 +85,11 @@ impl<T: Real> StatePool<T> {
         super::check_causal(layer.config(), "a pool of states")?;
         let state = layer.new_state();
         check_room::<u8>("bytes of a pool", &[capacity, state.bytes()])?;
-        Ok(Self { states: vec![state; capacity], generations: vec![0; capacity], free: (0..capacity).rev().collect() })
+        Ok(Self {
+            states: vec![state; capacity],
+            generations: vec![0; capacity],
+            free: (0..capacity).rev().collect(),
+        })
     }
 
     /// Sequences there is room for.
@@ -134,18 +138,24 @@ impl<T: Real> StatePool<T> {
         Ok(&mut self.states[index])
     }
 
-    /// The states in several slots, to prefill them [packed](Attention::prefill_packed) or [padded](Attention::prefill_padded).
+    /// The states in several slots, to prefill them [packed](Attention::prefill_packed) or
+    /// [padded](Attention::prefill_padded).
     ///
     /// # Errors
     /// [`Error::Value`] for slots that are not taken or not all different.
     pub fn get_each_mut(&mut self, slots: &[Slot]) -> Result<Vec<&mut DijiangState<T>>> {
         let indices = slots.iter().map(|&slot| self.index(slot)).collect::<Result<Vec<usize>>>()?;
         let mut all: Vec<Option<&mut DijiangState<T>>> = self.states.iter_mut().map(Some).collect();
-        let repeated = |index: usize| Error::Value { argument: "slots", expected: "all different", got: index as f64 };
+        let repeated = |index: usize| Error::Value {
+            argument: "slots",
+            expected: "all different",
+            got: index as f64,
+        };
         indices.into_iter().map(|index| all[index].take().ok_or_else(|| repeated(index))).collect()
     }
 
-    /// A further slot with a copy of the state in `slot`; `None` if all are taken. Does not allocate.
+    /// A further slot with a copy of the state in `slot`; `None` if all are taken. Does not
+    /// allocate.
     ///
     /// # Errors
     /// As [`release`](Self::release).
@@ -158,14 +168,19 @@ impl<T: Real> StatePool<T> {
         Ok(Some(copy))
     }
 
-    /// `slot` gets the state in `by`, whose slot is released: back to a state kept by [`fork`](Self::fork). Copies nothing.
+    /// `slot` gets the state in `by`, whose slot is released: back to a state kept by
+    /// [`fork`](Self::fork). Copies nothing.
     ///
     /// # Errors
     /// As [`release`](Self::release), and [`Error::Value`] if both are the same slot.
     pub fn replace(&mut self, slot: Slot, by: Slot) -> Result<()> {
         let (to, from) = (self.index(slot)?, self.index(by)?);
         if to == from {
-            return Err(Error::Value { argument: "by", expected: "another slot", got: from as f64 });
+            return Err(Error::Value {
+                argument: "by",
+                expected: "another slot",
+                got: from as f64,
+            });
         }
         self.states.swap(to, from);
         self.release(by)
@@ -180,9 +195,15 @@ impl<T: Real> StatePool<T> {
     /// As [`DijiangAttention::step_batch`], and a pointer per slot of the pool.
     ///
     /// # Errors
-    /// [`Error::Value`] for slots that are not taken or not all different, and those of [`DijiangAttention::step_batch`]. After an
-    /// error no state is changed.
-    pub fn step(&mut self, layer: &DijiangAttention<T>, slots: &[Slot], x: &ArrayRef2<T>, out: &mut ArrayRef2<T>) -> Result<()> {
+    /// [`Error::Value`] for slots that are not taken or not all different, and those of
+    /// [`DijiangAttention::step_batch`]. After an error no state is changed.
+    pub fn step(
+        &mut self,
+        layer: &DijiangAttention<T>,
+        slots: &[Slot],
+        x: &ArrayRef2<T>,
+        out: &mut ArrayRef2<T>,
+    ) -> Result<()> {
         layer.step_batch(&mut self.get_each_mut(slots)?, x, out)
     }
 
@@ -190,7 +211,11 @@ impl<T: Real> StatePool<T> {
     fn index(&self, slot: Slot) -> Result<usize> {
         match self.generations.get(slot.index) {
             Some(&generation) if generation == slot.generation => Ok(slot.index),
-            _ => Err(Error::Value { argument: "slot", expected: "one that is taken", got: slot.index as f64 }),
+            _ => Err(Error::Value {
+                argument: "slot",
+                expected: "one that is taken",
+                got: slot.index as f64,
+            }),
         }
     }
 }

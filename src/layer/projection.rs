@@ -1,10 +1,12 @@
-//! What both layers have in common: hidden states → rotated queries, keys and values → (attention) → hidden states.
+//! What both layers have in common: hidden states → rotated queries, keys and values → (attention)
+//! → hidden states.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use ndarray::{
-    Array, Array1, Array2, ArrayRef1, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, Dimension, s,
+    Array, Array1, Array2, ArrayRef1, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2,
+    ArrayViewMut3, Axis, Dimension, s,
 };
 
 use crate::attention::KeyMask;
@@ -16,8 +18,8 @@ use crate::real::Real;
 use crate::simd::product;
 use crate::threads::{for_each, max_threads};
 
-/// Rows of one matrix product. Every product has exactly this many (the last one is padded), so that a row's bits depend
-/// on that row alone: not on the number of tokens, and not on threads.
+/// Rows of one matrix product. Every product has exactly this many (the last one is padded), so
+/// that a row's bits depend on that row alone: not on the number of tokens, and not on threads.
 pub(super) const ROWS: usize = 64;
 
 /// A checked config with its weights and its rotary table.
@@ -38,15 +40,16 @@ pub(crate) struct Projected<T> {
     pub(crate) v: Array2<T>,
 }
 
-/// Rows of several sequences, one after another: rows `offsets[i]..offsets[i + 1]` are those of a sequence from position `starts[i]` on.
-/// Checked.
+/// Rows of several sequences, one after another: rows `offsets[i]..offsets[i + 1]` are those of a
+/// sequence from position `starts[i]` on. Checked.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Runs<'a> {
     pub(crate) offsets: &'a [usize],
     pub(crate) starts: &'a [usize],
 }
 
-/// Everything [`Projections::step`] writes to besides its output. Contents are garbage before and after.
+/// Everything [`Projections::step`] writes to besides its output. Contents are garbage before and
+/// after.
 #[derive(Debug, Clone)]
 pub(crate) struct StepScratch<T> {
     x: Array1<T>,
@@ -85,14 +88,20 @@ impl<T: Real> Projections<T> {
         self.scale
     }
 
-    /// Attention over a run of tokens whose first one is at position `start`; `attend` gets q `[h, n, d]`, k and v
-    /// `[h_kv, n, d]` and the output `[h, n, d]`, all of them views with the tokens' rows interleaved.
+    /// Attention over a run of tokens whose first one is at position `start`; `attend` gets q `[h,
+    /// n, d]`, k and v `[h_kv, n, d]` and the output `[h, n, d]`, all of them views with the
+    /// tokens' rows interleaved.
     pub(crate) fn run(
         &self,
         x: &ArrayRef2<T>,
         mask: KeyMask<'_>,
         start: usize,
-        attend: impl FnOnce(&ArrayRef3<T>, &ArrayRef3<T>, &ArrayRef3<T>, &mut ArrayRef3<T>) -> Result<()>,
+        attend: impl FnOnce(
+            &ArrayRef3<T>,
+            &ArrayRef3<T>,
+            &ArrayRef3<T>,
+            &mut ArrayRef3<T>,
+        ) -> Result<()>,
     ) -> Result<Array2<T>> {
         self.run_packed(x, mask, Runs { offsets: &[0, x.nrows()], starts: &[start] }, attend)
     }
@@ -103,7 +112,12 @@ impl<T: Real> Projections<T> {
         x: &ArrayRef2<T>,
         mask: KeyMask<'_>,
         runs: Runs<'_>,
-        attend: impl FnOnce(&ArrayRef3<T>, &ArrayRef3<T>, &ArrayRef3<T>, &mut ArrayRef3<T>) -> Result<()>,
+        attend: impl FnOnce(
+            &ArrayRef3<T>,
+            &ArrayRef3<T>,
+            &ArrayRef3<T>,
+            &mut ArrayRef3<T>,
+        ) -> Result<()>,
     ) -> Result<Array2<T>> {
         self.check_sequence("x", x)?;
         if let KeyMask::Valid(valid) = mask {
@@ -119,20 +133,26 @@ impl<T: Real> Projections<T> {
     /// The layer's outputs `[n, D]` from those of the heads, `[n, h·d]`.
     pub(crate) fn output(&self, o: &Array2<T>) -> Array2<T> {
         let mut y = Array2::zeros((o.nrows(), self.config.model_dim));
-        let output = Linear { weight: &self.weights.o, bias: self.weights.o_bias.as_ref(), rotary: None };
+        let output =
+            Linear { weight: &self.weights.o, bias: self.weights.o_bias.as_ref(), rotary: None };
         apply(Runs { offsets: &[], starts: &[] }, o.view(), &mut [(output, &mut y)]);
         y
     }
 
-    /// Attention of one token at `position`; `attend` gets q `[h, d]`, k and v `[h_kv, d]` and the output `[h, d]`.
-    /// Allocates nothing. `out` is written only if `attend` succeeds.
+    /// Attention of one token at `position`; `attend` gets q `[h, d]`, k and v `[h_kv, d]` and the
+    /// output `[h, d]`. Allocates nothing. `out` is written only if `attend` succeeds.
     pub(crate) fn step(
         &self,
         x: &ArrayRef1<T>,
         position: usize,
         scratch: &mut StepScratch<T>,
         out: &mut ArrayRef1<T>,
-        attend: impl FnOnce(&ArrayRef2<T>, &ArrayRef2<T>, &ArrayRef2<T>, &mut ArrayRef2<T>) -> Result<()>,
+        attend: impl FnOnce(
+            &ArrayRef2<T>,
+            &ArrayRef2<T>,
+            &ArrayRef2<T>,
+            &mut ArrayRef2<T>,
+        ) -> Result<()>,
     ) -> Result<()> {
         check_len("x", self.config.model_dim, x.len())?;
         check_len("out", self.config.model_dim, out.len())?;
@@ -158,9 +178,9 @@ impl<T: Real> Projections<T> {
         Ok(())
     }
 
-    /// Attention of one token of each of several sequences, at `positions`; `attend` gets q `[b, h·d]`, k and v `[b, h_kv·d]` and the
-    /// output `[b, h·d]`. Row i is what [`step`](Self::step) gives for it alone, bit for bit. `out` is written only if `attend`
-    /// succeeds.
+    /// Attention of one token of each of several sequences, at `positions`; `attend` gets q `[b,
+    /// h·d]`, k and v `[b, h_kv·d]` and the output `[b, h·d]`. Row i is what [`step`](Self::step)
+    /// gives for it alone, bit for bit. `out` is written only if `attend` succeeds.
     pub(crate) fn steps(
         &self,
         x: &ArrayRef2<T>,
@@ -177,7 +197,9 @@ impl<T: Real> Projections<T> {
         let mut project = |weight: &Array2<T>, bias: &Option<Array1<T>>, rotated: bool| {
             let mut rows = matrix_vectors(weight, input.view(), bias.as_ref());
             if let (true, Some(rotary), Some(angles)) = (rotated, &self.rotary, angles.as_mut()) {
-                for (row, &position) in slice_mut(&mut rows).chunks_exact_mut(weight.nrows()).zip(positions) {
+                for (row, &position) in
+                    slice_mut(&mut rows).chunks_exact_mut(weight.nrows()).zip(positions)
+                {
                     rotary.rotate(row, row.len(), position, angles);
                 }
             }
@@ -195,7 +217,8 @@ impl<T: Real> Projections<T> {
     }
 
     pub(crate) fn step_scratch(&self) -> StepScratch<T> {
-        let (model, heads, kv_heads, d) = (self.config.model_dim, self.config.heads, self.config.kv_heads, self.head_dim);
+        let (model, heads, kv_heads, d) =
+            (self.config.model_dim, self.config.heads, self.config.kv_heads, self.head_dim);
         StepScratch {
             x: Array1::zeros(model),
             y: Array1::zeros(model),
@@ -215,7 +238,11 @@ impl<T: Real> Projections<T> {
             ("number of query heads", self.config.heads, scratch.q.nrows()),
             ("number of key-value heads", self.config.kv_heads, scratch.k.nrows()),
             ("head dimension", self.head_dim, scratch.q.ncols()),
-            ("number of rotated coordinates", self.rotary.as_ref().map_or(0, RotaryTable::dims), rotated),
+            (
+                "number of rotated coordinates",
+                self.rotary.as_ref().map_or(0, RotaryTable::dims),
+                rotated,
+            ),
         ] {
             if expected != got {
                 return Err(Error::Foreign { argument: "state", what, expected, got });
@@ -224,7 +251,8 @@ impl<T: Real> Projections<T> {
         Ok(())
     }
 
-    /// x is a sequence of hidden states of this model: `[n ≥ 1, D]`, finite, and there is room for its projections.
+    /// x is a sequence of hidden states of this model: `[n ≥ 1, D]`, finite, and there is room for
+    /// its projections.
     pub(crate) fn check_sequence(&self, argument: &'static str, x: &ArrayRef2<T>) -> Result<()> {
         check_shape(argument, x, &[x.nrows(), self.config.model_dim])?;
         if x.nrows() == 0 {
@@ -232,7 +260,10 @@ impl<T: Real> Projections<T> {
         }
         let Self { config, head_dim, .. } = self;
         let heads = 2 * (config.heads + config.kv_heads);
-        check_room::<T>("hidden states and what is made of them", &[x.nrows(), heads * head_dim + config.model_dim])?;
+        check_room::<T>(
+            "hidden states and what is made of them",
+            &[x.nrows(), heads * head_dim + config.model_dim],
+        )?;
         check_elements(argument, x)
     }
 
@@ -245,29 +276,48 @@ impl<T: Real> Projections<T> {
     fn project_packed(&self, x: &ArrayRef2<T>, runs: Runs<'_>) -> Projected<T> {
         let weights = &*self.weights;
         let zeros = |weight: &Array2<T>| Array2::zeros((x.nrows(), weight.nrows()));
-        let mut projected = Projected { q: zeros(&weights.q), k: zeros(&weights.k), v: zeros(&weights.v) };
+        let mut projected =
+            Projected { q: zeros(&weights.q), k: zeros(&weights.k), v: zeros(&weights.v) };
         let rotary = self.rotary.as_ref();
         let x = x.as_standard_layout();
         apply(
             runs,
             x.view(),
             &mut [
-                (Linear { weight: &weights.q, bias: weights.q_bias.as_ref(), rotary }, &mut projected.q),
-                (Linear { weight: &weights.k, bias: weights.k_bias.as_ref(), rotary }, &mut projected.k),
-                (Linear { weight: &weights.v, bias: weights.v_bias.as_ref(), rotary: None }, &mut projected.v),
+                (
+                    Linear { weight: &weights.q, bias: weights.q_bias.as_ref(), rotary },
+                    &mut projected.q,
+                ),
+                (
+                    Linear { weight: &weights.k, bias: weights.k_bias.as_ref(), rotary },
+                    &mut projected.k,
+                ),
+                (
+                    Linear { weight: &weights.v, bias: weights.v_bias.as_ref(), rotary: None },
+                    &mut projected.v,
+                ),
             ],
         );
         projected
     }
 
-    /// The projections of checked hidden states that others query: k and v of [`project`](Self::project).
+    /// The projections of checked hidden states that others query: k and v of
+    /// [`project`](Self::project).
     pub(crate) fn project_keys(&self, x: &ArrayRef2<T>, start: usize) -> (Array2<T>, Array2<T>) {
         let (weights, x) = (&*self.weights, x.as_standard_layout());
         let zeros = |weight: &Array2<T>| Array2::zeros((x.nrows(), weight.nrows()));
         let (mut k, mut v) = (zeros(&weights.k), zeros(&weights.v));
-        let key = Linear { weight: &weights.k, bias: weights.k_bias.as_ref(), rotary: self.rotary.as_ref() };
+        let key = Linear {
+            weight: &weights.k,
+            bias: weights.k_bias.as_ref(),
+            rotary: self.rotary.as_ref(),
+        };
         let value = Linear { weight: &weights.v, bias: weights.v_bias.as_ref(), rotary: None };
-        apply(Runs { offsets: &[0, x.nrows()], starts: &[start] }, x.view(), &mut [(key, &mut k), (value, &mut v)]);
+        apply(
+            Runs { offsets: &[0, x.nrows()], starts: &[start] },
+            x.view(),
+            &mut [(key, &mut k), (value, &mut v)],
+        );
         (k, v)
     }
 
@@ -307,12 +357,19 @@ struct Linear<'a, T> {
 
 impl<T: Real> Linear<'_, T> {
     /// At most [`ROWS`] of the rows of `runs`, the first of them being row `first`.
-    fn block(&self, runs: Runs<'_>, first: usize, x: ArrayView2<'_, T>, mut y: ArrayViewMut2<'_, T>) {
+    fn block(
+        &self,
+        runs: Runs<'_>,
+        first: usize,
+        x: ArrayView2<'_, T>,
+        mut y: ArrayViewMut2<'_, T>,
+    ) {
         let n = x.nrows();
         if n == ROWS {
             product(x, self.weight.t(), y.view_mut(), false);
         } else {
-            let (mut padded_x, mut padded_y) = (Array2::zeros((ROWS, x.ncols())), Array2::zeros((ROWS, y.ncols())));
+            let (mut padded_x, mut padded_y) =
+                (Array2::zeros((ROWS, x.ncols())), Array2::zeros((ROWS, y.ncols())));
             padded_x.slice_mut(s![..n, ..]).assign(&x);
             product(padded_x.view(), self.weight.t(), padded_y.view_mut(), false);
             y.assign(&padded_y.slice(s![..n, ..]));
@@ -323,16 +380,23 @@ impl<T: Real> Linear<'_, T> {
         if let (Some(rotary), width, Some(rows)) = (self.rotary, y.ncols(), y.as_slice_mut()) {
             let mut angles = rotary.angles();
             for (own, position) in runs.within(first..first + n) {
-                rotary.rotate(&mut rows[own.start * width..own.end * width], width, position, &mut angles);
+                rotary.rotate(
+                    &mut rows[own.start * width..own.end * width],
+                    width,
+                    position,
+                    &mut angles,
+                );
             }
         }
     }
 }
 
 impl Runs<'_> {
-    /// The sequences of these rows: which of `rows` are theirs, counted from the first one, and its position.
+    /// The sequences of these rows: which of `rows` are theirs, counted from the first one, and its
+    /// position.
     fn within(&self, rows: Range<usize>) -> impl Iterator<Item = (Range<usize>, usize)> {
-        let skipped = self.offsets.partition_point(|&offset| offset <= rows.start).saturating_sub(1);
+        let skipped =
+            self.offsets.partition_point(|&offset| offset <= rows.start).saturating_sub(1);
         let runs = self.offsets.windows(2).zip(self.starts).skip(skipped);
         runs.take_while(move |(pair, _)| pair[0] < rows.end).map(move |(pair, start)| {
             let (first, end) = (pair[0].max(rows.start), pair[1].clamp(rows.start, rows.end));
@@ -342,16 +406,23 @@ impl Runs<'_> {
 }
 
 /// Applies every linear map to `x` (rows one after another), on all threads.
-fn apply<T: Real>(runs: Runs<'_>, x: ArrayView2<'_, T>, outputs: &mut [(Linear<'_, T>, &mut Array2<T>)]) {
+fn apply<T: Real>(
+    runs: Runs<'_>,
+    x: ArrayView2<'_, T>,
+    outputs: &mut [(Linear<'_, T>, &mut Array2<T>)],
+) {
     let blocks: Vec<_> = outputs
         .iter_mut()
         .flat_map(|(linear, y)| {
-            let pairs = x.axis_chunks_iter(Axis(0), ROWS).zip(y.axis_chunks_iter_mut(Axis(0), ROWS));
+            let pairs =
+                x.axis_chunks_iter(Axis(0), ROWS).zip(y.axis_chunks_iter_mut(Axis(0), ROWS));
             pairs.enumerate().map(|(i, (x, y))| (&*linear, i * ROWS, x, y))
         })
         .collect();
     let mut threads = vec![(); max_threads().min(blocks.len())];
-    for_each(&mut threads, blocks.into_iter(), |(), (linear, first, x, y)| linear.block(runs, first, x, y));
+    for_each(&mut threads, blocks.into_iter(), |(), (linear, first, x, y)| {
+        linear.block(runs, first, x, y)
+    });
 }
 
 /// y = W x + b for W `[out, in]`, row after row. Allocates nothing.
@@ -364,7 +435,11 @@ fn matrix_vector<T: Real>(weight: &[T], x: &[T], bias: Option<&Array1<T>>, y: &m
 }
 
 /// [`matrix_vector`] of every row of `x`, `[b, in]` to `[b, out]`; W is read once.
-fn matrix_vectors<T: Real>(weight: &Array2<T>, x: ArrayView2<'_, T>, bias: Option<&Array1<T>>) -> Array2<T> {
+fn matrix_vectors<T: Real>(
+    weight: &Array2<T>,
+    x: ArrayView2<'_, T>,
+    bias: Option<&Array1<T>>,
+) -> Array2<T> {
     let (tokens, x) = (x.nrows(), x.as_standard_layout());
     let x = x.as_slice().unwrap_or_default();
     let mut out = Array2::zeros((tokens, weight.nrows()));
@@ -380,5 +455,7 @@ fn slice<T, D: Dimension>(array: &Array<T, D>) -> &[T] {
 }
 
 fn slice_mut<T, D: Dimension>(array: &mut Array<T, D>) -> &mut [T] {
-    array.as_slice_mut().unwrap_or_else(|| unreachable!("laid out row after row by the constructors"))
+    array
+        .as_slice_mut()
+        .unwrap_or_else(|| unreachable!("laid out row after row by the constructors"))
 }

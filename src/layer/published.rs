@@ -1,4 +1,5 @@
-//! [`PublishedAttention`]: the attention layer of the code published with the paper, which is another function than the paper's.
+//! [`PublishedAttention`]: the attention layer of the code published with the paper, which is
+//! another function than the paper's.
 //!
 //! ```text
 //! φ(z)  = softmax_f (t_f·[Cᵀz]_f)                              of rotated, unscaled queries and keys
@@ -8,7 +9,9 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array1, Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3, ArrayView2, ArrayViewMut2, Axis, s};
+use ndarray::{
+    Array1, Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3, ArrayView2, ArrayViewMut2, Axis, s,
+};
 
 use crate::attention::KeyMask;
 use crate::error::{Error, Result, check_elements, check_finite, check_len, check_shape};
@@ -40,23 +43,31 @@ pub struct PublishedWeights<T> {
     pub norm_scale: Array1<T>,
     /// What is added to them, `[D]`.
     pub norm_shift: Array1<T>,
-    /// Groups of consecutive channels that are normalised together. The code: d of them, of h channels each.
+    /// Groups of consecutive channels that are normalised together. The code: d of them, of h
+    /// channels each.
     pub groups: usize,
     /// Added to the variance of a group. The code: 10⁻⁵.
     pub epsilon: f64,
 }
 
 impl<T: Real> PublishedWeights<T> {
-    /// Everything that is trained, with as many groups as radii and ε = 10⁻⁵. Checked by the layer's constructor.
+    /// Everything that is trained, with as many groups as radii and ε = 10⁻⁵. Checked by the
+    /// layer's constructor.
     ///
     /// # Shapes
     /// - `radii`: `[d]`, `log_decay`: `[h]`, `gate`: `[D, D]`, `norm_scale` and `norm_shift`: `[D]`
-    pub fn new(radii: Vec<f64>, log_decay: Vec<f64>, gate: Array2<T>, norm_scale: Array1<T>, norm_shift: Array1<T>) -> Self {
+    pub fn new(
+        radii: Vec<f64>,
+        log_decay: Vec<f64>,
+        gate: Array2<T>,
+        norm_scale: Array1<T>,
+        norm_shift: Array1<T>,
+    ) -> Self {
         Self { groups: radii.len(), radii, log_decay, gate, norm_scale, norm_shift, epsilon: 1e-5 }
     }
 
-    /// The decays log γ, `[heads]`, that the code gives its heads: γ = 1 − 2^−a, a from 5 to 9 in equal steps. None for more than 2²⁰
-    /// heads, which no layer has.
+    /// The decays log γ, `[heads]`, that the code gives its heads: γ = 1 − 2^−a, a from 5 to 9 in
+    /// equal steps. None for more than 2²⁰ heads, which no layer has.
     pub fn decays(heads: usize) -> Vec<f64> {
         let heads = if heads > MOST_HEADS { 0 } else { heads };
         let step = 4.0 / heads.saturating_sub(1).max(1) as f64;
@@ -70,11 +81,20 @@ impl<T: Real> PublishedWeights<T> {
         for &decay in &self.log_decay {
             check_finite("log_decay", decay)?;
             if decay > 0.0 {
-                return Err(Error::Value { argument: "log_decay", expected: "at most 0", got: decay });
+                return Err(Error::Value {
+                    argument: "log_decay",
+                    expected: "at most 0",
+                    got: decay,
+                });
             }
         }
         if let Some(index) = self.radii.iter().position(|t| t.is_nan() || t.abs() > limit) {
-            return Err(Error::NonFinite { argument: "radii", index, limit, got: self.radii[index] });
+            return Err(Error::NonFinite {
+                argument: "radii",
+                index,
+                limit,
+                got: self.radii[index],
+            });
         }
         check_shape("gate", &self.gate, &[channels, channels])?;
         check_len("norm_scale", channels, self.norm_scale.len())?;
@@ -83,10 +103,18 @@ impl<T: Real> PublishedWeights<T> {
         check_elements("norm_scale", &self.norm_scale)?;
         check_elements("norm_shift", &self.norm_shift)?;
         if self.groups == 0 || !channels.is_multiple_of(self.groups) {
-            return Err(Error::Value { argument: "groups", expected: "a divisor of the model dimension", got: self.groups as f64 });
+            return Err(Error::Value {
+                argument: "groups",
+                expected: "a divisor of the model dimension",
+                got: self.groups as f64,
+            });
         }
         if !(self.epsilon.is_finite() && self.epsilon > 0.0) {
-            return Err(Error::Value { argument: "epsilon", expected: "finite and positive", got: self.epsilon });
+            return Err(Error::Value {
+                argument: "epsilon",
+                expected: "finite and positive",
+                got: self.epsilon,
+            });
         }
         Ok(())
     }
@@ -94,28 +122,34 @@ impl<T: Real> PublishedWeights<T> {
 
 /// The attention layer of the code published with the paper.
 ///
-/// **Which one to use.** This one for models that were trained with that code, and for nothing else: it computes what they
-/// computed. To exchange the attention of a trained softmax model take [`DijiangAttention`](crate::layer::DijiangAttention): it
-/// starts from the weights of the softmax layer and is close to it after seconds of calibration, while this one has a gate and a
-/// norm that no softmax layer has, so it means nothing before it has been trained, for about as many tokens as the paper's models.
+/// **Which one to use.** This one for models that were trained with that code, and for nothing
+/// else: it computes what they computed. To exchange the attention of a trained softmax model take
+/// [`DijiangAttention`](crate::layer::DijiangAttention): it starts from the weights of the softmax
+/// layer and is close to it after seconds of calibration, while this one has a gate and a norm that
+/// no softmax layer has, so it means nothing before it has been trained, for about as many tokens
+/// as the paper's models.
 ///
 /// What differs from the paper's formula:
 ///
-/// * features are softmaxed over f, so they sum to one; the paper weighs `exp(t_f·[Cx]_f)` by D_f, and there is no D here;
+/// * features are softmaxed over f, so they sum to one; the paper weighs `exp(t_f·[Cx]_f)` by D_f,
+///   and there is no D here;
 /// * the transform is a DCT-III (Cᵀ), the paper's a DCT-II (C);
 /// * queries and keys are not scaled by 1/√d;
-/// * the radii t are independent normal numbers, the paper's quasi-Monte Carlo points; all heads, queries and keys share them;
-/// * there is no normaliser `Σ_j φ(q_i)·φ(k_j)`: GroupNorm over the channels of a token takes its place, over groups of h
-///   channels that are no heads;
+/// * the radii t are independent normal numbers, the paper's quasi-Monte Carlo points; all heads,
+///   queries and keys share them;
+/// * there is no normaliser `Σ_j φ(q_i)·φ(k_j)`: GroupNorm over the channels of a token takes its
+///   place, over groups of h channels that are no heads;
 /// * a SiLU gate of the layer's input multiplies what comes out of the norm;
 /// * every head decays, by a γ that is not trained.
 ///
-/// What `DijiangAttention` has beside the paper's formula and this layer has not: the exact near part, centres and mix, any
-/// number of features, calibration, gradients, grouped queries, bidirectional attention, a batched step, files of its own.
+/// What `DijiangAttention` has beside the paper's formula and this layer has not: the exact near
+/// part, centres and mix, any number of features, calibration, gradients, grouped queries,
+/// bidirectional attention, a batched step, files of its own.
 ///
-/// What differs from that code: decay is applied as exp((i − j)·log γ), where the code multiplies γⁱ by γ^−j, which overflows on
-/// long sequences; time is O(n), where the code computes n×n scores; and [`step`](Attention::step) agrees with the whole pass,
-/// where the code's cached decoding sees one key only.
+/// What differs from that code: decay is applied as exp((i − j)·log γ), where the code multiplies
+/// γⁱ by γ^−j, which overflows on long sequences; time is O(n), where the code computes n×n scores;
+/// and [`step`](Attention::step) agrees with the whole pass, where the code's cached decoding sees
+/// one key only.
 ///
 /// # Cost
 /// O(n·d²) per head, a state of d² numbers per head.
@@ -162,30 +196,44 @@ impl<T: Real> PartialEq for PublishedState<T> {
 }
 
 impl<T: Real> PublishedAttention<T> {
-    /// Checks config and weights. Both may be given as they are or behind an `Arc`, which is then shared.
+    /// Checks config and weights. Both may be given as they are or behind an `Arc`, which is then
+    /// shared.
     ///
     /// # Cost
     /// A pass over the weights, and a `[d, d]` matrix; weights are moved or shared, not copied.
     ///
     /// # Errors
-    /// Whatever [`AttentionConfig::check`] and [`AttentionWeights::check`] find; [`Error::Value`] for grouped queries, heads whose
-    /// dimensions do not add up to the model's, groups that do not divide it, positive decays; [`Error::Shape`], [`Error::Length`]
-    /// and [`Error::NonFinite`] for `published`; [`Error::Conflict`] for bidirectional attention.
+    /// Whatever [`AttentionConfig::check`] and [`AttentionWeights::check`] find; [`Error::Value`]
+    /// for grouped queries, heads whose dimensions do not add up to the model's, groups that do not
+    /// divide it, positive decays; [`Error::Shape`], [`Error::Length`] and [`Error::NonFinite`] for
+    /// `published`; [`Error::Conflict`] for bidirectional attention.
     pub fn new(
         config: AttentionConfig,
         weights: impl Into<Arc<AttentionWeights<T>>>,
         published: impl Into<Arc<PublishedWeights<T>>>,
     ) -> Result<Self> {
-        let (projections, published) = (Projections::new(config, weights.into())?, published.into());
+        let (projections, published) =
+            (Projections::new(config, weights.into())?, published.into());
         let (config, d) = (projections.config(), projections.head_dim());
         if config.causality == Causality::Bidirectional {
-            return Err(Error::Conflict { argument: "the published layer", other: "bidirectional attention" });
+            return Err(Error::Conflict {
+                argument: "the published layer",
+                other: "bidirectional attention",
+            });
         }
         if config.kv_heads != config.heads {
-            return Err(Error::Value { argument: "kv_heads", expected: "as many as heads", got: config.kv_heads as f64 });
+            return Err(Error::Value {
+                argument: "kv_heads",
+                expected: "as many as heads",
+                got: config.kv_heads as f64,
+            });
         }
         if config.heads * d != config.model_dim {
-            return Err(Error::Value { argument: "head_dim", expected: "model_dim / heads", got: d as f64 });
+            return Err(Error::Value {
+                argument: "head_dim",
+                expected: "model_dim / heads",
+                got: d as f64,
+            });
         }
         published.check(config, d)?;
         let projection = Arc::new(published_projection(&published.radii));
@@ -202,7 +250,8 @@ impl<T: Real> PublishedAttention<T> {
         &self.weights
     }
 
-    /// The next n tokens of every head through its sums; `q`, `k`, `v`, `out` are `[h, n, d]`, elements in range.
+    /// The next n tokens of every head through its sums; `q`, `k`, `v`, `out` are `[h, n, d]`,
+    /// elements in range.
     fn attend(
         &self,
         sums: &mut Array3<T>,
@@ -213,16 +262,29 @@ impl<T: Real> PublishedAttention<T> {
         out: &mut ArrayRef3<T>,
     ) {
         let valid = mask.valid();
-        let heads = q.outer_iter().zip(k.outer_iter()).zip(v.outer_iter().zip(out.outer_iter_mut()));
+        let heads =
+            q.outer_iter().zip(k.outer_iter()).zip(v.outer_iter().zip(out.outer_iter_mut()));
         let items = heads.zip(sums.outer_iter_mut().zip(&self.weights.log_decay));
         let threads = max_threads().min(q.len_of(Axis(0)));
-        for_each(&mut vec![(); threads], items, |(), (((q, k), (v, mut out)), (mut sums, &decay))| {
-            for start in (0..q.nrows()).step_by(BLOCK) {
-                let tokens = s![start..q.nrows().min(start + BLOCK), ..];
-                let valid = |j: usize| valid.is_none_or(|valid| valid[start + j]);
-                self.block(decay, valid, q.slice(tokens), k.slice(tokens), v.slice(tokens), out.slice_mut(tokens), sums.view_mut());
-            }
-        });
+        for_each(
+            &mut vec![(); threads],
+            items,
+            |(), (((q, k), (v, mut out)), (mut sums, &decay))| {
+                for start in (0..q.nrows()).step_by(BLOCK) {
+                    let tokens = s![start..q.nrows().min(start + BLOCK), ..];
+                    let valid = |j: usize| valid.is_none_or(|valid| valid[start + j]);
+                    self.block(
+                        decay,
+                        valid,
+                        q.slice(tokens),
+                        k.slice(tokens),
+                        v.slice(tokens),
+                        out.slice_mut(tokens),
+                        sums.view_mut(),
+                    );
+                }
+            },
+        );
     }
 
     /// One block of one head.
@@ -273,7 +335,8 @@ impl<T: Real> PublishedAttention<T> {
         features
     }
 
-    /// GroupNorm over the channels of each token of `o` `[h, n, d]`, times the gate of its input `x` `[n, D]`.
+    /// GroupNorm over the channels of each token of `o` `[h, n, d]`, times the gate of its input
+    /// `x` `[n, D]`.
     fn normalise(&self, x: ArrayView2<'_, T>, o: &mut ArrayRef3<T>) {
         let PublishedWeights { gate, norm_scale, norm_shift, groups, epsilon, .. } = &*self.weights;
         let mut gates = Array2::zeros(x.raw_dim());
@@ -282,14 +345,19 @@ impl<T: Real> PublishedAttention<T> {
         for (i, gates) in gates.outer_iter().enumerate() {
             for group in 0..*groups {
                 let channels = group * size..(group + 1) * size;
-                let values: Vec<f64> = channels.clone().map(|channel| o[[channel / d, i, channel % d]].to_f64()).collect();
+                let values: Vec<f64> = channels
+                    .clone()
+                    .map(|channel| o[[channel / d, i, channel % d]].to_f64())
+                    .collect();
                 let mean = values.iter().sum::<f64>() / size as f64;
-                let variance = values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / size as f64;
+                let variance =
+                    values.iter().map(|value| (value - mean).powi(2)).sum::<f64>() / size as f64;
                 let root = (variance + epsilon).sqrt();
                 for (channel, value) in channels.zip(values) {
                     let gate = gates[channel].to_f64();
                     let silu = gate / (1.0 + (-gate).exp());
-                    let normed = (value - mean) / root * norm_scale[channel].to_f64() + norm_shift[channel].to_f64();
+                    let normed = (value - mean) / root * norm_scale[channel].to_f64()
+                        + norm_shift[channel].to_f64();
                     o[[channel / d, i, channel % d]] = T::from_f64(silu * normed);
                 }
             }
@@ -299,7 +367,9 @@ impl<T: Real> PublishedAttention<T> {
     fn check_state(&self, state: &PublishedState<T>) -> Result<()> {
         let (config, d) = (self.projections.config(), self.projections.head_dim());
         let (heads, dim, _) = state.sums.dim();
-        for (what, expected, got) in [("number of heads", config.heads, heads), ("head dimension", d, dim)] {
+        for (what, expected, got) in
+            [("number of heads", config.heads, heads), ("head dimension", d, dim)]
+        {
             if expected != got {
                 return Err(Error::Foreign { argument: "state", what, expected, got });
             }
@@ -317,14 +387,23 @@ impl<T: Real> Attention<T> for PublishedAttention<T> {
 
     fn new_state(&self) -> PublishedState<T> {
         let (heads, d) = (self.projections.config().heads, self.projections.head_dim());
-        PublishedState { sums: Array3::zeros((heads, d, d)), position: 0, scratch: self.projections.step_scratch() }
+        PublishedState {
+            sums: Array3::zeros((heads, d, d)),
+            position: 0,
+            scratch: self.projections.step_scratch(),
+        }
     }
 
     fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
         self.prefill(&mut self.new_state(), x, mask)
     }
 
-    fn prefill(&self, state: &mut PublishedState<T>, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
+    fn prefill(
+        &self,
+        state: &mut PublishedState<T>,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>> {
         self.check_state(state)?;
         let out = self.projections.run(x, mask, state.position, |q, k, v, out| {
             for (argument, rows) in [("q", q), ("k", k), ("v", v)] {
@@ -341,7 +420,12 @@ impl<T: Real> Attention<T> for PublishedAttention<T> {
         Ok(out)
     }
 
-    fn step(&self, state: &mut PublishedState<T>, x: &ArrayRef1<T>, out: &mut ArrayRef1<T>) -> Result<()> {
+    fn step(
+        &self,
+        state: &mut PublishedState<T>,
+        x: &ArrayRef1<T>,
+        out: &mut ArrayRef1<T>,
+    ) -> Result<()> {
         self.check_state(state)?;
         let PublishedState { sums, position, scratch } = state;
         self.projections.step(x, *position, scratch, out, |q, k, v, o| {

@@ -1,11 +1,13 @@
-//! [`Rotary`] position embedding: pairs of coordinates turned by an angle that grows with the position.
+//! [`Rotary`] position embedding: pairs of coordinates turned by an angle that grows with the
+//! position.
 //!
 //! ```text
 //! (a, b) → (a cos φ − b sin φ, b cos φ + a sin φ),   φ = position · θ_i,   θ_i = base^(−2i/r),   i = 0..r/2
 //! ```
 //!
-//! r is the number of rotated coordinates. Angles, sines and cosines are computed in `f64`, for any position.
-//! [Su et al. 2021, *RoFormer*, equation 34; the first r coordinates alone: Black et al. 2022, *GPT-NeoX-20B*]
+//! r is the number of rotated coordinates. Angles, sines and cosines are computed in `f64`, for any
+//! position. [Su et al. 2021, *RoFormer*, equation 34; the first r coordinates alone: Black et al.
+//! 2022, *GPT-NeoX-20B*]
 
 use std::f64::consts::TAU;
 
@@ -36,8 +38,9 @@ pub enum RotaryScaling {
         /// How much longer the context becomes.
         factor: f64,
     },
-    /// The rule of Llama 3.1: wavelengths beyond `original_context / low_freq_factor` are stretched by `factor`, those
-    /// below `original_context / high_freq_factor` stay, those between move smoothly from one to the other.
+    /// The rule of Llama 3.1: wavelengths beyond `original_context / low_freq_factor` are stretched
+    /// by `factor`, those below `original_context / high_freq_factor` stay, those between move
+    /// smoothly from one to the other.
     Llama3 {
         /// How much longer the context becomes.
         factor: f64,
@@ -50,10 +53,15 @@ pub enum RotaryScaling {
     },
 }
 
-/// Rotary position embedding of queries and keys. Checked with the [`AttentionConfig`](crate::layer::AttentionConfig) it belongs to:
-/// `dims` even, at least 2 and at most d; `base` and every factor finite and positive.
+/// Rotary position embedding of queries and keys. Checked with the
+/// [`AttentionConfig`](crate::layer::AttentionConfig) it belongs to: `dims` even, at least 2 and at
+/// most d; `base` and every factor finite and positive.
 #[derive(Debug, Clone, PartialEq)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize), serde(default, deny_unknown_fields))]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(default, deny_unknown_fields)
+)]
 #[non_exhaustive]
 pub struct Rotary {
     /// Base of the frequencies, `rope_theta` in Hugging Face configs. Usual: 10000.
@@ -100,7 +108,11 @@ impl Rotary {
     pub(crate) fn check(&self, head_dim: usize) -> Result<()> {
         let dims = self.dims.unwrap_or(head_dim);
         if dims == 0 || !dims.is_multiple_of(2) {
-            return Err(Error::Value { argument: "rotary.dims", expected: "even and at least 2", got: dims as f64 });
+            return Err(Error::Value {
+                argument: "rotary.dims",
+                expected: "even and at least 2",
+                got: dims as f64,
+            });
         }
         if dims > head_dim {
             return Err(Error::TooLarge { argument: "rotary.dims", limit: head_dim, got: dims });
@@ -109,7 +121,12 @@ impl Rotary {
         match self.scaling {
             RotaryScaling::None => Ok(()),
             RotaryScaling::Linear { factor } => check_factor("rotary.factor", factor),
-            RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            RotaryScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_context,
+            } => {
                 check_factor("rotary.factor", factor)?;
                 check_factor("rotary.low_freq_factor", low_freq_factor)?;
                 check_factor("rotary.high_freq_factor", high_freq_factor)?;
@@ -117,7 +134,11 @@ impl Rotary {
                 if high_freq_factor > low_freq_factor {
                     return Ok(());
                 }
-                Err(Error::Value { argument: "rotary.high_freq_factor", expected: "above low_freq_factor", got: high_freq_factor })
+                Err(Error::Value {
+                    argument: "rotary.high_freq_factor",
+                    expected: "above low_freq_factor",
+                    got: high_freq_factor,
+                })
             }
         }
     }
@@ -127,9 +148,15 @@ impl Rotary {
         let stretched = |theta: f64| match self.scaling {
             RotaryScaling::None => theta,
             RotaryScaling::Linear { factor } => theta / factor,
-            RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            RotaryScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_context,
+            } => {
                 let turns = original_context as f64 * theta / TAU; // in the original context
-                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor))
+                    .clamp(0.0, 1.0);
                 theta * (kept + (1.0 - kept) / factor)
             }
         };
@@ -138,14 +165,19 @@ impl Rotary {
 }
 
 fn check_factor(argument: &'static str, got: f64) -> Result<()> {
-    if got.is_finite() && got > 0.0 { Ok(()) } else { Err(Error::Value { argument, expected: "finite and positive", got }) }
+    if got.is_finite() && got > 0.0 {
+        Ok(())
+    } else {
+        Err(Error::Value { argument, expected: "finite and positive", got })
+    }
 }
 
 /// Positions that share their coarse angle.
 const SPAN: usize = 64;
 
-/// A planned [`Rotary`]. A position p = 64·⌊p/64⌋ + b is turned by the coarse angle and by one of 64 tabled fine ones, so
-/// that a run of tokens needs a sine only every 64 of them; the result depends on p alone.
+/// A planned [`Rotary`]. A position p = 64·⌊p/64⌋ + b is turned by the coarse angle and by one of
+/// 64 tabled fine ones, so that a run of tokens needs a sine only every 64 of them; the result
+/// depends on p alone.
 #[derive(Debug, Clone)]
 pub(crate) struct RotaryTable {
     head_dim: usize,
@@ -179,7 +211,8 @@ impl RotaryTable {
     /// `rotary` has been checked.
     pub(crate) fn new(rotary: &Rotary, head_dim: usize) -> Self {
         let frequencies = rotary.frequencies(rotary.dims.unwrap_or(head_dim));
-        let fine = (0..SPAN).flat_map(|b| frequencies.iter().map(move |&theta| turn(b, theta))).collect();
+        let fine =
+            (0..SPAN).flat_map(|b| frequencies.iter().map(move |&theta| turn(b, theta))).collect();
         Self { head_dim, pairing: rotary.pairing, frequencies, fine }
     }
 
@@ -189,7 +222,13 @@ impl RotaryTable {
     }
 
     /// Turns every head of every row; row j (`row_len` elements) is the token at `start` + j.
-    pub(crate) fn rotate<T: Real>(&self, rows: &mut [T], row_len: usize, start: usize, angles: &mut Angles<T>) {
+    pub(crate) fn rotate<T: Real>(
+        &self,
+        rows: &mut [T],
+        row_len: usize,
+        start: usize,
+        angles: &mut Angles<T>,
+    ) {
         self.turn_rows(rows, row_len, start, angles, 1.0);
     }
 
@@ -199,7 +238,14 @@ impl RotaryTable {
     }
 
     /// `direction` is 1 or −1.
-    fn turn_rows<T: Real>(&self, rows: &mut [T], row_len: usize, start: usize, angles: &mut Angles<T>, direction: f64) {
+    fn turn_rows<T: Real>(
+        &self,
+        rows: &mut [T],
+        row_len: usize,
+        start: usize,
+        angles: &mut Angles<T>,
+        direction: f64,
+    ) {
         for (j, row) in rows.chunks_exact_mut(row_len).enumerate() {
             let position = start + j;
             if j == 0 || position.is_multiple_of(SPAN) {
@@ -208,7 +254,9 @@ impl RotaryTable {
                 }
             }
             let fine = &self.fine[position % SPAN * self.frequencies.len()..];
-            for ((whole, &(c, s)), &(cb, sb)) in angles.whole.iter_mut().zip(&angles.coarse).zip(fine) {
+            for ((whole, &(c, s)), &(cb, sb)) in
+                angles.whole.iter_mut().zip(&angles.coarse).zip(fine)
+            {
                 *whole = (T::from_f64(c * cb - s * sb), T::from_f64(direction * (s * cb + c * sb)));
             }
             for head in row.chunks_exact_mut(self.head_dim) {
@@ -257,14 +305,20 @@ mod tests {
     fn direct(rotary: &Rotary, head: &[f64], position: usize) -> Vec<f64> {
         let (r, mut out) = (rotary.dims.unwrap_or(head.len()), head.to_vec());
         for i in 0..r / 2 {
-            let (a, b) = if rotary.pairing == RotaryPairing::Halves { (i, i + r / 2) } else { (2 * i, 2 * i + 1) };
-            let (sin, cos) = (position as f64 * rotary.base.powf(-2.0 * i as f64 / r as f64)).sin_cos();
+            let (a, b) = if rotary.pairing == RotaryPairing::Halves {
+                (i, i + r / 2)
+            } else {
+                (2 * i, 2 * i + 1)
+            };
+            let (sin, cos) =
+                (position as f64 * rotary.base.powf(-2.0 * i as f64 / r as f64)).sin_cos();
             (out[a], out[b]) = (head[a] * cos - head[b] * sin, head[b] * cos + head[a] * sin);
         }
         out
     }
 
-    /// An angle of position · θ ≤ 10^7 is known to 10^7 · 2^-52; in `f32` that is lost in the rounding of the result.
+    /// An angle of position · θ ≤ 10^7 is known to 10^7 · 2^-52; in `f32` that is lost in the
+    /// rounding of the result.
     #[test]
     fn any_position_is_exact() {
         let head: Vec<f64> = (0..64).map(|i| f64::from(i * 29 % 17 - 8) / 8.0).collect();
@@ -273,10 +327,18 @@ mod tests {
                 let rotary = rotary.with_pairing(pairing);
                 for position in [0, 1, 63, 64, 65, 1000, 1_000_000, 1_000_063, 10_000_000] {
                     let expected = direct(&rotary, &head, position);
-                    let worst = |got: Vec<f64>| got.iter().zip(&expected).map(|(g, e)| (g - e).abs()).fold(0.0, f64::max);
+                    let worst = |got: Vec<f64>| {
+                        got.iter().zip(&expected).map(|(g, e)| (g - e).abs()).fold(0.0, f64::max)
+                    };
                     let angle = 4e-16 * (10 + position) as f64 * (1.0 / rotary.base).max(1.0);
-                    assert!(worst(turned::<f64>(&rotary, &head, position)) <= angle, "{rotary:?} at {position}");
-                    assert!(worst(turned::<f32>(&rotary, &head, position)) <= angle + 4e-7, "{rotary:?} at {position}");
+                    assert!(
+                        worst(turned::<f64>(&rotary, &head, position)) <= angle,
+                        "{rotary:?} at {position}"
+                    );
+                    assert!(
+                        worst(turned::<f32>(&rotary, &head, position)) <= angle + 4e-7,
+                        "{rotary:?} at {position}"
+                    );
                 }
             }
         }
@@ -310,15 +372,29 @@ mod tests {
                 (1.0 - smooth) * theta / factor + smooth * theta
             }
         };
-        let scaling = RotaryScaling::Llama3 { factor, low_freq_factor: low, high_freq_factor: high, original_context: 8192 };
+        let scaling = RotaryScaling::Llama3 {
+            factor,
+            low_freq_factor: low,
+            high_freq_factor: high,
+            original_context: 8192,
+        };
         let (plain, scaled) = (Rotary::new(5e5), Rotary::new(5e5).with_scaling(scaling));
         let (plain, scaled) = (plain.frequencies(128), scaled.frequencies(128));
-        assert!(plain.iter().zip(&scaled).all(|(&theta, &got)| (got / by_cases(theta) - 1.0).abs() < 1e-14));
+        assert!(
+            plain
+                .iter()
+                .zip(&scaled)
+                .all(|(&theta, &got)| (got / by_cases(theta) - 1.0).abs() < 1e-14)
+        );
         let kept = plain.iter().zip(&scaled).filter(|(a, b)| a == b).count();
         let stretched = plain.iter().zip(&scaled).filter(|(a, b)| *a / factor == **b).count();
-        assert!(kept > 20 && stretched > 20 && kept + stretched < 64, "{kept} kept, {stretched} stretched");
+        assert!(
+            kept > 20 && stretched > 20 && kept + stretched < 64,
+            "{kept} kept, {stretched} stretched"
+        );
 
-        let linear = Rotary::new(5e5).with_scaling(RotaryScaling::Linear { factor: 4.0 }).frequencies(128);
+        let linear =
+            Rotary::new(5e5).with_scaling(RotaryScaling::Linear { factor: 4.0 }).frequencies(128);
         assert!(plain.iter().zip(&linear).all(|(theta, got)| *theta == 4.0 * got));
     }
 }

@@ -8,7 +8,9 @@ use std::sync::Arc;
 
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2};
 
-use crate::attention::{ExactAttention, ExactConfig, KeyMask, KvCache, Near, Workspace, check_offsets, check_offsets_of};
+use crate::attention::{
+    ExactAttention, ExactConfig, KeyMask, KvCache, Near, Workspace, check_offsets, check_offsets_of,
+};
 use crate::error::{Error, Result, check_elements};
 use crate::layer::config::{AttentionConfig, Causality};
 use crate::layer::projection::{Projected, Projections, Runs, StepScratch};
@@ -52,7 +54,8 @@ impl<T: Real> SoftmaxState<T> {
         self.cache.position()
     }
 
-    /// Bytes of keys and values held. The scratch memory beside it does not grow and is not counted.
+    /// Bytes of keys and values held. The scratch memory beside it does not grow and is not
+    /// counted.
     pub fn bytes(&self) -> usize {
         self.cache.bytes()
     }
@@ -71,11 +74,15 @@ impl<T: Real> PartialEq for SoftmaxState<T> {
 }
 
 impl<T: Real> SoftmaxAttention<T> {
-    /// Checks config and weights. Weights may be given as they are or behind an `Arc`, which is then shared.
+    /// Checks config and weights. Weights may be given as they are or behind an `Arc`, which is
+    /// then shared.
     ///
     /// # Errors
     /// Whatever [`AttentionConfig::check`] and [`AttentionWeights::check`] find.
-    pub fn new(config: AttentionConfig, weights: impl Into<Arc<AttentionWeights<T>>>) -> Result<Self> {
+    pub fn new(
+        config: AttentionConfig,
+        weights: impl Into<Arc<AttentionWeights<T>>>,
+    ) -> Result<Self> {
         let projections = Projections::new(config, weights.into())?;
         let exact = exact(&projections, None)?;
         Ok(Self { projections, exact })
@@ -91,11 +98,13 @@ impl<T: Real> SoftmaxAttention<T> {
         self.exact.config().near
     }
 
-    /// Restricts attention to the query's own chunk and the chunks right before it: what the near part of
-    /// [`DijiangAttention`](crate::layer::DijiangAttention) sees, without the kernel. A baseline.
+    /// Restricts attention to the query's own chunk and the chunks right before it: what the near
+    /// part of [`DijiangAttention`](crate::layer::DijiangAttention) sees, without the kernel. A
+    /// baseline.
     ///
     /// # Errors
-    /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of zero.
+    /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of
+    /// zero.
     pub fn with_near(self, near: Option<Near>) -> Result<Self> {
         if near.is_some() && self.projections.config().causality == Causality::Bidirectional {
             return Err(Error::Conflict { argument: "near", other: "bidirectional attention" });
@@ -104,21 +113,24 @@ impl<T: Real> SoftmaxAttention<T> {
         Ok(Self { exact, ..self })
     }
 
-    /// Queries, keys and values of every head, after the rotary embedding: what the layer's attention is computed from, for
-    /// looking at it or for attention of another kind. Positions count from 0. Allocates.
+    /// Queries, keys and values of every head, after the rotary embedding: what the layer's
+    /// attention is computed from, for looking at it or for attention of another kind. Positions
+    /// count from 0. Allocates.
     ///
     /// # Shapes
     /// - `x`: `[n, D]`, returns `[h, n, d]`, `[h_kv, n, d]`, `[h_kv, n, d]`.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::Empty`] and [`Error::NonFinite`], as [`forward`](Attention::forward).
+    /// [`Error::Shape`], [`Error::Empty`] and [`Error::NonFinite`], as
+    /// [`forward`](Attention::forward).
     pub fn project(&self, x: &ArrayRef2<T>) -> Result<(Array3<T>, Array3<T>, Array3<T>)> {
         self.projections.check_sequence("x", x)?;
         let Projected { q, k, v } = self.projections.project(x, 0);
         for (argument, rows) in [("q", &q), ("k", &k), ("v", &v)] {
             check_elements(argument, rows)?;
         }
-        let heads = |rows: Array2<T>| self.projections.heads(&rows).as_standard_layout().into_owned();
+        let heads =
+            |rows: Array2<T>| self.projections.heads(&rows).as_standard_layout().into_owned();
         Ok((heads(q), heads(k), heads(v)))
     }
 
@@ -128,9 +140,13 @@ impl<T: Real> SoftmaxAttention<T> {
 }
 
 /// The exact attention of a layer.
-pub(crate) fn exact<T: Real>(projections: &Projections<T>, near: Option<Near>) -> Result<ExactAttention<T>> {
+pub(crate) fn exact<T: Real>(
+    projections: &Projections<T>,
+    near: Option<Near>,
+) -> Result<ExactAttention<T>> {
     let config = projections.config();
-    let mut exact = ExactConfig::new(config.heads, projections.head_dim()).with_kv_heads(config.kv_heads);
+    let mut exact =
+        ExactConfig::new(config.heads, projections.head_dim()).with_kv_heads(config.kv_heads);
     exact.scale = projections.scale();
     exact.near = near;
     exact.build()
@@ -144,7 +160,11 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
     }
 
     fn new_state(&self) -> SoftmaxState<T> {
-        SoftmaxState { cache: self.exact.new_cache(), workspace: self.exact.workspace(), scratch: self.projections.step_scratch() }
+        SoftmaxState {
+            cache: self.exact.new_cache(),
+            workspace: self.exact.workspace(),
+            scratch: self.projections.step_scratch(),
+        }
     }
 
     fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
@@ -155,19 +175,42 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
         })
     }
 
-    fn prefill(&self, state: &mut SoftmaxState<T>, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
+    fn prefill(
+        &self,
+        state: &mut SoftmaxState<T>,
+        x: &ArrayRef2<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>> {
         check_causal(self.config(), "prefill")?;
         self.projections.run(x, mask, state.position(), |q, k, v, out| {
             self.exact.prefill_into(&mut state.cache, q, k, v, mask, out, &mut state.workspace)
         })
     }
 
-    fn forward_packed(&self, x: &ArrayRef2<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array2<T>> {
+    fn forward_packed(
+        &self,
+        x: &ArrayRef2<T>,
+        offsets: &[usize],
+        mask: KeyMask<'_>,
+    ) -> Result<Array2<T>> {
         let sequences = check_offsets("offsets", offsets, x.nrows())?;
         let (starts, mut workspace) = (vec![0; sequences], self.exact.workspace());
-        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| match self.config().causality {
-            Causality::Causal => self.exact.causal_packed_into(q, k, v, offsets, mask, out, &mut workspace),
-            Causality::Bidirectional => self.exact.full_packed_into(q, k, v, offsets, offsets, mask, out, &mut workspace),
+        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
+            match self.config().causality {
+                Causality::Causal => {
+                    self.exact.causal_packed_into(q, k, v, offsets, mask, out, &mut workspace)
+                }
+                Causality::Bidirectional => self.exact.full_packed_into(
+                    q,
+                    k,
+                    v,
+                    offsets,
+                    offsets,
+                    mask,
+                    out,
+                    &mut workspace,
+                ),
+            }
         })
     }
 
@@ -183,14 +226,30 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
         let starts: Vec<_> = states.iter().map(|state| state.position()).collect();
         self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
             let mut caches: Vec<_> = states.iter_mut().map(|state| &mut state.cache).collect();
-            self.exact.prefill_packed_into(&mut caches, q, k, v, offsets, mask, out, &mut self.exact.workspace())
+            self.exact.prefill_packed_into(
+                &mut caches,
+                q,
+                k,
+                v,
+                offsets,
+                mask,
+                out,
+                &mut self.exact.workspace(),
+            )
         })
     }
 
     /// As [`Attention::step`]. Allocates nothing itself, but the cache grows now and then.
-    fn step(&self, state: &mut SoftmaxState<T>, x: &ArrayRef1<T>, out: &mut ArrayRef1<T>) -> Result<()> {
+    fn step(
+        &self,
+        state: &mut SoftmaxState<T>,
+        x: &ArrayRef1<T>,
+        out: &mut ArrayRef1<T>,
+    ) -> Result<()> {
         check_causal(self.config(), "step")?;
         let SoftmaxState { cache, workspace, scratch } = state;
-        self.projections.step(x, cache.position(), scratch, out, |q, k, v, out| self.exact.step(cache, q, k, v, out, workspace))
+        self.projections.step(x, cache.position(), scratch, out, |q, k, v, out| {
+            self.exact.step(cache, q, k, v, out, workspace)
+        })
     }
 }

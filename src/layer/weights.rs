@@ -6,10 +6,12 @@ use crate::error::{Result, check_elements, check_len, check_shape};
 use crate::layer::config::AttentionConfig;
 use crate::real::Real;
 
-/// Projection weights of an attention layer, in the layout of `torch.nn.Linear` and of Hugging Face files: `[out, in]`,
-/// y = W x + b. Each layer keeps them behind an `Arc`: a softmax layer and the layer made from it share one copy.
+/// Projection weights of an attention layer, in the layout of `torch.nn.Linear` and of Hugging Face
+/// files: `[out, in]`, y = W x + b. Each layer keeps them behind an `Arc`: a softmax layer and the
+/// layer made from it share one copy.
 ///
-/// The heads lie one after another along the `out` axis of `q`, `k` and `v`. A fused matrix has to be cut first.
+/// The heads lie one after another along the `out` axis of `q`, `k` and `v`. A fused matrix has to
+/// be cut first.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct AttentionWeights<T> {
@@ -62,11 +64,14 @@ impl<T: Real> AttentionWeights<T> {
     ///
     /// # Errors
     /// - whatever [`AttentionConfig::check`] says;
-    /// - [`Error::Shape`](crate::Error::Shape) and [`Error::Length`](crate::Error::Length) for matrices and biases that do not fit;
-    /// - [`Error::NonFinite`](crate::Error::NonFinite) for NaN, infinity and elements beyond [`Real::LIMIT`].
+    /// - [`Error::Shape`](crate::Error::Shape) and [`Error::Length`](crate::Error::Length) for
+    ///   matrices and biases that do not fit;
+    /// - [`Error::NonFinite`](crate::Error::NonFinite) for NaN, infinity and elements beyond
+    ///   [`Real::LIMIT`].
     pub fn check(&self, config: &AttentionConfig) -> Result<()> {
         let (config, head_dim) = config.resolved()?;
-        let (model, width, kv_width) = (config.model_dim, config.heads * head_dim, config.kv_heads * head_dim);
+        let (model, width, kv_width) =
+            (config.model_dim, config.heads * head_dim, config.kv_heads * head_dim);
         for (argument, matrix, shape) in [
             ("q", &self.q, [width, model]),
             ("k", &self.k, [kv_width, model]),
@@ -98,6 +103,12 @@ impl<T: Real> AttentionWeights<T> {
     /// A copy with rows one after another.
     pub(crate) fn to_standard(&self) -> Self {
         let standard = |matrix: &Array2<T>| matrix.as_standard_layout().into_owned();
-        Self { q: standard(&self.q), k: standard(&self.k), v: standard(&self.v), o: standard(&self.o), ..self.clone() }
+        Self {
+            q: standard(&self.q),
+            k: standard(&self.k),
+            v: standard(&self.v),
+            o: standard(&self.o),
+            ..self.clone()
+        }
     }
 }

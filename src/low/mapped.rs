@@ -19,9 +19,9 @@ impl Mapped {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         let file = File::open(path)?;
-        // SAFETY: the map is private to this value and only read. As with every map of a file, whoever truncates the file
-        // while the map lives ends the process, and whoever writes to it changes what is read; the caller of
-        // `Checkpoint::open` is told so.
+        // SAFETY: the map is private to this value and only read. As with every map of a file,
+        // whoever truncates the file while the map lives ends the process, and whoever writes to it
+        // changes what is read; the caller of `Checkpoint::open` is told so.
         unsafe { Mmap::map(&file) }.map(Self)
     }
 }

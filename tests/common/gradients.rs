@@ -1,4 +1,5 @@
-//! What gradients are taken of: a problem with all that attention is computed from, random or golden.
+//! What gradients are taken of: a problem with all that attention is computed from, random or
+//! golden.
 
 use dijiang::Real;
 use dijiang::attention::{AttentionGradients, KeyMask, LinearAttention, LinearConfig, Near};
@@ -25,10 +26,13 @@ pub type Gradients<T> = AttentionGradients<T, DctGradients>;
 
 impl Problem {
     pub fn attention<T: Real>(&self) -> LinearAttention<T, DctMap<T>> {
-        let mut config = LinearConfig::new().with_heads(self.heads).with_value_dim(self.inputs.v.shape()[2]);
+        let mut config =
+            LinearConfig::new().with_heads(self.heads).with_value_dim(self.inputs.v.shape()[2]);
         config = config.with_log_decay(self.log_decay.clone());
         config.near = self.near;
-        config.build(self.maps.iter().map(|map| DctMap::from_params(map.clone()).unwrap()).collect()).unwrap()
+        config
+            .build(self.maps.iter().map(|map| DctMap::from_params(map.clone()).unwrap()).collect())
+            .unwrap()
     }
 
     pub fn mask(&self) -> KeyMask<'_> {
@@ -38,12 +42,17 @@ impl Problem {
     /// Σ output · cotangent.
     pub fn loss(&self) -> f64 {
         let (attention, Inputs { q, k, v }) = (self.attention::<f64>(), &self.inputs);
-        let out = if self.causal { attention.causal(q, k, v, self.mask()) } else { attention.full(q, k, v, self.mask()) };
+        let out = if self.causal {
+            attention.causal(q, k, v, self.mask())
+        } else {
+            attention.full(q, k, v, self.mask())
+        };
         (out.unwrap() * &self.cotangent).sum()
     }
 
     pub fn gradients<T: Real>(&self) -> Gradients<T> {
-        let (attention, Inputs { q, k, v }, grad) = (self.attention::<T>(), self.inputs.cast(), cast(&self.cotangent));
+        let (attention, Inputs { q, k, v }, grad) =
+            (self.attention::<T>(), self.inputs.cast(), cast(&self.cotangent));
         let gradients = if self.causal {
             attention.causal_backward(&q, &k, &v, self.mask(), &grad)
         } else {
@@ -116,5 +125,14 @@ pub fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
 }
 
 /// The cases that the file has gradients of.
-pub const CASES: [&str; 9] =
-    ["full", "causal", "causal_gaussian", "decay", "local", "local0", "local_decay", "full_masked", "causal_masked"];
+pub const CASES: [&str; 9] = [
+    "full",
+    "causal",
+    "causal_gaussian",
+    "decay",
+    "local",
+    "local0",
+    "local_decay",
+    "full_masked",
+    "causal_masked",
+];

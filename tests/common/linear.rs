@@ -1,8 +1,11 @@
-//! Literal feature maps, random configurations of linear attention, and what the reference says about them.
+//! Literal feature maps, random configurations of linear attention, and what the reference says
+//! about them.
 
 use std::fmt::Debug;
 
-use dijiang::attention::{ExactAttention, ExactConfig, KeyMask, LinearAttention, LinearConfig, Near};
+use dijiang::attention::{
+    ExactAttention, ExactConfig, KeyMask, LinearAttention, LinearConfig, Near,
+};
 use dijiang::kernel::FeatureMap;
 use dijiang::reference::{self, Pairs, PlainMap};
 use dijiang::{Real, Result};
@@ -55,9 +58,13 @@ impl<T: Real> Affine<T> {
 }
 
 impl TestMap<f64> {
-    /// Random matrices, elements rounded to f32; log-features of standard normal inputs have deviation `spread`.
+    /// Random matrices, elements rounded to f32; log-features of standard normal inputs have
+    /// deviation `spread`.
     pub fn random(random: &mut Random, d: usize, m: usize, spread: f64) -> Self {
-        let mut side = || Affine { weight: random.normals((m, d), spread / (d as f64).sqrt()), offset: random.normals(m, 0.3) };
+        let mut side = || Affine {
+            weight: random.normals((m, d), spread / (d as f64).sqrt()),
+            offset: random.normals(m, 0.3),
+        };
         Self { query: side(), key: side() }
     }
 
@@ -68,7 +75,8 @@ impl TestMap<f64> {
     }
 
     pub fn cast<T: Real>(&self) -> TestMap<T> {
-        let side = |side: &Affine<f64>| Affine { weight: cast(&side.weight), offset: cast(&side.offset) };
+        let side =
+            |side: &Affine<f64>| Affine { weight: cast(&side.weight), offset: cast(&side.offset) };
         TestMap { query: side(&self.query), key: side(&self.key) }
     }
 }
@@ -105,7 +113,13 @@ impl<T: Real> Oracle for TestMap<T> {
 pub struct ReferenceMap(pub PlainMap);
 
 impl ReferenceMap {
-    fn panel<T: Real>(&self, width: usize, z: &[T], out: &mut [T], map: impl Fn(&Array2<f64>) -> Result<Array2<f64>>) {
+    fn panel<T: Real>(
+        &self,
+        width: usize,
+        z: &[T],
+        out: &mut [T],
+        map: impl Fn(&Array2<f64>) -> Result<Array2<f64>>,
+    ) {
         let d = self.0.query.center.len();
         let rows = Array2::from_shape_fn((width, d), |(j, i)| z[i * width + j].to_f64());
         for ((j, f), &value) in map(&rows).unwrap().indexed_iter() {
@@ -141,7 +155,8 @@ impl Oracle for PlainMap {
     }
 }
 
-/// A configuration of attention: everything but the maps and the inputs, which follow from the seed.
+/// A configuration of attention: everything but the maps and the inputs, which follow from the
+/// seed.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Setup {
     pub seed: u64,
@@ -172,7 +187,18 @@ impl Setup {
 
     /// One head, d = 5, e = 3, m = 8, pure, without decay.
     pub fn new(seed: u64) -> Self {
-        Self { seed, heads: 1, kv_heads: 1, d: 5, e: 3, m: 8, scale: None, near: None, log_decay: 0.0, spread: 1.5 }
+        Self {
+            seed,
+            heads: 1,
+            kv_heads: 1,
+            d: 5,
+            e: 3,
+            m: 8,
+            scale: None,
+            near: None,
+            log_decay: 0.0,
+            spread: 1.5,
+        }
     }
 
     pub fn heads(self, heads: usize, kv_heads: usize) -> Self {
@@ -216,7 +242,8 @@ impl Setup {
     pub fn config(&self) -> LinearConfig {
         let mut config = LinearConfig::new().with_heads(self.heads).with_value_dim(self.e);
         if self.log_decay != 0.0 {
-            config = config.with_log_decay((0..self.kv_heads).map(|h| self.head_decay(h)).collect());
+            config =
+                config.with_log_decay((0..self.kv_heads).map(|h| self.head_decay(h)).collect());
         }
         config.scale = self.scale;
         config.near = self.near.map(|(chunk, back)| Near::new(chunk, back));
@@ -230,13 +257,16 @@ impl Setup {
 
     /// Exact attention of the same shape; `near` is its window.
     pub fn build_exact<T: Real>(&self) -> ExactAttention<T> {
-        let mut config =
-            ExactConfig::new(self.heads, self.d).with_kv_heads(self.kv_heads).with_value_dim(self.e).with_scale(self.softmax_scale());
+        let mut config = ExactConfig::new(self.heads, self.d)
+            .with_kv_heads(self.kv_heads)
+            .with_value_dim(self.e)
+            .with_scale(self.softmax_scale());
         config.near = self.near.map(|(chunk, back)| Near::new(chunk, back));
         config.build().unwrap_or_else(|error| panic!("{self:?}: {error}"))
     }
 
-    /// Values have mean one, so that no mean of them is small by accident and a relative error means something.
+    /// Values have mean one, so that no mean of them is small by accident and a relative error
+    /// means something.
     pub fn inputs(&self, n_q: usize, n_k: usize) -> Inputs<f64> {
         let mut random = Random::new(self.seed ^ 0x5eed);
         let v = random.normals((self.kv_heads, n_k, self.e), 1.0) + 1.0;
@@ -258,11 +288,23 @@ impl Setup {
     }
 
     /// What the reference says with these maps.
-    pub fn linear(&self, maps: &[impl Oracle], pairs: Pairs<'_>, inputs: &Inputs<f64>, mask: KeyMask<'_>) -> Array3<f64> {
+    pub fn linear(
+        &self,
+        maps: &[impl Oracle],
+        pairs: Pairs<'_>,
+        inputs: &Inputs<f64>,
+        mask: KeyMask<'_>,
+    ) -> Array3<f64> {
         self.each_head(inputs, |h, x, y, v| {
             let kernel = reference::log_kernel(&maps[h].query(x), &maps[h].key(y)).unwrap();
-            let pairs = Pairs { near: self.near, log_decay: self.head_decay(h), valid: entries(mask), ..pairs };
-            reference::linear_attention(&reference::scores(x, y).unwrap(), &kernel, v, &pairs).unwrap()
+            let pairs = Pairs {
+                near: self.near,
+                log_decay: self.head_decay(h),
+                valid: entries(mask),
+                ..pairs
+            };
+            reference::linear_attention(&reference::scores(x, y).unwrap(), &kernel, v, &pairs)
+                .unwrap()
         })
     }
 
@@ -284,7 +326,10 @@ impl Setup {
         let mut out = Array3::zeros((self.heads, inputs.q.shape()[1], self.e));
         for h in 0..self.heads {
             let of = h / (self.heads / self.kv_heads);
-            let (x, y) = (inputs.q.index_axis(Axis(0), h).mapv(|q| q * root), inputs.k.index_axis(Axis(0), of).mapv(|k| k * root));
+            let (x, y) = (
+                inputs.q.index_axis(Axis(0), h).mapv(|q| q * root),
+                inputs.k.index_axis(Axis(0), of).mapv(|k| k * root),
+            );
             let v = inputs.v.index_axis(Axis(0), of).to_owned();
             out.slice_mut(s![h, .., ..]).assign(&head(of, &x, &y, &v));
         }

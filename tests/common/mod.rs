@@ -1,5 +1,10 @@
-//! What the test-suites share: golden values, seeded inputs, comparisons, and literal stand-ins for the fast paths.
-#![allow(dead_code, unreachable_pub, reason = "every test binary includes this module and uses its own part of it")]
+//! What the test-suites share: golden values, seeded inputs, comparisons, and literal stand-ins for
+//! the fast paths.
+#![allow(
+    dead_code,
+    unreachable_pub,
+    reason = "every test binary includes this module and uses its own part of it"
+)]
 
 pub mod gradients;
 pub mod linear;
@@ -10,7 +15,9 @@ use std::fmt::Debug;
 use std::path::Path;
 
 use dijiang::{Error, Real};
-use ndarray::{Array, Array1, Array2, Array3, ArrayD, ArrayRef, Axis, Dimension, IxDyn, ShapeBuilder};
+use ndarray::{
+    Array, Array1, Array2, Array3, ArrayD, ArrayRef, Axis, Dimension, IxDyn, ShapeBuilder,
+};
 use rand::rngs::ChaCha12Rng;
 use rand::{RngExt, SeedableRng};
 use rand_distr::{Distribution, StandardNormal};
@@ -26,13 +33,22 @@ impl Golden {
     /// Reads `tests/golden/<file>`.
     pub fn open(file: &str) -> Self {
         let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file);
-        let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-        let tensors = SafeTensors::deserialize(&bytes).unwrap_or_else(|error| panic!("{file}: {error}"));
+        let bytes =
+            std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+        let tensors =
+            SafeTensors::deserialize(&bytes).unwrap_or_else(|error| panic!("{file}: {error}"));
         let tensors = tensors.iter().map(|(name, tensor)| {
             let data = tensor.data();
             let values: Vec<f64> = match tensor.dtype() {
-                Dtype::F64 => data.as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes)).collect(),
-                Dtype::F32 => data.as_chunks().0.iter().map(|&bytes| f64::from(f32::from_le_bytes(bytes))).collect(),
+                Dtype::F64 => {
+                    data.as_chunks().0.iter().map(|&bytes| f64::from_le_bytes(bytes)).collect()
+                }
+                Dtype::F32 => data
+                    .as_chunks()
+                    .0
+                    .iter()
+                    .map(|&bytes| f64::from(f32::from_le_bytes(bytes)))
+                    .collect(),
                 other => panic!("{file}: {name} is {other:?}"),
             };
             (name.to_owned(), ArrayD::from_shape_vec(tensor.shape(), values).unwrap())
@@ -42,8 +58,12 @@ impl Golden {
 
     /// A tensor of as many axes as `D` has.
     pub fn array<D: Dimension>(&self, name: &str) -> Array<f64, D> {
-        let tensor = self.tensors.get(name).unwrap_or_else(|| panic!("{}: no tensor {name}", self.file));
-        tensor.clone().into_dimensionality().unwrap_or_else(|_| panic!("{}: {name} is {:?}", self.file, tensor.shape()))
+        let tensor =
+            self.tensors.get(name).unwrap_or_else(|| panic!("{}: no tensor {name}", self.file));
+        tensor
+            .clone()
+            .into_dimensionality()
+            .unwrap_or_else(|_| panic!("{}: {name} is {:?}", self.file, tensor.shape()))
     }
 
     /// A vector.
@@ -75,14 +95,19 @@ impl Random {
         Self(ChaCha12Rng::seed_from_u64(seed))
     }
 
-    /// A standard normal number that `f32` holds exactly, so that f32, f64 and the reference work on the same input.
+    /// A standard normal number that `f32` holds exactly, so that f32, f64 and the reference work
+    /// on the same input.
     pub fn normal(&mut self) -> f64 {
         let x: f64 = StandardNormal.sample(&mut self.0);
         f64::from(x as f32)
     }
 
     /// Standard normal numbers times `scale`, rounded to `f32`.
-    pub fn normals<D: Dimension, S: ShapeBuilder<Dim = D>>(&mut self, shape: S, scale: f64) -> Array<f64, D> {
+    pub fn normals<D: Dimension, S: ShapeBuilder<Dim = D>>(
+        &mut self,
+        shape: S,
+        scale: f64,
+    ) -> Array<f64, D> {
         Array::from_shape_simple_fn(shape, || f64::from((scale * self.normal()) as f32))
     }
 
@@ -119,7 +144,12 @@ pub fn tolerance<T: Real>(c: f64, work: usize) -> f64 {
 
 /// Every element of `got` is within `tolerance · max|expected|` of `expected`; NaN never is.
 #[track_caller]
-pub fn assert_close<T: Real, D: Dimension>(context: impl Debug, got: &ArrayRef<T, D>, expected: &ArrayRef<f64, D>, tolerance: f64) {
+pub fn assert_close<T: Real, D: Dimension>(
+    context: impl Debug,
+    got: &ArrayRef<T, D>,
+    expected: &ArrayRef<f64, D>,
+    tolerance: f64,
+) {
     assert_eq!(got.shape(), expected.shape(), "{context:?}: shape");
     let scale = expected.iter().fold(0.0, |top: f64, x| top.max(x.abs()));
     let scale = if scale > 0.0 { scale } else { 1.0 };
@@ -146,7 +176,11 @@ pub fn assert_close<T: Real, D: Dimension>(context: impl Debug, got: &ArrayRef<T
 
 /// Every element has the same bits.
 #[track_caller]
-pub fn assert_same_bits<T: Real, D: Dimension>(context: impl Debug, got: &ArrayRef<T, D>, expected: &ArrayRef<T, D>) {
+pub fn assert_same_bits<T: Real, D: Dimension>(
+    context: impl Debug,
+    got: &ArrayRef<T, D>,
+    expected: &ArrayRef<T, D>,
+) {
     assert_eq!(got.shape(), expected.shape(), "{context:?}: shape");
     for ((index, got), &expected) in got.view().into_dyn().indexed_iter().zip(expected) {
         let (a, b) = (got.to_f64(), expected.to_f64());

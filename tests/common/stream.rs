@@ -2,7 +2,9 @@
 
 use std::fmt::Debug;
 
-use dijiang::attention::{CausalState, ExactAttention, KeyMask, KvCache, LinearAttention, Workspace};
+use dijiang::attention::{
+    CausalState, ExactAttention, KeyMask, KvCache, LinearAttention, Workspace,
+};
 use dijiang::kernel::FeatureMap;
 use dijiang::{Real, Result};
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, Axis};
@@ -31,7 +33,12 @@ pub trait Stream<T: Real>: Debug + Sync {
         workspace: &mut Workspace<T>,
     ) -> Result<()>;
     fn causal_of(&self, inputs: &Inputs<T>, mask: KeyMask<'_>) -> Result<Array3<T>>;
-    fn prefill_of(&self, state: &mut Self::State, inputs: &Inputs<T>, mask: KeyMask<'_>) -> Result<Array3<T>>;
+    fn prefill_of(
+        &self,
+        state: &mut Self::State,
+        inputs: &Inputs<T>,
+        mask: KeyMask<'_>,
+    ) -> Result<Array3<T>>;
     fn prefill_into(
         &self,
         state: &mut Self::State,
@@ -51,8 +58,19 @@ pub trait Stream<T: Real>: Debug + Sync {
         out: &mut ArrayRef2<T>,
         workspace: &mut Workspace<T>,
     ) -> Result<()>;
-    fn full_packed(&self, inputs: &Inputs<T>, q_offsets: &[usize], k_offsets: &[usize], mask: KeyMask<'_>) -> Result<Array3<T>>;
-    fn causal_packed(&self, inputs: &Inputs<T>, offsets: &[usize], mask: KeyMask<'_>) -> Result<Array3<T>>;
+    fn full_packed(
+        &self,
+        inputs: &Inputs<T>,
+        q_offsets: &[usize],
+        k_offsets: &[usize],
+        mask: KeyMask<'_>,
+    ) -> Result<Array3<T>>;
+    fn causal_packed(
+        &self,
+        inputs: &Inputs<T>,
+        offsets: &[usize],
+        mask: KeyMask<'_>,
+    ) -> Result<Array3<T>>;
     fn prefill_packed_into(
         &self,
         states: &mut [&mut Self::State],
@@ -65,7 +83,10 @@ pub trait Stream<T: Real>: Debug + Sync {
 
     /// All tokens one by one, outputs `[h, n, e]`.
     fn steps(&self, state: &mut Self::State, inputs: &Inputs<T>) -> Array3<T> {
-        let mut out = Array3::from_elem((inputs.q.shape()[0], inputs.tokens(), inputs.v.shape()[2]), T::from_f64(f64::NAN));
+        let mut out = Array3::from_elem(
+            (inputs.q.shape()[0], inputs.tokens(), inputs.v.shape()[2]),
+            T::from_f64(f64::NAN),
+        );
         let mut workspace = self.scratch();
         for i in 0..inputs.tokens() {
             let [q, k, v] = inputs.token(i);

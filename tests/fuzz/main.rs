@@ -1,4 +1,5 @@
-//! Fuzzing without a fuzzer: the cases of every target on the numbers of seed after seed, anywhere `cargo test` runs.
+//! Fuzzing without a fuzzer: the cases of every target on the numbers of seed after seed, anywhere
+//! `cargo test` runs.
 //!
 //! ```text
 //! DIJIANG_FUZZ_CASES=1000000 cargo test --release --test fuzz differential
@@ -17,7 +18,9 @@ use cases::{Source, TARGETS, Tally};
 
 /// A number from the environment.
 fn setting(name: &str) -> Option<u64> {
-    std::env::var(name).ok().map(|value| value.parse().unwrap_or_else(|error| panic!("{name}: {error}")))
+    std::env::var(name)
+        .ok()
+        .map(|value| value.parse().unwrap_or_else(|error| panic!("{name}: {error}")))
 }
 
 /// Says which seed it was when a case panics.
@@ -31,12 +34,14 @@ impl Drop for Running {
     }
 }
 
-/// Runs the target's first `count` seeds, or as many as the environment says, on all cores, each case on one thread.
+/// Runs the target's first `count` seeds, or as many as the environment says, on all cores, each
+/// case on one thread.
 fn drive(target: &'static str, count: u64) {
     let case = TARGETS.iter().find(|(name, _)| *name == target).map(|(_, case)| *case);
     let case = case.unwrap_or_else(|| panic!("no target {target}"));
     let one = setting("DIJIANG_FUZZ_SEED");
-    let seeds = one.map_or(0..setting("DIJIANG_FUZZ_CASES").unwrap_or(count), |seed| seed..seed + 1);
+    let seeds =
+        one.map_or(0..setting("DIJIANG_FUZZ_CASES").unwrap_or(count), |seed| seed..seed + 1);
     let (next, start) = (AtomicU64::new(seeds.start), Instant::now());
     let work = || {
         let mut tally = Tally::default();
@@ -66,7 +71,10 @@ fn drive(target: &'static str, count: u64) {
     });
     let (cases, seconds) = (seeds.end - seeds.start, start.elapsed().as_secs_f64());
     let rate = cases as f64 / seconds;
-    println!("{target}: {cases} cases, {} calls, {seconds:.1} s, {rate:.0} cases/s; {tally:?}", tally.inputs());
+    println!(
+        "{target}: {cases} cases, {} calls, {seconds:.1} s, {rate:.0} cases/s; {tally:?}",
+        tally.inputs()
+    );
     assert!(one.is_some() || tally.accepted > 0, "all of it was refused: {tally:?}");
 }
 

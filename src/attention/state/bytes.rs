@@ -1,4 +1,5 @@
-//! States as bytes: to put a conversation aside, to move it to another process, to keep the state of a prompt.
+//! States as bytes: to put a conversation aside, to move it to another process, to keep the state
+//! of a prompt.
 //!
 //! ```text
 //! magic "dijiang\0", then little-endian u32: format version 1, bytes per number of the layer, storage;
@@ -24,18 +25,19 @@ const VERSION: u32 = 1;
 const HEADER: usize = 8 + 3 * 4 + 8 * 8;
 const CHECKSUM: usize = 4;
 
-/// In how many bytes a state's sums, keys and values are kept. Normalisers and exponents always keep the layer's own type: they
-/// are few, and everything is relative to them.
+/// In how many bytes a state's sums, keys and values are kept. Normalisers and exponents always
+/// keep the layer's own type: they are few, and everything is relative to them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 pub enum Storage {
     /// In the layer's own type: the state continues bit for bit.
     #[default]
     Exact,
-    /// In f32. What an f64 layer has beyond its digits is lost, and so is what rounding has kept out of the sums; keys and values
-    /// beyond its range become its largest numbers.
+    /// In f32. What an f64 layer has beyond its digits is lost, and so is what rounding has kept
+    /// out of the sums; keys and values beyond its range become its largest numbers.
     F32,
-    /// In bf16, 3 significant digits, else as [`F32`](Self::F32): a quarter of the bytes of an f32 layer's exact state.
+    /// In bf16, 3 significant digits, else as [`F32`](Self::F32): a quarter of the bytes of an f32
+    /// layer's exact state.
     Bf16,
 }
 
@@ -63,7 +65,8 @@ impl<T: Real> CausalState<T> {
     /// [`LinearAttention::state_from_bytes`] reads them, and [`from_bytes`](Self::from_bytes).
     ///
     /// # Cost
-    /// One pass over the state; one allocation of its size, or less of it with another storage than [`Storage::Exact`].
+    /// One pass over the state; one allocation of its size, or less of it with another storage than
+    /// [`Storage::Exact`].
     pub fn to_bytes(&self, storage: Storage) -> Vec<u8> {
         let near = self.shape.near.map_or([0, 0], |near| [near.chunk, near.back]);
         let Shape { heads, dim, features, value_dim, .. } = self.shape;
@@ -72,7 +75,8 @@ impl<T: Real> CausalState<T> {
         for number in [VERSION, size_of::<T>() as u32, storage.code()] {
             out.extend_from_slice(&number.to_le_bytes());
         }
-        for number in [heads, dim, features, value_dim, near[0], near[1], self.start, self.position] {
+        for number in [heads, dim, features, value_dim, near[0], near[1], self.start, self.position]
+        {
             out.extend_from_slice(&(number as u64).to_le_bytes());
         }
         for head in &self.heads {
@@ -93,16 +97,17 @@ impl<T: Real> CausalState<T> {
         out
     }
 
-    /// The state that [`to_bytes`](Self::to_bytes) wrote, of whatever shape it is: an operator finds out whether it is its own when
-    /// it is used. [`LinearAttention::state_from_bytes`] finds out at once.
+    /// The state that [`to_bytes`](Self::to_bytes) wrote, of whatever shape it is: an operator
+    /// finds out whether it is its own when it is used. [`LinearAttention::state_from_bytes`] finds
+    /// out at once.
     ///
     /// # Cost
-    /// One pass over the bytes. Memory is taken for a state of these bytes only, at most four times their number, after length, header
-    /// and checksum have been found to be right.
+    /// One pass over the bytes. Memory is taken for a state of these bytes only, at most four times
+    /// their number, after length, header and checksum have been found to be right.
     ///
     /// # Errors
-    /// [`Error::Format`](crate::Error::Format) for bytes that are no state, of another version or element type, cut short, too long or
-    /// damaged.
+    /// [`Error::Format`](crate::Error::Format) for bytes that are no state, of another version or
+    /// element type, cut short, too long or damaged.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let header = Header::read::<T>(bytes)?;
         let Shape { heads, dim, features, value_dim, near } = header.shape;
@@ -116,16 +121,17 @@ impl<T: Real> CausalState<T> {
 }
 
 impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
-    /// The state that [`CausalState::to_bytes`] wrote, for an operator of this shape; which maps it was fed by is not noticed.
+    /// The state that [`CausalState::to_bytes`] wrote, for an operator of this shape; which maps it
+    /// was fed by is not noticed.
     ///
     /// # Cost
-    /// One pass over the bytes. Memory is taken for this operator's state only, after length, header and checksum have been found to
-    /// be right.
+    /// One pass over the bytes. Memory is taken for this operator's state only, after length,
+    /// header and checksum have been found to be right.
     ///
     /// # Errors
     /// [`Error::Foreign`](crate::Error::Foreign) for the state of an operator of another shape,
-    /// [`Error::Format`](crate::Error::Format) for bytes that are no state, of another version or element type, cut short, too long or
-    /// damaged.
+    /// [`Error::Format`](crate::Error::Format) for bytes that are no state, of another version or
+    /// element type, cut short, too long or damaged.
     pub fn state_from_bytes(&self, bytes: &[u8]) -> Result<CausalState<T>> {
         let header = Header::read::<T>(bytes)?;
         self.shape().check(header.shape)?;
@@ -153,23 +159,38 @@ impl Header {
             return Err(fault("state version", VERSION, words[0]));
         }
         if words[1] as usize != size_of::<T>() {
-            return Err(fault("state type", format!("{} bytes per number", size_of::<T>()), words[1]));
+            return Err(fault(
+                "state type",
+                format!("{} bytes per number", size_of::<T>()),
+                words[1],
+            ));
         }
-        let storage = [Storage::Exact, Storage::F32, Storage::Bf16].into_iter().find(|storage| storage.code() == words[2]);
+        let storage = [Storage::Exact, Storage::F32, Storage::Bf16]
+            .into_iter()
+            .find(|storage| storage.code() == words[2]);
         let storage = storage.ok_or_else(|| fault("state storage", "0, 1 or 2", words[2]))?;
         let numbers: Vec<u64> = elements(&header[20..], u64::from_le_bytes);
         let size = |i: usize| usize::try_from(numbers[i]).unwrap_or(usize::MAX);
         let near = (numbers[4..6] != [0, 0]).then(|| Near::new(size(4), size(5)));
-        let shape = Shape { heads: size(0), dim: size(1), features: size(2), value_dim: size(3), near };
+        let shape =
+            Shape { heads: size(0), dim: size(1), features: size(2), value_dim: size(3), near };
         Ok(Self { storage, shape, start: numbers[6], position: numbers[7] })
     }
 
     /// The state in `bytes`, of a shape whose sizes are those of something in memory.
     fn state<T: Real>(self, bytes: &[u8]) -> Result<CausalState<T>> {
         let Self { storage, shape, start, position } = self;
-        let place = |position: u64| usize::try_from(position).ok().filter(|&position| position <= MAX_POSITION);
-        let (Some(start), Some(position)) = (place(start), place(position).filter(|_| start <= position)) else {
-            return Err(fault("state position", format!("from its start to {MAX_POSITION}"), format!("{start} to {position}")));
+        let place = |position: u64| {
+            usize::try_from(position).ok().filter(|&position| position <= MAX_POSITION)
+        };
+        let (Some(start), Some(position)) =
+            (place(start), place(position).filter(|_| start <= position))
+        else {
+            return Err(fault(
+                "state position",
+                format!("from its start to {MAX_POSITION}"),
+                format!("{start} to {position}"),
+            ));
         };
         let whole = length::<T>(shape, storage);
         if bytes.len() as u128 != whole {
@@ -189,7 +210,11 @@ impl Header {
             // Without a token there is nothing in the sums.
             reader.sound &= next > start || !head.started && head.pending.len == 0;
         }
-        if reader.sound { Ok(state) } else { Err(fault("state", "made of finite numbers and counts in range", "others")) }
+        if reader.sound {
+            Ok(state)
+        } else {
+            Err(fault("state", "made of finite numbers and counts in range", "others"))
+        }
     }
 }
 
@@ -206,12 +231,16 @@ fn length<T: Real>(shape: Shape, storage: Storage) -> u128 {
         }
         None => stored += PENDING as u128 * (features + row),
     }
-    let head = 8 + 2 + 3 * features * size_of::<T>() as u128 + stored * storage.width::<T>() as u128 + flags;
+    let head = 8
+        + 2
+        + 3 * features * size_of::<T>() as u128
+        + stored * storage.width::<T>() as u128
+        + flags;
     HEADER as u128 + heads * head + CHECKSUM as u128
 }
 
-/// Moves the frame up to where no feature's weights sum up to more than one, which in `f64` may be e^200, so that the sums of values
-/// are no larger than the values.
+/// Moves the frame up to where no feature's weights sum up to more than one, which in `f64` may be
+/// e^200, so that the sums of values are no larger than the values.
 fn raise_frame<T: Real>(head: &mut HeadState<T>) {
     let raised = |(&c, &norm): (&T, &T)| if norm > T::ONE { c + norm.ln() } else { c };
     let candidate: Vec<T> = head.reference.iter().zip(&head.norm).map(raised).collect();
@@ -239,7 +268,8 @@ fn write<T: Real>(numbers: &[T], storage: Storage, out: &mut Vec<u8>) {
     let numbers = numbers.iter().map(|x| x.to_f64());
     let within = |x: f64, most: f64| x.clamp(-most, most);
     match (storage, size_of::<T>()) {
-        (Storage::Bf16, _) => numbers.for_each(|x| out.extend(bf16::from_f64(within(x, bf16::MAX.to_f64())).to_le_bytes())),
+        (Storage::Bf16, _) => numbers
+            .for_each(|x| out.extend(bf16::from_f64(within(x, bf16::MAX.to_f64())).to_le_bytes())),
         (Storage::Exact, 8) => numbers.for_each(|x| out.extend(x.to_le_bytes())),
         _ => numbers.for_each(|x| out.extend((within(x, f32::MAX.into()) as f32).to_le_bytes())),
     }
@@ -280,7 +310,8 @@ impl<'a> Reader<'a> {
 
 fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
     let position: Vec<u64> = elements(reader.take(8), u64::from_le_bytes);
-    head.reference_position = position.first().and_then(|&position| usize::try_from(position).ok()).unwrap_or(usize::MAX);
+    head.reference_position =
+        position.first().and_then(|&position| usize::try_from(position).ok()).unwrap_or(usize::MAX);
     let mut started = [false];
     reader.flags(&mut started);
     head.started = started[0];
@@ -290,7 +321,9 @@ fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
         reader.numbers(Storage::Exact, numbers);
     }
     let storage = reader.storage;
-    for numbers in [&mut head.sums, &mut head.sums_rest, &mut head.pending.weights, &mut head.pending.values] {
+    for numbers in
+        [&mut head.sums, &mut head.sums_rest, &mut head.pending.weights, &mut head.pending.values]
+    {
         reader.numbers(storage, numbers);
     }
     if let Some(ring) = &mut head.ring {

@@ -17,12 +17,14 @@ use crate::kernel::FeatureMap;
 use crate::real::Real;
 use crate::simd::{Ahead, Ops, Product, padded};
 
-/// What one sequence leaves behind for its next tokens: constant size, whatever the number of tokens.
+/// What one sequence leaves behind for its next tokens: constant size, whatever the number of
+/// tokens.
 ///
-/// Per key-value head: the sums S `[m, e]` of φ(k)·v, the normaliser z `[m]`, the reference exponent c `[m]` they are
-/// scaled by, and with a near part the last `back + 1` chunks of keys and values. Made by
-/// [`LinearAttention::new_state`](crate::attention::LinearAttention::new_state), and fed by its `prefill` and `step`;
-/// `clone` is a snapshot to roll back to or to continue several times.
+/// Per key-value head: the sums S `[m, e]` of φ(k)·v, the normaliser z `[m]`, the reference
+/// exponent c `[m]` they are scaled by, and with a near part the last `back + 1` chunks of keys and
+/// values. Made by [`LinearAttention::new_state`](crate::attention::LinearAttention::new_state),
+/// and fed by its `prefill` and `step`; `clone` is a snapshot to roll back to or to continue
+/// several times.
 #[derive(Debug, Clone, PartialEq)]
 pub struct CausalState<T> {
     pub(super) heads: Vec<HeadState<T>>,
@@ -51,7 +53,11 @@ impl<T: Real> CausalState<T> {
 
     pub(super) fn at(shape: Shape, position: usize) -> Result<Self> {
         if position > MAX_POSITION {
-            return Err(Error::TooLarge { argument: "position", limit: MAX_POSITION, got: position });
+            return Err(Error::TooLarge {
+                argument: "position",
+                limit: MAX_POSITION,
+                got: position,
+            });
         }
         Ok(Self { start: position, position, ..Self::new(shape) })
     }
@@ -62,7 +68,8 @@ impl<T: Real> CausalState<T> {
         self.start
     }
 
-    /// Position of the next token: with a [`start`](Self::start) of 0, the number of tokens seen so far, masked ones included.
+    /// Position of the next token: with a [`start`](Self::start) of 0, the number of tokens seen so
+    /// far, masked ones included.
     pub fn position(&self) -> usize {
         self.position
     }
@@ -72,7 +79,8 @@ impl<T: Real> CausalState<T> {
         self.heads.iter().map(|head| head.len() * size_of::<T>()).sum()
     }
 
-    /// Takes over another state of the same operator, without allocating: back to a snapshot, or on from one.
+    /// Takes over another state of the same operator, without allocating: back to a snapshot, or on
+    /// from one.
     ///
     /// # Errors
     /// [`Error::Foreign`] for a state of an operator of another shape; this one is unchanged then.
@@ -110,7 +118,9 @@ impl Shape {
             ("near back", near(self).1, near(got).1),
         ];
         match pairs.into_iter().find(|(_, expected, got)| expected != got) {
-            Some((what, expected, got)) => Err(Error::Foreign { argument: "state", what, expected, got }),
+            Some((what, expected, got)) => {
+                Err(Error::Foreign { argument: "state", what, expected, got })
+            }
             None => Ok(()),
         }
     }
@@ -118,18 +128,20 @@ impl Shape {
 
 /// The state of one key-value head.
 ///
-/// Key j at position p_j has weight exp(b_jf − λ(p_j − p₀) − c_f) in row f of the sums, where λ = log γ and the *frame*
-/// (c, p₀) is the reference exponent and the position it was taken at. A query at position p reads with
-/// exp(a_f + λ(p − p₀) + c_f). The frame only moves when a key exceeds it by more than [`ceiling`]: so decay costs
-/// nothing per token and accumulates no rounding, c_f is always attained by some past key up to that ceiling, and the
-/// normaliser cannot vanish.
+/// Key j at position p_j has weight exp(b_jf − λ(p_j − p₀) − c_f) in row f of the sums, where λ =
+/// log γ and the *frame* (c, p₀) is the reference exponent and the position it was taken at. A
+/// query at position p reads with exp(a_f + λ(p − p₀) + c_f). The frame only moves when a key
+/// exceeds it by more than [`ceiling`]: so decay costs nothing per token and accumulates no
+/// rounding, c_f is always attained by some past key up to that ceiling, and the normaliser cannot
+/// vanish.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct HeadState<T> {
     /// S `[m, e_padded]`.
     pub(super) sums: Vec<T>,
     /// z `[m]`.
     pub(super) norm: Vec<T>,
-    /// What rounding has kept out of S, and of z: sums over millions of keys would stand still without it.
+    /// What rounding has kept out of S, and of z: sums over millions of keys would stand still
+    /// without it.
     pub(super) sums_rest: Vec<T>,
     pub(super) norm_rest: Vec<T>,
     /// c `[m]`.
@@ -144,8 +156,9 @@ pub(super) struct HeadState<T> {
     pub(super) ring: Option<Ring<T>>,
 }
 
-/// The last few decoded keys without a near part. A token then reads the sums and writes a row here; writing all of the
-/// sums, with what rounding keeps out of them, waits until there are [`PENDING`] rows.
+/// The last few decoded keys without a near part. A token then reads the sums and writes a row
+/// here; writing all of the sums, with what rounding keeps out of them, waits until there are
+/// [`PENDING`] rows.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(super) struct Pending<T> {
     /// Weights in the state's frame, `[PENDING, m]`.
@@ -159,8 +172,8 @@ pub(super) struct Pending<T> {
 /// Rows of [`Pending`].
 pub(super) const PENDING: usize = 16;
 
-/// By how much a key's exponent may exceed the frame. e^20 in `f32` (e^200 in `f64`) leaves room for 10^12 keys and
-/// values of [`Real::LIMIT`] before anything overflows.
+/// By how much a key's exponent may exceed the frame. e^20 in `f32` (e^200 in `f64`) leaves room
+/// for 10^12 keys and values of [`Real::LIMIT`] before anything overflows.
 pub(super) fn ceiling<T: Real>() -> T {
     T::from_f64(if size_of::<T>() == 4 { 20.0 } else { 200.0 })
 }
@@ -169,8 +182,11 @@ impl<T: Real> HeadState<T> {
     pub(super) fn new(shape: Shape) -> Self {
         let Shape { dim, features, value_dim, near, .. } = shape;
         let pending = if near.is_some() { 0 } else { PENDING };
-        let pending =
-            Pending { weights: vec![T::zero(); pending * features], values: vec![T::zero(); pending * padded(value_dim)], len: 0 };
+        let pending = Pending {
+            weights: vec![T::zero(); pending * features],
+            values: vec![T::zero(); pending * padded(value_dim)],
+            len: 0,
+        };
         Self {
             sums: vec![T::zero(); features * padded(value_dim)],
             norm: vec![T::zero(); features],
@@ -245,7 +261,16 @@ impl<T: Real> HeadState<T> {
             for row in self.pending.weights.chunks_exact(m).take(len) {
                 self.norm_rest.iter_mut().zip(row).for_each(|(rest, &weight)| *rest += weight);
             }
-            let product = Product { m, n: stride, k: len, a_row: 1, a_col: m, b_row: stride, c_row: stride, accumulate: true };
+            let product = Product {
+                m,
+                n: stride,
+                k: len,
+                a_row: 1,
+                a_col: m,
+                b_row: stride,
+                c_row: stride,
+                accumulate: true,
+            };
             ops.matmul(product, &self.pending.weights, &self.pending.values, &mut self.sums_rest);
             self.fold(ops);
         }
@@ -258,11 +283,21 @@ impl<T: Real> HeadState<T> {
 
     /// λ(position − p₀).
     pub(super) fn decay(&self, log_decay: f64, position: usize) -> T {
-        if log_decay == 0.0 { T::zero() } else { T::from_f64(log_decay * (position - self.reference_position) as f64) }
+        if log_decay == 0.0 {
+            T::zero()
+        } else {
+            T::from_f64(log_decay * (position - self.reference_position) as f64)
+        }
     }
 
     /// Moves the frame to `position` and to at least the exponents `candidate`.
-    pub(super) fn rebase(&mut self, ops: &Ops<T>, log_decay: f64, position: usize, candidate: &[T]) {
+    pub(super) fn rebase(
+        &mut self,
+        ops: &Ops<T>,
+        log_decay: f64,
+        position: usize,
+        candidate: &[T],
+    ) {
         self.settle(ops);
         let decay = self.decay(log_decay, position);
         let stride = self.sums.len() / self.norm.len();
@@ -295,7 +330,10 @@ impl<T: Real> HeadState<T> {
         }
         let position = self.reference_position.max(other.reference_position);
         let decay = other.decay(log_decay, position);
-        candidate.iter_mut().zip(&other.reference).for_each(|(candidate, &c)| *candidate = c + decay);
+        candidate
+            .iter_mut()
+            .zip(&other.reference)
+            .for_each(|(candidate, &c)| *candidate = c + decay);
         self.rebase(ops, log_decay, position, candidate);
         let stride = self.sums.len() / self.norm.len();
         for (f, &candidate) in candidate.iter().enumerate() {
@@ -303,14 +341,25 @@ impl<T: Real> HeadState<T> {
             self.norm_rest[f] += factor * (other.norm[f] + other.norm_rest[f]);
             let row = f * stride..(f + 1) * stride;
             let sums = other.sums[row.clone()].iter().zip(&other.sums_rest[row.clone()]);
-            self.sums_rest[row].iter_mut().zip(sums).for_each(|(own, (&sum, &rest))| *own += factor * (sum + rest));
+            self.sums_rest[row]
+                .iter_mut()
+                .zip(sums)
+                .for_each(|(own, (&sum, &rest))| *own += factor * (sum + rest));
         }
         self.fold(ops);
     }
 
-    /// First token of a panel of log-features whose exponent leaves the frame; `exponents` holds −λ(p_j − p₀), or −∞
-    /// for masked tokens. In an unstarted state every valid token does. `top` and `negated` are scratch.
-    pub(super) fn first_above(&self, ops: &Ops<T>, b: &[T], exponents: &[T], top: &mut [T], negated: &mut [T]) -> Option<usize> {
+    /// First token of a panel of log-features whose exponent leaves the frame; `exponents` holds
+    /// −λ(p_j − p₀), or −∞ for masked tokens. In an unstarted state every valid token does. `top`
+    /// and `negated` are scratch.
+    pub(super) fn first_above(
+        &self,
+        ops: &Ops<T>,
+        b: &[T],
+        exponents: &[T],
+        top: &mut [T],
+        negated: &mut [T],
+    ) -> Option<usize> {
         if !self.started {
             return exponents.iter().position(|&exponent| exponent > T::NEG_INFINITY);
         }
@@ -321,14 +370,25 @@ impl<T: Real> HeadState<T> {
     }
 
     /// −λ(p_j − p₀) for the tokens at `position`.. of a panel, −∞ for masked ones and for padding.
-    pub(super) fn exponents(&self, log_decay: f64, position: usize, tokens: usize, valid: impl Fn(usize) -> bool, out: &mut [T]) {
+    pub(super) fn exponents(
+        &self,
+        log_decay: f64,
+        position: usize,
+        tokens: usize,
+        valid: impl Fn(usize) -> bool,
+        out: &mut [T],
+    ) {
         for (j, out) in out.iter_mut().enumerate() {
-            *out = if j < tokens && valid(j) { -self.decay(log_decay, position + j) } else { T::NEG_INFINITY };
+            *out = if j < tokens && valid(j) {
+                -self.decay(log_decay, position + j)
+            } else {
+                T::NEG_INFINITY
+            };
         }
     }
 
-    /// Adds weights (a panel of `tokens` exponentials, `[m, width]`, and their row sums) times values `[tokens, e_padded]` to
-    /// the sums.
+    /// Adds weights (a panel of `tokens` exponentials, `[m, width]`, and their row sums) times
+    /// values `[tokens, e_padded]` to the sums.
     pub(super) fn accumulate(
         &mut self,
         ops: &Ops<T>,
@@ -341,13 +401,22 @@ impl<T: Real> HeadState<T> {
     ) {
         let (m, stride) = (self.norm.len(), self.sums.len() / self.norm.len());
         self.norm_rest.iter_mut().zip(row_sums).for_each(|(rest, &sum)| *rest += sum);
-        let product = Product { m, n: stride, k: tokens, a_row: width, a_col: 1, b_row: stride, c_row: stride, accumulate: true };
+        let product = Product {
+            m,
+            n: stride,
+            k: tokens,
+            a_row: width,
+            a_col: 1,
+            b_row: stride,
+            c_row: stride,
+            accumulate: true,
+        };
         (ops.matmul_ahead)(product, weights, values, &mut self.sums_rest, ahead);
         self.fold(ops);
     }
 
-    /// Absorbs a block of keys that every later reader may see whole: scaled keys as the panel `scratch.y`, values as
-    /// the rows `values`; the first one is at `position`.
+    /// Absorbs a block of keys that every later reader may see whole: scaled keys as the panel
+    /// `scratch.y`, values as the rows `values`; the first one is at `position`.
     pub(super) fn absorb<M: FeatureMap<T>>(
         &mut self,
         head: &Head<'_, T, M>,
@@ -365,8 +434,11 @@ impl<T: Real> HeadState<T> {
         head.map.key_panel(width, &y[..head.dim * width], b, map);
         self.exponents(head.log_decay, position, tokens, |j| is_valid(valid, j), column);
         if self.first_above(head.ops, b, column, top, feature).is_some() {
-            // The new frame is taken at `position`: exponents relative to it, then their maximum for every feature.
-            for (j, exponent) in column.iter_mut().enumerate().filter(|(_, exponent)| **exponent > T::NEG_INFINITY) {
+            // The new frame is taken at `position`: exponents relative to it, then their maximum
+            // for every feature.
+            for (j, exponent) in
+                column.iter_mut().enumerate().filter(|(_, exponent)| **exponent > T::NEG_INFINITY)
+            {
                 *exponent = T::from_f64(-head.log_decay * j as f64);
             }
             (head.ops.row_max)(b, column, feature);
@@ -378,13 +450,14 @@ impl<T: Real> HeadState<T> {
         self.accumulate(head.ops, b, feature, width, tokens, values, ahead);
     }
 
-    /// The sums hold nothing: no key has joined them, as in the first block of a sequence, or none that counts in this frame.
+    /// The sums hold nothing: no key has joined them, as in the first block of a sequence, or none
+    /// that counts in this frame.
     pub(super) fn is_empty(&self) -> bool {
         self.norm.iter().all(|&norm| norm == T::ZERO)
     }
 
-    /// Reads the sums for a panel of query log-features: on return `o` holds wᵀS and `total` wᵀz for every token, where
-    /// w_f = exp(a_f + c_f + shift).
+    /// Reads the sums for a panel of query log-features: on return `o` holds wᵀS and `total` wᵀz
+    /// for every token, where w_f = exp(a_f + c_f + shift).
     pub(super) fn read(
         &self,
         ops: &Ops<T>,
@@ -403,7 +476,16 @@ impl<T: Real> HeadState<T> {
             return;
         }
         (ops.exp_dot)(a, &self.reference, shift, &self.norm, total);
-        let product = Product { m: tokens, n: stride, k: m, a_row: 1, a_col: width, b_row: stride, c_row: stride, accumulate: false };
+        let product = Product {
+            m: tokens,
+            n: stride,
+            k: m,
+            a_row: 1,
+            a_col: width,
+            b_row: stride,
+            c_row: stride,
+            accumulate: false,
+        };
         (ops.matmul_ahead)(product, a, &self.sums, o, ahead);
     }
 }

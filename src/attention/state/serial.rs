@@ -1,4 +1,5 @@
-//! States through serde: the bytes of [`CausalState::to_bytes`], read back with every check of them.
+//! States through serde: the bytes of [`CausalState::to_bytes`], read back with every check of
+//! them.
 
 use std::fmt::{Formatter, Result as FmtResult};
 use std::marker::PhantomData;
@@ -9,7 +10,8 @@ use serde::ser::{Serialize, Serializer};
 use super::{CausalState, Storage};
 use crate::real::Real;
 
-/// As the bytes of [`CausalState::to_bytes`] in [`Storage::Exact`]. Serialise those of another storage yourself for less.
+/// As the bytes of [`CausalState::to_bytes`] in [`Storage::Exact`]. Serialise those of another
+/// storage yourself for less.
 impl<T: Real> Serialize for CausalState<T> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_bytes(&self.to_bytes(Storage::Exact))

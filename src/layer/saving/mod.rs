@@ -7,8 +7,9 @@
 //!                self_attn.dijiang.{h}.{log_weight,log_mix,log_decay}, and .signs or .{deep,dense}.{query,key}
 //! ```
 //!
-//! Several layers are told apart by `model.layers.{l}.` before each name, as in Hugging Face files of the LLaMA family. Config and
-//! choices are metadata under the same names (`self_attn.dijiang.scale`, `self_attn.dijiang.0.pairing`).
+//! Several layers are told apart by `model.layers.{l}.` before each name, as in Hugging Face files
+//! of the LLaMA family. Config and choices are metadata under the same names
+//! (`self_attn.dijiang.scale`, `self_attn.dijiang.0.pairing`).
 
 mod read;
 mod write;
@@ -39,14 +40,16 @@ fn place(l: usize) -> String {
 impl<T: Real> DijiangAttention<T> {
     /// The whole layer as a safetensors file: weights, config, maps, decays and near part.
     ///
-    /// Names are those of Hugging Face LLaMA files without their `model.layers.{l}.` (`self_attn.q_proj.weight`), and
-    /// `self_attn.dijiang.*` for everything else. The same layer gives the same bytes.
+    /// Names are those of Hugging Face LLaMA files without their `model.layers.{l}.`
+    /// (`self_attn.q_proj.weight`), and `self_attn.dijiang.*` for everything else. The same layer
+    /// gives the same bytes.
     ///
     /// # Cost
     /// One allocation of the file's size: the weights, and a few numbers per feature in f64.
     ///
     /// # Errors
-    /// [`Error::TooLarge`] for more heads than a safetensors header can list, some tens of thousands.
+    /// [`Error::TooLarge`] for more heads than a safetensors header can list, some tens of
+    /// thousands.
     ///
     /// # Examples
     /// ```
@@ -78,21 +81,22 @@ impl<T: Real> DijiangAttention<T> {
         writer.finish()
     }
 
-    /// The layer that [`to_safetensors`](Self::to_safetensors) wrote: it gives the same bits. Other tensors and metadata in the
-    /// file are ignored.
+    /// The layer that [`to_safetensors`](Self::to_safetensors) wrote: it gives the same bits. Other
+    /// tensors and metadata in the file are ignored.
     ///
     /// # Cost
-    /// One copy of the weights, and what building the maps costs. No size in the file takes memory before a tensor of that size
-    /// has been found in it.
+    /// One copy of the weights, and what building the maps costs. No size in the file takes memory
+    /// before a tensor of that size has been found in it.
     ///
     /// # Errors
-    /// [`Error::Format`], naming what is missing, damaged, of another shape or type (weights are never converted), out of its
-    /// domain, or of another version.
+    /// [`Error::Format`], naming what is missing, damaged, of another shape or type (weights are
+    /// never converted), out of its domain, or of another version.
     pub fn from_safetensors(bytes: &[u8]) -> Result<Self> {
         File::open(bytes)?.layer(ALONE)
     }
 
-    /// What calibration made, without the weights: maps, decays and near part. A small file to go with the model's own.
+    /// What calibration made, without the weights: maps, decays and near part. A small file to go
+    /// with the model's own.
     ///
     /// # Cost
     /// Some numbers per feature, in f64.
@@ -105,32 +109,37 @@ impl<T: Real> DijiangAttention<T> {
         writer.finish()
     }
 
-    /// Takes over maps, decays and near part that [`save_maps`](Self::save_maps) wrote, whatever they were here: with the same
-    /// weights, the layer then gives the same bits as the saved one. States made before belong to another layer then.
+    /// Takes over maps, decays and near part that [`save_maps`](Self::save_maps) wrote, whatever
+    /// they were here: with the same weights, the layer then gives the same bits as the saved one.
+    /// States made before belong to another layer then.
     ///
-    /// Files are not bound to an element type: maps of an `f64` layer fit an `f32` one. The configs are compared;
-    /// other weights of the same config are not noticed.
+    /// Files are not bound to an element type: maps of an `f64` layer fit an `f32` one. The configs
+    /// are compared; other weights of the same config are not noticed.
     ///
     /// # Cost
     /// What building the maps costs. The weights are neither copied nor looked at.
     ///
     /// # Errors
-    /// [`Error::Format`] as [`from_safetensors`](Self::from_safetensors), and for a layer of another config. After an error the
-    /// layer is unchanged.
+    /// [`Error::Format`] as [`from_safetensors`](Self::from_safetensors), and for a layer of
+    /// another config. After an error the layer is unchanged.
     pub fn load_maps(&mut self, bytes: &[u8]) -> Result<()> {
         *self = File::open(bytes)?.maps(ALONE, self)?;
         Ok(())
     }
 }
 
-/// The layers of a model in one safetensors file, each as [`DijiangAttention::to_safetensors`] writes it, under `model.layers.{l}.`.
+/// The layers of a model in one safetensors file, each as [`DijiangAttention::to_safetensors`]
+/// writes it, under `model.layers.{l}.`.
 ///
 /// # Cost
 /// One allocation of the file's size.
 ///
 /// # Errors
-/// [`Error::Empty`] without layers, [`Error::TooLarge`] for more heads than a safetensors header can list.
-pub fn save_layers<'a, T: Real>(layers: impl IntoIterator<Item = &'a DijiangAttention<T>>) -> Result<Vec<u8>> {
+/// [`Error::Empty`] without layers, [`Error::TooLarge`] for more heads than a safetensors header
+/// can list.
+pub fn save_layers<'a, T: Real>(
+    layers: impl IntoIterator<Item = &'a DijiangAttention<T>>,
+) -> Result<Vec<u8>> {
     save(layers, |writer, place, layer| {
         writer.maps(place, layer);
         writer.weights(place, layer);
@@ -149,7 +158,8 @@ pub fn load_layers<T: Real>(bytes: &[u8]) -> Result<Vec<DijiangAttention<T>>> {
     (0..file.layers()?).map(|l| file.layer(&place(l))).collect()
 }
 
-/// The maps of a model in one safetensors file, each as [`DijiangAttention::save_maps`] writes them, under `model.layers.{l}.`.
+/// The maps of a model in one safetensors file, each as [`DijiangAttention::save_maps`] writes
+/// them, under `model.layers.{l}.`.
 ///
 /// # Errors
 /// As [`save_layers`].
@@ -169,22 +179,33 @@ pub fn load_layers<T: Real>(bytes: &[u8]) -> Result<Vec<DijiangAttention<T>>> {
 /// assert_eq!(model[1].maps()[0].params(), layer(2)?.maps()[0].params());
 /// # Ok::<(), dijiang::Error>(())
 /// ```
-pub fn save_maps<'a, T: Real>(layers: impl IntoIterator<Item = &'a DijiangAttention<T>>) -> Result<Vec<u8>> {
+pub fn save_maps<'a, T: Real>(
+    layers: impl IntoIterator<Item = &'a DijiangAttention<T>>,
+) -> Result<Vec<u8>> {
     save(layers, |writer, place, layer| writer.maps(place, layer))
 }
 
-/// Takes over the maps that [`save_maps`] or [`save_layers`] wrote, as [`DijiangAttention::load_maps`] does.
+/// Takes over the maps that [`save_maps`] or [`save_layers`] wrote, as
+/// [`DijiangAttention::load_maps`] does.
 ///
 /// # Errors
-/// As [`DijiangAttention::load_maps`], and for another number of layers. After an error every layer is unchanged.
-pub fn load_maps<'a, T: Real>(layers: impl IntoIterator<Item = &'a mut DijiangAttention<T>>, bytes: &[u8]) -> Result<()> {
+/// As [`DijiangAttention::load_maps`], and for another number of layers. After an error every layer
+/// is unchanged.
+pub fn load_maps<'a, T: Real>(
+    layers: impl IntoIterator<Item = &'a mut DijiangAttention<T>>,
+    bytes: &[u8],
+) -> Result<()> {
     let file = File::open(bytes)?;
     let layers: Vec<_> = layers.into_iter().collect();
     let saved = file.layers()?;
     if saved != layers.len() {
         return Err(fault("dijiang.layers", layers.len(), saved));
     }
-    let loaded: Vec<_> = layers.iter().enumerate().map(|(l, layer)| file.maps(&place(l), layer)).collect::<Result<_>>()?;
+    let loaded: Vec<_> = layers
+        .iter()
+        .enumerate()
+        .map(|(l, layer)| file.maps(&place(l), layer))
+        .collect::<Result<_>>()?;
     for (layer, loaded) in layers.into_iter().zip(loaded) {
         *layer = loaded;
     }
@@ -236,8 +257,13 @@ words! {
     Sides: Untied "untied", Tied "tied";
 }
 
-/// The config as metadata, names without their place. Floats in the shortest form that is read back as the same number.
-fn config_notes(config: &AttentionConfig, head_dim: usize, scale: f64) -> Vec<(&'static str, String)> {
+/// The config as metadata, names without their place. Floats in the shortest form that is read back
+/// as the same number.
+fn config_notes(
+    config: &AttentionConfig,
+    head_dim: usize,
+    scale: f64,
+) -> Vec<(&'static str, String)> {
     let mut notes = vec![
         ("model_dim", config.model_dim.to_string()),
         ("heads", config.heads.to_string()),
@@ -259,15 +285,20 @@ fn config_notes(config: &AttentionConfig, head_dim: usize, scale: f64) -> Vec<(&
     match rotary.scaling {
         RotaryScaling::None => notes.push(("rotary.scaling", "none".to_owned())),
         RotaryScaling::Linear { factor } => {
-            notes.extend([("rotary.scaling", "linear".to_owned()), ("rotary.factor", format!("{factor:?}"))]);
+            notes.extend([
+                ("rotary.scaling", "linear".to_owned()),
+                ("rotary.factor", format!("{factor:?}")),
+            ]);
         }
-        RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => notes.extend([
-            ("rotary.scaling", "llama3".to_owned()),
-            ("rotary.factor", format!("{factor:?}")),
-            ("rotary.low_freq_factor", format!("{low_freq_factor:?}")),
-            ("rotary.high_freq_factor", format!("{high_freq_factor:?}")),
-            ("rotary.original_context", original_context.to_string()),
-        ]),
+        RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+            notes.extend([
+                ("rotary.scaling", "llama3".to_owned()),
+                ("rotary.factor", format!("{factor:?}")),
+                ("rotary.low_freq_factor", format!("{low_freq_factor:?}")),
+                ("rotary.high_freq_factor", format!("{high_freq_factor:?}")),
+                ("rotary.original_context", original_context.to_string()),
+            ])
+        }
     }
     notes
 }

@@ -18,7 +18,8 @@ use crate::layer::rotary::{Rotary, RotaryScaling};
 use crate::layer::weights::AttentionWeights;
 use crate::real::Real;
 
-/// A file whose header is sound. Every count in it that leads to memory being taken is first compared with a tensor's shape.
+/// A file whose header is sound. Every count in it that leads to memory being taken is first
+/// compared with a tensor's shape.
 pub(super) struct File<'a> {
     metadata: Metadata,
     data: &'a [u8],
@@ -87,7 +88,10 @@ impl<'a> File<'a> {
             return Err(fault(name, expected(), described(info.dtype, &info.shape)));
         }
         let (start, end) = info.data_offsets;
-        let bytes = self.data.get(start..end).ok_or_else(|| fault(name, expected(), "an end of the file"))?;
+        let bytes = self
+            .data
+            .get(start..end)
+            .ok_or_else(|| fault(name, expected(), "an end of the file"))?;
         let numbers: Vec<E> = match dtype::<E>() {
             Dtype::F64 => elements(bytes, |bytes| E::from_f64(f64::from_le_bytes(bytes))),
             _ => elements(bytes, |bytes| E::from_f64(f64::from(f32::from_le_bytes(bytes)))),
@@ -108,16 +112,25 @@ impl<'a> File<'a> {
 
     pub(super) fn layer<T: Real>(&self, place: &str) -> Result<DijiangAttention<T>> {
         let config = self.config(&format!("{place}dijiang."))?;
-        config.check().map_err(|error| fault_at(&format!("{place}dijiang"), "a config of a layer", error))?;
+        config
+            .check()
+            .map_err(|error| fault_at(&format!("{place}dijiang"), "a config of a layer", error))?;
         let weights = Arc::new(self.weights(place, &config)?);
-        let projections = Projections::new(config, weights).map_err(|error| fault_at(place, "a layer", error))?;
+        let projections =
+            Projections::new(config, weights).map_err(|error| fault_at(place, "a layer", error))?;
         self.heads(place, projections)
     }
 
     /// `layer` with other maps, decays and near part.
-    pub(super) fn maps<T: Real>(&self, place: &str, layer: &DijiangAttention<T>) -> Result<DijiangAttention<T>> {
+    pub(super) fn maps<T: Real>(
+        &self,
+        place: &str,
+        layer: &DijiangAttention<T>,
+    ) -> Result<DijiangAttention<T>> {
         let projections = layer.projections();
-        for (name, value) in config_notes(projections.config(), projections.head_dim(), projections.scale()) {
+        for (name, value) in
+            config_notes(projections.config(), projections.head_dim(), projections.scale())
+        {
             let name = format!("{place}dijiang.{name}");
             let got = self.note(&name)?;
             if got != value {
@@ -129,11 +142,12 @@ impl<'a> File<'a> {
 
     fn config(&self, place: &str) -> Result<AttentionConfig> {
         let name = |name: &str| format!("{place}{name}");
-        let config = AttentionConfig::new(self.count(&name("model_dim"))?, self.count(&name("heads"))?)
-            .with_kv_heads(self.count(&name("kv_heads"))?)
-            .with_head_dim(self.count(&name("head_dim"))?)
-            .with_scale(self.float(&name("scale"))?)
-            .with_causality(self.choice(&name("causality"))?);
+        let config =
+            AttentionConfig::new(self.count(&name("model_dim"))?, self.count(&name("heads"))?)
+                .with_kv_heads(self.count(&name("kv_heads"))?)
+                .with_head_dim(self.count(&name("head_dim"))?)
+                .with_scale(self.float(&name("scale"))?)
+                .with_causality(self.choice(&name("causality"))?);
         if self.note(&name("rotary"))? == "none" {
             return Ok(config);
         }
@@ -151,18 +165,26 @@ impl<'a> File<'a> {
                 high_freq_factor: factor("rotary.high_freq_factor")?,
                 original_context: self.count(&name("rotary.original_context"))?,
             },
-            other => return Err(fault(name("rotary.scaling"), "none, linear or llama3", quoted(other))),
+            other => {
+                return Err(fault(name("rotary.scaling"), "none, linear or llama3", quoted(other)));
+            }
         };
         let (base, pairing) = (factor("rotary.base")?, self.choice(&name("rotary"))?);
         Ok(config.with_rotary(Rotary { base, dims, pairing, scaling }))
     }
 
     /// `config` has been checked.
-    fn weights<T: Real>(&self, place: &str, config: &AttentionConfig) -> Result<AttentionWeights<T>> {
+    fn weights<T: Real>(
+        &self,
+        place: &str,
+        config: &AttentionConfig,
+    ) -> Result<AttentionWeights<T>> {
         let matrix = |which: char| {
-            let (name, shape) = (format!("{place}{which}_proj.weight"), weights_shape(config, which));
+            let (name, shape) =
+                (format!("{place}{which}_proj.weight"), weights_shape(config, which));
             let numbers = self.tensor(&name, &shape, T::LIMIT)?;
-            Array2::from_shape_vec((shape[0], shape[1]), numbers).map_err(|error| fault(name, "a matrix", error))
+            Array2::from_shape_vec((shape[0], shape[1]), numbers)
+                .map_err(|error| fault(name, "a matrix", error))
         };
         let weights = AttentionWeights::new(matrix('q')?, matrix('k')?, matrix('v')?, matrix('o')?);
         let note = format!("{place}dijiang.biases");
@@ -171,17 +193,35 @@ impl<'a> File<'a> {
             return Err(fault(note, "some of the letters qkvo", quoted(biases)));
         }
         let bias = |which: char| {
-            let bias = || self.tensor(&format!("{place}{which}_proj.bias"), &weights_shape(config, which)[..1], T::LIMIT);
+            let bias = || {
+                self.tensor(
+                    &format!("{place}{which}_proj.bias"),
+                    &weights_shape(config, which)[..1],
+                    T::LIMIT,
+                )
+            };
             biases.contains(which).then(bias).transpose().map(|bias| bias.map(Array1::from))
         };
-        Ok(AttentionWeights { q_bias: bias('q')?, k_bias: bias('k')?, v_bias: bias('v')?, o_bias: bias('o')?, ..weights })
+        Ok(AttentionWeights {
+            q_bias: bias('q')?,
+            k_bias: bias('k')?,
+            v_bias: bias('v')?,
+            o_bias: bias('o')?,
+            ..weights
+        })
     }
 
-    fn heads<T: Real>(&self, place: &str, projections: Projections<T>) -> Result<DijiangAttention<T>> {
+    fn heads<T: Real>(
+        &self,
+        place: &str,
+        projections: Projections<T>,
+    ) -> Result<DijiangAttention<T>> {
         let name = |name: &str| format!("{place}dijiang.{name}");
         let near = match self.note(&name("near"))? {
             "none" => None,
-            "chunks" => Some(Near::new(self.count(&name("near.chunk"))?, self.count(&name("near.back"))?)),
+            "chunks" => {
+                Some(Near::new(self.count(&name("near.chunk"))?, self.count(&name("near.back"))?))
+            }
             other => return Err(fault(name("near"), "none or chunks", quoted(other))),
         };
         let dim = projections.head_dim();
@@ -189,36 +229,60 @@ impl<'a> File<'a> {
             let place = name(&format!("{h}."));
             let log_decay = self.scalar(&format!("{place}log_decay"), f64::MAX)?;
             let map = DctMap::from_params(self.params::<T>(&place, dim)?);
-            Ok((map.map_err(|error| fault_at(&place, "the parameters of a map", error))?, log_decay))
+            Ok((
+                map.map_err(|error| fault_at(&place, "the parameters of a map", error))?,
+                log_decay,
+            ))
         };
-        let (maps, log_decay) = (0..projections.config().kv_heads).map(head).collect::<Result<Vec<_>>>()?.into_iter().unzip();
+        let (maps, log_decay) = (0..projections.config().kv_heads)
+            .map(head)
+            .collect::<Result<Vec<_>>>()?
+            .into_iter()
+            .unzip();
         let layer = DijiangAttention::from_parts(projections, maps, near, log_decay);
         layer.map_err(|error| fault_at(&name(""), "maps, decays and near part of one layer", error))
     }
 
-    /// The parameters of one head; their lengths agree, the rest is for [`DctMap::from_params`] to check.
+    /// The parameters of one head; their lengths agree, the rest is for [`DctMap::from_params`] to
+    /// check.
     fn params<T: Real>(&self, place: &str, dim: usize) -> Result<DctParams> {
         let name = |name: &str| format!("{place}{name}");
         let numbers = |what: &str, shape: &[usize]| self.tensor(&name(what), shape, T::LIMIT);
         let radii = name("query.radii");
         let expected = || "F64 of one axis".to_owned();
         let info = self.info(&radii, expected)?;
-        let [rows] = info.shape[..] else { return Err(fault(radii, expected(), format!("{:?}", info.shape))) };
+        let [rows] = info.shape[..] else {
+            return Err(fault(radii, expected(), format!("{:?}", info.shape)));
+        };
         let (projection, scales) = match self.note(&name("projection"))? {
             "dct" => (Projection::Dct, rows),
-            "mixed" => (Projection::Mixed { signs: numbers("signs", &[rows / dim, 3, dim])? }, rows),
+            "mixed" => {
+                (Projection::Mixed { signs: numbers("signs", &[rows / dim, 3, dim])? }, rows)
+            }
             "deep" => {
                 let shape = [rows / dim, 2, dim];
-                (Projection::Deep { query: numbers("deep.query", &shape)?, key: numbers("deep.key", &shape)? }, rows)
+                (
+                    Projection::Deep {
+                        query: numbers("deep.query", &shape)?,
+                        key: numbers("deep.key", &shape)?,
+                    },
+                    rows,
+                )
             }
             "dense" => {
-                let (query, key) = (numbers("dense.query", &[rows, dim])?, numbers("dense.key", &[rows, dim])?);
+                let (query, key) =
+                    (numbers("dense.query", &[rows, dim])?, numbers("dense.key", &[rows, dim])?);
                 (Projection::Dense { query, key }, dim)
             }
-            other => return Err(fault(name("projection"), "dct, mixed, deep or dense", quoted(other))),
+            other => {
+                return Err(fault(name("projection"), "dct, mixed, deep or dense", quoted(other)));
+            }
         };
         let side = |side: &str| {
-            let (center, scale) = (numbers(&format!("{side}.center"), &[dim])?, numbers(&format!("{side}.scale"), &[scales])?);
+            let (center, scale) = (
+                numbers(&format!("{side}.center"), &[dim])?,
+                numbers(&format!("{side}.scale"), &[scales])?,
+            );
             Ok(SideParams { center, scale, radii: numbers(&format!("{side}.radii"), &[rows])? })
         };
         let pairing = self.choice(&name("pairing"))?;

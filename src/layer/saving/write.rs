@@ -13,8 +13,8 @@ use crate::layer::Attention;
 use crate::layer::dijiang::DijiangAttention;
 use crate::real::Real;
 
-/// A file being put together: metadata and tensors in the order they are written. The `safetensors` crate would write the
-/// metadata in another order each time.
+/// A file being put together: metadata and tensors in the order they are written. The `safetensors`
+/// crate would write the metadata in another order each time.
 pub(super) struct Writer<'a, T> {
     notes: Vec<(String, String)>,
     tensors: Vec<(String, Vec<usize>, Numbers<'a, T>)>,
@@ -42,9 +42,15 @@ impl<T: Real> Numbers<'_, T> {
 
     fn write(&self, out: &mut Vec<u8>) {
         match self {
-            Numbers::Params(numbers) => out.extend(numbers.iter().flat_map(|number| number.to_le_bytes())),
-            Numbers::Weights(numbers) if dtype::<T>() == Dtype::F64 => out.extend(numbers.iter().flat_map(|w| w.to_f64().to_le_bytes())),
-            Numbers::Weights(numbers) => out.extend(numbers.iter().flat_map(|w| (w.to_f64() as f32).to_le_bytes())), // exact
+            Numbers::Params(numbers) => {
+                out.extend(numbers.iter().flat_map(|number| number.to_le_bytes()))
+            }
+            Numbers::Weights(numbers) if dtype::<T>() == Dtype::F64 => {
+                out.extend(numbers.iter().flat_map(|w| w.to_f64().to_le_bytes()))
+            }
+            Numbers::Weights(numbers) => {
+                out.extend(numbers.iter().flat_map(|w| (w.to_f64() as f32).to_le_bytes()))
+            } // exact
         }
     }
 }
@@ -67,10 +73,15 @@ impl<'a, T: Real> Writer<'a, T> {
     /// Everything but the weights.
     pub(super) fn maps(&mut self, place: &str, layer: &'a DijiangAttention<T>) {
         let projections = layer.projections();
-        for (name, value) in config_notes(projections.config(), projections.head_dim(), projections.scale()) {
+        for (name, value) in
+            config_notes(projections.config(), projections.head_dim(), projections.scale())
+        {
             self.note(format!("{place}dijiang.{name}"), value);
         }
-        self.note(format!("{place}dijiang.near"), if layer.near().is_some() { "chunks" } else { "none" });
+        self.note(
+            format!("{place}dijiang.near"),
+            if layer.near().is_some() { "chunks" } else { "none" },
+        );
         if let Some(near) = layer.near() {
             self.note(format!("{place}dijiang.near.chunk"), near.chunk);
             self.note(format!("{place}dijiang.near.back"), near.back);
@@ -106,7 +117,9 @@ impl<'a, T: Real> Writer<'a, T> {
         self.note(format!("{place}pairing"), params.pairing.word());
         self.note(format!("{place}sides"), params.sides.word());
         for (name, side) in [("query", &params.query), ("key", &params.key)] {
-            for (what, numbers) in [("center", &side.center), ("scale", &side.scale), ("radii", &side.radii)] {
+            for (what, numbers) in
+                [("center", &side.center), ("scale", &side.scale), ("radii", &side.radii)]
+            {
                 self.params(format!("{place}{name}.{what}"), &[numbers.len()], numbers);
             }
         }
@@ -124,7 +137,11 @@ impl<'a, T: Real> Writer<'a, T> {
             ('o', &weights.o, &weights.o_bias),
         ] {
             let matrix = Numbers::Weights(matrix.view().into_dyn());
-            self.tensors.push((format!("{place}{name}_proj.weight"), weights_shape(layer.config(), name), matrix));
+            self.tensors.push((
+                format!("{place}{name}_proj.weight"),
+                weights_shape(layer.config(), name),
+                matrix,
+            ));
             if let Some(bias) = bias {
                 let numbers = Numbers::Weights(bias.view().into_dyn());
                 self.tensors.push((format!("{place}{name}_proj.bias"), vec![bias.len()], numbers));
@@ -137,18 +154,26 @@ impl<'a, T: Real> Writer<'a, T> {
     /// The bytes. Wide numbers lie first, so that every tensor is aligned.
     pub(super) fn finish(mut self) -> Result<Vec<u8>> {
         self.tensors.sort_by_key(|(_, _, numbers)| numbers.dtype() != Dtype::F64);
-        let notes: Vec<_> = self.notes.iter().map(|(name, value)| format!(r#""{name}":"{value}""#)).collect();
+        let notes: Vec<_> =
+            self.notes.iter().map(|(name, value)| format!(r#""{name}":"{value}""#)).collect();
         let mut header = format!(r#"{{"__metadata__":{{{}}}"#, notes.join(","));
         let mut end = 0;
         for (name, shape, numbers) in &self.tensors {
             let start = end;
             end += numbers.bytes();
-            header += &format!(r#","{name}":{{"dtype":"{:?}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#, numbers.dtype());
+            header += &format!(
+                r#","{name}":{{"dtype":"{:?}","shape":{shape:?},"data_offsets":[{start},{end}]}}"#,
+                numbers.dtype()
+            );
         }
         header.push('}');
         let len = header.len().next_multiple_of(8);
         if len > MAX_HEADER {
-            return Err(Error::TooLarge { argument: "bytes of header", limit: MAX_HEADER, got: len });
+            return Err(Error::TooLarge {
+                argument: "bytes of header",
+                limit: MAX_HEADER,
+                got: len,
+            });
         }
         let mut bytes = Vec::with_capacity(8 + len + end);
         bytes.extend((len as u64).to_le_bytes());

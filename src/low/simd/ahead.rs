@@ -10,15 +10,17 @@ use super::lane::Simd;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
-/// Cache lines asked for at a time: more of them at once would wait for each other, and everything else for them.
+/// Cache lines asked for at a time: more of them at once would wait for each other, and everything
+/// else for them.
 const LINES: usize = 16;
 
 /// Most arrays whose rows are fetched.
 const RUNS: usize = 8;
 
-/// Rows that the next block of work will touch. The matrix products of this block ask for them between their tiles, some at
-/// a time, so that memory is read while the arithmetic goes on. Without this, long sequences wait for memory for a sixth of
-/// their time (8192 tokens, 8 heads of 64 in f32, measured 2026-11 on one core of an AMD EPYC of the fifth generation).
+/// Rows that the next block of work will touch. The matrix products of this block ask for them
+/// between their tiles, some at a time, so that memory is read while the arithmetic goes on.
+/// Without this, long sequences wait for memory for a sixth of their time (8192 tokens, 8 heads of
+/// 64 in f32, measured 2026-11 on one core of an AMD EPYC of the fifth generation).
 pub(crate) struct Ahead<T> {
     runs: [Run; RUNS],
     /// Runs in use.
@@ -47,16 +49,23 @@ struct Run {
 }
 
 impl<T> Ahead<T> {
-    /// Fetches rows of these arrays, those needed first coming first; of the first few, if there are very many.
+    /// Fetches rows of these arrays, those needed first coming first; of the first few, if there
+    /// are very many.
     pub(crate) fn of<'a>(arrays: impl IntoIterator<Item = ArrayView2<'a, T>>) -> Self
     where
         T: 'a,
     {
-        let mut ahead = Self { runs: [Run::default(); RUNS], len: 0, at: 0, end: 0, element: PhantomData };
+        let mut ahead =
+            Self { runs: [Run::default(); RUNS], len: 0, at: 0, end: 0, element: PhantomData };
         for (run, array) in ahead.runs.iter_mut().zip(arrays) {
-            let lines = if array.strides()[1] == 1 { (array.ncols() * size_of::<T>()).div_ceil(LINE) } else { 0 };
+            let lines = if array.strides()[1] == 1 {
+                (array.ncols() * size_of::<T>()).div_ceil(LINE)
+            } else {
+                0
+            };
             let stride = array.strides()[0] * size_of::<T>() as isize;
-            let (first, rows, at_once) = (array.as_ptr().addr(), array.nrows(), LINES.div_ceil(lines.max(1)));
+            let (first, rows, at_once) =
+                (array.as_ptr().addr(), array.nrows(), LINES.div_ceil(lines.max(1)));
             *run = Run { first, stride, rows, lines, at_once, next: 0, left: 0 };
             ahead.len += 1;
         }

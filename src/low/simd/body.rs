@@ -1,8 +1,9 @@
-//! The vector loops, once, for every instruction set. Safe functions on slices; lengths are checked at the top.
+//! The vector loops, once, for every instruction set. Safe functions on slices; lengths are checked
+//! at the top.
 //!
-//! A *panel* is `[rows, width]`, row-major without gaps, column = token, `width` a multiple of [`LANES`].
-//! Every column is computed from that column alone and in the same order whatever the width, so that a token's result
-//! never depends on its neighbours, not by one bit.
+//! A *panel* is `[rows, width]`, row-major without gaps, column = token, `width` a multiple of
+//! [`LANES`]. Every column is computed from that column alone and in the same order whatever the
+//! width, so that a token's result never depends on its neighbours, not by one bit.
 
 use super::ahead::Ahead;
 pub(super) use super::dct::{transform as dct, transposed as dct_transposed};
@@ -31,19 +32,38 @@ pub(crate) struct Product {
     pub(crate) accumulate: bool,
 }
 
-/// C (+)= A·B for operands that stay in the cache: no packing, no allocation. Every element of C is one chain of
-/// multiply-adds in the order of k. Between tiles it asks for some of the cache lines `ahead`.
+/// C (+)= A·B for operands that stay in the cache: no packing, no allocation. Every element of C is
+/// one chain of multiply-adds in the order of k. Between tiles it asks for some of the cache lines
+/// `ahead`.
 #[inline(always)]
-pub(super) fn matmul_ahead<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T], c: &mut [S::T], mut ahead: Option<&mut Ahead<S::T>>) {
+pub(super) fn matmul_ahead<S: Simd>(
+    simd: S,
+    p: Product,
+    a: &[S::T],
+    b: &[S::T],
+    c: &mut [S::T],
+    mut ahead: Option<&mut Ahead<S::T>>,
+) {
     if p.m == 0 || p.n == 0 {
         return;
     }
-    assert!(p.n.is_multiple_of(LANES) && c.len() >= (p.m - 1) * p.c_row + p.n, "C holds [{}, {}]", p.m, p.n);
-    assert!(p.k == 0 || (a.len() > (p.m - 1) * p.a_row + (p.k - 1) * p.a_col && b.len() >= (p.k - 1) * p.b_row + p.n), "A and B");
+    assert!(
+        p.n.is_multiple_of(LANES) && c.len() >= (p.m - 1) * p.c_row + p.n,
+        "C holds [{}, {}]",
+        p.m,
+        p.n
+    );
+    assert!(
+        p.k == 0
+            || (a.len() > (p.m - 1) * p.a_row + (p.k - 1) * p.a_col
+                && b.len() >= (p.k - 1) * p.b_row + p.n),
+        "A and B"
+    );
     let vectors = p.n / S::N;
     let mut column = 0;
     while column < vectors {
-        // Few rows leave registers free for more columns, and need them to hide the latency of the additions.
+        // Few rows leave registers free for more columns, and need them to hide the latency of the
+        // additions.
         let width = match (vectors - column, p.m) {
             (1, _) => 1,
             (8.., 1) => 8,
@@ -52,10 +72,11 @@ pub(super) fn matmul_ahead<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T],
         };
         let mut row = 0;
         while row < p.m {
-            // The largest power of two that fits: few tiles to compile, and a chain per element is the same in each.
+            // The largest power of two that fits: few tiles to compile, and a chain per element is
+            // the same in each.
             let height = 1 << (p.m - row).min(S::REGISTERS / 4).ilog2();
-            // SAFETY: the tile [row..row + height, column·N..(column + width)·N] lies inside C, and with it the rows of
-            // A and the columns of B, whose lengths were checked above.
+            // SAFETY: the tile [row..row + height, column·N..(column + width)·N] lies inside C, and
+            // with it the rows of A and the columns of B, whose lengths were checked above.
             unsafe {
                 let a = a.as_ptr().wrapping_add(row * p.a_row);
                 let b = b.as_ptr().wrapping_add(column * S::N);
@@ -81,7 +102,14 @@ pub(super) fn matmul_ahead<S: Simd>(simd: S, p: Product, a: &[S::T], b: &[S::T],
 /// # Safety
 /// As [`tile`], with `height` rows; a power of two.
 #[inline(always)]
-unsafe fn rows<S: Simd, const C: usize>(simd: S, height: usize, p: Product, a: *const S::T, b: *const S::T, c: *mut S::T) {
+unsafe fn rows<S: Simd, const C: usize>(
+    simd: S,
+    height: usize,
+    p: Product,
+    a: *const S::T,
+    b: *const S::T,
+    c: *mut S::T,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         match height {
@@ -97,9 +125,16 @@ unsafe fn rows<S: Simd, const C: usize>(simd: S, height: usize, p: Product, a: *
 /// R rows by C registers of the product, held in registers.
 ///
 /// # Safety
-/// `a` is valid at r·a_row + k·a_col, `b` for C·N elements at k·b_row, `c` for C·N elements at r·c_row.
+/// `a` is valid at r·a_row + k·a_col, `b` for C·N elements at k·b_row, `c` for C·N elements at
+/// r·c_row.
 #[inline(always)]
-unsafe fn tile<S: Simd, const R: usize, const C: usize>(simd: S, p: Product, a: *const S::T, b: *const S::T, c: *mut S::T) {
+unsafe fn tile<S: Simd, const R: usize, const C: usize>(
+    simd: S,
+    p: Product,
+    a: *const S::T,
+    b: *const S::T,
+    c: *mut S::T,
+) {
     let mut sums = [[simd.splat(S::T::ZERO); C]; R];
     for k in 0..p.k {
         // SAFETY: the caller's promise.
@@ -118,7 +153,8 @@ unsafe fn tile<S: Simd, const R: usize, const C: usize>(simd: S, p: Product, a: 
             // SAFETY: the caller's promise.
             unsafe {
                 let at = c.add(r * p.c_row + j * S::N);
-                let sum = if p.accumulate { simd.add(simd.load(at), sums[r][j]) } else { sums[r][j] };
+                let sum =
+                    if p.accumulate { simd.add(simd.load(at), sums[r][j]) } else { sums[r][j] };
                 simd.store(at, sum);
             }
         }
@@ -133,9 +169,13 @@ fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
     // Below this 2ⁿ is zero, and −∞ must not reach the subtraction.
     let x = simd.max(x, c(if single { -150.0 } else { -1100.0 }));
     let n = simd.round(simd.mul(x, c(std::f64::consts::LOG2_E)));
-    // ln 2 in two parts, the first with enough trailing zeros that n·HIGH is exact (Cody and Waite).
-    let (high, low) =
-        if single { (0.693_359_375, -2.121_944_400_546_905_8e-4) } else { (0.693_147_180_369_123_8, 1.908_214_929_270_587_7e-10) };
+    // ln 2 in two parts, the first with enough trailing zeros that n·HIGH is exact (Cody and
+    // Waite).
+    let (high, low) = if single {
+        (0.693_359_375, -2.121_944_400_546_905_8e-4)
+    } else {
+        (0.693_147_180_369_123_8, 1.908_214_929_270_587_7e-10)
+    };
     let f = simd.mul_add(n, c(-low), simd.mul_add(n, c(-high), x));
     // Taylor polynomials on |f| ≤ ln 2 / 2: remainder 5e-9 at degree 7, 4e-18 at degree 13.
     let degree = if single { 7 } else { 13 };
@@ -170,10 +210,16 @@ pub(super) fn all_within<S: Simd>(simd: S, x: &[S::T], limit: S::T) -> bool {
     all && tail.iter().all(|x| x.abs() <= limit)
 }
 
-/// `panel[i, lane] = scale · rows[lane][i]` for one group of LANES tokens of a panel `width` wide, starting at the
-/// group's first column. Returns the sum of squares of the rows.
+/// `panel[i, lane] = scale · rows[lane][i]` for one group of LANES tokens of a panel `width` wide,
+/// starting at the group's first column. Returns the sum of squares of the rows.
 #[inline(always)]
-pub(super) fn gather<S: Simd>(simd: S, rows: &[&[S::T]; LANES], scale: S::T, panel: &mut [S::T], width: usize) -> S::T {
+pub(super) fn gather<S: Simd>(
+    simd: S,
+    rows: &[&[S::T]; LANES],
+    scale: S::T,
+    panel: &mut [S::T],
+    width: usize,
+) -> S::T {
     let d = rows[0].len();
     assert!(rows.iter().all(|row| row.len() == d), "rows of one length");
     assert!(d == 0 || panel.len() >= (d - 1) * width + LANES, "panel");
@@ -185,7 +231,10 @@ pub(super) fn gather<S: Simd>(simd: S, rows: &[&[S::T]; LANES], scale: S::T, pan
         // SAFETY: i + N ≤ d, and the panel holds LANES elements in each of rows 0..d.
         unsafe {
             let rows: [*const S::T; LANES] = std::array::from_fn(|lane| pointers[lane].add(i));
-            squares = simd.add(squares, simd.transpose(&rows, simd.splat(scale), panel.as_mut_ptr().add(i * width), width));
+            squares = simd.add(
+                squares,
+                simd.transpose(&rows, simd.splat(scale), panel.as_mut_ptr().add(i * width), width),
+            );
         }
         i += S::N;
     }
@@ -233,7 +282,8 @@ pub(super) fn column_max<S: Simd>(simd: S, panel: &[S::T], offset: &[S::T], out:
             // Two chains, to hide the latency of the comparisons.
             let mut top = [simd.splat(S::T::NEG_INFINITY); 2];
             for f in 0..m {
-                let sum = simd.add(simd.load(panel.as_ptr().add(f * width + j)), simd.splat(offset[f]));
+                let sum =
+                    simd.add(simd.load(panel.as_ptr().add(f * width + j)), simd.splat(offset[f]));
                 top = [top[1], simd.max(top[0], sum)];
             }
             simd.store(out.as_mut_ptr().add(j), simd.max(top[0], top[1]));
@@ -250,15 +300,31 @@ pub(super) fn row_max<S: Simd>(simd: S, panel: &[S::T], column: &[S::T], out: &m
         let mut top = simd.splat(S::T::NEG_INFINITY);
         for j in (0..width).step_by(S::N) {
             // SAFETY: j + N ≤ width.
-            unsafe { top = simd.max(top, simd.add(simd.load(panel.as_ptr().add(f * width + j)), simd.load(column.as_ptr().add(j)))) }
+            unsafe {
+                top = simd.max(
+                    top,
+                    simd.add(
+                        simd.load(panel.as_ptr().add(f * width + j)),
+                        simd.load(column.as_ptr().add(j)),
+                    ),
+                )
+            }
         }
         out[f] = simd.top(top);
     }
 }
 
-/// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])` and `dot[j] = Σ_f panel[f, j]·weight[f]`.
+/// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])` and `dot[j] = Σ_f panel[f,
+/// j]·weight[f]`.
 #[inline(always)]
-pub(super) fn exp_dot<S: Simd>(simd: S, panel: &mut [S::T], offset: &[S::T], column: &[S::T], weight: &[S::T], dot: &mut [S::T]) {
+pub(super) fn exp_dot<S: Simd>(
+    simd: S,
+    panel: &mut [S::T],
+    offset: &[S::T],
+    column: &[S::T],
+    weight: &[S::T],
+    dot: &mut [S::T],
+) {
     let (m, width) = (offset.len(), column.len());
     assert!(width.is_multiple_of(LANES) && panel.len() == m * width, "panel");
     assert!(weight.len() == m && dot.len() == width, "weights and sums");
@@ -282,22 +348,31 @@ pub(super) fn exp_dot<S: Simd>(simd: S, panel: &mut [S::T], offset: &[S::T], col
 #[inline(always)]
 pub(super) fn column_dot<S: Simd>(simd: S, a: &[S::T], b: &[S::T], sums: &mut [S::T]) {
     let width = sums.len();
-    assert!(width.is_multiple_of(LANES) && a.len() == b.len() && (width == 0 || a.len().is_multiple_of(width)), "panels");
+    assert!(
+        width.is_multiple_of(LANES)
+            && a.len() == b.len()
+            && (width == 0 || a.len().is_multiple_of(width)),
+        "panels"
+    );
     for j in (0..width).step_by(S::N) {
         // SAFETY: j + N ≤ width, in `sums` and in every row of the panels.
         unsafe {
             let at = sums.as_mut_ptr().add(j);
             let mut sum = simd.load(at);
             for row in (j..a.len()).step_by(width) {
-                sum = simd.mul_add(simd.load(a.as_ptr().add(row)), simd.load(b.as_ptr().add(row)), sum);
+                sum = simd.mul_add(
+                    simd.load(a.as_ptr().add(row)),
+                    simd.load(b.as_ptr().add(row)),
+                    sum,
+                );
             }
             simd.store(at, sum);
         }
     }
 }
 
-/// `panel[f, j] = weight[f, j]·scale[j]·(panel[f, j] − row[f]·column[j])` and `sums[j] = Σ_f panel[f, j]`: the
-/// derivative of a weighted mean by the logarithms of its weights.
+/// `panel[f, j] = weight[f, j]·scale[j]·(panel[f, j] − row[f]·column[j])` and `sums[j] = Σ_f
+/// panel[f, j]`: the derivative of a weighted mean by the logarithms of its weights.
 #[inline(always)]
 pub(super) fn log_weight_vjp<S: Simd>(
     simd: S,
@@ -309,7 +384,10 @@ pub(super) fn log_weight_vjp<S: Simd>(
     sums: &mut [S::T],
 ) {
     let (m, width) = (row.len(), column.len());
-    assert!(width.is_multiple_of(LANES) && panel.len() == m * width && weight.len() == m * width, "panels");
+    assert!(
+        width.is_multiple_of(LANES) && panel.len() == m * width && weight.len() == m * width,
+        "panels"
+    );
     assert!(scale.len() == width && sums.len() == width, "columns");
     for j in (0..width).step_by(S::N) {
         // SAFETY: j + N ≤ width, in `scale`, `column`, `sums` and every row of the panels.
@@ -320,7 +398,8 @@ pub(super) fn log_weight_vjp<S: Simd>(
             for f in 0..m {
                 let at = panel.as_mut_ptr().add(f * width + j);
                 let weight = simd.mul(simd.load(weight.as_ptr().add(f * width + j)), scale);
-                let value = simd.mul(weight, simd.mul_add(simd.splat(row[f]), negated, simd.load(at)));
+                let value =
+                    simd.mul(weight, simd.mul_add(simd.splat(row[f]), negated, simd.load(at)));
                 simd.store(at, value);
                 sum = simd.add(sum, value);
             }
@@ -329,10 +408,18 @@ pub(super) fn log_weight_vjp<S: Simd>(
     }
 }
 
-/// `sums[f] += Σ_j a[f, j]` and `products[f] += Σ_j a[f, j]·(b[f, j] − offset[f])`, LANES partial sums of each: what is to be summed
-/// over many panels is added up across the lanes once, at the end.
+/// `sums[f] += Σ_j a[f, j]` and `products[f] += Σ_j a[f, j]·(b[f, j] − offset[f])`, LANES partial
+/// sums of each: what is to be summed over many panels is added up across the lanes once, at the
+/// end.
 #[inline(always)]
-pub(super) fn lane_sums<S: Simd>(simd: S, a: &[S::T], b: &[S::T], offset: &[S::T], sums: &mut [S::T], products: &mut [S::T]) {
+pub(super) fn lane_sums<S: Simd>(
+    simd: S,
+    a: &[S::T],
+    b: &[S::T],
+    offset: &[S::T],
+    sums: &mut [S::T],
+    products: &mut [S::T],
+) {
     let m = offset.len();
     assert!(sums.len() == m * LANES && products.len() == m * LANES, "lanes");
     if m == 0 {
@@ -343,11 +430,15 @@ pub(super) fn lane_sums<S: Simd>(simd: S, a: &[S::T], b: &[S::T], offset: &[S::T
     for f in 0..m {
         // SAFETY: j + N ≤ width in every row of the panels, and N ≤ LANES.
         unsafe {
-            let (sum_at, product_at) = (sums.as_mut_ptr().add(f * LANES), products.as_mut_ptr().add(f * LANES));
+            let (sum_at, product_at) =
+                (sums.as_mut_ptr().add(f * LANES), products.as_mut_ptr().add(f * LANES));
             let offset = simd.splat(*offset.get_unchecked(f));
             let (mut sum, mut product) = (simd.load(sum_at), simd.load(product_at));
             for j in (0..width).step_by(S::N) {
-                let (a, b) = (simd.load(a.as_ptr().add(f * width + j)), simd.load(b.as_ptr().add(f * width + j)));
+                let (a, b) = (
+                    simd.load(a.as_ptr().add(f * width + j)),
+                    simd.load(b.as_ptr().add(f * width + j)),
+                );
                 sum = simd.add(sum, a);
                 product = simd.mul_add(a, simd.sub(b, offset), product);
             }
@@ -357,8 +448,8 @@ pub(super) fn lane_sums<S: Simd>(simd: S, a: &[S::T], b: &[S::T], offset: &[S::T
     }
 }
 
-/// With z = x − center: `sums[i] += Σ_j z[i, j]·total[j]`, LANES partial sums of each, and unless it is empty
-/// `grad[i, j] += scale[i]·y[i, j] + (tilt[i] − envelope·z[i, j])·total[j]`.
+/// With z = x − center: `sums[i] += Σ_j z[i, j]·total[j]`, LANES partial sums of each, and unless
+/// it is empty `grad[i, j] += scale[i]·y[i, j] + (tilt[i] − envelope·z[i, j])·total[j]`.
 #[inline(always)]
 pub(super) fn input_vjp<S: Simd>(
     simd: S,
@@ -380,18 +471,25 @@ pub(super) fn input_vjp<S: Simd>(
     for i in 0..d {
         // SAFETY: i < d, and j + N ≤ width in `total` and every row of the panels; N ≤ LANES.
         unsafe {
-            let (center, scale) = (simd.splat(*center.get_unchecked(i)), simd.splat(*scale.get_unchecked(i)));
+            let (center, scale) =
+                (simd.splat(*center.get_unchecked(i)), simd.splat(*scale.get_unchecked(i)));
             let tilt = simd.splat(*tilt.get_unchecked(i));
             let sum_at = sums.as_mut_ptr().add(i * LANES);
             let mut sum = simd.load(sum_at);
             for j in (0..width).step_by(S::N) {
                 let at = i * width + j;
-                let (z, total) = (simd.sub(simd.load(x.as_ptr().add(at)), center), simd.load(total.as_ptr().add(j)));
+                let (z, total) = (
+                    simd.sub(simd.load(x.as_ptr().add(at)), center),
+                    simd.load(total.as_ptr().add(j)),
+                );
                 sum = simd.mul_add(z, total, sum);
                 if !grad.is_empty() {
                     let to = grad.as_mut_ptr().add(at);
                     let value = simd.mul_add(scale, simd.load(y.as_ptr().add(at)), simd.load(to));
-                    simd.store(to, simd.mul_add(simd.sub(tilt, simd.mul(envelope, z)), total, value));
+                    simd.store(
+                        to,
+                        simd.mul_add(simd.sub(tilt, simd.mul(envelope, z)), total, value),
+                    );
                 }
             }
             simd.store(sum_at, sum);
@@ -411,11 +509,18 @@ pub(super) fn exp_panel<S: Simd>(simd: S, panel: &mut [S::T], offset: &[S::T], c
 
 /// `panel[f, j] = exp(panel[f, j] − reference[f] + column[j])` and `sums[f] = Σ_j panel[f, j]`.
 #[inline(always)]
-pub(super) fn weigh<S: Simd>(simd: S, panel: &mut [S::T], reference: &[S::T], column: &[S::T], sums: &mut [S::T]) {
+pub(super) fn weigh<S: Simd>(
+    simd: S,
+    panel: &mut [S::T],
+    reference: &[S::T],
+    column: &[S::T],
+    sums: &mut [S::T],
+) {
     let (m, width) = (reference.len(), column.len());
     assert!(width.is_multiple_of(LANES) && panel.len() == m * width && sums.len() == m, "panel");
     for f in 0..m {
-        sums[f] = simd.sum(exp_row(simd, &mut panel[f * width..(f + 1) * width], -reference[f], column));
+        sums[f] =
+            simd.sum(exp_row(simd, &mut panel[f * width..(f + 1) * width], -reference[f], column));
     }
 }
 
@@ -428,7 +533,10 @@ fn exp_row<S: Simd>(simd: S, row: &mut [S::T], offset: S::T, column: &[S::T]) ->
         // SAFETY: j + N ≤ len, the lengths are multiples of LANES.
         unsafe {
             let at = row.as_mut_ptr().add(j);
-            let e = exp(simd, simd.add(simd.add(simd.load(at), offset), simd.load(column.as_ptr().add(j))));
+            let e = exp(
+                simd,
+                simd.add(simd.add(simd.load(at), offset), simd.load(column.as_ptr().add(j))),
+            );
             simd.store(at, e);
             total = simd.add(total, e);
         }
@@ -454,18 +562,25 @@ pub(super) fn add_row_sums<S: Simd>(simd: S, panel: &[S::T], sums: &mut [S::T]) 
     }
 }
 
-/// Keeps the lower triangle of `p` `[rows, width]` (column j ≤ row i + `diagonal`), zeroes the rest, and adds the row
-/// sums to `sums`. Elements of the register with the diagonal must be finite.
+/// Keeps the lower triangle of `p` `[rows, width]` (column j ≤ row i + `diagonal`), zeroes the
+/// rest, and adds the row sums to `sums`. Elements of the register with the diagonal must be
+/// finite.
 #[inline(always)]
-pub(super) fn mask_triangle<S: Simd>(simd: S, p: &mut [S::T], width: usize, diagonal: usize, sums: &mut [S::T]) {
+pub(super) fn mask_triangle<S: Simd>(
+    simd: S,
+    p: &mut [S::T],
+    width: usize,
+    diagonal: usize,
+    sums: &mut [S::T],
+) {
     assert!(width.is_multiple_of(LANES) && p.len() >= sums.len() * width, "scores");
     for (i, (sum, row)) in sums.iter_mut().zip(p.chunks_exact_mut(width)).enumerate() {
         *sum += simd.sum(keep_until(simd, row, i + diagonal + 1, S::T::ZERO));
     }
 }
 
-/// `p[i, j] −= minus[i]` in the lower triangle (column j ≤ row i), zeroes the rest. Elements of the register with the
-/// diagonal must be finite.
+/// `p[i, j] −= minus[i]` in the lower triangle (column j ≤ row i), zeroes the rest. Elements of the
+/// register with the diagonal must be finite.
 #[inline(always)]
 pub(super) fn lower_less<S: Simd>(simd: S, p: &mut [S::T], width: usize, minus: &[S::T]) {
     assert!(width.is_multiple_of(LANES) && p.len() == minus.len() * width, "products");
@@ -474,16 +589,18 @@ pub(super) fn lower_less<S: Simd>(simd: S, p: &mut [S::T], width: usize, minus: 
     }
 }
 
-/// `p[i, j] −= minus[j]` in the upper triangle (column j ≥ row i), zeroes the rest. Elements of the register with the diagonal
-/// must be finite.
+/// `p[i, j] −= minus[j]` in the upper triangle (column j ≥ row i), zeroes the rest. Elements of the
+/// register with the diagonal must be finite.
 #[inline(always)]
 pub(super) fn upper_less<S: Simd>(simd: S, p: &mut [S::T], minus: &[S::T]) {
     let width = minus.len();
     assert!(width.is_multiple_of(LANES) && p.len().is_multiple_of(width), "products");
-    let step: [S::T; 2 * LANES] = std::array::from_fn(|i| if i < LANES { S::T::ZERO } else { S::T::ONE });
+    let step: [S::T; 2 * LANES] =
+        std::array::from_fn(|i| if i < LANES { S::T::ZERO } else { S::T::ONE });
     for (start, row) in p.chunks_exact_mut(width).enumerate() {
         for j in (0..width).step_by(S::N) {
-            // SAFETY: j + N ≤ width, which is the length of `row` and `minus`; where 0 < start − j < N ≤ LANES, so is the step.
+            // SAFETY: j + N ≤ width, which is the length of `row` and `minus`; where 0 < start − j
+            // < N ≤ LANES, so is the step.
             unsafe {
                 let at = row.as_mut_ptr().add(j);
                 let less = simd.sub(simd.load(at), simd.load(minus.as_ptr().add(j)));
@@ -500,11 +617,12 @@ pub(super) fn upper_less<S: Simd>(simd: S, p: &mut [S::T], minus: &[S::T]) {
     }
 }
 
-/// Subtracts `minus` from the first `end` elements of `row` (a multiple of LANES long) and zeroes the others; returns the sums of
-/// every N-th element.
+/// Subtracts `minus` from the first `end` elements of `row` (a multiple of LANES long) and zeroes
+/// the others; returns the sums of every N-th element.
 #[inline(always)]
 fn keep_until<S: Simd>(simd: S, row: &mut [S::T], end: usize, minus: S::T) -> S::V {
-    let step: [S::T; 2 * LANES] = std::array::from_fn(|i| if i < LANES { S::T::ONE } else { S::T::ZERO });
+    let step: [S::T; 2 * LANES] =
+        std::array::from_fn(|i| if i < LANES { S::T::ONE } else { S::T::ZERO });
     let (minus, zero) = (simd.splat(minus), simd.splat(S::T::ZERO));
     let mut total = zero;
     for j in (0..row.len()).step_by(S::N) {
@@ -516,7 +634,10 @@ fn keep_until<S: Simd>(simd: S, row: &mut [S::T], end: usize, minus: S::T) -> S:
             } else if j + S::N <= end {
                 simd.sub(simd.load(at), minus)
             } else {
-                simd.mul(simd.sub(simd.load(at), minus), simd.load(step.as_ptr().add(LANES + j - end)))
+                simd.mul(
+                    simd.sub(simd.load(at), minus),
+                    simd.load(step.as_ptr().add(LANES + j - end)),
+                )
             };
             total = simd.add(total, kept);
             simd.store(at, kept);
@@ -555,9 +676,16 @@ pub(super) fn exp_sum<S: Simd>(simd: S, row: &mut [S::T], shift: S::T) -> S::T {
     simd.sum(total)
 }
 
-/// `x[f] += factor·y[f] + shift` for the elements that y has, −∞ for those behind them; returns the largest.
+/// `x[f] += factor·y[f] + shift` for the elements that y has, −∞ for those behind them; returns the
+/// largest.
 #[inline(always)]
-pub(super) fn offset_max<S: Simd>(simd: S, x: &mut [S::T], factor: S::T, y: &[S::T], shift: S::T) -> S::T {
+pub(super) fn offset_max<S: Simd>(
+    simd: S,
+    x: &mut [S::T],
+    factor: S::T,
+    y: &[S::T],
+    shift: S::T,
+) -> S::T {
     let (x, padding) = x.split_at_mut(y.len());
     padding.fill(S::T::NEG_INFINITY);
     let whole = x.len() / S::N * S::N;
@@ -567,7 +695,8 @@ pub(super) fn offset_max<S: Simd>(simd: S, x: &mut [S::T], factor: S::T, y: &[S:
         // SAFETY: i + N ≤ len of both.
         unsafe {
             let at = x.as_mut_ptr().add(i);
-            let value = simd.add(simd.mul_add(factors, simd.load(y.as_ptr().add(i)), simd.load(at)), shifts);
+            let value = simd
+                .add(simd.mul_add(factors, simd.load(y.as_ptr().add(i)), simd.load(at)), shifts);
             simd.store(at, value);
             top = simd.max(top, value);
         }
@@ -580,7 +709,8 @@ pub(super) fn offset_max<S: Simd>(simd: S, x: &mut [S::T], factor: S::T, y: &[S:
     top
 }
 
-/// `x[f] = exp(x[f] + shift)` (`x` a multiple of LANES long), returns Σ_f x[f]·weight[f] over the weights there are.
+/// `x[f] = exp(x[f] + shift)` (`x` a multiple of LANES long), returns Σ_f x[f]·weight[f] over the
+/// weights there are.
 #[inline(always)]
 pub(super) fn exp_weighted<S: Simd>(simd: S, x: &mut [S::T], shift: S::T, weight: &[S::T]) -> S::T {
     assert!(x.len().is_multiple_of(LANES) && weight.len() <= x.len(), "whole lane groups");
@@ -598,7 +728,10 @@ pub(super) fn exp_weighted<S: Simd>(simd: S, x: &mut [S::T], shift: S::T, weight
             }
         }
     }
-    x[whole..].iter().zip(&weight[whole..]).fold(simd.sum(total), |sum, (&x, &weight)| sum + x * weight)
+    x[whole..]
+        .iter()
+        .zip(&weight[whole..])
+        .fold(simd.sum(total), |sum, (&x, &weight)| sum + x * weight)
 }
 
 /// `out = factor·(a − b)`.
@@ -620,7 +753,13 @@ pub(super) fn difference<S: Simd>(simd: S, a: &[S::T], b: &[S::T], factor: S::T,
 
 /// With u = a − factor·base and w = b − factor·base: Σ u·w, Σ w², Σ (a − b)².
 #[inline(always)]
-pub(super) fn shares<S: Simd>(simd: S, a: &[S::T], b: &[S::T], factor: S::T, base: &[S::T]) -> [S::T; 3] {
+pub(super) fn shares<S: Simd>(
+    simd: S,
+    a: &[S::T],
+    b: &[S::T],
+    factor: S::T,
+    base: &[S::T],
+) -> [S::T; 3] {
     assert!(a.len() == b.len() && base.len() == a.len(), "lengths");
     let (whole, factors) = (a.len() / S::N * S::N, simd.splat(factor));
     let mut sums = [simd.splat(S::T::ZERO); 3];
@@ -630,7 +769,11 @@ pub(super) fn shares<S: Simd>(simd: S, a: &[S::T], b: &[S::T], factor: S::T, bas
             let (a, b) = (simd.load(a.as_ptr().add(i)), simd.load(b.as_ptr().add(i)));
             let base = simd.mul(factors, simd.load(base.as_ptr().add(i)));
             let (u, w, difference) = (simd.sub(a, base), simd.sub(b, base), simd.sub(a, b));
-            sums = [simd.mul_add(u, w, sums[0]), simd.mul_add(w, w, sums[1]), simd.mul_add(difference, difference, sums[2])];
+            sums = [
+                simd.mul_add(u, w, sums[0]),
+                simd.mul_add(w, w, sums[1]),
+                simd.mul_add(difference, difference, sums[2]),
+            ];
         }
     }
     let mut sums = sums.map(|sum| simd.sum(sum));
@@ -641,8 +784,8 @@ pub(super) fn shares<S: Simd>(simd: S, a: &[S::T], b: &[S::T], factor: S::T, bas
     sums
 }
 
-/// Moves what it can of `rest` into `sums`: sums' = sums + rest rounded, rest' = what rounding lost [Kahan; Dekker's
-/// fast two-sum]. So a sum of very many small numbers keeps them all.
+/// Moves what it can of `rest` into `sums`: sums' = sums + rest rounded, rest' = what rounding lost
+/// [Kahan; Dekker's fast two-sum]. So a sum of very many small numbers keeps them all.
 #[inline(always)]
 pub(super) fn fold<S: Simd>(simd: S, sums: &mut [S::T], rest: &mut [S::T]) {
     assert!(sums.len() == rest.len(), "sums and their rest");
@@ -664,8 +807,9 @@ pub(super) fn fold<S: Simd>(simd: S, sums: &mut [S::T], rest: &mut [S::T]) {
     }
 }
 
-/// `out = xᵀ·A (+ out)`, A `[k, n]` without gaps, n a multiple of LANES: the product of one token. As many chains of additions
-/// as hide their latency, more than one per element where there are few columns, so that bits differ from [`matmul`]'s.
+/// `out = xᵀ·A (+ out)`, A `[k, n]` without gaps, n a multiple of LANES: the product of one token.
+/// As many chains of additions as hide their latency, more than one per element where there are few
+/// columns, so that bits differ from [`matmul`]'s.
 #[inline(always)]
 pub(super) fn vecmat<S: Simd>(simd: S, x: &[S::T], a: &[S::T], accumulate: bool, out: &mut [S::T]) {
     let n = out.len();
@@ -677,8 +821,12 @@ pub(super) fn vecmat<S: Simd>(simd: S, x: &[S::T], a: &[S::T], accumulate: bool,
         i += S::N
             * unsafe {
                 match registers {
-                    8.. if S::REGISTERS == 16 => vecmat_columns::<S, 8, 1>(simd, x, a, accumulate, out, i),
-                    4.. if S::REGISTERS == 16 => vecmat_columns::<S, 4, 2>(simd, x, a, accumulate, out, i),
+                    8.. if S::REGISTERS == 16 => {
+                        vecmat_columns::<S, 8, 1>(simd, x, a, accumulate, out, i)
+                    }
+                    4.. if S::REGISTERS == 16 => {
+                        vecmat_columns::<S, 4, 2>(simd, x, a, accumulate, out, i)
+                    }
                     4.. => vecmat_columns::<S, 4, 4>(simd, x, a, accumulate, out, i),
                     2.. => vecmat_columns::<S, 2, 4>(simd, x, a, accumulate, out, i),
                     _ => vecmat_columns::<S, 1, 4>(simd, x, a, accumulate, out, i),
@@ -709,7 +857,11 @@ unsafe fn vecmat_columns<S: Simd, const C: usize, const U: usize>(
             for (u, sums) in sums.iter_mut().enumerate() {
                 let x = simd.splat(*x.get_unchecked(f + u));
                 for (c, sum) in sums.iter_mut().enumerate() {
-                    *sum = simd.mul_add(x, simd.load(a.as_ptr().add((f + u) * n + i + c * S::N)), *sum);
+                    *sum = simd.mul_add(
+                        x,
+                        simd.load(a.as_ptr().add((f + u) * n + i + c * S::N)),
+                        *sum,
+                    );
                 }
             }
         }
@@ -732,12 +884,12 @@ unsafe fn vecmat_columns<S: Simd, const C: usize, const U: usize>(
     C
 }
 
-/// The DCT-II of one vector of any length, u = post ⊙ C(pre ⊙ x): `out = u + row + offset`, and unless it is empty
-/// `mirror = mirror_row + offset − u`.
+/// The DCT-II of one vector of any length, u = post ⊙ C(pre ⊙ x): `out = u + row + offset`, and
+/// unless it is empty `mirror = mirror_row + offset − u`.
 ///
-/// Even rows of C are symmetric, odd ones antisymmetric, so that half of each is enough: with h = ⌈d/2⌉ and rows of h padded to
-/// whole lane groups, `halves` is `[h, h_padded]` of C[2g, i] (row i, column g), then `[⌊d/2⌋, h_padded]` of C[2g+1, i].
-/// `scratch` is 4·h_padded elements.
+/// Even rows of C are symmetric, odd ones antisymmetric, so that half of each is enough: with h =
+/// ⌈d/2⌉ and rows of h padded to whole lane groups, `halves` is `[h, h_padded]` of C[2g, i] (row i,
+/// column g), then `[⌊d/2⌋, h_padded]` of C[2g+1, i]. `scratch` is 4·h_padded elements.
 #[inline(always)]
 pub(super) fn dct_token<S: Simd>(
     simd: S,
@@ -761,7 +913,9 @@ pub(super) fn dct_token<S: Simd>(
     let (evens, odds) = outputs.split_at_mut(stride);
     let low = x.iter().zip(pre).take(fewer);
     let high = x[more..].iter().zip(&pre[more..]).rev();
-    for ((sum, difference), ((&x, &pre), (&x_high, &pre_high))) in sums.iter_mut().zip(differences.iter_mut()).zip(low.zip(high)) {
+    for ((sum, difference), ((&x, &pre), (&x_high, &pre_high))) in
+        sums.iter_mut().zip(differences.iter_mut()).zip(low.zip(high))
+    {
         *sum = x * pre + x_high * pre_high;
         *difference = x * pre - x_high * pre_high;
     }
@@ -796,8 +950,9 @@ pub(super) fn scale<S: Simd>(simd: S, a: S::T, x: &mut [S::T]) {
     }
 }
 
-/// `out[t, i] += Σ_j a[i, j]·x[t, j]`, rows of everything contiguous, k columns in `a`: the products of tokens by a weight matrix.
-/// Every element is added up in the same order whatever the number of tokens; a few rows of `a` at a time meet all of them.
+/// `out[t, i] += Σ_j a[i, j]·x[t, j]`, rows of everything contiguous, k columns in `a`: the
+/// products of tokens by a weight matrix. Every element is added up in the same order whatever the
+/// number of tokens; a few rows of `a` at a time meet all of them.
 #[inline(always)]
 pub(super) fn matvec<S: Simd>(simd: S, a: &[S::T], k: usize, x: &[S::T], out: &mut [S::T]) {
     if k == 0 {
@@ -813,7 +968,11 @@ pub(super) fn matvec<S: Simd>(simd: S, a: &[S::T], k: usize, x: &[S::T], out: &m
             for i in tile.clone() {
                 let row = &a[i * k..(i + 1) * k];
                 let x = &x[t * k..(t + group) * k];
-                let totals = if group == GROUP { dots::<S, GROUP>(simd, row, x) } else { alone(simd, row, x) };
+                let totals = if group == GROUP {
+                    dots::<S, GROUP>(simd, row, x)
+                } else {
+                    alone(simd, row, x)
+                };
                 for (u, total) in totals.iter().take(group).enumerate() {
                     out[(t + u) * rows + i] += *total;
                 }

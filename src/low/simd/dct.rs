@@ -1,6 +1,8 @@
-//! Batched DCT-II and its transpose, the DCT-III, with tokens along the lanes: lengths 2^k, 3·2^k and 5·2^k, k ≥ 3, up to 256.
+//! Batched DCT-II and its transpose, the DCT-III, with tokens along the lanes: lengths 2^k, 3·2^k
+//! and 5·2^k, k ≥ 3, up to 256.
 //!
-//! Lee's factorisation [B. G. Lee, "A new algorithm to compute the discrete cosine transform", IEEE Trans. ASSP 32, 1984]:
+//! Lee's factorisation [B. G. Lee, "A new algorithm to compute the discrete cosine transform", IEEE
+//! Trans. ASSP 32, 1984]:
 //!
 //! ```text
 //! X_f = Σ_i x_i cos(π(2i+1)f / 2n)
@@ -8,8 +10,9 @@
 //! X_{2f} = DCT(a)_f          X_{2f+1} = DCT(b)_f + DCT(b)_{f+1}
 //! ```
 //!
-//! Each level is one pass over registers of tokens, down to a *leaf* of 8 to 32 points, which the compiler keeps in registers as
-//! far as they go. At the end of it all are one, three or five points, by the definition.
+//! Each level is one pass over registers of tokens, down to a *leaf* of 8 to 32 points, which the
+//! compiler keeps in registers as far as they go. At the end of it all are one, three or five
+//! points, by the definition.
 //!
 //! The transpose runs through the same graph from its end:
 //!
@@ -67,9 +70,12 @@ impl<T: Real> DctTables<T> {
         let d = pre.len();
         debug_assert!(shift.len() == d && post.len() == d && supports(d));
         let cast = |values: &[f64]| values.iter().map(|&x| T::from_f64(x)).collect();
-        let levels = std::iter::successors(Some(d), |n| Some(n / 2)).take_while(|n| n.is_multiple_of(2));
+        let levels =
+            std::iter::successors(Some(d), |n| Some(n / 2)).take_while(|n| n.is_multiple_of(2));
         let angle = |n: usize, i: usize| std::f64::consts::PI * (2 * i + 1) as f64 / (2 * n) as f64;
-        let twiddles = levels.flat_map(|n| (0..n / 2).map(move |i| T::from_f64(0.5 / angle(n, i).cos()))).collect();
+        let twiddles = levels
+            .flat_map(|n| (0..n / 2).map(move |i| T::from_f64(0.5 / angle(n, i).cos())))
+            .collect();
         let norm = |f: usize| (if f == 0 { 1.0 } else { 2.0 } / d as f64).sqrt();
         Self {
             twiddles,
@@ -80,7 +86,8 @@ impl<T: Real> DctTables<T> {
     }
 }
 
-/// X_{2f} = A_f, X_{2f+1} = B_f + B_{f+1} from A, B of n/2 points each, one after the other, in n registers.
+/// X_{2f} = A_f, X_{2f+1} = B_f + B_{f+1} from A, B of n/2 points each, one after the other, in n
+/// registers.
 macro_rules! interleave {
     ($simd:expr, $n:expr, $from:expr, |$f:ident, $value:ident| $put:expr) => {{
         let (simd, half, from): (S, usize, *const S::V) = ($simd, $n / 2, $from);
@@ -100,8 +107,8 @@ macro_rules! interleave {
     }};
 }
 
-/// `out[f, j] = u[f, j] + row[f] + column[j]` with `u = post ⊙ C(pre ⊙ x + shift)`; and, unless it is empty,
-/// `mirror[f, j] = −u[f, j] + mirror_row[f] + column[j]`.
+/// `out[f, j] = u[f, j] + row[f] + column[j]` with `u = post ⊙ C(pre ⊙ x + shift)`; and, unless it
+/// is empty, `mirror[f, j] = −u[f, j] + mirror_row[f] + column[j]`.
 #[inline(always)]
 pub(super) fn transform<S: Simd>(
     simd: S,
@@ -116,19 +123,37 @@ pub(super) fn transform<S: Simd>(
     let (d, width) = (tables.pre.len(), column.len());
     assert!(width.is_multiple_of(LANES) && x.len() >= d * width, "input panel");
     assert!(out.len() == d * width && row.len() == d, "output panel");
-    assert!(mirror.is_empty() || (mirror.len() == d * width && mirror_row.len() == d), "mirror panel");
-    assert!(supports(d) && tables.twiddles.len() == d - odd(d) && tables.shift.len() == d && tables.post.len() == d, "tables");
+    assert!(
+        mirror.is_empty() || (mirror.len() == d * width && mirror_row.len() == d),
+        "mirror panel"
+    );
+    assert!(
+        supports(d)
+            && tables.twiddles.len() == d - odd(d)
+            && tables.shift.len() == d
+            && tables.post.len() == d,
+        "tables"
+    );
     let points = leaf_points(d);
     let twiddles = tables.twiddles.as_ptr();
     let input = Input { simd, x: x.as_ptr(), width, tables };
-    let mut output = Output { simd, tables, width, row, out: out.as_mut_ptr(), mirror_row, mirror: mirror.as_mut_ptr() };
+    let mut output = Output {
+        simd,
+        tables,
+        width,
+        row,
+        out: out.as_mut_ptr(),
+        mirror_row,
+        mirror: mirror.as_mut_ptr(),
+    };
     let mirrored = !mirror.is_empty();
     for j in (0..width).step_by(S::N) {
         let mut here: Buffer<S::V> = [MaybeUninit::uninit(); MOST];
         let mut there: Buffer<S::V> = [MaybeUninit::uninit(); MOST];
         let (here, there) = (here.as_mut_ptr().cast::<S::V>(), there.as_mut_ptr().cast::<S::V>());
-        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, twiddles of all even levels) were checked above;
-        // the buffers hold d ≤ MOST registers, and every one is written before it is read: each pass writes all d.
+        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, twiddles of all
+        // even levels) were checked above; the buffers hold d ≤ MOST registers, and every one is
+        // written before it is read: each pass writes all d.
         unsafe {
             let (mut from, mut to) = (here, there);
             // Down: n points become two blocks of n/2, until a block fits into registers.
@@ -139,7 +164,14 @@ pub(super) fn transform<S: Simd>(
                 }
             } else {
                 for i in 0..d / 2 {
-                    butterfly(simd, input.at(i, j), input.at(d - 1 - i, j), level.add(i), from.add(i), from.add(d / 2 + i));
+                    butterfly(
+                        simd,
+                        input.at(i, j),
+                        input.at(d - 1 - i, j),
+                        level.add(i),
+                        from.add(i),
+                        from.add(d / 2 + i),
+                    );
                 }
                 (n, level) = (d / 2, level.add(d / 2));
             }
@@ -147,7 +179,14 @@ pub(super) fn transform<S: Simd>(
                 for block in (0..d).step_by(n) {
                     let (from, to) = (from.add(block), to.add(block));
                     for i in 0..n / 2 {
-                        butterfly(simd, *from.add(i), *from.add(n - 1 - i), level.add(i), to.add(i), to.add(n / 2 + i));
+                        butterfly(
+                            simd,
+                            *from.add(i),
+                            *from.add(n - 1 - i),
+                            level.add(i),
+                            to.add(i),
+                            to.add(n / 2 + i),
+                        );
                     }
                 }
                 (from, to) = (to, from);
@@ -177,7 +216,8 @@ pub(super) fn transform<S: Simd>(
     }
 }
 
-/// A_f = X_{2f} and B_f = X_{2f−1} + X_{2f+1}, one after the other in n registers: [`interleave`] transposed.
+/// A_f = X_{2f} and B_f = X_{2f−1} + X_{2f+1}, one after the other in n registers: [`interleave`]
+/// transposed.
 macro_rules! deinterleave {
     ($simd:expr, $n:expr, $to:expr, |$f:ident| $get:expr) => {{
         let (simd, half, to): (S, usize, *mut S::V) = ($simd, $n / 2, $to);
@@ -197,21 +237,40 @@ macro_rules! deinterleave {
     }};
 }
 
-/// `out = pre ⊙ Cᵀ(post ⊙ (x − minus))`, the transpose of the linear part of [`transform`]; without `minus` if it is empty.
+/// `out = pre ⊙ Cᵀ(post ⊙ (x − minus))`, the transpose of the linear part of [`transform`]; without
+/// `minus` if it is empty.
 #[inline(always)]
-pub(super) fn transposed<S: Simd>(simd: S, tables: &DctTables<S::T>, width: usize, x: &[S::T], minus: &[S::T], out: &mut [S::T]) {
+pub(super) fn transposed<S: Simd>(
+    simd: S,
+    tables: &DctTables<S::T>,
+    width: usize,
+    x: &[S::T],
+    minus: &[S::T],
+    out: &mut [S::T],
+) {
     let d = tables.pre.len();
-    assert!(width.is_multiple_of(LANES) && x.len() == d * width && out.len() == d * width, "panels");
+    assert!(
+        width.is_multiple_of(LANES) && x.len() == d * width && out.len() == d * width,
+        "panels"
+    );
     assert!(minus.is_empty() || minus.len() == d * width, "mirror panel");
     assert!(supports(d) && tables.twiddles.len() == d - odd(d) && tables.post.len() == d, "tables");
     let points = leaf_points(d);
-    let input = Difference { simd, x: x.as_ptr(), minus: (!minus.is_empty()).then_some(minus.as_ptr()), width, tables };
+    let input = Difference {
+        simd,
+        x: x.as_ptr(),
+        minus: (!minus.is_empty()).then_some(minus.as_ptr()),
+        width,
+        tables,
+    };
     for j in (0..width).step_by(S::N) {
         let mut here: Buffer<S::V> = [MaybeUninit::uninit(); MOST];
         let mut there: Buffer<S::V> = [MaybeUninit::uninit(); MOST];
-        let (mut from, mut to) = (here.as_mut_ptr().cast::<S::V>(), there.as_mut_ptr().cast::<S::V>());
-        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, twiddles of n points from d − n on) were checked
-        // above; the buffers hold d ≤ MOST registers, and every one is written before it is read: each pass writes all d.
+        let (mut from, mut to) =
+            (here.as_mut_ptr().cast::<S::V>(), there.as_mut_ptr().cast::<S::V>());
+        // SAFETY: the panels ([d, width], j + N ≤ width) and tables (d elements, twiddles of n
+        // points from d − n on) were checked above; the buffers hold d ≤ MOST registers, and every
+        // one is written before it is read: each pass writes all d.
         unsafe {
             let level = |n: usize| tables.twiddles.as_ptr().add(d - n);
             // Down: the even and odd ones of n points become two blocks of n/2.
@@ -241,7 +300,10 @@ pub(super) fn transposed<S: Simd>(simd: S, tables: &DctTables<S::T>, width: usiz
                 for block in (0..d).step_by(n) {
                     let (from, to) = (from.add(block), to.add(block));
                     for i in 0..n / 2 {
-                        let (a, b) = (*from.add(i), simd.mul(*from.add(n / 2 + i), simd.splat(*level(n).add(i))));
+                        let (a, b) = (
+                            *from.add(i),
+                            simd.mul(*from.add(n / 2 + i), simd.splat(*level(n).add(i))),
+                        );
                         to.add(i).write(simd.add(a, b));
                         to.add(n - 1 - i).write(simd.sub(a, b));
                     }
@@ -256,17 +318,23 @@ pub(super) fn transposed<S: Simd>(simd: S, tables: &DctTables<S::T>, width: usiz
                 }
             } else {
                 for i in 0..d / 2 {
-                    let (a, b) = (*from.add(i), simd.mul(*from.add(d / 2 + i), simd.splat(*level(d).add(i))));
+                    let (a, b) = (
+                        *from.add(i),
+                        simd.mul(*from.add(d / 2 + i), simd.splat(*level(d).add(i))),
+                    );
                     simd.store(out.add(i * width), simd.mul(simd.add(a, b), pre(i)));
-                    simd.store(out.add((d - 1 - i) * width), simd.mul(simd.sub(a, b), pre(d - 1 - i)));
+                    simd.store(
+                        out.add((d - 1 - i) * width),
+                        simd.mul(simd.sub(a, b), pre(d - 1 - i)),
+                    );
                 }
             }
         }
     }
 }
 
-// Structs and a macro in place of closures: a closure that the compiler does not inline is compiled without the CPU
-// features, and all its arithmetic becomes calls.
+// Structs and a macro in place of closures: a closure that the compiler does not inline is compiled
+// without the CPU features, and all its arithmetic becomes calls.
 
 /// pre ⊙ x + shift
 struct Input<'a, S: Simd> {
@@ -285,7 +353,11 @@ impl<S: Simd> Input<'_, S> {
         // SAFETY: the caller's promise.
         unsafe {
             let value = simd.load(x.add(i * width + j));
-            simd.mul_add(value, simd.splat(*tables.pre.get_unchecked(i)), simd.splat(*tables.shift.get_unchecked(i)))
+            simd.mul_add(
+                value,
+                simd.splat(*tables.pre.get_unchecked(i)),
+                simd.splat(*tables.shift.get_unchecked(i)),
+            )
         }
     }
 }
@@ -329,7 +401,8 @@ struct Output<'a, S: Simd> {
 
 impl<S: Simd> Output<'_, S> {
     /// # Safety
-    /// `f` is below d, `out` and, if `mirrored`, `mirror` are valid for a register at `f·width + j`.
+    /// `f` is below d, `out` and, if `mirrored`, `mirror` are valid for a register at `f·width +
+    /// j`.
     #[inline(always)]
     unsafe fn put(&mut self, f: usize, j: usize, value: S::V, column: S::V, mirrored: bool) {
         let simd = self.simd;
@@ -354,7 +427,14 @@ type Buffer<V> = [MaybeUninit<V>; MOST];
 /// # Safety
 /// `twiddle` is readable, `a` and `b` are writable.
 #[inline(always)]
-unsafe fn butterfly<S: Simd>(simd: S, x: S::V, y: S::V, twiddle: *const S::T, a: *mut S::V, b: *mut S::V) {
+unsafe fn butterfly<S: Simd>(
+    simd: S,
+    x: S::V,
+    y: S::V,
+    twiddle: *const S::T,
+    a: *mut S::V,
+    b: *mut S::V,
+) {
     // SAFETY: the caller's promise.
     unsafe {
         a.write(simd.add(x, y));
@@ -367,7 +447,8 @@ macro_rules! leaf {
         $(#[doc = $doc])*
         ///
         /// # Safety
-        /// `x` holds `points` registers, `twiddles` the levels `points`, `points`/2, …, the last even one.
+        /// `x` holds `points` registers, `twiddles` the levels `points`, `points`/2, …, the last
+        /// even one.
         #[inline(always)]
         unsafe fn $name<S: Simd>(simd: S, points: usize, x: *mut S::V, twiddles: *const S::T) {
             // SAFETY: the caller's promise; the arrays hold what they say.
@@ -398,7 +479,11 @@ leaf! {
 macro_rules! points {
     ($name:ident, $half_name:ident, $transposed:ident, $half_transposed:ident, $n:literal, $half:literal) => {
         #[inline(always)]
-        fn $name<S: Simd>(simd: S, x: [S::V; $n], twiddle: impl Fn(usize) -> S::V + Copy) -> [S::V; $n] {
+        fn $name<S: Simd>(
+            simd: S,
+            x: [S::V; $n],
+            twiddle: impl Fn(usize) -> S::V + Copy,
+        ) -> [S::V; $n] {
             let a = std::array::from_fn(|i| simd.add(x[i], x[$n - 1 - i]));
             let b = std::array::from_fn(|i| simd.mul(simd.sub(x[i], x[$n - 1 - i]), twiddle(i)));
             let a: [S::V; $half] = $half_name(simd, a, move |i| twiddle($half + i));
@@ -411,13 +496,25 @@ macro_rules! points {
         }
 
         #[inline(always)]
-        fn $transposed<S: Simd>(simd: S, x: [S::V; $n], twiddle: impl Fn(usize) -> S::V + Copy) -> [S::V; $n] {
+        fn $transposed<S: Simd>(
+            simd: S,
+            x: [S::V; $n],
+            twiddle: impl Fn(usize) -> S::V + Copy,
+        ) -> [S::V; $n] {
             let a = std::array::from_fn(|f| x[2 * f]);
-            let b = std::array::from_fn(|f| if f == 0 { x[1] } else { simd.add(x[2 * f - 1], x[2 * f + 1]) });
+            let b = std::array::from_fn(|f| {
+                if f == 0 { x[1] } else { simd.add(x[2 * f - 1], x[2 * f + 1]) }
+            });
             let a: [S::V; $half] = $half_transposed(simd, a, move |i| twiddle($half + i));
             let b: [S::V; $half] = $half_transposed(simd, b, move |i| twiddle($half + i));
             let b: [S::V; $half] = std::array::from_fn(|i| simd.mul(b[i], twiddle(i)));
-            std::array::from_fn(|i| if i < $half { simd.add(a[i], b[i]) } else { simd.sub(a[$n - 1 - i], b[$n - 1 - i]) })
+            std::array::from_fn(|i| {
+                if i < $half {
+                    simd.add(a[i], b[i])
+                } else {
+                    simd.sub(a[$n - 1 - i], b[$n - 1 - i])
+                }
+            })
         }
     };
 }
@@ -486,4 +583,9 @@ fn transposed5<S: Simd>(simd: S, x: [S::V; 5], _: impl Fn(usize) -> S::V + Copy)
 /// cos 30°
 const COS_30: f64 = 0.866_025_403_784_438_6;
 /// cos 18°, cos 36°, cos 54°, cos 72°
-const COS_18: [f64; 4] = [0.951_056_516_295_153_5, 0.809_016_994_374_947_4, 0.587_785_252_292_473_1, 0.309_016_994_374_947_4];
+const COS_18: [f64; 4] = [
+    0.951_056_516_295_153_5,
+    0.809_016_994_374_947_4,
+    0.587_785_252_292_473_1,
+    0.309_016_994_374_947_4,
+];

@@ -1,13 +1,14 @@
-//! [`Simd`]: one vector register of one element type on one instruction set, and the portable implementation.
+//! [`Simd`]: one vector register of one element type on one instruction set, and the portable
+//! implementation.
 
 use crate::real::Real;
 use crate::simd::LANES;
 
 /// Vector arithmetic on one instruction set.
 ///
-/// A value of an implementing type is a token: it is only made where the CPU is known to have the instructions, so
-/// having it is the proof that running them is sound. Its methods are inlined into functions compiled for those
-/// instructions (see [`x86`](super::x86)).
+/// A value of an implementing type is a token: it is only made where the CPU is known to have the
+/// instructions, so having it is the proof that running them is sound. Its methods are inlined into
+/// functions compiled for those instructions (see [`x86`](super::x86)).
 pub(super) trait Simd: Copy {
     /// Element type.
     type T: Real;
@@ -46,13 +47,20 @@ pub(super) trait Simd: Copy {
     #[inline(always)]
     fn prefetch(self, _: *const Self::T) {}
 
-    /// Writes `scale`·rows as columns: `out[i·stride + lane] = scale · rows[lane][i]` for i in 0..N. Returns the sums of
-    /// squares of rows[..][i].
+    /// Writes `scale`·rows as columns: `out[i·stride + lane] = scale · rows[lane][i]` for i in
+    /// 0..N. Returns the sums of squares of rows[..][i].
     ///
     /// # Safety
-    /// Every row is valid for reading N elements; `out` for writing LANES elements at each of N strides.
+    /// Every row is valid for reading N elements; `out` for writing LANES elements at each of N
+    /// strides.
     #[inline(always)]
-    unsafe fn transpose(self, rows: &[*const Self::T; LANES], scale: Self::V, out: *mut Self::T, stride: usize) -> Self::V {
+    unsafe fn transpose(
+        self,
+        rows: &[*const Self::T; LANES],
+        scale: Self::V,
+        out: *mut Self::T,
+        stride: usize,
+    ) -> Self::V {
         let mut block = [Self::T::ZERO; LANES * LANES];
         let mut squares = self.splat(Self::T::ZERO);
         for (lane, &row) in rows.iter().enumerate() {
@@ -91,7 +99,8 @@ macro_rules! portable {
             }
             #[inline(always)]
             unsafe fn load(self, p: *const $t) -> Self::V {
-                // SAFETY: the caller's promise; an array of elements may lie at any element's address.
+                // SAFETY: the caller's promise; an array of elements may lie at any element's
+                // address.
                 unsafe { *p.cast::<[$t; $n]>() }
             }
             #[inline(always)]
@@ -113,7 +122,8 @@ macro_rules! portable {
             }
             #[inline(always)]
             fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
-                // Without the instruction `mul_add` is a library call, fifty times slower than two roundings.
+                // Without the instruction `mul_add` is a library call, fifty times slower than two
+                // roundings.
                 if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
                     std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
                 } else {
@@ -126,17 +136,21 @@ macro_rules! portable {
             }
             #[inline(always)]
             fn round(self, a: Self::V) -> Self::V {
-                // Adding 1.5·2^mantissa leaves no bits for a fraction; `round` itself does not vectorise.
+                // Adding 1.5·2^mantissa leaves no bits for a fraction; `round` itself does not
+                // vectorise.
                 const MAGIC: $t = ((3 as $bits) << ($mantissa - 1)) as $t;
                 std::array::from_fn(|i| (a[i] + MAGIC) - MAGIC)
             }
             #[inline(always)]
             fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
-                // 2ⁿ by its exponent bits, read from the low bits of 1.5·2^mantissa + n + bias; below the normal range 0.
+                // 2ⁿ by its exponent bits, read from the low bits of 1.5·2^mantissa + n + bias;
+                // below the normal range 0.
                 const MAGIC: $t = ((3 as $bits) << ($mantissa - 1)) as $t;
                 std::array::from_fn(|i| {
                     let exponent = if n[i] < (1 - $bias) as $t { -$bias as $t } else { n[i] };
-                    a[i] * <$t>::from_bits((exponent + (MAGIC + $bias as $t)).to_bits() << $mantissa)
+                    a[i] * <$t>::from_bits(
+                        (exponent + (MAGIC + $bias as $t)).to_bits() << $mantissa,
+                    )
                 })
             }
             #[inline(always)]

@@ -1,8 +1,8 @@
 //! Vector loops chosen at run time, and the general matrix product.
 //!
-//! [`body`] holds every loop once, written against the trait of [`lane`]; [`x86`] implements that trait for AVX2 and
-//! AVX-512; this file compiles the loops for each of them, puts them into tables and hands out the fastest table that
-//! the CPU can run.
+//! [`body`] holds every loop once, written against the trait of [`lane`]; [`x86`] implements that
+//! trait for AVX2 and AVX-512; this file compiles the loops for each of them, puts them into tables
+//! and hands out the fastest table that the CPU can run.
 
 mod ahead;
 mod body;
@@ -24,7 +24,8 @@ pub(crate) use product::{Gemm, product};
 use crate::real::Real;
 use lane::{Portable, Simd};
 
-/// Panels (`[rows, tokens]`) have a width that is a multiple of this, on every CPU and for both types.
+/// Panels (`[rows, tokens]`) have a width that is a multiple of this, on every CPU and for both
+/// types.
 pub(crate) const LANES: usize = 16;
 
 /// `n` rounded up to whole lane groups.
@@ -32,18 +33,21 @@ pub(crate) fn padded(n: usize) -> usize {
     n.next_multiple_of(LANES)
 }
 
-/// The transpose of a panel `[rows, width]`, times `scale`; `rows` and `width` are multiples of LANES.
+/// The transpose of a panel `[rows, width]`, times `scale`; `rows` and `width` are multiples of
+/// LANES.
 pub(crate) fn transpose<T: Real>(ops: &Ops<T>, width: usize, panel: &[T], scale: T, out: &mut [T]) {
     let rows = panel.len() / width;
     for group in (0..rows).step_by(LANES) {
-        let lanes: [&[T]; LANES] = std::array::from_fn(|lane| &panel[(group + lane) * width..][..width]);
+        let lanes: [&[T]; LANES] =
+            std::array::from_fn(|lane| &panel[(group + lane) * width..][..width]);
         (ops.gather)(&lanes, scale, &mut out[group..], rows);
     }
 }
 
 macro_rules! ops {
     ($($(#[doc = $doc:literal])* $name:ident: fn($($arg:ident: $ty:ty),*) $(-> $ret:ty)?;)*) => {
-        /// One implementation of every vector loop; see the functions of the same names in [`body`].
+        /// One implementation of every vector loop; see the functions of the same names in
+        /// [`body`].
         #[allow(unreachable_pub)]
         pub struct Ops<T: 'static> {
             /// Which instruction set this table was compiled for.
@@ -87,11 +91,13 @@ macro_rules! ops {
 ops! {
     /// C (+)= A·B on operands that stay in the cache, while others come into it.
     matmul_ahead: fn(p: Product, a: &[T], b: &[T], c: &mut [T], ahead: Option<&mut Ahead<T>>);
-    /// u = post ⊙ C(pre ⊙ x + shift), the batched DCT-II; out = u + row + column, mirror = −u + mirror_row + column.
+    /// u = post ⊙ C(pre ⊙ x + shift), the batched DCT-II; out = u + row + column, mirror = −u +
+    /// mirror_row + column.
     dct: fn(tables: &DctTables<T>, x: &[T], column: &[T], row: &[T], out: &mut [T], mirror_row: &[T], mirror: &mut [T]);
     /// out = pre ⊙ Cᵀ(post ⊙ (x − minus)), the transpose of its linear part.
     dct_transposed: fn(tables: &DctTables<T>, width: usize, x: &[T], minus: &[T], out: &mut [T]);
-    /// The DCT-II of one vector by the halves of its matrix: out = post ⊙ C(pre ⊙ x) + row + offset, mirrored as in `dct`.
+    /// The DCT-II of one vector by the halves of its matrix: out = post ⊙ C(pre ⊙ x) + row +
+    /// offset, mirrored as in `dct`.
     dct_token: fn(
         halves: &[T],
         x: &[T],
@@ -114,7 +120,8 @@ ops! {
     column_max: fn(panel: &[T], offset: &[T], out: &mut [T]);
     /// `out[f] = max_j (panel[f, j] + column[j])`
     row_max: fn(panel: &[T], column: &[T], out: &mut [T]);
-    /// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])`, `dot[j] = Σ_f panel[f, j]·weight[f]`
+    /// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])`, `dot[j] = Σ_f panel[f,
+    /// j]·weight[f]`
     exp_dot: fn(panel: &mut [T], offset: &[T], column: &[T], weight: &[T], dot: &mut [T]);
     /// `panel[f, j] = exp(panel[f, j] + offset[f] + column[j])`
     exp_panel: fn(panel: &mut [T], offset: &[T], column: &[T]);
@@ -122,11 +129,13 @@ ops! {
     weigh: fn(panel: &mut [T], reference: &[T], column: &[T], sums: &mut [T]);
     /// `sums[j] += Σ_f a[f, j]·b[f, j]`
     column_dot: fn(a: &[T], b: &[T], sums: &mut [T]);
-    /// `panel[f, j] = weight[f, j]·scale[j]·(panel[f, j] − row[f]·column[j])`, `sums[j] = Σ_f panel[f, j]`
+    /// `panel[f, j] = weight[f, j]·scale[j]·(panel[f, j] − row[f]·column[j])`, `sums[j] = Σ_f
+    /// panel[f, j]`
     log_weight_vjp: fn(panel: &mut [T], weight: &[T], scale: &[T], row: &[T], column: &[T], sums: &mut [T]);
     /// `sums[f] += Σ_j panel[f, j]`
     add_row_sums: fn(panel: &[T], sums: &mut [T]);
-    /// `sums[f] += Σ_j a[f, j]`, `products[f] += Σ_j a[f, j]·(b[f, j] − offset[f])`, in LANES partial sums each.
+    /// `sums[f] += Σ_j a[f, j]`, `products[f] += Σ_j a[f, j]·(b[f, j] − offset[f])`, in LANES
+    /// partial sums each.
     lane_sums: fn(a: &[T], b: &[T], offset: &[T], sums: &mut [T], products: &mut [T]);
     /// z = x − center: `sums[i] += Σ_j z[i, j]·total[j]` in LANES partial sums,
     /// `grad[i, j] += scale[i]·y[i, j] + (tilt[i] − envelope·z[i, j])·total[j]`.

@@ -104,7 +104,8 @@ impl Simd for Avx512F32 {
     fn scale2(self, a: __m512, n: __m512) -> __m512 {
         // SAFETY: the token proves the instruction set.
         unsafe {
-            // Lanes whose result would be no normal number are left out: they cost a hundred times the others.
+            // Lanes whose result would be no normal number are left out: they cost a hundred times
+            // the others.
             let normal = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(n, _mm512_set1_ps(-126.0));
             _mm512_maskz_scalef_ps(normal, a, n)
         }
@@ -126,23 +127,34 @@ impl Simd for Avx512F32 {
     }
 
     #[inline(always)]
-    unsafe fn transpose(self, rows: &[*const f32; LANES], scale: __m512, out: *mut f32, stride: usize) -> __m512 {
+    unsafe fn transpose(
+        self,
+        rows: &[*const f32; LANES],
+        scale: __m512,
+        out: *mut f32,
+        stride: usize,
+    ) -> __m512 {
         // SAFETY: the token proves the instruction set, the caller the pointers.
         unsafe {
-            // Pairs of rows, then fours: b[4i + c] holds in its 128-bit lane l column 4l + c of rows 4i..4i + 4.
+            // Pairs of rows, then fours: b[4i + c] holds in its 128-bit lane l column 4l + c of
+            // rows 4i..4i + 4.
             let mut a = [_mm512_setzero_ps(); LANES];
             let mut b = [_mm512_setzero_pd(); LANES];
             let mut squares = [_mm512_setzero_ps(); 2];
             for i in 0..8 {
                 let (even, odd) = (_mm512_loadu_ps(rows[2 * i]), _mm512_loadu_ps(rows[2 * i + 1]));
-                squares = [_mm512_fmadd_ps(even, even, squares[0]), _mm512_fmadd_ps(odd, odd, squares[1])];
+                squares = [
+                    _mm512_fmadd_ps(even, even, squares[0]),
+                    _mm512_fmadd_ps(odd, odd, squares[1]),
+                ];
                 let (even, odd) = (_mm512_mul_ps(even, scale), _mm512_mul_ps(odd, scale));
                 a[2 * i] = _mm512_unpacklo_ps(even, odd);
                 a[2 * i + 1] = _mm512_unpackhi_ps(even, odd);
             }
             for i in 0..4 {
                 for half in 0..2 {
-                    let (low, high) = (_mm512_castps_pd(a[4 * i + half]), _mm512_castps_pd(a[4 * i + 2 + half]));
+                    let (low, high) =
+                        (_mm512_castps_pd(a[4 * i + half]), _mm512_castps_pd(a[4 * i + 2 + half]));
                     b[4 * i + 2 * half] = _mm512_unpacklo_pd(low, high);
                     b[4 * i + 2 * half + 1] = _mm512_unpackhi_pd(low, high);
                 }
@@ -151,12 +163,27 @@ impl Simd for Avx512F32 {
             for c in 0..4 {
                 let (top, upper) = (_mm512_castpd_ps(b[c]), _mm512_castpd_ps(b[4 + c]));
                 let (lower, bottom) = (_mm512_castpd_ps(b[8 + c]), _mm512_castpd_ps(b[12 + c]));
-                let even = (_mm512_shuffle_f32x4::<0x88>(top, upper), _mm512_shuffle_f32x4::<0x88>(lower, bottom));
-                let odd = (_mm512_shuffle_f32x4::<0xdd>(top, upper), _mm512_shuffle_f32x4::<0xdd>(lower, bottom));
+                let even = (
+                    _mm512_shuffle_f32x4::<0x88>(top, upper),
+                    _mm512_shuffle_f32x4::<0x88>(lower, bottom),
+                );
+                let odd = (
+                    _mm512_shuffle_f32x4::<0xdd>(top, upper),
+                    _mm512_shuffle_f32x4::<0xdd>(lower, bottom),
+                );
                 _mm512_storeu_ps(out.add(c * stride), _mm512_shuffle_f32x4::<0x88>(even.0, even.1));
-                _mm512_storeu_ps(out.add((4 + c) * stride), _mm512_shuffle_f32x4::<0x88>(odd.0, odd.1));
-                _mm512_storeu_ps(out.add((8 + c) * stride), _mm512_shuffle_f32x4::<0xdd>(even.0, even.1));
-                _mm512_storeu_ps(out.add((12 + c) * stride), _mm512_shuffle_f32x4::<0xdd>(odd.0, odd.1));
+                _mm512_storeu_ps(
+                    out.add((4 + c) * stride),
+                    _mm512_shuffle_f32x4::<0x88>(odd.0, odd.1),
+                );
+                _mm512_storeu_ps(
+                    out.add((8 + c) * stride),
+                    _mm512_shuffle_f32x4::<0xdd>(even.0, even.1),
+                );
+                _mm512_storeu_ps(
+                    out.add((12 + c) * stride),
+                    _mm512_shuffle_f32x4::<0xdd>(odd.0, odd.1),
+                );
             }
             _mm512_add_ps(squares[0], squares[1])
         }
@@ -236,14 +263,22 @@ impl Simd for Avx2F32 {
         unsafe {
             // 2ⁿ by its exponent bits; n below the normal range becomes the exponent of zero.
             let n = _mm256_max_ps(n, _mm256_set1_ps(-127.0));
-            let bits = _mm256_slli_epi32::<23>(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)));
+            let bits = _mm256_slli_epi32::<23>(_mm256_add_epi32(
+                _mm256_cvtps_epi32(n),
+                _mm256_set1_epi32(127),
+            ));
             _mm256_mul_ps(a, _mm256_castsi256_ps(bits))
         }
     }
     #[inline(always)]
     fn within(self, a: __m256, limit: __m256) -> bool {
         // SAFETY: the token proves the instruction set.
-        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LE_OQ>(_mm256_andnot_ps(_mm256_set1_ps(-0.0), a), limit)) == 0xff }
+        unsafe {
+            _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_LE_OQ>(
+                _mm256_andnot_ps(_mm256_set1_ps(-0.0), a),
+                limit,
+            )) == 0xff
+        }
     }
     #[inline(always)]
     fn sum(self, a: __m256) -> f32 {
@@ -265,7 +300,13 @@ impl Simd for Avx2F32 {
     }
 
     #[inline(always)]
-    unsafe fn transpose(self, rows: &[*const f32; LANES], scale: __m256, out: *mut f32, stride: usize) -> __m256 {
+    unsafe fn transpose(
+        self,
+        rows: &[*const f32; LANES],
+        scale: __m256,
+        out: *mut f32,
+        stride: usize,
+    ) -> __m256 {
         let mut squares = [self.splat(0.0); 2];
         // SAFETY: the token proves the instruction set, the caller the pointers.
         unsafe {
@@ -273,13 +314,19 @@ impl Simd for Avx2F32 {
                 // Four columns of rows i and i + 4 of eight, in two lanes.
                 let x: [__m256; 4] = std::array::from_fn(|i| {
                     let (low, high) = (rows[half + i].add(column), rows[half + i + 4].add(column));
-                    _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high))
+                    _mm256_insertf128_ps::<1>(
+                        _mm256_castps128_ps256(_mm_loadu_ps(low)),
+                        _mm_loadu_ps(high),
+                    )
                 });
-                squares = [self.mul_add(x[0], x[0], squares[0]), self.mul_add(x[1], x[1], squares[1])];
-                squares = [self.mul_add(x[2], x[2], squares[0]), self.mul_add(x[3], x[3], squares[1])];
+                squares =
+                    [self.mul_add(x[0], x[0], squares[0]), self.mul_add(x[1], x[1], squares[1])];
+                squares =
+                    [self.mul_add(x[2], x[2], squares[0]), self.mul_add(x[3], x[3], squares[1])];
                 let x = x.map(|x| self.mul(x, scale));
                 let pair = |i: usize| {
-                    let (low, high) = (_mm256_unpacklo_ps(x[i], x[i + 1]), _mm256_unpackhi_ps(x[i], x[i + 1]));
+                    let (low, high) =
+                        (_mm256_unpacklo_ps(x[i], x[i + 1]), _mm256_unpackhi_ps(x[i], x[i + 1]));
                     (_mm256_castps_pd(low), _mm256_castps_pd(high))
                 };
                 let (top, bottom) = (pair(0), pair(2));
@@ -324,14 +371,22 @@ impl Simd for Avx2F64 {
         // SAFETY: the token proves the instruction set.
         unsafe {
             let n = _mm256_max_pd(n, _mm256_set1_pd(-1023.0));
-            let bits = _mm256_slli_epi64::<52>(_mm256_cvtepi32_epi64(_mm_add_epi32(_mm256_cvtpd_epi32(n), _mm_set1_epi32(1023))));
+            let bits = _mm256_slli_epi64::<52>(_mm256_cvtepi32_epi64(_mm_add_epi32(
+                _mm256_cvtpd_epi32(n),
+                _mm_set1_epi32(1023),
+            )));
             _mm256_mul_pd(a, _mm256_castsi256_pd(bits))
         }
     }
     #[inline(always)]
     fn within(self, a: __m256d, limit: __m256d) -> bool {
         // SAFETY: the token proves the instruction set.
-        unsafe { _mm256_movemask_pd(_mm256_cmp_pd::<_CMP_LE_OQ>(_mm256_andnot_pd(_mm256_set1_pd(-0.0), a), limit)) == 0xf }
+        unsafe {
+            _mm256_movemask_pd(_mm256_cmp_pd::<_CMP_LE_OQ>(
+                _mm256_andnot_pd(_mm256_set1_pd(-0.0), a),
+                limit,
+            )) == 0xf
+        }
     }
     #[inline(always)]
     fn sum(self, a: __m256d) -> f64 {
@@ -351,18 +406,28 @@ impl Simd for Avx2F64 {
     }
 
     #[inline(always)]
-    unsafe fn transpose(self, rows: &[*const f64; LANES], scale: __m256d, out: *mut f64, stride: usize) -> __m256d {
+    unsafe fn transpose(
+        self,
+        rows: &[*const f64; LANES],
+        scale: __m256d,
+        out: *mut f64,
+        stride: usize,
+    ) -> __m256d {
         let mut squares = [self.splat(0.0); 2];
         // SAFETY: the token proves the instruction set, the caller the pointers.
         unsafe {
             for group in (0..LANES).step_by(4) {
                 let x: [__m256d; 4] = std::array::from_fn(|i| self.load(rows[group + i]));
-                squares = [self.mul_add(x[0], x[0], squares[0]), self.mul_add(x[1], x[1], squares[1])];
-                squares = [self.mul_add(x[2], x[2], squares[0]), self.mul_add(x[3], x[3], squares[1])];
+                squares =
+                    [self.mul_add(x[0], x[0], squares[0]), self.mul_add(x[1], x[1], squares[1])];
+                squares =
+                    [self.mul_add(x[2], x[2], squares[0]), self.mul_add(x[3], x[3], squares[1])];
                 let x = x.map(|x| self.mul(x, scale));
                 let (even, odd) = ([x[0], x[2]], [x[1], x[3]]);
-                let low: [__m256d; 2] = std::array::from_fn(|i| _mm256_unpacklo_pd(even[i], odd[i]));
-                let high: [__m256d; 2] = std::array::from_fn(|i| _mm256_unpackhi_pd(even[i], odd[i]));
+                let low: [__m256d; 2] =
+                    std::array::from_fn(|i| _mm256_unpacklo_pd(even[i], odd[i]));
+                let high: [__m256d; 2] =
+                    std::array::from_fn(|i| _mm256_unpackhi_pd(even[i], odd[i]));
                 let at = out.add(group);
                 self.store(at, _mm256_permute2f128_pd::<0x20>(low[0], low[1]));
                 self.store(at.add(stride), _mm256_permute2f128_pd::<0x20>(high[0], high[1]));

@@ -15,7 +15,8 @@ pub enum Layout {
     Backwards,
 }
 
-pub const LAYOUTS: [Layout; 4] = [Layout::Standard, Layout::Columns, Layout::Gaps, Layout::Backwards];
+pub const LAYOUTS: [Layout; 4] =
+    [Layout::Standard, Layout::Columns, Layout::Gaps, Layout::Backwards];
 
 /// An array laid out in some way; [`view`](Self::view) is the array.
 #[derive(Debug, Clone)]
@@ -35,7 +36,9 @@ impl<T: Real> Laid<T> {
                 memory.slice_mut(s![.., .., ..;2]).assign(array);
                 memory
             }
-            Layout::Backwards => array.slice(s![..;-1, ..;-1, ..;-1]).as_standard_layout().into_owned(),
+            Layout::Backwards => {
+                array.slice(s![..;-1, ..;-1, ..;-1]).as_standard_layout().into_owned()
+            }
         };
         Self { layout, memory }
     }

@@ -1,13 +1,15 @@
 //! The fast paths against the reference, on random small configurations.
 //!
-//! The two may differ by [`tolerance`]: a constant, times the type's epsilon, times the largest exponent and the root of
-//! the number of additions, times the largest value. An exponent's rounding error is a weight's relative error, and an
-//! output is a weighted mean of values.
+//! The two may differ by [`tolerance`]: a constant, times the type's epsilon, times the largest
+//! exponent and the root of the number of additions, times the largest value. An exponent's
+//! rounding error is a weight's relative error, and an output is a weighted mean of values.
 
 use std::fmt::Debug;
 
 use dijiang::Real;
-use dijiang::attention::{ExactConfig, KeyMask, LinearAttention, LinearConfig, Near, Storage, Workspace};
+use dijiang::attention::{
+    ExactConfig, KeyMask, LinearAttention, LinearConfig, Near, Storage, Workspace,
+};
 use dijiang::kernel::{DctMap, DctParams, Envelope, FavorConfig, Pairing, Projection};
 use dijiang::reference::{self, Pairs, PlainMap};
 use ndarray::{Array2, Array3, ArrayRef3, Axis, s};
@@ -53,16 +55,25 @@ impl Case {
             1..=6 => source.upto(48),
             _ => source.upto(14),
         };
-        let near = source.chance(0.5).then(|| Near::new(source.choose(&[1, 2, 3, 4, 8, 8, 16, 64]), source.below(3)));
+        let near = source
+            .chance(0.5)
+            .then(|| Near::new(source.choose(&[1, 2, 3, 4, 8, 8, 16, 64]), source.below(3)));
         let decays = source.chance(0.4);
-        let log_decay = (0..kv_heads).map(|_| if decays { source.choose(&[0.0, -0.001, -0.1, -1.0, -30.0, -1e9, -1e15]) } else { 0.0 });
+        let log_decay = (0..kv_heads).map(|_| {
+            if decays { source.choose(&[0.0, -0.001, -0.1, -1.0, -30.0, -1e9, -1e15]) } else { 0.0 }
+        });
         let log_decay = log_decay.collect();
         let (maps, reach) = maps(source, kv_heads, dim);
         let mut tensor = |heads: usize, width: usize, scale: f64| {
             let numbers = source.normals(heads * tokens * width, scale);
-            Array3::from_shape_vec((heads, tokens, width), numbers).unwrap_or_else(|error| panic!("{error}"))
+            Array3::from_shape_vec((heads, tokens, width), numbers)
+                .unwrap_or_else(|error| panic!("{error}"))
         };
-        let (q, k, v) = (tensor(kv_heads * group, dim, reach), tensor(kv_heads, dim, reach), tensor(kv_heads, value_dim, 1.0));
+        let (q, k, v) = (
+            tensor(kv_heads * group, dim, reach),
+            tensor(kv_heads, dim, reach),
+            tensor(kv_heads, value_dim, 1.0),
+        );
         let valid = match source.below(8) {
             0 | 1 => Some((0..tokens).map(|_| source.chance(0.7)).collect()),
             2 => Some((0..tokens).map(|_| source.chance(0.05)).collect()),
@@ -76,7 +87,21 @@ impl Case {
         }
         let scale = source.choose(&[1.0 / (dim as f64).sqrt(), 1.0, 0.07]);
         let (layout, carried) = (source.choose(&LAYOUTS), source.chance(0.1));
-        Self { heads: kv_heads * group, value_dim, scale, near, log_decay, maps, q, k, v, valid, layout, pieces, carried }
+        Self {
+            heads: kv_heads * group,
+            value_dim,
+            scale,
+            near,
+            log_decay,
+            maps,
+            q,
+            k,
+            v,
+            valid,
+            layout,
+            pieces,
+            carried,
+        }
     }
 
     fn mask(&self) -> KeyMask<'_> {
@@ -87,7 +112,8 @@ impl Case {
         self.near.is_none() && self.log_decay.iter().all(|&decay| decay == 0.0)
     }
 
-    /// What the reference says: causal, full if there is neither near part nor decay, and exact softmax.
+    /// What the reference says: causal, full if there is neither near part nor decay, and exact
+    /// softmax.
     fn expected(&self) -> (Expected, Option<Expected>, Expected) {
         let mut causal = Expected::new(self);
         let mut full = self.is_pure().then(|| Expected::new(self));
@@ -96,33 +122,70 @@ impl Case {
         for h in 0..self.heads {
             let of = h / (self.heads / self.maps.len());
             let root = self.scale.sqrt();
-            let (x, y) = (self.q.index_axis(Axis(0), h).mapv(|q| q * root), self.k.index_axis(Axis(0), of).mapv(|k| k * root));
+            let (x, y) = (
+                self.q.index_axis(Axis(0), h).mapv(|q| q * root),
+                self.k.index_axis(Axis(0), of).mapv(|k| k * root),
+            );
             let v = self.v.index_axis(Axis(0), of).to_owned();
             let (a, b) = log_features(&self.maps[of], &x, &y);
-            let says = |result: dijiang::Result<Array2<f64>>| result.unwrap_or_else(|error| panic!("{error}"));
-            let (scores, kernel) = (says(reference::scores(&x, &y)), says(reference::log_kernel(&a, &b)));
-            let pairs = Pairs { near, log_decay: self.log_decay[of], valid: self.valid.as_deref(), ..Pairs::causal() };
-            let exponent = largest(&a) + largest(&b) + largest(&x).powi(2) * x.ncols() as f64 + hidden(&self.maps[of], &x, &y);
+            let says = |result: dijiang::Result<Array2<f64>>| {
+                result.unwrap_or_else(|error| panic!("{error}"))
+            };
+            let (scores, kernel) =
+                (says(reference::scores(&x, &y)), says(reference::log_kernel(&a, &b)));
+            let pairs = Pairs {
+                near,
+                log_decay: self.log_decay[of],
+                valid: self.valid.as_deref(),
+                ..Pairs::causal()
+            };
+            let exponent = largest(&a)
+                + largest(&b)
+                + largest(&x).powi(2) * x.ncols() as f64
+                + hidden(&self.maps[of], &x, &y);
             let decay = (-self.log_decay[of] * x.nrows() as f64).min(1000.0);
-            causal.set(h, &says(reference::linear_attention(&scores, &kernel, &v, &pairs)), exponent + decay + largest(&scores));
-            exact.set(h, &says(reference::softmax_attention(&scores, &v, &pairs)), 2.0 * largest(&scores));
+            causal.set(
+                h,
+                &says(reference::linear_attention(&scores, &kernel, &v, &pairs)),
+                exponent + decay + largest(&scores),
+            );
+            exact.set(
+                h,
+                &says(reference::softmax_attention(&scores, &v, &pairs)),
+                2.0 * largest(&scores),
+            );
             if let Some(full) = &mut full {
                 let pairs = Pairs { valid: self.valid.as_deref(), ..Pairs::full() };
-                full.set(h, &says(reference::linear_attention(&scores, &kernel, &v, &pairs)), exponent);
+                full.set(
+                    h,
+                    &says(reference::linear_attention(&scores, &kernel, &v, &pairs)),
+                    exponent,
+                );
             }
         }
         (causal, full, exact)
     }
 
-    fn check<T: Real>(&self, causal: &Expected, full: Option<&Expected>, exact: &Expected, tally: &mut Tally) {
+    fn check<T: Real>(
+        &self,
+        causal: &Expected,
+        full: Option<&Expected>,
+        exact: &Expected,
+        tally: &mut Tally,
+    ) {
         let cast = |array: &Array3<f64>| Laid::new(self.layout, &array.mapv(T::from_f64));
         let (q, k, v) = (cast(&self.q), cast(&self.k), cast(&self.v));
         let (q, k, v) = (q.view(), k.view(), v.view());
-        let mut config = LinearConfig::new().with_heads(self.heads).with_value_dim(self.value_dim).with_scale(self.scale);
+        let mut config = LinearConfig::new()
+            .with_heads(self.heads)
+            .with_value_dim(self.value_dim)
+            .with_scale(self.scale);
         config = config.with_log_decay(self.log_decay.clone());
         config.near = self.near;
         let maps = self.maps.iter().map(|map| DctMap::<T>::from_params(map.clone()));
-        let maps = maps.collect::<dijiang::Result<Vec<_>>>().unwrap_or_else(|error| panic!("{error}: {self:?}"));
+        let maps = maps
+            .collect::<dijiang::Result<Vec<_>>>()
+            .unwrap_or_else(|error| panic!("{error}: {self:?}"));
         let attention = config.build(maps).unwrap_or_else(|error| panic!("{error}: {self:?}"));
 
         // The same scratch for everything, with whatever the last call left in it.
@@ -135,10 +198,15 @@ impl Case {
             self.compare("full", &out, full);
         }
         let (kv_heads, dim) = (self.maps.len(), self.maps[0].dim());
-        let mut config = ExactConfig::new(self.heads, dim).with_kv_heads(kv_heads).with_value_dim(self.value_dim).with_scale(self.scale);
+        let mut config = ExactConfig::new(self.heads, dim)
+            .with_kv_heads(kv_heads)
+            .with_value_dim(self.value_dim)
+            .with_scale(self.scale);
         config.near = self.near;
         let softmax = config.build::<T>().unwrap_or_else(|error| panic!("{error}: {self:?}"));
-        let out = tally.record(softmax.causal(&q, &k, &v, self.mask())).unwrap_or_else(|| panic!("refused: {self:?}"));
+        let out = tally
+            .record(softmax.causal(&q, &k, &v, self.mask()))
+            .unwrap_or_else(|| panic!("refused: {self:?}"));
         self.compare("softmax", &out, exact);
     }
 
@@ -153,7 +221,8 @@ impl Case {
         tally: &mut Tally,
     ) -> Array3<T> {
         let mut state = attention.new_state();
-        let mut out = Array3::from_elem((self.heads, q.shape()[1], self.value_dim), T::from_f64(f64::NAN));
+        let mut out =
+            Array3::from_elem((self.heads, q.shape()[1], self.value_dim), T::from_f64(f64::NAN));
         let mut start = 0;
         for &len in &self.pieces {
             let valid = self.valid.as_ref().map(|valid| &valid[start..start + len]);
@@ -162,16 +231,33 @@ impl Case {
             let result = match valid {
                 None | Some([true]) if len == 1 => {
                     let token = |x: &ArrayRef3<T>| x.index_axis(Axis(1), start).to_owned();
-                    attention.step(&mut state, &token(q), &token(k), &token(v), &mut out.index_axis_mut(Axis(1), 0), workspace)
+                    attention.step(
+                        &mut state,
+                        &token(q),
+                        &token(k),
+                        &token(v),
+                        &mut out.index_axis_mut(Axis(1), 0),
+                        workspace,
+                    )
                 }
                 _ => {
                     let mask = valid.map_or(KeyMask::All, KeyMask::Valid);
-                    attention.prefill_into(&mut state, &q.slice(tokens), &k.slice(tokens), &v.slice(tokens), mask, &mut out, workspace)
+                    attention.prefill_into(
+                        &mut state,
+                        &q.slice(tokens),
+                        &k.slice(tokens),
+                        &v.slice(tokens),
+                        mask,
+                        &mut out,
+                        workspace,
+                    )
                 }
             };
             tally.record(result);
             if self.carried {
-                state = attention.state_from_bytes(&state.to_bytes(Storage::Exact)).unwrap_or_else(|error| panic!("{error}: {self:?}"));
+                state = attention
+                    .state_from_bytes(&state.to_bytes(Storage::Exact))
+                    .unwrap_or_else(|error| panic!("{error}: {self:?}"));
             }
             start += len;
         }
@@ -183,18 +269,26 @@ impl Case {
         let (heads, tokens, _) = got.dim();
         let most = largest(&self.v);
         for h in 0..heads {
-            let tolerance = most * tolerance::<T>(expected.exponents[h], tokens + self.maps[0].features() + self.maps[0].dim());
+            let tolerance = most
+                * tolerance::<T>(
+                    expected.exponents[h],
+                    tokens + self.maps[0].features() + self.maps[0].dim(),
+                );
             for ((i, l), &expected) in expected.out.index_axis(Axis(0), h).indexed_iter() {
                 let got = got[[h, i, l]].to_f64();
                 let close = (got - expected).abs() <= tolerance; // false for NaN
-                assert!(close, "{path}, {}: [{h}, {i}, {l}] is {got:e}, not {expected:e}; tolerance {tolerance:e}; {self:?}", T::NAME);
+                assert!(
+                    close,
+                    "{path}, {}: [{h}, {i}, {l}] is {got:e}, not {expected:e}; tolerance {tolerance:e}; {self:?}",
+                    T::NAME
+                );
             }
         }
     }
 }
 
-/// By how much outputs for values of at most 1 may differ from the reference: `exponent` is the largest sum of exponents that
-/// a weight is computed from, `work` the number of additions.
+/// By how much outputs for values of at most 1 may differ from the reference: `exponent` is the
+/// largest sum of exponents that a weight is computed from, `work` the number of additions.
 fn tolerance<T: Real>(exponent: f64, work: usize) -> f64 {
     16.0 * T::EPSILON.to_f64() * (exponent + (work as f64).sqrt())
 }
@@ -208,7 +302,10 @@ struct Expected {
 
 impl Expected {
     fn new(case: &Case) -> Self {
-        Self { out: Array3::zeros((case.heads, case.q.shape()[1], case.value_dim)), exponents: vec![0.0; case.heads] }
+        Self {
+            out: Array3::zeros((case.heads, case.q.shape()[1], case.value_dim)),
+            exponents: vec![0.0; case.heads],
+        }
     }
 
     fn set(&mut self, h: usize, out: &Array2<f64>, exponent: f64) {
@@ -226,7 +323,9 @@ fn hidden(map: &DctParams, x: &Array2<f64>, y: &Array2<f64>) -> f64 {
     let d = map.dim() as f64;
     let center = largest(map.query.center.iter().chain(&map.key.center));
     let z = largest(x).max(largest(y)) + center;
-    let slope = largest(map.query.radii.iter().chain(&map.key.radii)) * largest(map.query.scale.iter().chain(&map.key.scale)) * d.sqrt();
+    let slope = largest(map.query.radii.iter().chain(&map.key.radii))
+        * largest(map.query.scale.iter().chain(&map.key.scale))
+        * d.sqrt();
     let rows = match &map.projection {
         Projection::Dense { query, key } => largest(query.iter().chain(key)) * d.sqrt(),
         _ => 1.0,
@@ -238,27 +337,38 @@ fn hidden(map: &DctParams, x: &Array2<f64>, y: &Array2<f64>) -> f64 {
 fn maps(source: &mut Source<'_>, kv_heads: usize, dim: usize) -> (Vec<DctParams>, f64) {
     let kind = source.below(4);
     let blocks = source.choose(&[1, 1, 1, 2, 3]);
-    let (pairing, envelope) =
-        (source.choose(&[Pairing::Single, Pairing::Antithetic]), source.choose(&[Envelope::None, Envelope::None, Envelope::Gaussian]));
+    let (pairing, envelope) = (
+        source.choose(&[Pairing::Single, Pairing::Antithetic]),
+        source.choose(&[Envelope::None, Envelope::None, Envelope::Gaussian]),
+    );
     let favor_features = source.upto(20);
     let reach = source.choose(&[0.3, 1.0, 1.0, 3.0, 30.0]);
     let spread = source.choose(&[0.3, 1.0, 2.0]);
     let map = |source: &mut Source<'_>| {
         let mut params = match kind {
-            0 => FavorConfig::new(dim, favor_features).with_seed(source.bits()).params().unwrap_or_else(|error| panic!("{error}")),
+            0 => FavorConfig::new(dim, favor_features)
+                .with_seed(source.bits())
+                .params()
+                .unwrap_or_else(|error| panic!("{error}")),
             _ => {
                 let mut params = DctParams::new(dim);
                 (params.pairing, params.envelope) = (pairing, envelope);
                 let rows = blocks * dim;
                 for side in [&mut params.query, &mut params.key] {
-                    (side.scale, side.radii) = (source.normals(rows, 1.0), source.normals(rows, spread));
+                    (side.scale, side.radii) =
+                        (source.normals(rows, 1.0), source.normals(rows, spread));
                 }
                 let features = if pairing == Pairing::Single { rows } else { 2 * rows };
                 params.log_weight = source.normals(features, 1.0);
                 if kind == 1 {
-                    params.projection = Projection::Mixed { signs: (0..3 * rows).map(|_| source.choose(&[1.0, -1.0])).collect() };
+                    params.projection = Projection::Mixed {
+                        signs: (0..3 * rows).map(|_| source.choose(&[1.0, -1.0])).collect(),
+                    };
                 } else if kind == 2 {
-                    params.projection = Projection::Deep { query: source.normals(2 * rows, 1.0), key: source.normals(2 * rows, 1.0) };
+                    params.projection = Projection::Deep {
+                        query: source.normals(2 * rows, 1.0),
+                        key: source.normals(2 * rows, 1.0),
+                    };
                 }
                 params
             }
@@ -273,9 +383,15 @@ fn maps(source: &mut Source<'_>, kv_heads: usize, dim: usize) -> (Vec<DctParams>
     ((0..kv_heads).map(|_| map(source)).collect(), reach)
 }
 
-/// Log-features `[n, m]` of queries and keys: by the reference's own map where it has one, otherwise by literal matrices.
-fn log_features(params: &DctParams, x: &Array2<f64>, y: &Array2<f64>) -> (Array2<f64>, Array2<f64>) {
-    let says = |result: dijiang::Result<Array2<f64>>| result.unwrap_or_else(|error| panic!("{error}"));
+/// Log-features `[n, m]` of queries and keys: by the reference's own map where it has one,
+/// otherwise by literal matrices.
+fn log_features(
+    params: &DctParams,
+    x: &Array2<f64>,
+    y: &Array2<f64>,
+) -> (Array2<f64>, Array2<f64>) {
+    let says =
+        |result: dijiang::Result<Array2<f64>>| result.unwrap_or_else(|error| panic!("{error}"));
     if params.projection == Projection::Dct {
         let map = plain(params);
         return (says(map.query_log_features(x)), says(map.key_log_features(y)));
@@ -291,8 +407,13 @@ fn log_features(params: &DctParams, x: &Array2<f64>, y: &Array2<f64>) -> (Array2
         Array2::from_shape_fn((z.nrows(), params.features()), |(j, f)| {
             let token = z.row(j).to_vec();
             let centred: Vec<f64> = token.iter().zip(center).map(|(z, mu)| z - mu).collect();
-            let u = dot(&rows.row(f % rows.nrows()).to_vec(), &centred) * if f < rows.nrows() { 1.0 } else { -1.0 };
-            let p = if params.envelope == Envelope::Gaussian { -0.5 * dot(&centred, &centred) } else { 0.0 };
+            let u = dot(&rows.row(f % rows.nrows()).to_vec(), &centred)
+                * if f < rows.nrows() { 1.0 } else { -1.0 };
+            let p = if params.envelope == Envelope::Gaussian {
+                -0.5 * dot(&centred, &centred)
+            } else {
+                0.0
+            };
             u + p + rest(&token, f, query)
         })
     };
@@ -310,18 +431,23 @@ fn rows(params: &DctParams, query: bool) -> Array2<f64> {
         }
         Projection::Mixed { .. } | Projection::Deep { .. } => {
             let c = reference::dct_matrix(d);
-            let scaled = |c: &Array2<f64>, diagonal: &[f64]| Array2::from_shape_fn((d, d), |(f, i)| c[[f, i]] * diagonal[i]);
+            let scaled = |c: &Array2<f64>, diagonal: &[f64]| {
+                Array2::from_shape_fn((d, d), |(f, i)| c[[f, i]] * diagonal[i])
+            };
             let mut rows = Array2::zeros((count, d));
             for g in 0..count / d {
                 let s = &side.scale[g * d..][..d];
                 let block = match &params.projection {
                     Projection::Mixed { signs } => {
-                        let [first, second, third] = [0, 1, 2].map(|i| scaled(&c, &signs[(3 * g + i) * d..][..d]));
+                        let [first, second, third] =
+                            [0, 1, 2].map(|i| scaled(&c, &signs[(3 * g + i) * d..][..d]));
                         scaled(&first.dot(&second).dot(&third), s)
                     }
                     Projection::Deep { query: of_query, key } => {
                         let scales = &(if query { of_query } else { key })[2 * g * d..];
-                        scaled(&c, s).dot(&scaled(&c.t().to_owned(), &scales[d..2 * d])).dot(&scaled(&c, &scales[..d]))
+                        scaled(&c, s)
+                            .dot(&scaled(&c.t().to_owned(), &scales[d..2 * d]))
+                            .dot(&scaled(&c, &scales[..d]))
                     }
                     Projection::Dct | Projection::Dense { .. } => unreachable!("other arms"),
                 };

@@ -1,4 +1,5 @@
-//! Bytes that say they are a model: safetensors files of layers and maps, and Hugging Face directories.
+//! Bytes that say they are a model: safetensors files of layers and maps, and Hugging Face
+//! directories.
 
 use std::fs;
 use std::path::PathBuf;
@@ -7,8 +8,8 @@ use std::sync::OnceLock;
 use dijiang::attention::{KeyMask, Near};
 use dijiang::checkpoint::{Checkpoint, Tensors};
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, PublishedAttention, Rotary, SoftmaxAttention,
-    load_layers, load_maps, save_layers, save_maps,
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+    PublishedAttention, Rotary, SoftmaxAttention, load_layers, load_maps, save_layers, save_maps,
 };
 use ndarray::Array2;
 
@@ -19,10 +20,15 @@ pub fn run(source: &mut Source<'_>, tally: &mut Tally) {
 }
 
 fn layer(near: Option<Near>) -> DijiangAttention<f32> {
-    let matrix = |p: usize| Array2::from_shape_fn((4, 4), |(i, j)| ((i * 37 + j * p) % 17) as f32 / 17.0 - 0.3);
+    let matrix = |p: usize| {
+        Array2::from_shape_fn((4, 4), |(i, j)| ((i * 37 + j * p) % 17) as f32 / 17.0 - 0.3)
+    };
     let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
-    let softmax = SoftmaxAttention::new(AttentionConfig::new(4, 2).with_rotary(Rotary::new(1e4)), weights);
-    let layer = softmax.and_then(|softmax| DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near)));
+    let softmax =
+        SoftmaxAttention::new(AttentionConfig::new(4, 2).with_rotary(Rotary::new(1e4)), weights);
+    let layer = softmax.and_then(|softmax| {
+        DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near))
+    });
     layer.unwrap_or_else(|error| panic!("{error}"))
 }
 
@@ -31,7 +37,12 @@ fn sound() -> &'static [Vec<u8>; 4] {
     static FILES: OnceLock<[Vec<u8>; 4]> = OnceLock::new();
     FILES.get_or_init(|| {
         let (one, two) = (layer(None), layer(Some(Near::new(3, 1))));
-        let files = [save_layers([&one, &two]), save_maps([&one, &two]), one.to_safetensors(), two.save_maps()];
+        let files = [
+            save_layers([&one, &two]),
+            save_maps([&one, &two]),
+            one.to_safetensors(),
+            two.save_maps(),
+        ];
         files.map(|file| file.unwrap_or_else(|error| panic!("{error}")))
     })
 }
@@ -53,7 +64,8 @@ fn layers(source: &mut Source<'_>, tally: &mut Tally) {
     );
     let x = Array2::from_elem((7, 4), 0.5);
     let same = |layer: &DijiangAttention<f32>| {
-        layer.forward(&x, KeyMask::All).ok() == kept.forward(&x, KeyMask::All).ok() && layer.near() == kept.near()
+        layer.forward(&x, KeyMask::All).ok() == kept.forward(&x, KeyMask::All).ok()
+            && layer.near() == kept.near()
     };
     assert!(results.2.is_ok() || same(&mine), "a refused file changed the layer");
     assert!(results.3.is_ok() || model.iter().all(same), "a refused file changed a layer");
@@ -67,12 +79,28 @@ fn layers(source: &mut Source<'_>, tally: &mut Tally) {
 /// A number, whole or not, that nobody should write into a file.
 fn absurd(source: &mut Source<'_>) -> String {
     let size = source.size().to_string();
-    source.choose(&[size.as_str(), "-1", "1e400", "0", "99999999999999999999999", "null", "\"\"", "[]", "0.5", "1e-300"]).to_owned()
+    source
+        .choose(&[
+            size.as_str(),
+            "-1",
+            "1e400",
+            "0",
+            "99999999999999999999999",
+            "null",
+            "\"\"",
+            "[]",
+            "0.5",
+            "1e-300",
+        ])
+        .to_owned()
 }
 
 fn damage(source: &mut Source<'_>, bytes: &mut Vec<u8>) {
     for _ in 0..source.upto(3) {
-        let header = bytes.first_chunk().map_or(0, |len| u64::from_le_bytes(*len) as usize).min(bytes.len().saturating_sub(8));
+        let header = bytes
+            .first_chunk()
+            .map_or(0, |len| u64::from_le_bytes(*len) as usize)
+            .min(bytes.len().saturating_sub(8));
         if bytes.len() < 9 || header == 0 {
             return;
         }
@@ -92,7 +120,12 @@ fn damage(source: &mut Source<'_>, bytes: &mut Vec<u8>) {
                 let text = String::from_utf8_lossy(&bytes[8..8 + header]).into_owned();
                 let text = replace_number(source, &text);
                 let rest = bytes.split_off(8 + header);
-                *bytes = (text.len() as u64).to_le_bytes().into_iter().chain(text.into_bytes()).chain(rest).collect();
+                *bytes = (text.len() as u64)
+                    .to_le_bytes()
+                    .into_iter()
+                    .chain(text.into_bytes())
+                    .chain(rest)
+                    .collect();
             }
             _ => {
                 let end = if source.chance(0.5) { 8 + header } else { bytes.len() };
@@ -104,19 +137,27 @@ fn damage(source: &mut Source<'_>, bytes: &mut Vec<u8>) {
 
 /// `text` with one of its numbers, or a word between quotes, exchanged.
 fn replace_number(source: &mut Source<'_>, text: &str) -> String {
-    let starts: Vec<usize> = text.match_indices(|c: char| c.is_ascii_digit()).map(|(at, _)| at).collect();
+    let starts: Vec<usize> =
+        text.match_indices(|c: char| c.is_ascii_digit()).map(|(at, _)| at).collect();
     if starts.is_empty() {
         return text.to_owned();
     }
     let at = source.choose(&starts);
-    let from = text.as_bytes()[..at].iter().rposition(|byte| !byte.is_ascii_digit()).map_or(0, |before| before + 1);
+    let from = text.as_bytes()[..at]
+        .iter()
+        .rposition(|byte| !byte.is_ascii_digit())
+        .map_or(0, |before| before + 1);
     let to = text[at..].find(|c: char| !c.is_ascii_digit()).map_or(text.len(), |len| at + len);
     format!("{}{}{}", &text[..from], absurd(source), &text[to..])
 }
 
 /// This thread's own directory.
 fn directory() -> PathBuf {
-    let path = std::env::temp_dir().join(format!("dijiang-fuzz-{}-{:?}", std::process::id(), std::thread::current().id()));
+    let path = std::env::temp_dir().join(format!(
+        "dijiang-fuzz-{}-{:?}",
+        std::process::id(),
+        std::thread::current().id()
+    ));
     fs::create_dir_all(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     path
 }
@@ -140,12 +181,18 @@ fn directories(source: &mut Source<'_>, tally: &mut Tally) {
         damage(source, &mut weights);
     }
     let directory = directory();
-    let write = |name: &str, bytes: &[u8]| fs::write(directory.join(name), bytes).unwrap_or_else(|error| panic!("{name}: {error}"));
+    let write = |name: &str, bytes: &[u8]| {
+        fs::write(directory.join(name), bytes).unwrap_or_else(|error| panic!("{name}: {error}"))
+    };
     write("config.json", &config);
     write("model.safetensors", &weights);
     if source.chance(0.3) {
-        let file = source.choose(&["model.safetensors", "config.json", "..", "", "absent", "/dev/zero"]);
-        write("model.safetensors.index.json", format!(r#"{{"weight_map":{{"self_attn.q_proj.weight":"{file}"}}}}"#).as_bytes());
+        let file =
+            source.choose(&["model.safetensors", "config.json", "..", "", "absent", "/dev/zero"]);
+        write(
+            "model.safetensors.index.json",
+            format!(r#"{{"weight_map":{{"self_attn.q_proj.weight":"{file}"}}}}"#).as_bytes(),
+        );
     }
     if let Some(model) = tally.record(Checkpoint::open(&directory)) {
         let layer = source.choose(&[0, 0, 0, 1, usize::MAX]);
@@ -157,7 +204,11 @@ fn directories(source: &mut Source<'_>, tally: &mut Tally) {
     if let Some(tensors) = tally.record(Tensors::open_file(directory.join("model.safetensors"))) {
         tally.record(tensors.numbers::<f64>("self_attn.q_proj.weight", &[source.size(), 4]));
         tally.record(tensors.matrix::<f32>("self_attn.q_proj.weight", 4, 4));
-        tally.record(PublishedAttention::<f32>::from_tensors(&tensors, "self_attn.", AttentionConfig::new(4, 2)));
+        tally.record(PublishedAttention::<f32>::from_tensors(
+            &tensors,
+            "self_attn.",
+            AttentionConfig::new(4, 2),
+        ));
     }
     fs::remove_dir_all(&directory).unwrap_or_else(|error| panic!("{error}"));
 }

@@ -1,4 +1,5 @@
-//! What the fuzz targets run: functions from a source of numbers to calls of the crate, which panic where a promise is broken.
+//! What the fuzz targets run: functions from a source of numbers to calls of the crate, which panic
+//! where a promise is broken.
 //!
 //! | target | promise |
 //! | --- | --- |
@@ -20,8 +21,12 @@ use dijiang::{Error, Result};
 pub use source::Source;
 
 /// Every target by its name.
-pub const TARGETS: [(&str, fn(&mut Source<'_>, &mut Tally)); 4] =
-    [("differential", differential::run), ("doors", doors::run), ("states", states::run), ("files", files::run)];
+pub const TARGETS: [(&str, fn(&mut Source<'_>, &mut Tally)); 4] = [
+    ("differential", differential::run),
+    ("doors", doors::run),
+    ("states", states::run),
+    ("files", files::run),
+];
 
 /// What became of the inputs.
 #[derive(Debug, Clone, Default)]

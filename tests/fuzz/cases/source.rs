@@ -1,6 +1,7 @@
 //! [`Source`]: where a case's numbers come from.
 
-/// Numbers from a fuzzer's bytes as long as they last, and from SplitMix64 after that [Steele, Lea, Flood 2014].
+/// Numbers from a fuzzer's bytes as long as they last, and from SplitMix64 after that [Steele, Lea,
+/// Flood 2014].
 #[derive(Debug, Clone)]
 pub struct Source<'a> {
     bytes: &'a [u8],
@@ -15,7 +16,9 @@ impl<'a> Source<'a> {
 
     /// The numbers of a fuzzer's input.
     pub fn of_bytes(bytes: &'a [u8]) -> Self {
-        let state = bytes.iter().fold(0, |hash: u64, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
+        let state = bytes
+            .iter()
+            .fold(0, |hash: u64, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3));
         Self { bytes, state }
     }
 
@@ -49,7 +52,8 @@ impl<'a> Source<'a> {
         ((self.bits() >> 11) as f64) < probability * (1_u64 << 53) as f64
     }
 
-    /// A number of mean 0 and variance 1, nearly normal, that `f32` holds exactly: the sum of four uniform ones.
+    /// A number of mean 0 and variance 1, nearly normal, that `f32` holds exactly: the sum of four
+    /// uniform ones.
     pub fn normal(&mut self) -> f64 {
         let bits = self.bits();
         let sum: u64 = (0..4).map(|i| (bits >> (16 * i)) & 0xffff).sum();
@@ -63,14 +67,40 @@ impl<'a> Source<'a> {
     /// A size that nobody should ask for.
     pub fn size(&mut self) -> usize {
         let huge = 1 << self.below(usize::BITS as usize);
-        self.choose(&[0, 1, 2, 3, 1 << 20, 1 << 31, 1 << 40, usize::MAX / 2 + 1, usize::MAX, huge, huge - 1])
+        self.choose(&[
+            0,
+            1,
+            2,
+            3,
+            1 << 20,
+            1 << 31,
+            1 << 40,
+            usize::MAX / 2 + 1,
+            usize::MAX,
+            huge,
+            huge - 1,
+        ])
     }
 
     /// A number that nobody should send.
     pub fn number(&mut self) -> f64 {
         let normal = self.normal();
-        let numbers =
-            [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, 1e30, -1e30, 1e-42, -1e-310, 0.0, -0.0, 1e15, -1e15, 1e100, 1e300, -1e300];
+        let numbers = [
+            f64::NAN,
+            f64::INFINITY,
+            f64::NEG_INFINITY,
+            1e30,
+            -1e30,
+            1e-42,
+            -1e-310,
+            0.0,
+            -0.0,
+            1e15,
+            -1e15,
+            1e100,
+            1e300,
+            -1e300,
+        ];
         if self.chance(0.7) { self.choose(&numbers) } else { normal }
     }
 }

@@ -23,12 +23,30 @@ fn check<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let attention = operator::<T>(dim, near);
     let bytes = forged(source, &attention);
     let Some(mut state) = tally.record(attention.state_from_bytes(&bytes)) else { return };
-    // Whatever was accepted can be used. A forger may have made its numbers as large as they get, but their bytes are sound.
+    // Whatever was accepted can be used. A forger may have made its numbers as large as they get,
+    // but their bytes are sound.
     let position = state.position();
-    assert!(attention.state_from_bytes(&state.to_bytes(Storage::Exact)).is_ok_and(|again| again == state));
+    assert!(
+        attention
+            .state_from_bytes(&state.to_bytes(Storage::Exact))
+            .is_ok_and(|again| again == state)
+    );
     let (token, mut out) = (Array2::from_elem((1, dim), T::ONE), Array2::zeros((1, dim)));
-    tally.record(attention.step(&mut state, &token, &token, &token, &mut out, &mut attention.workspace()));
-    tally.record(attention.prefill(&mut state, &text(5, dim), &text(5, dim), &text(5, dim), KeyMask::All));
+    tally.record(attention.step(
+        &mut state,
+        &token,
+        &token,
+        &token,
+        &mut out,
+        &mut attention.workspace(),
+    ));
+    tally.record(attention.prefill(
+        &mut state,
+        &text(5, dim),
+        &text(5, dim),
+        &text(5, dim),
+        KeyMask::All,
+    ));
     assert_eq!(state.position(), position + 6);
 }
 
@@ -40,14 +58,23 @@ fn operator<T: Real>(dim: usize, near: Option<Near>) -> LinearAttention<T, DctMa
 }
 
 fn text<T: Real>(n: usize, dim: usize) -> Array3<T> {
-    Array3::from_shape_fn((1, n, dim), |(_, i, j)| T::from_f64(((3 * i + 5 * j) % 7) as f64 / 4.0 - 0.7))
+    Array3::from_shape_fn((1, n, dim), |(_, i, j)| {
+        T::from_f64(((3 * i + 5 * j) % 7) as f64 / 4.0 - 0.7)
+    })
 }
 
 /// The bytes of a state, damaged, mostly with a checksum that fits.
 fn forged<T: Real>(source: &mut Source<'_>, attention: &LinearAttention<T, DctMap<T>>) -> Vec<u8> {
-    let (mut state, dim, n) = (attention.new_state(), attention.maps()[0].params().dim(), source.below(20));
+    let (mut state, dim, n) =
+        (attention.new_state(), attention.maps()[0].params().dim(), source.below(20));
     if n > 0 {
-        let fed = attention.prefill(&mut state, &text(n, dim), &text(n, dim), &text(n, dim), KeyMask::All);
+        let fed = attention.prefill(
+            &mut state,
+            &text(n, dim),
+            &text(n, dim),
+            &text(n, dim),
+            KeyMask::All,
+        );
         fed.unwrap_or_else(|error| panic!("{error}"));
     }
     let mut bytes = state.to_bytes(source.choose(&[Storage::Exact, Storage::F32, Storage::Bf16]));
