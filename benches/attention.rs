@@ -1,4 +1,4 @@
-//! Whole sequences, one thread, 8 heads: linear (pure, with a near part, full; forward and
+//! Whole sequences, one thread, 8 heads: linear (pure, with a local window, full; forward and
 //! backward) against softmax (tiled, and the literal formula while it is bearable).
 #![allow(missing_docs)]
 
@@ -8,7 +8,7 @@ use std::hint::black_box;
 
 use common::{gaussian, id, linear};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dijiang::attention::{ExactConfig, KeyMask};
+use dijiang::attention::{KeyMask, SoftmaxConfig};
 use dijiang::{Real, reference};
 use ndarray::{Array3, Axis};
 
@@ -19,17 +19,17 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     let (q, k, v) = (gaussian::<T>(1, shape), gaussian::<T>(2, shape), gaussian::<T>(3, shape));
     let (grad, mut out) = (gaussian::<T>(4, shape), Array3::<T>::zeros(shape));
     let name = id::<T>(n, d, d);
-    let (pure, near, exact) = (
+    let (pure, window, exact) = (
         linear::<T>(HEADS, d, false),
         linear::<T>(HEADS, d, true),
-        ExactConfig::new(HEADS, d).build::<T>(),
+        SoftmaxConfig::new(HEADS, d).build::<T>(),
     );
     let exact = exact.expect("a valid operator");
 
-    // Within the near part the linear operator is softmax attention: both must agree there before
+    // Within the local window the linear operator is softmax attention: both must agree there before
     // anything is timed.
     let (short, softmax) =
-        (near.causal(&q, &k, &v, KeyMask::All), exact.causal(&q, &k, &v, KeyMask::All));
+        (window.causal(&q, &k, &v, KeyMask::All), exact.causal(&q, &k, &v, KeyMask::All));
     let (short, softmax) = (short.expect("valid input"), softmax.expect("valid input"));
     let rows = n.min(2 * common::CHUNK);
     for (a, b) in short
@@ -49,14 +49,14 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
             pure.prefill_into(&mut state, black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws)
         });
     });
-    let (mut ws, mut state) = (near.workspace(), near.new_state());
-    group.bench_function(format!("near/{name}"), |b| {
+    let (mut ws, mut state) = (window.workspace(), window.new_state());
+    group.bench_function(format!("window/{name}"), |b| {
         b.iter(|| {
             state.reset();
-            near.prefill_into(&mut state, black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws)
+            window.prefill_into(&mut state, black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws)
         });
     });
-    for (mode, linear) in [("pure", &pure), ("near", &near)] {
+    for (mode, linear) in [("pure", &pure), ("window", &window)] {
         let (mut gradients, mut ws) =
             (linear.new_gradients(n, n).expect("room for them"), linear.backward_workspace());
         group.bench_function(format!("{mode}_backward/{name}"), |b| {

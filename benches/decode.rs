@@ -9,7 +9,7 @@ use std::hint::black_box;
 use common::{gaussian, id, linear};
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use dijiang::Real;
-use dijiang::attention::{ExactConfig, KeyMask, Near};
+use dijiang::attention::{KeyMask, SoftmaxConfig, Window};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
     SoftmaxAttention,
@@ -25,8 +25,8 @@ fn token<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     let (q1, k1, v1) = (one(&q), one(&k), one(&v));
     let mut out = Array2::<T>::zeros((HEADS, d));
     let mut group = c.benchmark_group("decode");
-    for (name, near) in [("pure", false), ("near", true)] {
-        let operator = linear::<T>(HEADS, d, near);
+    for (name, window) in [("pure", false), ("window", true)] {
+        let operator = linear::<T>(HEADS, d, window);
         let (mut state, mut ws) = (operator.new_state(), operator.workspace());
         operator.prefill(&mut state, &q, &k, &v, KeyMask::All).expect("valid input");
         operator.step(&mut state, &q1, &k1, &v1, &mut out, &mut ws).expect("valid input");
@@ -35,7 +35,7 @@ fn token<T: Real>(c: &mut Criterion, n: usize, d: usize) {
             b.iter(|| operator.step(&mut state, black_box(&q1), &k1, &v1, &mut out, &mut ws));
         });
     }
-    let exact = ExactConfig::new(HEADS, d).build::<T>().expect("a valid operator");
+    let exact = SoftmaxConfig::new(HEADS, d).build::<T>().expect("a valid operator");
     let (mut cache, mut ws) = (exact.new_cache(), exact.workspace());
     exact.extend(&mut cache, &k, &v, KeyMask::All, &mut ws).expect("valid input");
     group.bench_function(format!("softmax/{}", id::<T>(n, d, d)), |b| {
@@ -61,7 +61,7 @@ fn decode(c: &mut Criterion) {
 }
 
 /// A layer of [`HEADS`] heads of 64.
-fn layer(near: Option<Near>) -> DijiangAttention<f32> {
+fn layer(window: Option<Window>) -> DijiangAttention<f32> {
     let width = 64 * HEADS;
     let matrix = |seed| {
         gaussian::<f32>(seed, (1, width, width)).index_axis_move(Axis(0), 0) / (width as f32).sqrt()
@@ -69,7 +69,7 @@ fn layer(near: Option<Near>) -> DijiangAttention<f32> {
     let weights = AttentionWeights::new(matrix(1), matrix(2), matrix(3), matrix(4));
     let softmax =
         SoftmaxAttention::new(AttentionConfig::new(width, HEADS), weights).expect("valid weights");
-    DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near))
+    DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_window(window))
         .expect("a causal layer")
 }
 
@@ -82,8 +82,8 @@ fn batch(c: &mut Criterion) {
     let mut out = Array2::zeros((SLOTS, width));
     let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
     let mut group = c.benchmark_group("step_batch");
-    for (name, near) in [("pure", None), ("near", Some(Near::new(64, 1)))] {
-        let layer = layer(near);
+    for (name, window) in [("pure", None), ("window", Some(Window::new(64, 1)))] {
+        let layer = layer(window);
         let mut states: Vec<_> = (0..SLOTS).map(|_| layer.new_state()).collect();
         group.bench_function(format!("{name}/separate/{SLOTS}"), |b| {
             b.iter(|| {
@@ -111,7 +111,7 @@ fn batch(c: &mut Criterion) {
 fn packed(c: &mut Criterion) {
     const SLOTS: usize = 32;
     const TOKENS: usize = 20;
-    let layer = layer(Some(Near::new(64, 1)));
+    let layer = layer(Some(Window::new(64, 1)));
     let x = gaussian::<f32>(6, (1, SLOTS * TOKENS, 64 * HEADS)).index_axis_move(Axis(0), 0);
     let offsets: Vec<usize> = (0..=SLOTS).map(|i| i * TOKENS).collect();
     let one_thread = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");

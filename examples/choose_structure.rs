@@ -1,4 +1,4 @@
-//! How many features, and how long a near part, for the time I have?
+//! How many features, and how long a local window, for the time I have?
 //!
 //! ```sh
 //! cargo run --release --example choose_structure
@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
-use dijiang::attention::Near;
+use dijiang::attention::Window;
 use dijiang::layer::{
     CalibrateOptions, ChooseOptions, ChooseReport, DijiangAttention, DijiangOptions, ProjectionFit,
     SoftmaxAttention, Trial,
@@ -32,7 +32,7 @@ use crate::lm::llama::Llama;
 use crate::lm::progress::Progress;
 use crate::lm::text::Text;
 
-/// Chooses near part, features and projections of one layer within a budget of time.
+/// Chooses local window, features and projections of one layer within a budget of time.
 #[derive(Debug, Parser)]
 struct Args {
     /// Directory of a byte-level LLaMA-format model with valid.txt and calibration.txt
@@ -87,7 +87,7 @@ fn run(args: &Args) -> Result<()> {
     let mut default = DijiangAttention::from_softmax(softmax, DijiangOptions::new())?;
     default.calibrate(&samples, &calibrate, |_| ControlFlow::Continue(()))?;
     let options = ChooseOptions::new()
-        .with_near([64, 96, 128, 192].map(|chunk| Some(Near::new(chunk, 1))).to_vec())
+        .with_window([64, 96, 128, 192].map(|chunk| Some(Window::new(chunk, 1))).to_vec())
         .with_blocks(vec![1, 2, 4])
         .with_trial(CalibrateOptions::new().with_steps(args.trial_steps))
         .with_calibrate(calibrate);
@@ -123,7 +123,7 @@ fn time(
 ) -> Result<Duration> {
     let nothing = CalibrateOptions::new().with_steps(0);
     let first =
-        options.clone().with_near(vec![options.near[0]]).with_blocks(vec![options.blocks[0]]);
+        options.clone().with_window(vec![options.window[0]]).with_blocks(vec![options.blocks[0]]);
     let first = first
         .with_projections(vec![ProjectionFit::Keep])
         .with_trial(nothing.clone())
@@ -135,8 +135,8 @@ fn time(
 
 fn print(args: &Args, report: &ChooseReport, budget: Duration, dim: usize) {
     let microseconds = |time: Duration| format!("{:.2}", 1e6 * time.as_secs_f64());
-    let near = |near: Option<Near>| {
-        near.map_or("none".to_owned(), |near| format!("{} × {}", near.back + 1, near.chunk))
+    let window = |window: Option<Window>| {
+        window.map_or("none".to_owned(), |window| format!("{} × {}", window.back + 1, window.chunk))
     };
     let projection = |fit: ProjectionFit| match fit {
         ProjectionFit::Keep => "DCT",
@@ -145,16 +145,16 @@ fn print(args: &Args, report: &ChooseReport, budget: Duration, dim: usize) {
     };
     let mut table = Table::new();
     table.load_style(UTF8_FULL_CONDENSED).set_header([
-        "near part, tokens",
+        "local window, tokens",
         "features m",
         "projection",
         "µs per token",
         "error",
     ]);
-    for Trial { near: tried, blocks, projection: fit, time, error, .. } in &report.trials {
+    for Trial { window: tried, blocks, projection: fit, time, error, .. } in &report.trials {
         let error = error.map_or("over budget".to_owned(), |error| format!("{error:.1e}"));
         table.add_row([
-            near(*tried),
+            window(*tried),
             (blocks * dim).to_string(),
             projection(*fit).to_owned(),
             microseconds(*time),
@@ -176,8 +176,8 @@ fn print(args: &Args, report: &ChooseReport, budget: Duration, dim: usize) {
     );
     let projections: Vec<_> = report.projections.iter().map(|&fit| projection(fit)).collect();
     println!(
-        "chosen: near part {}, m = {}, projections by head {}, {} µs per token; after {} steps error {:.1e}",
-        near(report.near),
+        "chosen: local window {}, m = {}, projections by head {}, {} µs per token; after {} steps error {:.1e}",
+        window(report.window),
         report.blocks * dim,
         projections.join(" "),
         microseconds(report.time),

@@ -8,7 +8,7 @@
 //! come one by one, the memory is taken in once and read with a masked key for every query, at a
 //! cost that does not depend on its length.
 //!
-//! There is no near part here, so the map has to stand for all of softmax, and the paper's does
+//! There is no local window here, so the map has to stand for all of softmax, and the paper's does
 //! not: of the maps that need no calibration, those that are unbiased for exp(x·y) get better with
 //! every feature.
 
@@ -17,7 +17,7 @@ use std::time::Instant;
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use dijiang::Result;
-use dijiang::attention::{ExactConfig, KeyMask, LinearAttention, LinearConfig};
+use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, SoftmaxConfig};
 use dijiang::kernel::{DctMap, DctMapConfig, Envelope, Mixing, Radial};
 use ndarray::{Array, Array2, Array3, ArrayView2, Axis, s};
 use rand::SeedableRng;
@@ -103,7 +103,7 @@ struct Memory {
 fn row(features: usize, q: &Array3<f32>, memory: &Memory) -> Result<Vec<String>> {
     let Memory { k, v, valid } = memory;
     let mask = KeyMask::Valid(valid);
-    let exact = ExactConfig::new(HEADS, DIM).build::<f32>()?;
+    let exact = SoftmaxConfig::new(HEADS, DIM).build::<f32>()?;
     let paper = DctMapConfig::new(DIM);
     let normal_rows =
         paper.clone().with_blocks(features).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);

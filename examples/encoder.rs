@@ -10,7 +10,7 @@
 //! the repository, for want of an encoder of that size: its trained projections, with every token
 //! looking at the whole window, on real text.
 //!
-//! There is no near part here, whose exactness a causal layer leans on: what the maps can express
+//! There is no local window here, whose exactness a causal layer leans on: what the maps can express
 //! is what there is.
 
 #[allow(dead_code, reason = "each example uses its own part")]

@@ -9,7 +9,7 @@
 //! a, b         log-features of x and y                     PlainMap
 //! scores       S_ij = x_i·y_j                              scores
 //! log_kernel   L_ij = ln Σ_f exp(a_if + b_jf)              log_kernel
-//! A_ij         = exp(S_ij)                 if near(i,j)
+//! A_ij         = exp(S_ij)                 if window(i,j)
 //!              = γ^(i−j)·exp(L_ij)         otherwise
 //! o_i          = Σ_j A_ij v_j / Σ_j A_ij                   linear_attention, softmax_attention
 //! ```
@@ -323,7 +323,7 @@ pub struct Pairs<'a> {
     /// Default of [`full`](Self::full) and [`causal`](Self::causal) respectively.
     pub order: Order,
     /// (c, r): pair (i, j) is near if ⌊i/c⌋ − ⌊j/c⌋ ≤ r and j ≤ i. Default: none.
-    pub near: Option<(usize, usize)>,
+    pub window: Option<(usize, usize)>,
     /// log γ. Default: 0.
     pub log_decay: f64,
     /// One entry per key, `false` for keys that take no part. Default: none, every key takes part.
@@ -334,7 +334,7 @@ impl<'a> Pairs<'a> {
     /// Every query sees every key.
     #[must_use]
     pub fn full() -> Self {
-        Self { order: Order::Full, near: None, log_decay: 0.0, valid: None }
+        Self { order: Order::Full, window: None, log_decay: 0.0, valid: None }
     }
 
     /// Every query sees the keys up to its own.
@@ -343,10 +343,10 @@ impl<'a> Pairs<'a> {
         Self { order: Order::Causal, ..Self::full() }
     }
 
-    /// Near pairs: the query's own chunk of `chunk` tokens and `back` chunks before it.
+    /// Window pairs: the query's own chunk of `chunk` tokens and `back` chunks before it.
     #[must_use]
-    pub fn with_near(self, chunk: usize, back: usize) -> Self {
-        Self { near: Some((chunk, back)), ..self }
+    pub fn with_window(self, chunk: usize, back: usize) -> Self {
+        Self { window: Some((chunk, back)), ..self }
     }
 
     /// log γ of the far pairs.
@@ -365,22 +365,22 @@ impl<'a> Pairs<'a> {
         (self.order == Order::Full || j <= i) && self.valid.is_none_or(|valid| valid[j])
     }
 
-    fn is_near(&self, i: usize, j: usize) -> bool {
-        self.near.is_some_and(|(chunk, back)| j <= i && i / chunk - j / chunk <= back)
+    fn is_window(&self, i: usize, j: usize) -> bool {
+        self.window.is_some_and(|(chunk, back)| j <= i && i / chunk - j / chunk <= back)
     }
 
     fn check(&self, n_k: usize) -> Result<()> {
-        if let Some((chunk, _)) = self.near {
+        if let Some((chunk, _)) = self.window {
             check_positive("chunk", chunk)?;
         }
         self.valid.map_or(Ok(()), |valid| check_len("valid", n_k, valid.len()))
     }
 }
 
-/// Linear attention with its optional exact near part.
+/// Liwindow attention with its optional exact local window.
 ///
 /// ```text
-/// A_ij = exp(S_ij)                        if near(i,j)
+/// A_ij = exp(S_ij)                        if window(i,j)
 ///      = γ^max(i−j, 0) · exp(L_ij)        otherwise, for every allowed pair
 /// o_i  = Σ_j A_ij v_j / Σ_j A_ij          zeros if no pair is allowed
 /// ```
@@ -428,7 +428,7 @@ pub fn linear_attention(
         (n_q, n_k),
         v,
         |i, j| {
-            if pairs.is_near(i, j) {
+            if pairs.is_window(i, j) {
                 scores[[i, j]]
             } else {
                 log_kernel[[i, j]] + pairs.log_decay * i.saturating_sub(j) as f64
@@ -438,10 +438,10 @@ pub fn linear_attention(
     ))
 }
 
-/// Exact softmax attention; with `near`, only within that window of chunks.
+/// Exact softmax attention; with `window`, only within that window of chunks.
 ///
 /// ```text
-/// o_i = Σ_j exp(S_ij) v_j / Σ_j exp(S_ij)    over the allowed pairs, the near ones among them if `near` is set;
+/// o_i = Σ_j exp(S_ij) v_j / Σ_j exp(S_ij)    over the allowed pairs, the ones in the window among them if `window` is set;
 ///                                            zeros if there is none
 /// ```
 ///
@@ -475,7 +475,7 @@ pub fn softmax_attention(
     check_shape("v", v, &[n_k, v.ncols()])?;
     pairs.check(n_k)?;
     check_room::<f64>("outputs", &[n_q, v.ncols()])?;
-    let windowed = |i, j| pairs.near.is_none() || pairs.is_near(i, j);
+    let windowed = |i, j| pairs.window.is_none() || pairs.is_window(i, j);
     Ok(attend((n_q, n_k), v, |i, j| scores[[i, j]], |i, j| pairs.allowed(i, j) && windowed(i, j)))
 }
 

@@ -9,8 +9,8 @@ use common::stream::Stream;
 use common::{Golden, Inputs, Random, assert_close, assert_same_bits, cast, tolerance};
 use dijiang::Real;
 use dijiang::attention::{
-    CausalState, ExactAttention, ExactConfig, KeyMask, KvCache, LinearAttention, LinearConfig,
-    Near, Workspace,
+    CausalState, KeyMask, KvCache, LinearAttention, LinearConfig, Softmax, SoftmaxConfig, Window,
+    Workspace,
 };
 use dijiang::kernel::{self, DctMap, DctMapConfig, DctParams, FeatureMap, SideParams};
 use dijiang::reference::{Envelope, Pairing, Pairs, PlainMap, PlainSide};
@@ -21,7 +21,7 @@ struct Case {
     name: &'static str,
     causal: bool,
     envelope: Envelope,
-    near: Option<(usize, usize)>,
+    window: Option<(usize, usize)>,
     log_decay: f64,
     valid: Option<Vec<bool>>,
 }
@@ -31,7 +31,7 @@ fn golden_cases(n: usize) -> Vec<Case> {
         name: "causal",
         causal: true,
         envelope: Envelope::None,
-        near: None,
+        window: None,
         log_decay: 0.0,
         valid: None,
     };
@@ -42,9 +42,9 @@ fn golden_cases(n: usize) -> Vec<Case> {
         base(),
         Case { name: "causal_gaussian", envelope: Envelope::Gaussian, ..base() },
         Case { name: "decay", log_decay: -0.05, ..base() },
-        Case { name: "local", near: Some((16, 1)), ..base() },
-        Case { name: "local0", near: Some((8, 0)), ..base() },
-        Case { name: "local_decay", near: Some((16, 1)), log_decay: -0.05, ..base() },
+        Case { name: "local", window: Some((16, 1)), ..base() },
+        Case { name: "local0", window: Some((8, 0)), ..base() },
+        Case { name: "local_decay", window: Some((16, 1)), log_decay: -0.05, ..base() },
         Case { name: "full_masked", causal: false, valid: masked(false), ..base() },
         Case { name: "causal_masked", valid: masked(true), ..base() },
     ]
@@ -81,7 +81,7 @@ fn for_each_golden(check: impl Fn(&str, &Setup, PlainMap, &Case, &Inputs<f64>, &
         for case in golden_cases(n) {
             let map = golden_map(&golden, tag, pairing, case.envelope);
             let mut setup = Setup::new(0).sizes(d, e, map.features());
-            (setup.near, setup.log_decay) = (case.near, case.log_decay);
+            (setup.window, setup.log_decay) = (case.window, case.log_decay);
             let name = format!("{tag}.{}.output", case.name);
             check(&name, &setup, map, &case, &inputs, &one_head(&name));
         }
@@ -245,8 +245,8 @@ fn dct_map_equals_the_reference() {
 /// The crate's own map under the properties that matter most.
 #[test]
 fn dct_map_is_causal_bit_for_bit() {
-    for (d, near) in [(16, None), (64, Some((16, 1))), (5, None)] {
-        let setup = Setup { near, ..Setup::new(d as u64).heads(4, 2).sizes(d, 3, d) };
+    for (d, window) in [(16, None), (64, Some((16, 1))), (5, None)] {
+        let setup = Setup { window, ..Setup::new(d as u64).heads(4, 2).sizes(d, 3, d) };
         let maps = || (0..2).map(|seed| DctMapConfig::new(d).with_seed(seed)).collect::<Vec<_>>();
         let inputs = setup.inputs(131, 131);
         let single = maps().into_iter().map(|map| map.build::<f32>().unwrap()).collect();
@@ -308,7 +308,7 @@ fn check_exact(setup: &Setup, n_q: usize, n_k: usize, mask: KeyMask<'_>) {
     );
     let (single, double) = tolerances(setup, n_k);
     let (fast, fast32) = (setup.build_exact::<f64>(), setup.build_exact::<f32>());
-    if setup.near.is_none() {
+    if setup.window.is_none() {
         let inputs = setup.inputs(n_q, n_k);
         let expected = setup.exact(Pairs::full(), &inputs, mask);
         assert_close(&context, &fast.full_of(&inputs, mask).unwrap(), &expected, double);
@@ -370,7 +370,7 @@ fn causal_equals_the_reference_on_random_configurations() {
         let mut random = Random::new(seed);
         let mut setup = random_setup(&mut random, seed);
         if random.chance(0.6) {
-            setup = setup.near(random.choose(&CHUNKS), random.below(4));
+            setup = setup.window(random.choose(&CHUNKS), random.below(4));
         }
         if random.chance(0.5) {
             setup = setup.decay(random.choose(&[-0.001, -0.05, -0.7]));
@@ -426,7 +426,7 @@ fn exact_equals_the_reference_on_random_configurations() {
         let mut setup = random_setup(&mut random, seed);
         setup.m = 0;
         if random.chance(0.4) {
-            setup = setup.near(random.choose(&CHUNKS), random.below(4));
+            setup = setup.window(random.choose(&CHUNKS), random.below(4));
         }
         let (n_q, n_k) = (random.choose(&LENGTHS), random.choose(&LENGTHS));
         let valid = random_mask(&mut random, n_k);
@@ -442,7 +442,7 @@ fn causal_equals_the_reference_for_every_length_and_chunk() {
         for chunk in CHUNKS {
             for back in 0..4 {
                 check_causal(
-                    &Setup::new(n as u64).sizes(4, 2, 3).near(chunk, back),
+                    &Setup::new(n as u64).sizes(4, 2, 3).window(chunk, back),
                     n,
                     KeyMask::All,
                 );
@@ -457,7 +457,7 @@ fn every_head_and_value_size() {
         for (j, &e) in SIZES.iter().enumerate() {
             let setup = Setup::new((i * 10 + j) as u64).sizes(d, e, SIZES[(i + j) % SIZES.len()]);
             check_causal(&setup, 67, KeyMask::All);
-            check_causal(&setup.clone().near(8, 1), 67, KeyMask::All);
+            check_causal(&setup.clone().window(8, 1), 67, KeyMask::All);
             check_full(&setup, 19, 67, KeyMask::All);
             check_exact(&setup, 19, 67, KeyMask::All);
         }
@@ -472,8 +472,8 @@ fn rows_without_an_allowed_key_are_zeros() {
     for setup in [
         Setup::new(1),
         Setup::new(2).decay(-0.1),
-        Setup::new(3).near(16, 1),
-        Setup::new(4).near(64, 0).decay(-2.0),
+        Setup::new(3).window(16, 1),
+        Setup::new(4).window(64, 0).decay(-2.0),
     ] {
         let setup = setup.heads(4, 2);
         let inputs: Inputs<f32> = setup.inputs(n, n).cast();
@@ -492,7 +492,7 @@ fn rows_without_an_allowed_key_are_zeros() {
                 "{setup:?}"
             );
         }
-        if setup.near.is_none() {
+        if setup.window.is_none() {
             let exact =
                 setup.build_exact::<f32>().full_of(&inputs, KeyMask::Valid(&masks[0])).unwrap();
             assert!(exact.iter().all(|&o| o == 0.0));
@@ -528,7 +528,7 @@ fn masked_keys_are_never_looked_at() {
         };
         assert_same_bits(format!("{attention:?}"), &run(&dirty).unwrap(), &run(&clean).unwrap());
     }
-    for setup in [Setup::new(1), Setup::new(2).decay(-0.1), Setup::new(3).near(16, 1)] {
+    for setup in [Setup::new(1), Setup::new(2).decay(-0.1), Setup::new(3).window(16, 1)] {
         let inputs = setup.inputs(n, n);
         check(&setup.build::<f32>(), &inputs, &valid, false);
         check(&setup.build::<f64>(), &inputs, &valid, false);
@@ -539,7 +539,7 @@ fn masked_keys_are_never_looked_at() {
     check(&setup.build_exact::<f64>(), &setup.inputs(9, n), &valid, true);
 
     // The cache and the state do not keep them either: what follows is the same.
-    let setup = Setup::new(5).near(8, 1);
+    let setup = Setup::new(5).window(8, 1);
     let attention = setup.build::<f64>();
     let inputs = setup.inputs(n, n);
     let mut dirty = inputs.clone();
@@ -636,19 +636,19 @@ fn nothing_later_changes_a_bit_of_an_output() {
         Setup::new(2).sizes(5, 17, 24),
         Setup::new(3).decay(-0.05),
         Setup::new(4).decay(-3.0),
-        Setup::new(5).near(16, 1),
-        Setup::new(6).near(24, 0),
-        Setup::new(7).near(100, 1).decay(-0.1),
-        Setup::new(8).near(3, 2),
+        Setup::new(5).window(16, 1),
+        Setup::new(6).window(24, 0),
+        Setup::new(7).window(100, 1).decay(-0.1),
+        Setup::new(8).window(3, 2),
         Setup::new(9).heads(4, 2).decay(-0.02),
-        Setup::new(10).heads(4, 2).near(16, 2),
+        Setup::new(10).heads(4, 2).window(16, 2),
     ];
     for setup in setups {
         let inputs = setup.inputs(n, n);
         check_causality(&setup, &setup.build::<f32>(), &inputs);
         check_causality(&setup, &setup.build::<f64>(), &inputs);
     }
-    for setup in [Setup::new(11), Setup::new(12).heads(4, 2), Setup::new(13).near(16, 1)] {
+    for setup in [Setup::new(11), Setup::new(12).heads(4, 2), Setup::new(13).window(16, 1)] {
         let inputs = setup.inputs(n, n);
         check_causality(&setup, &setup.build_exact::<f32>(), &inputs);
         check_causality(&setup, &setup.build_exact::<f64>(), &inputs);
@@ -659,7 +659,7 @@ fn nothing_later_changes_a_bit_of_an_output() {
 #[test]
 fn nothing_later_changes_a_bit_with_log_features_of_600() {
     let setup = Setup { scale: Some(1.0), ..Setup::new(21).sizes(4, 3, 4) };
-    for setup in [setup.clone(), setup.clone().decay(-0.5), setup.clone().near(8, 1)] {
+    for setup in [setup.clone(), setup.clone().decay(-0.5), setup.clone().window(8, 1)] {
         let inputs = setup.inputs(131, 131);
         check_causality(
             &setup,
@@ -728,9 +728,9 @@ fn one_thread_and_many_agree_bit_for_bit() {
     }
     for setup in [
         Setup::new(1),
-        Setup::new(2).near(16, 1),
+        Setup::new(2).window(16, 1),
         Setup::new(3).heads(6, 3).decay(-0.05),
-        Setup::new(4).near(64, 1),
+        Setup::new(4).window(64, 1),
     ] {
         let setup = Setup { heads: 6, kv_heads: 3, ..setup };
         check::<f32>(&setup);
@@ -877,8 +877,8 @@ fn threads_share_a_head_bit_for_bit() {
     for setup in [
         pure.clone(),
         pure.clone().decay(-0.03),
-        pure.clone().near(16, 1),
-        pure.near(64, 1).decay(-0.02),
+        pure.clone().window(16, 1),
+        pure.window(64, 1).decay(-0.02),
     ] {
         for masked in [false, true] {
             check::<f32>(&setup, masked);
@@ -957,8 +957,8 @@ fn what_a_workspace_was_used_for_before_changes_nothing() {
     for setup in [
         Setup::new(1),
         Setup::new(2).decay(-0.2),
-        Setup::new(3).near(16, 1),
-        Setup::new(4).heads(4, 2).near(100, 0),
+        Setup::new(3).window(16, 1),
+        Setup::new(4).heads(4, 2).window(100, 0),
     ] {
         check_scratch(&setup.build::<f32>(), &setup);
         check_scratch(&setup.build::<f64>(), &setup);
@@ -1046,7 +1046,7 @@ fn check_layouts<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
 #[test]
 fn memory_layout_changes_nothing() {
     for setup in
-        [Setup::new(1), Setup::new(2).sizes(17, 16, 5), Setup::new(3).heads(4, 2).near(16, 1)]
+        [Setup::new(1), Setup::new(2).sizes(17, 16, 5), Setup::new(3).heads(4, 2).window(16, 1)]
     {
         check_layouts(&setup.build::<f32>(), &setup);
         check_layouts(&setup.build::<f64>(), &setup);
@@ -1065,7 +1065,7 @@ fn memory_layout_changes_nothing() {
 
 #[test]
 fn rows_beyond_the_tokens_of_an_output_are_left_alone() {
-    let setup = Setup::new(1).near(8, 1);
+    let setup = Setup::new(1).window(8, 1);
     let attention = setup.build::<f32>();
     let Inputs { q, k, v }: Inputs<f32> = setup.inputs(20, 20).cast();
     let mut out = Array3::from_elem((1, 30, 2 * setup.e), 7.0);
@@ -1094,7 +1094,7 @@ fn outputs_are_weighted_means() {
         let mut random = Random::new(seed);
         let mut setup = random_setup(&mut random, seed);
         if random.chance(0.5) {
-            setup = setup.near(random.choose(&CHUNKS), random.below(3));
+            setup = setup.window(random.choose(&CHUNKS), random.below(3));
         }
         if random.chance(0.5) {
             setup = setup.decay(-0.1);
@@ -1124,7 +1124,7 @@ fn outputs_are_weighted_means() {
     }
 }
 
-/// With the kernel being a constant, linear attention is the running mean.
+/// With the kernel being a constant, liwindow attention is the running mean.
 #[test]
 fn a_constant_kernel_gives_the_running_mean() {
     let (n, d) = (150, 3);
@@ -1144,19 +1144,20 @@ fn a_constant_kernel_gives_the_running_mean() {
     );
 }
 
-/// A near part that reaches back to the start is softmax attention, whatever the map.
+/// A local window that reaches back to the start is softmax attention, whatever the map.
 #[test]
-fn a_near_part_of_everything_is_softmax_attention() {
-    let setup = Setup::new(1).heads(4, 2).near(100, 2);
+fn a_window_part_of_everything_is_softmax_attention() {
+    let setup = Setup::new(1).heads(4, 2).window(100, 2);
     let inputs = setup.inputs(300, 300);
-    let exact = Setup { near: None, ..setup.clone() }.exact(Pairs::causal(), &inputs, KeyMask::All);
+    let exact =
+        Setup { window: None, ..setup.clone() }.exact(Pairs::causal(), &inputs, KeyMask::All);
     assert_close(
-        "near",
+        "window",
         &setup.build::<f64>().causal_of(&inputs, KeyMask::All).unwrap(),
         &exact,
         1e-13,
     );
-    let setup = setup.near(1, 299);
+    let setup = setup.window(1, 299);
     assert_close(
         "chunks of one",
         &setup.build::<f64>().causal_of(&inputs, KeyMask::All).unwrap(),
@@ -1184,8 +1185,8 @@ fn defaults() {
     let expected = explicit.build(maps()).unwrap().causal(&q, &k, &v, KeyMask::All).unwrap();
     assert_same_bits("linear", &plain.causal(&q, &k, &v, KeyMask::All).unwrap(), &expected);
     assert_eq!(plain.maps().len(), 2);
-    let plain = ExactConfig::new(2, d).build::<f64>().unwrap();
-    let explicit = ExactConfig::new(2, d)
+    let plain = SoftmaxConfig::new(2, d).build::<f64>().unwrap();
+    let explicit = SoftmaxConfig::new(2, d)
         .with_kv_heads(2)
         .with_value_dim(4)
         .with_scale(0.5)
@@ -1194,7 +1195,7 @@ fn defaults() {
     let expected = explicit.causal(&q, &k, &v, KeyMask::All).unwrap();
     assert_same_bits("exact", &plain.causal(&q, &k, &v, KeyMask::All).unwrap(), &expected);
     assert_eq!(KeyMask::default(), KeyMask::All);
-    assert_eq!((Near::new(8, 2).chunk, Near::new(8, 2).back), (8, 2));
+    assert_eq!((Window::new(8, 2).chunk, Window::new(8, 2).back), (8, 2));
 }
 
 #[test]
@@ -1204,10 +1205,10 @@ fn public_types_are_send_and_sync() {
     check::<LinearAttention<f32, TestMap<f32>>>();
     check::<CausalState<f32>>();
     check::<Workspace<f32>>();
-    check::<ExactConfig>();
-    check::<ExactAttention<f64>>();
+    check::<SoftmaxConfig>();
+    check::<Softmax<f64>>();
     check::<KvCache<f64>>();
-    check::<Near>();
+    check::<Window>();
     check::<KeyMask<'static>>();
     check::<dijiang::Error>();
     check::<PlainMap>();

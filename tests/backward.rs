@@ -7,7 +7,7 @@ mod common;
 use common::assert_same_bits;
 use common::gradients::{CASES, Gradients, Problem, golden_problem};
 use common::{Golden, Inputs, Random, argument, assert_close, on_threads};
-use dijiang::attention::{BackwardWorkspace, KeyMask, LinearConfig, Near};
+use dijiang::attention::{BackwardWorkspace, KeyMask, LinearConfig, Window};
 use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, DifferentiableMap, Envelope, FavorConfig, FeatureMap, Mixing,
     Pairing, Projection,
@@ -64,7 +64,7 @@ fn golden_gradients<T: Real>(tolerance: f64) {
                     .collect();
                 let got = by_name(&gradients, 0, name);
                 let largest = |x: &[f64]| x.iter().fold(0.0_f64, |top, x| top.max(x.abs()));
-                // Without a near part the mix cancels: what is left of its gradient is rounding of
+                // Without a local window the mix cancels: what is left of its gradient is rounding of
                 // sums of this size.
                 let scale =
                     if name == "log_mix" { largest(&gradients.maps[0].log_weight) } else { 0.0 };
@@ -111,9 +111,9 @@ fn random_problem(seed: u64) -> Problem {
     let causal = random.chance(0.75);
     let n = random.choose(&[1, 5, 16, 64, 65, 150]);
     let n_k = if causal { n } else { random.choose(&[1, 7, 130]) };
-    let near = (causal && random.chance(0.6)).then(|| {
+    let window = (causal && random.chance(0.6)).then(|| {
         let chunk = random.choose(&[1, 4, 16, 48, 64, 100]);
-        Near::new(chunk, random.choose(&[0, 1, 2]))
+        Window::new(chunk, random.choose(&[0, 1, 2]))
     });
     let maps = (0..kv_heads).map(|h| random_map(&mut random, d, seed + h as u64)).collect();
     let log_decay = (0..kv_heads)
@@ -126,7 +126,7 @@ fn random_problem(seed: u64) -> Problem {
         v: random.normals((kv_heads, n_k, e), 1.0),
     };
     let cotangent = random.normals((heads, n, e), 1.0);
-    Problem { maps, heads, near, log_decay, causal, valid, inputs, cotangent }
+    Problem { maps, heads, window, log_decay, causal, valid, inputs, cotangent }
 }
 
 fn random_map(random: &mut Random, d: usize, seed: u64) -> DctParams {
@@ -206,7 +206,7 @@ fn finite_differences() {
                     error <= 1e-7 * size + 1e-8,
                     "seed {seed} head {h} {name}: {} is not {slope}, error {error:e}, {shape:?} {:?} decay {:?} causal {} masked {}",
                     gradient.dot(&direction),
-                    problem.near,
+                    problem.window,
                     problem.log_decay,
                     problem.causal,
                     problem.valid.is_some()
@@ -250,13 +250,13 @@ fn continuing_a_state() {
         let (part, states) = attention
             .prefill_backward(&state, &second.q, &second.k, &second.v, KeyMask::All, &grad)
             .unwrap();
-        let context = format!("seed {seed} cut {cut} near {:?}", problem.near);
+        let context = format!("seed {seed} cut {cut} window {:?}", problem.window);
         assert_close(&context, &part.q, &whole.q.slice(s![.., cut.., ..]), 1e-10);
         assert_close(&context, &part.k, &whole.k.slice(s![.., cut.., ..]), 1e-10);
         assert_close(&context, &part.v, &whole.v.slice(s![.., cut.., ..]), 1e-10);
         for (h, state) in states.iter().enumerate() {
             let kept = state.keys.nrows();
-            assert_eq!(problem.near.is_some() && cut > 0, kept > 0, "{context}");
+            assert_eq!(problem.window.is_some() && cut > 0, kept > 0, "{context}");
             let whole_rows = |x: &Array3<f64>| x.slice(s![h, cut - kept..cut, ..]).to_owned();
             assert_close(&context, &state.keys, &whole_rows(&whole.k), 1e-10);
             assert_close(&context, &state.values, &whole_rows(&whole.v), 1e-10);
@@ -282,7 +282,7 @@ fn extreme_log_features() {
         let problem = Problem {
             maps: vec![map],
             heads: 1,
-            near: (seed % 3 == 1).then(|| Near::new(16, 1)),
+            window: (seed % 3 == 1).then(|| Window::new(16, 1)),
             log_decay: vec![if seed % 2 == 0 { -0.1 } else { 0.0 }],
             causal: true,
             valid: None,
@@ -443,7 +443,7 @@ fn masked_beginnings() {
         let mut problem = Problem {
             maps: vec![random_map(&mut random, d, 1)],
             heads: h,
-            near: None,
+            window: None,
             log_decay: vec![if causal { -0.02 } else { 0.0 }],
             causal,
             valid: Some((0..n).map(|j| j >= first).collect()),
@@ -534,7 +534,8 @@ fn errors_name_the_argument() {
     bad[[0, n - 1, 0]] = f64::NAN;
     assert_eq!(argument(&run(&bad)), "grad_out");
     let mut decaying = problem.clone();
-    (decaying.near, decaying.log_decay) = (Some(Near::new(4, 0)), vec![0.0; problem.maps.len()]);
+    (decaying.window, decaying.log_decay) =
+        (Some(Window::new(4, 0)), vec![0.0; problem.maps.len()]);
     let full = |problem: &Problem| {
         problem
             .attention::<f64>()
@@ -542,6 +543,6 @@ fn errors_name_the_argument() {
             .unwrap_err()
     };
     assert_eq!(argument(&full(&decaying)), "full attention");
-    (decaying.near, decaying.log_decay) = (None, vec![-0.1; problem.maps.len()]);
+    (decaying.window, decaying.log_decay) = (None, vec![-0.1; problem.maps.len()]);
     assert_eq!(argument(&full(&decaying)), "full attention");
 }

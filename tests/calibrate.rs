@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::{Random, argument};
 use dijiang::Error;
-use dijiang::attention::Near;
+use dijiang::attention::Window;
 use dijiang::kernel::{DctParams, Pairing, Projection, Sides};
 use dijiang::layer::{
     AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateReport, Causality, ChooseOptions,
@@ -50,8 +50,8 @@ fn layer(options: DijiangOptions) -> DijiangAttention<f64> {
     DijiangAttention::from_softmax(&exact(Causality::Causal), options).unwrap()
 }
 
-fn near() -> DijiangOptions {
-    DijiangOptions::new().with_near(Some(Near::new(8, 1)))
+fn window() -> DijiangOptions {
+    DijiangOptions::new().with_window(Some(Window::new(8, 1)))
 }
 
 fn calibrate(
@@ -71,11 +71,11 @@ fn numbers(layer: &DijiangAttention<f64>) -> (Vec<DctParams>, Vec<f64>) {
 #[test]
 fn the_gradient_goes_far_beyond_the_closed_form() {
     let cases = [
-        (Causality::Causal, near(), Fit::Keep, 0.8),
-        (Causality::Causal, near().with_pairing(Pairing::Antithetic), Fit::Keep, 0.8),
-        (Causality::Causal, near().with_near(None), Fit::Keep, 0.8),
-        (Causality::Causal, near().with_near(None), Fit::Train, 0.8),
-        (Causality::Bidirectional, near(), Fit::Keep, 0.85),
+        (Causality::Causal, window(), Fit::Keep, 0.8),
+        (Causality::Causal, window().with_pairing(Pairing::Antithetic), Fit::Keep, 0.8),
+        (Causality::Causal, window().with_window(None), Fit::Keep, 0.8),
+        (Causality::Causal, window().with_window(None), Fit::Train, 0.8),
+        (Causality::Bidirectional, window(), Fit::Keep, 0.85),
     ];
     for (causality, options, decay, gain) in cases {
         let mut layer = DijiangAttention::from_softmax(&exact(causality), options.clone()).unwrap();
@@ -98,7 +98,7 @@ fn the_gradient_goes_far_beyond_the_closed_form() {
             (report.held_out, report.tokens),
             (samples[8].nrows(), samples[..8].iter().map(Array2::nrows).sum())
         );
-        let all_far = options.0.near.is_none() || causality == Causality::Bidirectional;
+        let all_far = options.0.window.is_none() || causality == Causality::Bidirectional;
         let mass = |mass: f64| if all_far { mass == 1.0 } else { mass > 0.1 && mass < 0.95 };
         assert!(report.heads.iter().all(|head| mass(head.far_mass)), "{report:?}");
         assert!(
@@ -123,7 +123,7 @@ fn the_gradient_goes_far_beyond_the_closed_form() {
 
 #[test]
 fn tied_sides_stay_tied() {
-    let mut layer = layer(near().with_sides(Sides::Tied));
+    let mut layer = layer(window().with_sides(Sides::Tied));
     let before = numbers(&layer).0;
     let report = calibrate(&mut layer, &texts(), &CalibrateOptions::new());
     assert!(report.heads.iter().all(|head| head.after < head.closed_form), "{report:?}");
@@ -145,7 +145,7 @@ fn tied_sides_stay_tied() {
 fn centres_move_only_when_asked() {
     let samples = texts();
     let center = |options: &CalibrateOptions| {
-        let mut layer = layer(near());
+        let mut layer = layer(window());
         calibrate(&mut layer, &samples, options);
         numbers(&layer).0.remove(0).key.center
     };
@@ -159,7 +159,7 @@ fn projections_change_only_when_asked() {
     let samples = texts();
     let options = CalibrateOptions::new().with_steps(100);
     let fitted = |fit| {
-        let mut layer = layer(near());
+        let mut layer = layer(window());
         let report = calibrate(&mut layer, &samples, &options.clone().with_projection(fit));
         (layer, report)
     };
@@ -183,7 +183,7 @@ fn projections_change_only_when_asked() {
 fn never_worse_than_given() {
     let samples = texts();
     for rate in [5.0, 1e3, 1e300] {
-        let mut layer = layer(near());
+        let mut layer = layer(window());
         let report = calibrate(
             &mut layer,
             &samples,
@@ -195,7 +195,7 @@ fn never_worse_than_given() {
         );
     }
     // A second calibration starts from the first one's end.
-    let mut layer = layer(near());
+    let mut layer = layer(window());
     let first = calibrate(&mut layer, &samples, &CalibrateOptions::new());
     let given = numbers(&layer);
     let second = calibrate(&mut layer, &samples, &CalibrateOptions::new().with_learning_rate(1e3));
@@ -208,7 +208,7 @@ fn never_worse_than_given() {
 
 #[test]
 fn a_single_sample_serves_for_both() {
-    let mut layer = layer(near());
+    let mut layer = layer(window());
     let report = calibrate(&mut layer, &[text(200, 1)], &CalibrateOptions::new());
     assert_eq!((report.tokens, report.held_out), (200, 0));
     assert!(report.heads.iter().all(|head| head.after < head.closed_form), "{report:?}");
@@ -216,7 +216,7 @@ fn a_single_sample_serves_for_both() {
 
 #[test]
 fn cancelled_calibrations_change_nothing() {
-    let mut layer = layer(near().with_near(None));
+    let mut layer = layer(window().with_window(None));
     let before = numbers(&layer);
     let samples = [text(60, 1), text(50, 2)];
     for stop in [1, 14, 15, 40, 74] {
@@ -235,7 +235,7 @@ fn cancelled_calibrations_change_nothing() {
 
 #[test]
 fn a_limit_of_time_ends_it() {
-    let mut layer = layer(near());
+    let mut layer = layer(window());
     let mut last = None;
     let samples = [text(60, 1), text(50, 2)];
     let options = CalibrateOptions::new().with_steps(1 << 24).with_seconds(Some(0.2));
@@ -255,23 +255,23 @@ fn threads_change_no_bit() {
         CalibrateOptions::new().with_steps(15).with_batch(3).with_decay(Fit::Train).with_seed(5);
     let run = |threads| {
         common::on_threads(threads, || {
-            let mut layer = layer(near());
+            let mut layer = layer(window());
             (calibrate(&mut layer, &samples, &options), numbers(&layer))
         })
     };
     let one = run(1);
     assert_eq!(one, run(3));
     assert_eq!(one, run(8));
-    let mut layer = layer(near());
+    let mut layer = layer(window());
     calibrate(&mut layer, &samples, &options.with_seed(6));
     assert_ne!(one.1, numbers(&layer), "the seed means nothing");
 }
 
-/// Samples within the near part are left out; with no others there is nothing to learn from.
+/// Samples within the local window are left out; with no others there is nothing to learn from.
 #[test]
 fn short_samples() {
     let options = CalibrateOptions::new().with_steps(10);
-    let mut with = layer(near());
+    let mut with = layer(window());
     let mut without = with.clone();
     let long = texts();
     let short = [vec![text(16, 30)], long.clone(), vec![text(5, 31), text(1, 32)]].concat();
@@ -283,14 +283,18 @@ fn short_samples() {
     let result = with.calibrate(&[b.view(), a.view()], &options, |_| ControlFlow::Continue(()));
     assert_eq!(
         result,
-        Err(Error::Value { argument: "samples", expected: "longer than the near part", got: 16.0 })
+        Err(Error::Value {
+            argument: "samples",
+            expected: "longer than the local window",
+            got: 16.0
+        })
     );
     assert_eq!(numbers(&with), before);
 }
 
 #[test]
 fn impossible_options() {
-    let mut layer = layer(near());
+    let mut layer = layer(window());
     let (before, sample) = (numbers(&layer), text(60, 1));
     let mut refused = |options: CalibrateOptions| {
         let error =
@@ -307,7 +311,7 @@ fn impossible_options() {
     assert_eq!(refused(plain().with_steps(usize::MAX)), "steps");
 
     let mut layer =
-        DijiangAttention::from_softmax(&exact(Causality::Bidirectional), near()).unwrap();
+        DijiangAttention::from_softmax(&exact(Causality::Bidirectional), window()).unwrap();
     let result = layer.calibrate(&[sample.view()], &plain().with_decay(Fit::Train), |_| {
         ControlFlow::Continue(())
     });
@@ -333,9 +337,9 @@ fn choose(
 }
 
 fn choice() -> ChooseOptions {
-    let near = |chunk| Some(Near::new(chunk, 1));
-    // The last near part holds the longest sample whole.
-    ChooseOptions::new().with_near(vec![near(4), near(16), near(97)])
+    let window = |chunk| Some(Window::new(chunk, 1));
+    // The last local window holds the longest sample whole.
+    ChooseOptions::new().with_window(vec![window(4), window(16), window(97)])
 }
 
 #[test]
@@ -345,10 +349,13 @@ fn a_choice_without_limits_takes_what_lowers_the_error() {
     assert_eq!(
         trials.len(),
         5,
-        "two near parts, two numbers of blocks, three projections: {trials:?}"
+        "two local windows, two numbers of blocks, three projections: {trials:?}"
     );
     assert!(trials[1].error < trials[0].error, "{trials:?}");
-    assert_eq!((layer.near(), report.near), (Some(Near::new(16, 1)), Some(Near::new(16, 1))));
+    assert_eq!(
+        (layer.window(), report.window),
+        (Some(Window::new(16, 1)), Some(Window::new(16, 1)))
+    );
     assert_eq!(layer.maps()[0].params().features(), 8 * report.blocks);
     for (map, projection) in layer.maps().iter().zip(&report.projections) {
         let found = match map.params().projection {
@@ -381,20 +388,20 @@ fn a_budget_is_kept() {
 #[test]
 fn a_choice_for_other_layers() {
     let (layer, report) = choose(Causality::Bidirectional, &choice()).unwrap();
-    assert_eq!((layer.near(), report.trials.len()), (None, 4));
-    // Without a near part the decay is fitted, whatever the options say.
-    let (layer, _) = choose(Causality::Causal, &choice().with_near(vec![None])).unwrap();
+    assert_eq!((layer.window(), report.trials.len()), (None, 4));
+    // Without a local window the decay is fitted, whatever the options say.
+    let (layer, _) = choose(Causality::Causal, &choice().with_window(vec![None])).unwrap();
     assert!(layer.log_decay().iter().any(|&decay| decay < 0.0));
 }
 
 #[test]
 fn impossible_choices_are_errors() {
     for (options, name) in [
-        (choice().with_near(Vec::new()), "near"),
+        (choice().with_window(Vec::new()), "window"),
         (choice().with_blocks(Vec::new()), "blocks"),
         (choice().with_projections(Vec::new()), "projections"),
-        (choice().with_near(vec![Some(Near::new(97, 1))]), "samples"),
-        (choice().with_near(vec![Some(Near::new(usize::MAX, 1))]), "samples"),
+        (choice().with_window(vec![Some(Window::new(97, 1))]), "samples"),
+        (choice().with_window(vec![Some(Window::new(usize::MAX, 1))]), "samples"),
         (choice().with_blocks(vec![0]), "blocks"),
     ] {
         assert_eq!(argument(&choose(Causality::Causal, &options).unwrap_err()), name);

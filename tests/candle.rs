@@ -8,7 +8,7 @@ use candle_nn::{VarBuilder, VarMap};
 use common::gradients::{CASES, golden_problem};
 use common::{Golden, Random, assert_close, cast, to_f64, tolerance};
 use dijiang::Real;
-use dijiang::attention::{KeyMask, LinearConfig, Near};
+use dijiang::attention::{KeyMask, LinearConfig, Window};
 use dijiang::candle::{AttentionOptions, CandleAttention, HeadLayout, MapTensors, causal, full};
 use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing};
 use dijiang::layer::{
@@ -73,7 +73,7 @@ fn golden_gradients_in_f64() {
             Tensor::from_vec([row.clone(), row].concat(), (2, valid.len()), &Device::Cpu).unwrap()
         });
         let mut options = AttentionOptions::new().with_layout(layout);
-        (options.near, options.key_mask) = (problem.near, mask.as_ref());
+        (options.window, options.key_mask) = (problem.window, mask.as_ref());
         let attention = if problem.causal { causal } else { full };
         let out = attention(&q, &k, &v, &[map], &options).unwrap();
         assert!(out.is_contiguous());
@@ -98,8 +98,8 @@ fn golden_gradients_in_f64() {
         {
             let got = array::<f64>(gradients.get(var).unwrap());
             assert_eq!(got.shape(), var.dims());
-            if *name == "log_mix" && problem.near.is_none() {
-                // Without a near part the mix cancels, and rounding is all that is left.
+            if *name == "log_mix" && problem.window.is_none() {
+                // Without a local window the mix cancels, and rounding is all that is left.
                 assert!(got.iter().all(|x| x.abs() < 1e-9));
                 continue;
             }
@@ -147,12 +147,12 @@ fn tensors_of(maps: &[DctParams], log_decay: f64) -> Vec<MapTensors> {
 fn bits_of_the_operator<T: Real + WithDType>() {
     for seed in 0..30 {
         let (inputs, maps) = random_problem(seed);
-        let near = (seed % 2 == 0).then(|| Near::new(16, 1));
-        let causally = near.is_some() || seed % 4 == 1;
+        let window = (seed % 2 == 0).then(|| Window::new(16, 1));
+        let causally = window.is_some() || seed % 4 == 1;
         let log_decay = if causally { -0.01 } else { 0.0 };
         let [q, k, v] = inputs.map(|x| cast::<T, _>(&x));
         let mut config = LinearConfig::new().with_heads(q.shape()[1]).with_value_dim(v.shape()[3]);
-        (config.near, config.log_decay) = (near, vec![log_decay; maps.len()]);
+        (config.window, config.log_decay) = (window, vec![log_decay; maps.len()]);
         let operator = config
             .build(
                 maps.iter()
@@ -179,7 +179,7 @@ fn bits_of_the_operator<T: Real + WithDType>() {
         let [q, k, v] = &tensors;
         let maps = tensors_of(&maps, log_decay);
         let mut options = AttentionOptions::new();
-        options.near = near;
+        options.window = window;
         let plain = attention(q, k, v, &maps, &options).unwrap();
         let other = attention(&strided(q), &strided(k), &strided(v), &maps, &options).unwrap();
         let tracked =
@@ -343,8 +343,8 @@ fn errors_name_the_argument() {
     fails(run(&q, &k, &k, &options.with_key_mask(&mask)), "key_mask must be of type U8, got F32");
     fails(run(&(&q + f64::NAN).unwrap(), &k, &k, &options), "q[0] must be finite");
     fails(
-        full(&q, &k, &k, &maps, &options.with_near(Near::new(4, 1))),
-        "full attention cannot be combined with a near part",
+        full(&q, &k, &k, &maps, &options.with_window(Window::new(4, 1))),
+        "full attention cannot be combined with a local window",
     );
     fails(
         full(&q, &k, &k, &tensors_of(&[maps[0].params().unwrap().0], -0.1), &options),
@@ -383,7 +383,7 @@ fn layer<T: Real>(seed: u64, causality: Causality) -> DijiangAttention<T> {
     let softmax = SoftmaxAttention::new(config, weights).unwrap();
     let layer = DijiangAttention::from_softmax(
         &softmax,
-        DijiangOptions::new().with_near(seed.is_multiple_of(2).then(|| Near::new(8, 1))),
+        DijiangOptions::new().with_window(seed.is_multiple_of(2).then(|| Window::new(8, 1))),
     )
     .unwrap();
     let maps = layer.maps().iter().map(|map| {
@@ -430,7 +430,7 @@ fn same_numbers<T: Real + WithDType>(tolerance: f64) {
         let back = module.to_layer::<T>().unwrap();
         assert_eq!(back.config(), layer.config());
         assert_eq!(back.weights(), layer.weights());
-        assert_eq!((back.near(), back.log_decay()), (layer.near(), layer.log_decay()));
+        assert_eq!((back.window(), back.log_decay()), (layer.window(), layer.log_decay()));
         let params = |layer: &DijiangAttention<T>| {
             layer.maps().iter().map(|map| map.params().clone()).collect::<Vec<_>>()
         };
@@ -522,8 +522,8 @@ fn steps_agree_with_the_whole() {
     let module =
         CandleAttention::from_layer(&layer::<f64>(0, Causality::Causal), DType::F64).unwrap();
     assert_eq!(
-        (module.config().heads, module.near(), module.maps().len()),
-        (4, Some(Near::new(8, 1)), 2)
+        (module.config().heads, module.window(), module.maps().len()),
+        (4, Some(Window::new(8, 1)), 2)
     );
     let x = tensor(&Random::new(9).normals((2, 30, 24), 1.0));
     let mut state = module.new_state(2).unwrap();
@@ -544,7 +544,7 @@ fn steps_agree_with_the_whole() {
 #[test]
 fn a_var_builder_reads_the_crates_files() {
     let layer = layer::<f32>(0, Causality::Causal);
-    let options = DijiangOptions::new().with_near(layer.near());
+    let options = DijiangOptions::new().with_window(layer.window());
     let file = layer.to_safetensors().unwrap();
     let vb = VarBuilder::from_buffered_safetensors(file, DType::F32, &Device::Cpu).unwrap();
     let loaded = CandleAttention::new(layer.config(), &options, vb.pp("self_attn")).unwrap();
@@ -571,7 +571,7 @@ fn a_var_builder_reads_the_crates_files() {
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let fresh = CandleAttention::new(
         layer.config(),
-        &other.with_mixing(Mixing::Mixed).with_near(Some(Near::new(8, 0))),
+        &other.with_mixing(Mixing::Mixed).with_window(Some(Window::new(8, 0))),
         vb,
     )
     .unwrap();

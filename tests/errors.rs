@@ -6,7 +6,7 @@ mod common;
 use common::linear::{Setup, TestMap};
 use common::stream::Stream;
 use common::{Inputs, Random, argument, assert_same_bits};
-use dijiang::attention::{ExactConfig, KeyMask, LinearConfig, Near, Workspace};
+use dijiang::attention::{KeyMask, LinearConfig, SoftmaxConfig, Window, Workspace};
 use dijiang::reference::{self, Pairs, PlainMap};
 use dijiang::{Error, Real, Result};
 use ndarray::{Array2, Array3, Axis, ShapeBuilder};
@@ -87,18 +87,19 @@ fn scales_that_are_no_positive_number() {
     for scale in [-1.0, f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
         let error = build(LinearConfig::new().with_scale(scale), vec![map(4, 6)]);
         assert!(matches!(error, Error::Value { argument: "scale", .. }), "{scale}: {error:?}");
-        let error = ExactConfig::new(1, 4).with_scale(scale).build::<f32>().unwrap_err();
+        let error = SoftmaxConfig::new(1, 4).with_scale(scale).build::<f32>().unwrap_err();
         assert!(matches!(error, Error::Value { argument: "scale", .. }), "{scale}: {error:?}");
     }
 }
 
 #[test]
-fn near_parts_of_no_chunk_or_beyond_memory() {
-    let linear = |near| build(LinearConfig::new().with_near(near), vec![map(4, 6)]);
-    let exact =
-        |near| ExactConfig::new(1, 4).with_near(near).build::<f32>().map(|_| ()).unwrap_err();
+fn window_parts_of_no_chunk_or_beyond_memory() {
+    let linear = |window| build(LinearConfig::new().with_window(window), vec![map(4, 6)]);
+    let exact = |window| {
+        SoftmaxConfig::new(1, 4).with_window(window).build::<f32>().map(|_| ()).unwrap_err()
+    };
     for back in [0, 1, usize::MAX] {
-        for error in [linear(Near::new(0, back)), exact(Near::new(0, back))] {
+        for error in [linear(Window::new(0, back)), exact(Window::new(0, back))] {
             assert!(
                 matches!(error, Error::Value { .. }) && argument(&error).contains("chunk"),
                 "{error:?}"
@@ -112,9 +113,9 @@ fn near_parts_of_no_chunk_or_beyond_memory() {
         (1 << 40, 1 << 40),
         (1 << 62, 1),
     ] {
-        let error = linear(Near::new(chunk, back));
+        let error = linear(Window::new(chunk, back));
         assert!(
-            matches!(error, Error::TooLarge { .. }) && argument(&error).contains("near"),
+            matches!(error, Error::TooLarge { .. }) && argument(&error).contains("window"),
             "{error:?}"
         );
     }
@@ -141,33 +142,33 @@ fn decay_that_grows_or_is_no_number() {
 
 #[test]
 fn exact_configurations() {
-    let build = |config: ExactConfig| config.build::<f64>().map(|_| ()).unwrap_err();
+    let build = |config: SoftmaxConfig| config.build::<f64>().map(|_| ()).unwrap_err();
     let zero = |error: Error, name| {
         assert!(
             matches!(error, Error::Value { got: 0.0, .. }) && argument(&error) == name,
             "{error:?}"
         )
     };
-    zero(build(ExactConfig::new(0, 4)), "heads");
-    zero(build(ExactConfig::new(2, 0).with_scale(1.0)), "dim");
-    assert_eq!(argument(&build(ExactConfig::new(2, 0))), "dim");
-    zero(build(ExactConfig::new(2, 4).with_kv_heads(0)), "kv_heads");
-    zero(build(ExactConfig::new(2, 4).with_value_dim(0)), "value_dim");
-    let error = build(ExactConfig::new(6, 4).with_kv_heads(4));
+    zero(build(SoftmaxConfig::new(0, 4)), "heads");
+    zero(build(SoftmaxConfig::new(2, 0).with_scale(1.0)), "dim");
+    assert_eq!(argument(&build(SoftmaxConfig::new(2, 0))), "dim");
+    zero(build(SoftmaxConfig::new(2, 4).with_kv_heads(0)), "kv_heads");
+    zero(build(SoftmaxConfig::new(2, 4).with_value_dim(0)), "value_dim");
+    let error = build(SoftmaxConfig::new(6, 4).with_kv_heads(4));
     assert_eq!(
         error,
         Error::NotDivisible { argument: "heads", divisor: "kv_heads", divisor_value: 4, got: 6 }
     );
     for (config, name) in [
-        (ExactConfig::new(1, usize::MAX), "dim"),
-        (ExactConfig::new(1, 4).with_value_dim(usize::MAX), "value_dim"),
-        (ExactConfig::new(1, 1 << 60), "dim"),
+        (SoftmaxConfig::new(1, usize::MAX), "dim"),
+        (SoftmaxConfig::new(1, 4).with_value_dim(usize::MAX), "value_dim"),
+        (SoftmaxConfig::new(1, 1 << 60), "dim"),
     ] {
         let error = build(config);
         assert!(matches!(error, Error::TooLarge { .. }) && argument(&error) == name, "{error:?}");
     }
     // A cache holds something for every key-value head.
-    let error = build(ExactConfig::new(1 << 60, 4));
+    let error = build(SoftmaxConfig::new(1 << 60, 4));
     assert!(
         matches!(error, Error::TooLarge { .. }) && argument(&error).contains("heads"),
         "{error:?}"
@@ -176,7 +177,7 @@ fn exact_configurations() {
 
 /// h = 4, h_kv = 2, d = 5, e = 3, m = 8.
 fn setups() -> [Setup; 3] {
-    [Setup::new(1), Setup::new(2).near(8, 1), Setup::new(3).decay(-0.1)]
+    [Setup::new(1), Setup::new(2).window(8, 1), Setup::new(3).decay(-0.1)]
         .map(|setup| setup.heads(4, 2))
 }
 
@@ -557,16 +558,16 @@ fn elements_at_the_limit_are_accepted() {
 
 #[test]
 fn states_of_another_layer() {
-    let home = Setup::new(1).heads(4, 2).near(8, 1);
+    let home = Setup::new(1).heads(4, 2).window(8, 1);
     let others = [
         home.clone().heads(4, 4),
         home.clone().sizes(6, 3, 8),
         home.clone().sizes(5, 4, 8),
         home.clone().sizes(5, 3, 9),
-        home.clone().near(9, 1),
-        home.clone().near(8, 2),
-        home.clone().near(4, 3),
-        Setup { near: None, ..home.clone() },
+        home.clone().window(9, 1),
+        home.clone().window(8, 2),
+        home.clone().window(4, 3),
+        Setup { window: None, ..home.clone() },
     ];
     let attention = home.build::<f32>();
     let inputs: Inputs<f32> = home.inputs(5, 5).cast();
@@ -674,10 +675,10 @@ fn workspaces_of_another_layer() {
         }
     }
     for_all!(check);
-    // One that is larger in what only linear attention needs: refused, or of no consequence.
-    let setup = Setup::new(1).near(300, 3);
+    // One that is larger in what only liwindow attention needs: refused, or of no consequence.
+    let setup = Setup::new(1).window(300, 3);
     let attention = setup.build::<f32>();
-    let mut small = Setup::new(1).near(8, 1).build::<f32>().workspace();
+    let mut small = Setup::new(1).window(8, 1).build::<f32>().workspace();
     let Inputs { q, k, v }: Inputs<f32> = setup.inputs(5, 5).cast();
     let mut out = Array3::zeros((1, 5, 3));
     let error = attention
@@ -687,14 +688,16 @@ fn workspaces_of_another_layer() {
 }
 
 #[test]
-fn full_attention_with_a_near_part_or_decay() {
-    for setup in
-        [Setup::new(1).near(8, 1), Setup::new(1).decay(-0.1), Setup::new(1).near(8, 1).decay(-0.1)]
-    {
+fn full_attention_with_a_window_part_or_decay() {
+    for setup in [
+        Setup::new(1).window(8, 1),
+        Setup::new(1).decay(-0.1),
+        Setup::new(1).window(8, 1).decay(-0.1),
+    ] {
         let attention = setup.build::<f32>();
         let inputs: Inputs<f32> = setup.inputs(5, 7).cast();
         let error = attention.full_of(&inputs, KeyMask::All).unwrap_err();
-        let other = if setup.near.is_some() { "near" } else { "decay" };
+        let other = if setup.window.is_some() { "window" } else { "decay" };
         assert!(
             matches!(error, Error::Conflict { other: name, .. } if name.contains(other)),
             "{error:?}"
@@ -706,7 +709,7 @@ fn full_attention_with_a_near_part_or_decay() {
             .unwrap_err();
         assert!(out.iter().all(|&o| o == 7.0));
     }
-    let setup = Setup::new(1).near(8, 1);
+    let setup = Setup::new(1).window(8, 1);
     let error =
         setup.build_exact::<f32>().full_of(&setup.inputs(5, 7).cast(), KeyMask::All).unwrap_err();
     assert!(matches!(error, Error::Conflict { .. }), "{error:?}");
@@ -772,7 +775,7 @@ fn the_reference_checks_its_arguments_too() {
     assert_eq!(linear(zeros(2, 4), zeros(3, 1), &Pairs::full()), shape("log_kernel", 1, 3, 4));
     assert_eq!(linear(zeros(2, 3), zeros(2, 1), &Pairs::full()), shape("v", 0, 3, 2));
     assert_eq!(
-        argument(&linear(zeros(2, 3), zeros(3, 1), &Pairs::full().with_near(0, 1))),
+        argument(&linear(zeros(2, 3), zeros(3, 1), &Pairs::full().with_window(0, 1))),
         "chunk"
     );
     assert_eq!(
@@ -783,7 +786,7 @@ fn the_reference_checks_its_arguments_too() {
         reference::softmax_attention(&zeros(2, 3), &v, pairs).unwrap_err()
     };
     assert_eq!(softmax(zeros(2, 1), &Pairs::full()), shape("v", 0, 3, 2));
-    assert_eq!(argument(&softmax(zeros(3, 1), &Pairs::causal().with_near(0, 1))), "chunk");
+    assert_eq!(argument(&softmax(zeros(3, 1), &Pairs::causal().with_window(0, 1))), "chunk");
     assert_eq!(argument(&softmax(zeros(3, 1), &Pairs::causal().with_valid(&[]))), "valid");
     assert_eq!(
         argument(&reference::published_features(&zeros(2, 3), &[1.0]).unwrap_err()),

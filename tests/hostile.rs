@@ -9,7 +9,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use common::{argument, assert_same_bits};
-use dijiang::attention::{ExactConfig, KeyMask, LinearConfig, Near};
+use dijiang::attention::{KeyMask, LinearConfig, SoftmaxConfig, Window};
 use dijiang::checkpoint::{Checkpoint, Tensors};
 use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, FavorConfig, FeatureMap, published_features,
@@ -35,8 +35,8 @@ fn softmax() -> SoftmaxAttention<f32> {
     SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap()
 }
 
-fn linear(near: Option<Near>) -> DijiangAttention<f32> {
-    DijiangAttention::from_softmax(&softmax(), DijiangOptions::new().with_near(near)).unwrap()
+fn linear(window: Option<Window>) -> DijiangAttention<f32> {
+    DijiangAttention::from_softmax(&softmax(), DijiangOptions::new().with_window(window)).unwrap()
 }
 
 fn published() -> PublishedAttention<f32> {
@@ -74,7 +74,7 @@ fn endless_sequences_are_refused_at_once() {
     too_large(map.key_log_features(&rows(4)));
     too_large(published_features(&rows(4), &[1.0; 4]));
     let attention =
-        LinearConfig::new().with_near(Near::new(4, 1)).build(vec![map.clone()]).unwrap();
+        LinearConfig::new().with_window(Window::new(4, 1)).build(vec![map.clone()]).unwrap();
     too_large(attention.causal(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
     let mut state = attention.new_state();
     too_large(attention.prefill(
@@ -87,7 +87,7 @@ fn endless_sequences_are_refused_at_once() {
     assert!(state == attention.new_state());
     let attention = LinearConfig::new().build(vec![map]).unwrap();
     too_large(attention.full(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
-    let exact = ExactConfig::new(1, 4).build::<f32>().unwrap();
+    let exact = SoftmaxConfig::new(1, 4).build::<f32>().unwrap();
     too_large(exact.full(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
     too_large(exact.causal(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
     too_large(exact.prefill(
@@ -148,8 +148,8 @@ fn repeated_rows_are_rows() {
     let row = text(1);
     let repeated = row.broadcast((70, 8)).unwrap();
     let copied = repeated.to_owned();
-    for near in [None, Some(Near::new(8, 1))] {
-        let layer = linear(near);
+    for window in [None, Some(Window::new(8, 1))] {
+        let layer = linear(window);
         let (got, expected) = (
             layer.forward(&repeated, KeyMask::All).unwrap(),
             layer.forward(&copied, KeyMask::All).unwrap(),
@@ -192,11 +192,11 @@ fn sizes_beyond_memory() {
         ));
         too_large(DijiangAttention::from_softmax(
             &softmax(),
-            DijiangOptions::new().with_near(Some(Near::new(size, 1))),
+            DijiangOptions::new().with_window(Some(Window::new(size, 1))),
         ));
         too_large(DijiangAttention::from_softmax(
             &softmax(),
-            DijiangOptions::new().with_near(Some(Near::new(1, size))),
+            DijiangOptions::new().with_window(Some(Window::new(1, size))),
         ));
         too_large(StatePool::new(&linear(None), size));
         assert!(PublishedWeights::<f32>::decays(size).is_empty());
@@ -206,11 +206,11 @@ fn sizes_beyond_memory() {
     let map = DctMapConfig::new(4).build::<f32>().unwrap();
     too_large(
         LinearConfig::new()
-            .with_near(Near::new(1 << 20, 0))
+            .with_window(Window::new(1 << 20, 0))
             .with_value_dim(1 << 20)
             .build(vec![map.clone()]),
     );
-    too_large(LinearConfig::new().with_near(Near::new(1 << 20, 0)).build(vec![map; 1 << 10]));
+    too_large(LinearConfig::new().with_window(Window::new(1 << 20, 0)).build(vec![map; 1 << 10]));
 }
 
 /// Scales and decays with which numbers in range would overflow.
@@ -223,7 +223,7 @@ fn numbers_beyond_sense() {
         assert_eq!(argument(&build(LinearConfig::new().with_scale(scale))), "scale");
         assert_eq!(
             argument(
-                &ExactConfig::new(1, 4).with_scale(scale).build::<f32>().map(|_| ()).unwrap_err()
+                &SoftmaxConfig::new(1, 4).with_scale(scale).build::<f32>().map(|_| ()).unwrap_err()
             ),
             "scale"
         );
@@ -240,7 +240,8 @@ fn strongest_decay_over_masked_keys() {
         let mut params = DctParams::new(2);
         params.log_mix = 120.0;
         let map = DctMap::<f32>::from_params(params).unwrap();
-        let config = LinearConfig::new().with_near(Near::new(chunk, 0)).with_log_decay(vec![decay]);
+        let config =
+            LinearConfig::new().with_window(Window::new(chunk, 0)).with_log_decay(vec![decay]);
         let attention = config.build(vec![map]).unwrap();
         let ones = Array3::<f32>::ones((1, 12, 2));
         let valid: Vec<bool> = (0..12).map(|j| j == 0).collect();
@@ -277,7 +278,7 @@ fn published_gates_beyond_the_range() {
 fn callbacks_that_panic() {
     let sample = text(60);
     for at in [1, 2, 5, 14, 15] {
-        let mut layer = linear(Some(Near::new(8, 1)));
+        let mut layer = linear(Some(Window::new(8, 1)));
         let before = layer.forward(&sample, KeyMask::All).unwrap();
         let mut calls = 0;
         let options = CalibrateOptions::new().with_steps(2);
@@ -292,7 +293,8 @@ fn callbacks_that_panic() {
         assert_same_bits("after a panic", &layer.forward(&sample, KeyMask::All).unwrap(), &before);
         layer.calibrate(&[sample.view()], &options, |_| ControlFlow::Continue(())).unwrap();
     }
-    let options = ChooseOptions::new().with_near(vec![Some(Near::new(8, 1))]).with_blocks(vec![1]);
+    let options =
+        ChooseOptions::new().with_window(vec![Some(Window::new(8, 1))]).with_blocks(vec![1]);
     let softmax = softmax();
     let run = catch_unwind(AssertUnwindSafe(|| {
         DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| {
@@ -314,7 +316,7 @@ fn callbacks_that_panic() {
 /// States, caches, slots and scratch of another layer.
 #[test]
 fn foreign_states() {
-    let (layer, other) = (linear(None), linear(Some(Near::new(8, 1))));
+    let (layer, other) = (linear(None), linear(Some(Window::new(8, 1))));
     let x = text(3);
     let foreign = |error: Error| assert!(matches!(error, Error::Foreign { .. }), "{error:?}");
     foreign(layer.prefill(&mut other.new_state(), &x, KeyMask::All).unwrap_err());

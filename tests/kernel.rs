@@ -801,7 +801,7 @@ fn published_features_are_those_of_the_published_code() {
     assert!(single < 2e-6, "{single}");
 }
 
-/// Projected by other means than a panel of them, for every d alike.
+/// ProjectedQkv by other means than a panel of them, for every d alike.
 #[test]
 fn a_token_has_the_features_of_its_row() {
     fn check<T: Real>(map: DctMap<T>, label: &str) {
@@ -818,10 +818,10 @@ fn a_token_has_the_features_of_its_row() {
                     map.query_token(&x, &mut out, &mut scratch)
                 }
                 let top = row.iter().fold(1.0, |top: f64, x| top.max(x.to_f64().abs()));
-                let near = |(a, b): (&T, &T)| {
+                let window = |(a, b): (&T, &T)| {
                     (a.to_f64() - b.to_f64()).abs() <= 200.0 * T::EPSILON.to_f64() * top
                 };
-                assert!(out.iter().zip(row).all(near), "{label}, d {d}, key {key}");
+                assert!(out.iter().zip(row).all(window), "{label}, d {d}, key {key}");
             }
         }
     }

@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use common::{Random, argument, assert_close, assert_same_bits, cast};
-use dijiang::attention::{ExactConfig, KeyMask, Near};
+use dijiang::attention::{KeyMask, SoftmaxConfig, Window};
 use dijiang::kernel::{
     DctMap, DctMapConfig, Envelope, FeatureMap, Mixing, Pairing, Points, Radial, Sides,
 };
@@ -71,10 +71,10 @@ fn linear(config: AttentionConfig, options: DijiangOptions, seed: u64) -> Dijian
     DijiangAttention::from_softmax(&softmax(config, seed), options).unwrap()
 }
 
-/// Everything at once: near part, decay, antithetic blocks.
+/// Everything at once: local window, decay, antithetic blocks.
 fn rich() -> DijiangOptions {
     DijiangOptions::new()
-        .with_near(Some(Near::new(8, 1)))
+        .with_window(Some(Window::new(8, 1)))
         .with_log_decay(-0.01)
         .with_blocks(2)
         .with_pairing(Pairing::Antithetic)
@@ -199,15 +199,15 @@ fn both_layers_are_their_formulas() {
             let mask = KeyMask::Valid(&valid);
             check("softmax", layer.forward(&x, mask).unwrap(), expected(None, Pairs::causal()));
 
-            let near = layer.clone().with_near(Some(Near::new(8, 1))).unwrap();
+            let window = layer.clone().with_window(Some(Window::new(8, 1))).unwrap();
             check(
-                "near only",
-                near.forward(&x, mask).unwrap(),
-                expected(None, Pairs::causal().with_near(8, 1)),
+                "window only",
+                window.forward(&x, mask).unwrap(),
+                expected(None, Pairs::causal().with_window(8, 1)),
             );
 
             let linear = DijiangAttention::from_softmax(&layer, rich()).unwrap();
-            let pairs = Pairs::causal().with_near(8, 1).with_log_decay(-0.01);
+            let pairs = Pairs::causal().with_window(8, 1).with_log_decay(-0.01);
             check(
                 "linear",
                 linear.forward(&x, mask).unwrap(),
@@ -216,7 +216,7 @@ fn both_layers_are_their_formulas() {
 
             let pure = linear
                 .clone()
-                .with_near(None)
+                .with_window(None)
                 .unwrap()
                 .with_log_decay(vec![-0.02; layer.config().kv_heads])
                 .unwrap();
@@ -231,7 +231,7 @@ fn both_layers_are_their_formulas() {
             let linear =
                 DijiangAttention::from_softmax(&layer, DijiangOptions::new().with_blocks(2))
                     .unwrap();
-            assert_eq!(linear.near(), None);
+            assert_eq!(linear.window(), None);
             check(
                 "full linear",
                 linear.forward(&x, mask).unwrap(),
@@ -260,7 +260,7 @@ fn projected_heads_are_what_attention_is_computed_from() {
             .for_each(|(head, expected)| assert_close(what, &head.to_owned(), expected, 1e-12));
     }
 
-    let exact = ExactConfig::new(6, 6).with_kv_heads(3).build().unwrap();
+    let exact = SoftmaxConfig::new(6, 6).with_kv_heads(3).build().unwrap();
     let heads = exact.causal(&q, &k, &v, KeyMask::All).unwrap();
     let views: Vec<_> = heads.outer_iter().collect();
     let y = concatenate(Axis(1), &views).unwrap().dot(&weights.o.t())
@@ -326,13 +326,13 @@ fn prefill_in_pieces_and_steps_are_forward() {
     for config in [grouped(), interleaved, AttentionConfig::new(10, 2)] {
         streams_like_forward("softmax", &softmax(config.clone(), 1));
         streams_like_forward(
-            "near only",
-            &softmax(config.clone(), 1).with_near(Some(Near::new(8, 1))).unwrap(),
+            "window only",
+            &softmax(config.clone(), 1).with_window(Some(Window::new(8, 1))).unwrap(),
         );
         streams_like_forward("linear", &linear(config.clone(), rich(), 1));
         streams_like_forward(
             "pure",
-            &linear(config.clone(), DijiangOptions::new().with_near(None), 1),
+            &linear(config.clone(), DijiangOptions::new().with_window(None), 1),
         );
         streams_like_forward("default", &linear(config.clone(), DijiangOptions::new(), 1));
     }
@@ -364,7 +364,7 @@ fn later_tokens_change_no_bit() {
     later_tokens_do_not_matter("linear", &linear(grouped(), rich(), 1));
     later_tokens_do_not_matter(
         "pure",
-        &linear(grouped(), DijiangOptions::new().with_near(None), 1),
+        &linear(grouped(), DijiangOptions::new().with_window(None), 1),
     );
 }
 
@@ -499,21 +499,21 @@ fn a_masked_token_is_never_attended_to() {
     }
 }
 
-// ---- heads, rotary, near part
+// ---- heads, rotary, local window
 // --------------------------------------------------------------------------------------
 
 #[test]
-fn a_near_part_over_everything_is_softmax() {
+fn a_window_part_over_everything_is_softmax() {
     for config in [grouped(), AttentionConfig::new(10, 2)] {
         let exact = softmax(config.clone(), 1);
         let linear = DijiangAttention::from_softmax(
             &exact,
-            DijiangOptions::new().with_near(Some(Near::new(50, 2))),
+            DijiangOptions::new().with_window(Some(Window::new(50, 2))),
         )
         .unwrap();
         let x = hidden(150, exact.config(), 37);
         assert_close(
-            "near",
+            "window",
             &linear.forward(&x, KeyMask::All).unwrap(),
             &exact.forward(&x, KeyMask::All).unwrap(),
             1e-12,
@@ -522,7 +522,7 @@ fn a_near_part_over_everything_is_softmax() {
         let exact = exact.forward(&hidden(151, exact.config(), 37), KeyMask::All).unwrap();
         assert_close("covered", &y.slice(s![..150, ..]), &exact.slice(s![..150, ..]), 1e-12);
         let difference = (&y.row(150) - &exact.row(150)).mapv(f64::abs).sum();
-        assert!(difference > 1e-6, "token 150 looks beyond the near part");
+        assert!(difference > 1e-6, "token 150 looks beyond the local window");
     }
 }
 
@@ -702,16 +702,16 @@ fn distance<A: Attention<f64>, B: Attention<f64>>(a: &A, b: &B, x: &Array2<f64>)
 #[test]
 fn calibration_brings_the_layers_together() {
     let cases = [
-        (Causality::Causal, Some(Near::new(16, 1)), 0.7),
-        (Causality::Causal, Some(Near::new(16, 0)), 0.8),
+        (Causality::Causal, Some(Window::new(16, 1)), 0.7),
+        (Causality::Causal, Some(Window::new(16, 0)), 0.8),
         (Causality::Causal, None, 0.85),
         (Causality::Bidirectional, None, 0.85),
     ];
-    for (causality, near, gain) in cases {
+    for (causality, window, gain) in cases {
         let exact = off_centre(causality);
         let mut layer = DijiangAttention::from_softmax(
             &exact,
-            DijiangOptions::new().with_blocks(2).with_near(near),
+            DijiangOptions::new().with_blocks(2).with_window(window),
         )
         .unwrap();
         let (samples, unseen) = ([correlated(200, 1), correlated(150, 2)], correlated(200, 3));
@@ -725,11 +725,11 @@ fn calibration_brings_the_layers_together() {
         let report = report.unwrap();
         assert_eq!(report.heads.len(), 2);
         assert!(report.heads.iter().all(|head| head.after <= head.before), "{report:?}");
-        assert!(report.after() < gain * report.before(), "{causality:?} {near:?}: {report:?}");
+        assert!(report.after() < gain * report.before(), "{causality:?} {window:?}: {report:?}");
         let after = distance(&exact, &layer, &unseen);
         assert!(
             after < (gain + 0.1) * before,
-            "{causality:?} {near:?}: unseen text: {after} against {before}"
+            "{causality:?} {window:?}: unseen text: {after} against {before}"
         );
 
         assert!(
@@ -739,7 +739,7 @@ fn calibration_brings_the_layers_together() {
         );
         assert!(told.windows(2).all(|pair| pair[1].error <= pair[0].error));
         assert_eq!((told[0].error, told[told.len() - 1].error), (report.before(), report.after()));
-        assert_eq!(told.len(), if near.is_some() { 1 + 12 + 1 } else { 2 });
+        assert_eq!(told.len(), if window.is_some() { 1 + 12 + 1 } else { 2 });
 
         // A second time starts where the first ended, and loses nothing.
         let again =
@@ -750,7 +750,8 @@ fn calibration_brings_the_layers_together() {
                 .unwrap();
         assert_eq!(again.before(), report.after());
         assert!(
-            again.after() <= report.after() && (near.is_some() || again.after() == report.after())
+            again.after() <= report.after()
+                && (window.is_some() || again.after() == report.after())
         );
     }
 }
@@ -761,7 +762,7 @@ fn calibration_reports_what_it_says() {
     let exact = off_centre(Causality::Causal);
     let mut layer = DijiangAttention::from_softmax(
         &exact,
-        DijiangOptions::new().with_near(Some(Near::new(16, 1))),
+        DijiangOptions::new().with_window(Some(Window::new(16, 1))),
     )
     .unwrap();
     let samples = [correlated(60, 1), correlated(90, 2)];
@@ -775,7 +776,7 @@ fn calibration_reports_what_it_says() {
         match maps {
             None => softmax.forward(x, KeyMask::All).unwrap(),
             Some(maps) => {
-                let options = DijiangOptions::new().with_near(Some(Near::new(16, 1)));
+                let options = DijiangOptions::new().with_window(Some(Window::new(16, 1)));
                 let layer = DijiangAttention::from_softmax(&softmax, options)
                     .unwrap()
                     .with_maps(maps)
@@ -995,11 +996,11 @@ fn impossible_options() {
         Error::TooLarge { argument: "blocks", .. }
     ));
     assert_eq!(
-        argument(&refused(DijiangOptions::new().with_near(Some(Near::new(0, 1))))),
-        "near chunk"
+        argument(&refused(DijiangOptions::new().with_window(Some(Window::new(0, 1))))),
+        "window chunk"
     );
     assert!(matches!(
-        refused(DijiangOptions::new().with_near(Some(Near::new(64, usize::MAX)))),
+        refused(DijiangOptions::new().with_window(Some(Window::new(64, usize::MAX)))),
         Error::TooLarge { .. }
     ));
     assert_eq!(argument(&refused(DijiangOptions::new().with_log_decay(0.1))), "log_decay");
@@ -1014,17 +1015,20 @@ fn impossible_options() {
     assert_eq!(error, conflict("log_decay"));
     let linear = DijiangAttention::from_softmax(&encoder, DijiangOptions::new()).unwrap();
     assert_eq!(
-        linear.clone().with_near(Some(Near::new(8, 1))).map(|_| ()).unwrap_err(),
-        conflict("near")
+        linear.clone().with_window(Some(Window::new(8, 1))).map(|_| ()).unwrap_err(),
+        conflict("window")
     );
     assert_eq!(
         linear.with_log_decay(vec![-0.1; 3]).map(|_| ()).unwrap_err(),
         conflict("log_decay")
     );
-    assert_eq!(encoder.with_near(Some(Near::new(8, 1))).map(|_| ()).unwrap_err(), conflict("near"));
     assert_eq!(
-        argument(&exact.with_near(Some(Near::new(0, 1))).map(|_| ()).unwrap_err()),
-        "near chunk"
+        encoder.with_window(Some(Window::new(8, 1))).map(|_| ()).unwrap_err(),
+        conflict("window")
+    );
+    assert_eq!(
+        argument(&exact.with_window(Some(Window::new(0, 1))).map(|_| ()).unwrap_err()),
+        "window chunk"
     );
 }
 
@@ -1162,7 +1166,7 @@ fn bad_input_is_refused_and_changes_nothing() {
     let (exact, linear_layer) = (softmax(grouped(), 1), linear(grouped(), rich(), 1));
     refuses_and_stays(&exact, softmax(narrow.clone(), 1).new_state());
     refuses_and_stays(&linear_layer, linear(narrow, rich(), 1).new_state());
-    refuses_and_stays(&linear_layer, linear_layer.clone().with_near(None).unwrap().new_state());
+    refuses_and_stays(&linear_layer, linear_layer.clone().with_window(None).unwrap().new_state());
     refuses_and_stays(&linear_layer, linear(grouped().with_kv_heads(6), rich(), 1).new_state());
 }
 

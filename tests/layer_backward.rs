@@ -5,7 +5,7 @@ mod common;
 
 use common::{Random, argument};
 use dijiang::Error;
-use dijiang::attention::{KeyMask, Near};
+use dijiang::attention::{KeyMask, Window};
 use dijiang::kernel::DctMap;
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
@@ -48,14 +48,14 @@ fn config() -> AttentionConfig {
 
 /// Name, layer, and whether keys are masked.
 fn cases() -> Vec<(&'static str, DijiangAttention<f64>, bool)> {
-    let near = || DijiangOptions::new().with_near(Some(Near::new(5, 1)));
-    let pure = || near().with_near(None);
+    let window = || DijiangOptions::new().with_window(Some(Window::new(5, 1)));
+    let pure = || window().with_window(None);
     let interleaved = Rotary::new(50.0).with_pairing(RotaryPairing::Interleaved).with_dims(2);
     vec![
-        ("near", layer(1, config(), true, near()), false),
+        ("window", layer(1, config(), true, window()), false),
         (
-            "near, masked",
-            layer(2, config().with_kv_heads(2).with_rotary(Rotary::new(100.0)), false, near()),
+            "window, masked",
+            layer(2, config().with_kv_heads(2).with_rotary(Rotary::new(100.0)), false, window()),
             true,
         ),
         (
@@ -75,7 +75,7 @@ fn cases() -> Vec<(&'static str, DijiangAttention<f64>, bool)> {
                 5,
                 config().with_kv_heads(2).with_causality(Causality::Bidirectional),
                 true,
-                near(),
+                window(),
             ),
             true,
         ),

@@ -6,7 +6,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use dijiang::Real;
-use dijiang::attention::{KeyMask, Near};
+use dijiang::attention::{KeyMask, Window};
 use dijiang::kernel::Pairing;
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary,
@@ -70,9 +70,9 @@ fn steps_do_not_allocate<T: Real>() {
         .with_head_dim(10)
         .with_rotary(Rotary::new(100.0).with_dims(6));
     let softmax = SoftmaxAttention::new(config, weights).unwrap();
-    for near in [None, Some(Near::new(8, 1)), Some(Near::new(64, 1))] {
+    for window in [None, Some(Window::new(8, 1)), Some(Window::new(64, 1))] {
         let options = DijiangOptions::new()
-            .with_near(near)
+            .with_window(window)
             .with_pairing(Pairing::Antithetic)
             .with_log_decay(-0.01);
         let layer = DijiangAttention::from_softmax(&softmax, options).unwrap();
@@ -89,7 +89,7 @@ fn steps_do_not_allocate<T: Real>() {
             state.reset();
             layer.step(&mut state, &x.row(0), &mut out).unwrap();
         });
-        assert_eq!(allocated, 0, "{} {near:?}", T::NAME);
+        assert_eq!(allocated, 0, "{} {window:?}", T::NAME);
         assert!(requests(|| drop(layer.new_state())) > 0, "the counter counts");
     }
 }

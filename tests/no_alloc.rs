@@ -77,9 +77,9 @@ fn setups() -> Vec<Setup> {
     vec![
         Setup::new(1),
         Setup::new(2).decay(-0.5),
-        Setup::new(3).near(16, 1),
-        Setup::new(4).near(100, 0).decay(-0.1),
-        Setup::new(5).heads(4, 2).sizes(64, 64, 64).near(64, 1),
+        Setup::new(3).window(16, 1),
+        Setup::new(4).window(100, 0).decay(-0.1),
+        Setup::new(5).heads(4, 2).sizes(64, 64, 64).window(64, 1),
         Setup::new(6).heads(4, 2).sizes(64, 64, 128),
     ]
 }
@@ -243,7 +243,7 @@ fn packed_sequences_and_merging_do_not_allocate() {
 #[test]
 fn strided_arguments_do_not_allocate() {
     on_one_thread(|| {
-        let setup = Setup::new(1).heads(2, 2).near(16, 1);
+        let setup = Setup::new(1).heads(2, 2).window(16, 1);
         let attention = setup.build::<f32>();
         let Inputs { q, k, v }: Inputs<f32> = setup.inputs(100, 100).cast();
         let transposed = |x: &Array3<f32>| {

@@ -11,7 +11,7 @@ use dijiang::{Error, Real};
 use ndarray::{Array3, s};
 
 fn setups() -> Vec<Setup> {
-    [&Setup::typical()[..], &[Setup::new(6).heads(1, 1).near(64, 1)]].concat()
+    [&Setup::typical()[..], &[Setup::new(6).heads(1, 1).window(64, 1)]].concat()
 }
 
 /// Lengths of sequences: none, one, primes, and one that is checked in pieces.
@@ -87,7 +87,7 @@ fn packed_prefills_are_those_of_each_sequence() {
 /// One long sequence of one head has all threads to itself, among others or not.
 #[test]
 fn few_sequences_share_many_threads() {
-    let setup = Setup::new(7).heads(1, 1).near(16, 1);
+    let setup = Setup::new(7).heads(1, 1).window(16, 1);
     let attention = setup.build::<f32>();
     let (lengths, n) = ([0, 700, 30], 730);
     let (offsets, inputs) = (offsets(&lengths), setup.inputs(n, n).cast());
@@ -232,10 +232,10 @@ fn bad_offsets_change_nothing() {
     let setup = Setup::new(1);
     check(&setup.build::<f64>(), &setup);
     check(&setup.build_exact::<f64>(), &setup);
-    let (near, inputs) =
-        (Setup::new(1).near(4, 1), Setup::new(1).near(4, 1).inputs(6, 6).cast::<f64>());
+    let (window, inputs) =
+        (Setup::new(1).window(4, 1), Setup::new(1).window(4, 1).inputs(6, 6).cast::<f64>());
     let conflicts = [
-        near.build::<f64>().full_packed(
+        window.build::<f64>().full_packed(
             &inputs.q,
             &inputs.k,
             &inputs.v,
@@ -243,7 +243,7 @@ fn bad_offsets_change_nothing() {
             &[0, 6],
             KeyMask::All,
         ),
-        near.build_exact::<f64>().full_packed(
+        window.build_exact::<f64>().full_packed(
             &inputs.q,
             &inputs.k,
             &inputs.v,

@@ -7,7 +7,7 @@ mod common;
 use std::collections::{BTreeMap, HashMap};
 
 use common::{Random, assert_same_bits, cast};
-use dijiang::attention::{KeyMask, Near};
+use dijiang::attention::{KeyMask, Window};
 use dijiang::kernel::{
     DctMap, DctParams, Envelope, FeatureMap, Mixing, Pairing, Projection, Sides,
 };
@@ -121,9 +121,9 @@ fn deep<T: Real>(mut layer: DijiangAttention<T>) -> DijiangAttention<T> {
     layer
 }
 
-/// Near part of two chunks of 8.
+/// Window part of two chunks of 8.
 fn options() -> DijiangOptions {
-    DijiangOptions::new().with_near(Some(Near::new(8, 1)))
+    DijiangOptions::new().with_window(Some(Window::new(8, 1)))
 }
 
 fn grouped() -> AttentionConfig {
@@ -172,7 +172,7 @@ fn kinds<T: Real>() -> Vec<(&'static str, DijiangAttention<T>)> {
             ),
         ),
         ("llama 3", plain(grouped().with_rotary(rotary().with_scaling(llama3)), options())),
-        ("no near part", plain(grouped(), options().with_near(None))),
+        ("no local window", plain(grouped(), options().with_window(None))),
         (
             "decay",
             plain(grouped(), options()).with_log_decay(vec![-0.01, 0.0, -1.0 / 7.0]).unwrap(),
@@ -197,7 +197,11 @@ fn kinds<T: Real>() -> Vec<(&'static str, DijiangAttention<T>)> {
 fn assert_same<T: Real>(name: &str, got: &DijiangAttention<T>, expected: &DijiangAttention<T>) {
     assert_eq!(got.config(), expected.config(), "{name}");
     assert_eq!(got.weights(), expected.weights(), "{name}");
-    assert_eq!((got.near(), got.log_decay()), (expected.near(), expected.log_decay()), "{name}");
+    assert_eq!(
+        (got.window(), got.log_decay()),
+        (expected.window(), expected.log_decay()),
+        "{name}"
+    );
     let params = |layer: &DijiangAttention<T>| {
         layer.maps().iter().map(|map| map.params().clone()).collect::<Vec<DctParams>>()
     };
@@ -793,7 +797,7 @@ fn other_versions_and_unknown_words() {
     assert_eq!(envelope, r#"self_attn.dijiang.0.envelope must be none or gaussian, got "Gauss""#);
     for name in [
         "causality",
-        "near",
+        "window",
         "biases",
         "rotary",
         "rotary.scaling",
@@ -823,7 +827,7 @@ fn parts_that_do_not_fit_each_other() {
             "self_attn.dijiang",
             "near cannot be combined with bidirectional",
         ),
-        ("near.chunk", "0", "self_attn.dijiang", "near chunk"),
+        ("near.chunk", "0", "self_attn.dijiang", "window chunk"),
         ("0.sides", "tied", "self_attn.dijiang.0", "Sides::Tied"),
         ("0.pairing", "antithetic", "self_attn.dijiang.0.log_weight", "F64 [8]"),
         ("0.projection", "mixed", "self_attn.dijiang.0.signs", "F64 [1, 3, 4]"),
@@ -887,7 +891,7 @@ fn maps_of_another_layer() {
 fn a_failed_load_changes_nothing() {
     let saved = calibrated(layer::<f32>(grouped(), Biases::None, options(), 1), 2);
     let mut own = calibrated(
-        layer::<f32>(grouped(), Biases::None, options().with_blocks(2).with_near(None), 1),
+        layer::<f32>(grouped(), Biases::None, options().with_blocks(2).with_window(None), 1),
         3,
     );
     let before = own.clone();

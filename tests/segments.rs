@@ -6,7 +6,7 @@ mod common;
 use common::linear::{Setup, TestMap};
 use common::stream::Stream;
 use common::{Inputs, Random, argument, assert_close, assert_same_bits, tolerance};
-use dijiang::attention::{CausalState, KeyMask, LinearAttention, Near};
+use dijiang::attention::{CausalState, KeyMask, LinearAttention, Window};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     Rotary, SoftmaxAttention,
@@ -17,7 +17,7 @@ use ndarray::{Array2, s};
 fn setups() -> Vec<Setup> {
     [
         &Setup::typical()[..],
-        &[Setup::new(6).heads(2, 1).near(4, 0).decay(-0.3), Setup::new(7).near(150, 1)],
+        &[Setup::new(6).heads(2, 1).window(4, 0).decay(-0.3), Setup::new(7).window(150, 1)],
     ]
     .concat()
 }
@@ -172,7 +172,7 @@ fn frames_of_any_size_merge() {
     for (setup, growth) in [
         (Setup::new(1), 40.0),
         (Setup::new(2).decay(-2.0), -40.0),
-        (Setup::new(3).near(4, 1).decay(-9.0), 40.0),
+        (Setup::new(3).window(4, 1).decay(-9.0), 40.0),
     ] {
         let attention = setup.build::<f32>();
         let (mut inputs, later) = (setup.inputs(200, 200), setup.inputs(20, 20).cast());
@@ -203,7 +203,7 @@ fn frames_of_any_size_merge() {
 
 #[test]
 fn strangers_do_not_merge() {
-    let setup = Setup::new(3).near(3, 2);
+    let setup = Setup::new(3).window(3, 2);
     let (attention, inputs) = (setup.build::<f64>(), setup.inputs(20, 20).cast::<f64>());
     let valid = [true; 20];
     let mut state = segment(&attention, &inputs, &valid, 0..10);
@@ -217,7 +217,7 @@ fn strangers_do_not_merge() {
         let error = attention.merge(&mut state, &next, &mut workspace).unwrap_err();
         assert!(matches!(error, Error::Value { argument: "the next segment", .. }), "{error:?}");
     }
-    let other = Setup::new(3).near(3, 1).build::<f64>();
+    let other = Setup::new(3).window(3, 1).build::<f64>();
     let foreign = other.new_state_at(10).unwrap();
     assert!(matches!(
         attention.merge(&mut state, &foreign, &mut workspace),
@@ -276,7 +276,8 @@ fn strangers_do_not_merge() {
 /// is put back: an empty state, short and long stretches.
 #[test]
 fn refused_tokens_change_no_state() {
-    for setup in [Setup::new(1), Setup::new(2).near(16, 1), Setup::new(3).decay(-0.1).heads(2, 2)] {
+    for setup in [Setup::new(1), Setup::new(2).window(16, 1), Setup::new(3).decay(-0.1).heads(2, 2)]
+    {
         let attention = setup.build::<f64>();
         let mut workspace = attention.workspace();
         let mut used = attention.new_state();
@@ -318,10 +319,10 @@ fn a_layer_in_parallel_over_the_sequence() {
     )
     .unwrap();
     let x: Array2<f64> = random.normals((203, 24), 1.0);
-    for near in [None, Some(Near::new(8, 1))] {
+    for window in [None, Some(Window::new(8, 1))] {
         let layer = DijiangAttention::from_softmax(
             &softmax,
-            DijiangOptions::new().with_near(near).with_log_decay(-0.01),
+            DijiangOptions::new().with_window(window).with_log_decay(-0.01),
         )
         .unwrap();
         let expected = layer.forward(&x, KeyMask::All).unwrap();
@@ -351,7 +352,7 @@ fn a_layer_in_parallel_over_the_sequence() {
         });
         let views: Vec<_> = outputs.iter().map(|rows| rows.view()).collect();
         let got = ndarray::concatenate(ndarray::Axis(0), &views).unwrap();
-        assert_close(format!("{near:?}"), &got, &expected, 1e-12);
+        assert_close(format!("{window:?}"), &got, &expected, 1e-12);
         assert_same_bits(
             "the first segment",
             &outputs[0],

@@ -5,7 +5,7 @@ mod common;
 
 use common::linear::Setup;
 use common::stream::Stream;
-use dijiang::attention::{CausalState, ExactConfig, KeyMask, LinearConfig, Near, Storage};
+use dijiang::attention::{CausalState, KeyMask, LinearConfig, SoftmaxConfig, Storage, Window};
 use dijiang::kernel::{DctMapConfig, FavorConfig, Mixing};
 use dijiang::layer::{
     AttentionConfig, CalibrateOptions, Causality, ChooseOptions, DijiangOptions, Padding, Rotary,
@@ -25,7 +25,7 @@ fn state(setup: &Setup) -> CausalState<f32> {
 
 #[test]
 fn a_state_comes_back() {
-    for setup in [Setup::new(1), Setup::new(2).near(4, 1)] {
+    for setup in [Setup::new(1), Setup::new(2).window(4, 1)] {
         let state = state(&setup);
         let json = serde_json::to_string(&state).unwrap();
         assert!(serde_json::from_str::<CausalState<f32>>(&json).unwrap() == state);
@@ -73,12 +73,12 @@ fn configs_come_back() {
     check(
         DijiangOptions::new()
             .with_blocks(3)
-            .with_near(Some(Near::new(32, 2)))
+            .with_window(Some(Window::new(32, 2)))
             .with_mixing(Mixing::Mixed)
             .with_seed(u64::MAX),
     );
-    check(LinearConfig::new().with_near(Near::new(5, 1)).with_log_decay(vec![-0.1, 0.0]));
-    check(ExactConfig::new(4, 16));
+    check(LinearConfig::new().with_window(Window::new(5, 1)).with_log_decay(vec![-0.1, 0.0]));
+    check(SoftmaxConfig::new(4, 16));
     check(DctMapConfig::new(16).with_blocks(2));
     check(FavorConfig::new(16, 32));
     check(CalibrateOptions::new());
@@ -90,7 +90,8 @@ fn configs_come_back() {
 /// Hand-written files name what they change.
 #[test]
 fn options_have_their_defaults() {
-    let options: DijiangOptions = serde_json::from_str(r#"{ "blocks": 2, "near": null }"#).unwrap();
-    assert_eq!(options, DijiangOptions::new().with_blocks(2).with_near(None));
+    let options: DijiangOptions =
+        serde_json::from_str(r#"{ "blocks": 2, "window": null }"#).unwrap();
+    assert_eq!(options, DijiangOptions::new().with_blocks(2).with_window(None));
     assert_eq!(serde_json::from_str::<LinearConfig>("{}").unwrap(), LinearConfig::new());
 }

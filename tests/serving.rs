@@ -4,7 +4,7 @@
 mod common;
 
 use common::{Random, argument, assert_same_bits, cast, on_threads};
-use dijiang::attention::{KeyMask, Near};
+use dijiang::attention::{KeyMask, Window};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     DijiangState, Padding, Rotary, SoftmaxAttention, StatePool,
@@ -13,8 +13,8 @@ use dijiang::{Error, Real};
 use ndarray::{Array1, Array2, Array3, ArrayRef1, ArrayRef2, Axis, s};
 
 /// Four query heads of 5 on two key-value heads, in a model of width 23.
-fn layer<T: Real>(near: Option<Near>, causality: Causality) -> DijiangAttention<T> {
-    DijiangAttention::from_softmax(&softmax(causality), DijiangOptions::new().with_near(near))
+fn layer<T: Real>(window: Option<Window>, causality: Causality) -> DijiangAttention<T> {
+    DijiangAttention::from_softmax(&softmax(causality), DijiangOptions::new().with_window(window))
         .unwrap()
 }
 
@@ -37,14 +37,14 @@ fn text<T: Real>(n: usize, seed: u64) -> Array2<T> {
     cast(&Random::new(seed).normals((n, 23), 1.0))
 }
 
-fn nears() -> [Option<Near>; 2] {
-    [None, Some(Near::new(5, 1))]
+fn nears() -> [Option<Window>; 2] {
+    [None, Some(Window::new(5, 1))]
 }
 
 #[test]
 fn a_batch_is_its_sequences_bit_for_bit() {
-    fn check<T: Real>(near: Option<Near>, threads: usize) {
-        let layer = layer::<T>(near, Causality::Causal);
+    fn check<T: Real>(window: Option<Window>, threads: usize) {
+        let layer = layer::<T>(window, Causality::Causal);
         for b in [1, 2, 3, 4, 5, 9] {
             let mut states: Vec<_> = (0..b).map(|_| layer.new_state()).collect();
             for (i, state) in states.iter_mut().enumerate().skip(1) {
@@ -62,23 +62,23 @@ fn a_batch_is_its_sequences_bit_for_bit() {
                     layer.step_batch(&mut states.iter_mut().collect::<Vec<_>>(), &x, &mut out)
                 })
                 .unwrap();
-                assert_same_bits(format!("{near:?}, {b} sequences, token {t}"), &out, &expected);
+                assert_same_bits(format!("{window:?}, {b} sequences, token {t}"), &out, &expected);
                 assert!(states == alone);
             }
         }
     }
-    for near in nears() {
-        check::<f32>(near, 1);
-        check::<f32>(near, 3);
-        check::<f64>(near, 2);
+    for window in nears() {
+        check::<f32>(window, 1);
+        check::<f32>(window, 3);
+        check::<f64>(window, 2);
     }
 }
 
 /// Requests join and leave, fork and go back; every one of them reads what it would alone.
 #[test]
 fn a_pool_of_requests() {
-    for near in nears() {
-        let layer = layer::<f32>(near, Causality::Causal);
+    for window in nears() {
+        let layer = layer::<f32>(window, Causality::Causal);
         let mut pool = StatePool::new(&layer, 5).unwrap();
         let (mut random, mut live) = (Random::new(8), Vec::new());
         for round in 0..200 {
@@ -130,7 +130,7 @@ fn a_pool_of_requests() {
 
 #[test]
 fn bad_batches_change_nothing() {
-    let layer = layer::<f64>(Some(Near::new(4, 1)), Causality::Causal);
+    let layer = layer::<f64>(Some(Window::new(4, 1)), Causality::Causal);
     let mut pool = StatePool::new(&layer, 3).unwrap();
     let slots = [pool.take().unwrap(), pool.take().unwrap()];
     layer.prefill(pool.get_mut(slots[1]).unwrap(), &text(30, 1), KeyMask::All).unwrap();
@@ -174,7 +174,7 @@ fn bad_batches_change_nothing() {
 /// A prompt is read once and continued many times.
 #[test]
 fn a_prefix_serves_many() {
-    let layer = layer::<f32>(Some(Near::new(5, 1)), Causality::Causal);
+    let layer = layer::<f32>(Some(Window::new(5, 1)), Causality::Causal);
     let x = text::<f32>(60, 2);
     let whole = layer.forward(&x, KeyMask::All).unwrap();
     let mut prefix = layer.new_state();
@@ -270,12 +270,12 @@ where
 
 #[test]
 fn packed_sequences_are_each_alone() {
-    for near in nears() {
-        let layer = layer::<f32>(near, Causality::Causal);
+    for window in nears() {
+        let layer = layer::<f32>(window, Causality::Causal);
         check_packed(&layer);
         check_packed(&Plain(layer));
     }
-    check_packed(&self::layer::<f64>(Some(Near::new(5, 1)), Causality::Causal));
+    check_packed(&self::layer::<f64>(Some(Window::new(5, 1)), Causality::Causal));
     check_packed(&softmax::<f32>(Causality::Causal));
 }
 
@@ -316,7 +316,7 @@ impl<T: Real, L: Attention<T>> Attention<T> for Plain<L> {
 /// New requests' prompts are read together, in whatever slots they have.
 #[test]
 fn a_pool_reads_prompts_together() {
-    let layer = layer::<f32>(Some(Near::new(5, 1)), Causality::Causal);
+    let layer = layer::<f32>(Some(Window::new(5, 1)), Causality::Causal);
     let mut pool = StatePool::new(&layer, 9).unwrap();
     let mut slots: Vec<_> = LENGTHS.iter().map(|_| pool.take().unwrap()).collect();
     slots.reverse();
@@ -405,8 +405,8 @@ fn padded_sequences_are_each_alone() {
             }
         }
     }
-    for near in nears() {
-        check(&layer::<f32>(near, Causality::Causal));
+    for window in nears() {
+        check(&layer::<f32>(window, Causality::Causal));
     }
     check(&softmax::<f32>(Causality::Causal));
 }
@@ -451,18 +451,18 @@ fn bad_packs_change_nothing() {
         let error = layer.prefill_padded(&mut [], &x, &[4, 4], Padding::Right).unwrap_err();
         assert_eq!(argument(&error), "lengths");
     }
-    let near = layer::<f32>(Some(Near::new(4, 1)), Causality::Causal);
-    check(&near);
+    let window = layer::<f32>(Some(Window::new(4, 1)), Causality::Causal);
+    check(&window);
     check(&softmax::<f32>(Causality::Causal));
-    check(&Plain(near));
+    check(&Plain(window));
 }
 
 /// Drafted tokens are tried out in one call and taken back; the state goes on as if they had never
 /// been.
 #[test]
 fn speculation_leaves_no_trace() {
-    for near in nears() {
-        let layer = layer::<f32>(near, Causality::Causal);
+    for window in nears() {
+        let layer = layer::<f32>(window, Causality::Causal);
         let (x, draft) = (text::<f32>(60, 4), text::<f32>(9, 5));
         let (mut state, mut plain) = (layer.new_state(), layer.new_state());
         let mut kept = layer.new_state();
@@ -481,7 +481,7 @@ fn speculation_leaves_no_trace() {
             layer.prefill(&mut tried, &draft.slice(s![..t % 8 + 1, ..]), KeyMask::All).unwrap();
             state.copy_from(&kept).unwrap();
             assert_same_bits(
-                format!("{near:?}, token {t}"),
+                format!("{window:?}, token {t}"),
                 &step(&mut state, &x),
                 &step(&mut plain, &x),
             );
@@ -494,8 +494,8 @@ fn speculation_leaves_no_trace() {
 /// continuation give from the beginning.
 #[test]
 fn a_cached_prefix_is_the_prefix_itself() {
-    for near in nears() {
-        let layer = layer::<f32>(near, Causality::Causal);
+    for window in nears() {
+        let layer = layer::<f32>(window, Causality::Causal);
         let prompt = text::<f32>(37, 6);
         let fresh = || {
             let mut state = layer.new_state();

@@ -17,7 +17,7 @@ fn every_public_type_is_send_and_sync() {
     fn shared<A: Send + Sync + 'static>() {}
     fn generic<T: dijiang::Real>() {
         shared::<CausalState<T>>();
-        shared::<ExactAttention<T>>();
+        shared::<Softmax<T>>();
         shared::<KvCache<T>>();
         shared::<LinearAttention<T, DctMap<T>>>();
         shared::<LinearAttention<T, FavorMap<T>>>();
@@ -43,9 +43,9 @@ fn every_public_type_is_send_and_sync() {
     generic::<f64>();
     shared::<Error>();
     shared::<KeyMask<'static>>();
-    shared::<Near>();
+    shared::<Window>();
     shared::<LinearConfig>();
-    shared::<ExactConfig>();
+    shared::<SoftmaxConfig>();
     shared::<Storage>();
     shared::<Checkpoint>();
     shared::<Family>();
@@ -85,14 +85,14 @@ fn sixteen_threads_share_a_layer() {
     let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
     let config = AttentionConfig::new(16, 4).with_rotary(Rotary::new(1e4));
     let softmax = SoftmaxAttention::new(config.clone(), weights.clone()).unwrap();
-    let near = DijiangAttention::from_softmax(
+    let window = DijiangAttention::from_softmax(
         &softmax,
-        DijiangOptions::new().with_near(Some(Near::new(8, 1))),
+        DijiangOptions::new().with_window(Some(Window::new(8, 1))),
     )
     .unwrap();
     let pure = DijiangAttention::from_softmax(
         &softmax,
-        DijiangOptions::new().with_near(None).with_log_decay(-0.01),
+        DijiangOptions::new().with_window(None).with_log_decay(-0.01),
     )
     .unwrap();
     let ones = Array1::ones(16);
@@ -132,7 +132,7 @@ fn sixteen_threads_share_a_layer() {
             assert_same_bits(format!("thread {seed}"), got, expected);
         }
     }
-    check(&near);
+    check(&window);
     check(&pure);
     check(&published);
     check(&softmax);

@@ -84,10 +84,10 @@ fn inputs(
     }
 }
 
-/// The kinds of attention each pattern is tried on. Near scores are products of log-features of
+/// The kinds of attention each pattern is tried on. Window scores are products of log-features of
 /// ±600: 360 000 and more, exact in f32 as well.
 fn variants(m: usize) -> [Setup; 3] {
-    [direct(m), direct(m).heads(4, 2), direct(m).near(8, 1)]
+    [direct(m), direct(m).heads(4, 2), direct(m).window(8, 1)]
 }
 
 #[test]
@@ -153,7 +153,7 @@ fn real_log_features_of_600() {
         let mut inputs = setup.inputs(150, 150);
         inputs.q.mapv_inplace(|x| f64::from((x * 200.0).clamp(-600.0, 600.0) as f32));
         inputs.k.mapv_inplace(|_| f64::from((random.normal() * 200.0).clamp(-600.0, 600.0) as f32));
-        if setup.near.is_some() {
+        if setup.window.is_some() {
             // Scores of 1e5 are rounded to 1e5·eps as well: keep them moderate.
             inputs.k.slice_axis_mut(Axis(2), (1..).into()).fill(0.0);
             inputs.q.mapv_inplace(|x| x / 600.0);
@@ -167,7 +167,7 @@ fn real_log_features_of_600() {
 fn strong_decay() {
     for log_decay in [-30.0, -0.5, -300.0, -1e6, -1e-9] {
         for setup in
-            [direct(4), direct(4).heads(4, 2), direct(4).near(16, 1), direct(4).near(100, 0)]
+            [direct(4), direct(4).heads(4, 2), direct(4).window(16, 1), direct(4).window(100, 0)]
         {
             let setup = setup.decay(log_decay);
             let inputs = setup.inputs(300, 300);
@@ -180,11 +180,11 @@ fn strong_decay() {
     }
     // Keys that grow as fast as the decay takes away, and faster.
     for growth in [10.0, 30.0, 40.0] {
-        for setup in [direct(4).decay(-30.0), direct(4).near(16, 1).decay(-30.0)] {
+        for setup in [direct(4).decay(-30.0), direct(4).window(16, 1).decay(-30.0)] {
             let queries = |i: usize, f: usize| ((i * 5 + f * 3) % 7) as f64 - 3.0;
             let mut inputs =
                 inputs(&setup, 200, |j, f| growth * (j % 20) as f64 + f as f64, queries);
-            if setup.near.is_some() {
+            if setup.window.is_some() {
                 inputs.q.mapv_inplace(|q| q / 8.0);
             }
             check::<f32>("growth against decay", &setup, &inputs, 1e-3);
@@ -240,8 +240,8 @@ fn decay_over_long_masked_gaps() {
     for setup in [
         direct(4).decay(-30.0),
         direct(4).decay(-0.5),
-        direct(4).near(16, 1).decay(-30.0),
-        direct(4).near(16, 1).decay(-0.01),
+        direct(4).window(16, 1).decay(-30.0),
+        direct(4).window(16, 1).decay(-0.01),
     ] {
         run::<f32>(&setup, 1e-4 * (1.0 + setup.log_decay.abs()));
         run::<f64>(&setup, 1e-12 * (1.0 + setup.log_decay.abs()));
@@ -275,8 +275,8 @@ fn inputs_at_the_limit() {
     for setup in [
         direct(4),
         direct(16).heads(4, 2),
-        direct(4).near(8, 1),
-        direct(64).near(64, 1),
+        direct(4).window(8, 1),
+        direct(64).window(64, 1),
         direct(4).decay(-0.1),
     ] {
         run::<f32>(&setup);
@@ -333,9 +333,9 @@ fn a_million_steps_of_constant_values_and_keys() {
 }
 
 #[test]
-fn a_million_steps_of_constant_values_near_and_far() {
-    check_million_steps(&direct(4).near(8, 1), 1.0);
-    check_million_steps(&direct(4).near(8, 1), 0.0);
+fn a_million_steps_of_constant_values_window_and_far() {
+    check_million_steps(&direct(4).window(8, 1), 1.0);
+    check_million_steps(&direct(4).window(8, 1), 0.0);
 }
 
 #[test]
@@ -349,7 +349,7 @@ fn a_million_tokens_of_constant_values_by_prefill() {
     for (setup, spread) in [
         (direct(4), 1.0),
         (direct(4), 0.0),
-        (direct(4).near(64, 1), 0.0),
+        (direct(4).window(64, 1), 0.0),
         (direct(4).decay(-1e-5), 1.0),
     ] {
         for piece in [1000, 37] {
@@ -378,7 +378,7 @@ fn a_million_tokens_of_constant_values_by_prefill() {
 /// A mean over a million tokens is as good as its terms: values 0 and 1 in turn give one half.
 #[test]
 fn the_mean_of_a_million_values() {
-    for setup in [direct(2), direct(2).near(8, 1)] {
+    for setup in [direct(2), direct(2).window(8, 1)] {
         let attention = build::<f32>(&setup);
         let (mut state, mut workspace) = (attention.empty(), attention.scratch());
         let zeros = Array2::zeros((1, 2));

@@ -16,13 +16,13 @@ fn setups() -> Vec<Setup> {
         Setup::new(1),
         Setup::new(2).decay(-0.05),
         Setup::new(3).decay(-3.0),
-        Setup::new(4).near(1, 0),
-        Setup::new(5).near(3, 2),
-        Setup::new(6).near(16, 1),
-        Setup::new(7).near(100, 0),
-        Setup::new(8).near(70, 1).decay(-0.1),
+        Setup::new(4).window(1, 0),
+        Setup::new(5).window(3, 2),
+        Setup::new(6).window(16, 1),
+        Setup::new(7).window(100, 0),
+        Setup::new(8).window(70, 1).decay(-0.1),
         Setup::new(9).heads(4, 2).sizes(16, 17, 5),
-        Setup::new(10).heads(6, 2).near(8, 1).decay(-0.02),
+        Setup::new(10).heads(6, 2).window(8, 1).decay(-0.02),
     ]
 }
 
@@ -31,8 +31,8 @@ fn exact_setups() -> Vec<Setup> {
     vec![
         Setup::new(11),
         Setup::new(12).heads(4, 2).sizes(16, 17, 1),
-        Setup::new(13).near(16, 1),
-        Setup::new(14).near(70, 0),
+        Setup::new(13).window(16, 1),
+        Setup::new(14).window(70, 0),
     ]
 }
 
@@ -303,7 +303,7 @@ fn the_state_has_a_constant_size() {
 /// Several states of one operator do not know of each other.
 #[test]
 fn states_are_independent() {
-    let setup = Setup::new(1).near(8, 1);
+    let setup = Setup::new(1).window(8, 1);
     let attention = setup.build::<f32>();
     let sequences: Vec<Inputs<f32>> =
         (0..3).map(|seed| Setup { seed, ..setup.clone() }.inputs(60, 60).cast()).collect();

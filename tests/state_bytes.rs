@@ -52,7 +52,7 @@ fn exact_bytes_continue_bit_for_bit() {
 }
 
 #[test]
-fn short_numbers_are_near() {
+fn short_numbers_are_window() {
     fn check<T: Real>(setup: &Setup, storage: Storage, tolerance: f64) {
         let attention = setup.build::<T>();
         let later = setup.inputs(9, 9).cast();
@@ -81,7 +81,7 @@ fn short_numbers_of_large_ones() {
     let cases = [
         (Setup::new(31).heads(2, 1), Storage::F32, 1e-6),
         (Setup::new(32).heads(2, 1), Storage::Bf16, 0.05),
-        (Setup::new(33).heads(2, 1).near(4, 1), Storage::F32, 1e-6),
+        (Setup::new(33).heads(2, 1).window(4, 1), Storage::F32, 1e-6),
     ];
     for ((setup, storage, tolerance), size) in
         cases.iter().flat_map(|case| [100.0, 200.0, 400.0].map(|size| (case, size)))
@@ -125,7 +125,7 @@ fn short_numbers_of_large_ones() {
 
 #[test]
 fn every_flipped_bit_is_found() {
-    let setup = Setup::new(6).sizes(2, 2, 1).near(2, 0);
+    let setup = Setup::new(6).sizes(2, 2, 1).window(2, 0);
     let attention = setup.build::<f32>();
     let bytes = states(&attention, &setup).remove(2).to_bytes(Storage::Exact);
     for bit in 0..8 * bytes.len() {
@@ -205,7 +205,7 @@ fn forged_bytes_are_refused() {
             let mut bytes = bytes[..bytes.len() - 4].to_vec();
             bytes[at..at + 8].copy_from_slice(&size.to_le_bytes());
             bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-            // A size that takes no room, such as d without a near part, may be another operator's.
+            // A size that takes no room, such as d without a local window, may be another operator's.
             match CausalState::<f64>::from_bytes(&bytes) {
                 Ok(read) => assert!(size <= 1 && bytes_of(&read) == bytes, "{size} at {at}"),
                 Err(error) => assert!(matches!(error, Error::Format { .. }), "{size} at {at}"),
@@ -216,7 +216,7 @@ fn forged_bytes_are_refused() {
         Setup::new(7).sizes(3, 2, 1),
         Setup::new(7).sizes(2, 3, 1),
         Setup::new(7).sizes(2, 2, 2),
-        Setup::new(7).sizes(2, 2, 1).near(4, 1),
+        Setup::new(7).sizes(2, 2, 1).window(4, 1),
     ] {
         assert!(
             matches!(other.build::<f64>().state_from_bytes(&bytes), Err(Error::Foreign { .. })),
@@ -250,7 +250,7 @@ fn layers_have_them_too() {
             == state
     );
     let other =
-        DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(None)).unwrap();
+        DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_window(None)).unwrap();
     assert!(matches!(
         other.resume(state.causal().clone()),
         Err(Error::Foreign { argument: "state", .. })

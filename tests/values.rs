@@ -5,7 +5,7 @@
 mod common;
 
 use common::{Inputs, Random, assert_close, assert_same_bits};
-use dijiang::attention::{ExactConfig, KeyMask, LinearConfig, Near};
+use dijiang::attention::{KeyMask, LinearConfig, SoftmaxConfig, Window};
 use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, FavorConfig, FeatureMap, InputScales};
 use dijiang::layer::{
     AttentionConfig, AttentionWeights, CalibrateOptions, ChooseOptions, DijiangAttention,
@@ -63,8 +63,8 @@ fn options_and_windows() {
     let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap();
     let layer = DijiangAttention::from_softmax(&softmax, options.with_blocks(3)).unwrap();
     assert!(layer.maps().iter().all(|map| map.params().query.scale == [1.0; 12]));
-    let window = Some(Near::new(4, 1));
-    assert_eq!((softmax.near(), softmax.with_near(window).unwrap().near()), (None, window));
+    let window = Some(Window::new(4, 1));
+    assert_eq!((softmax.window(), softmax.with_window(window).unwrap().window()), (None, window));
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn tokens_of_wide_heads() {
 
 #[test]
 fn packed_caches_are_those_of_each_sequence() {
-    let exact = ExactConfig::new(2, 4).build::<f64>().unwrap();
+    let exact = SoftmaxConfig::new(2, 4).build::<f64>().unwrap();
     let Inputs { q, k, v } = inputs(5, 2, 40, 4);
     let mut caches = [exact.new_cache(), exact.new_cache(), exact.new_cache()];
     let offsets = [0, 13, 13, 40];

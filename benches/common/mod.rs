@@ -2,14 +2,14 @@
 #![allow(dead_code, missing_docs, reason = "every benchmark uses its own part")]
 
 use dijiang::Real;
-use dijiang::attention::{LinearAttention, LinearConfig, Near};
+use dijiang::attention::{LinearAttention, LinearConfig, Window};
 use dijiang::kernel::{DctMap, DctMapConfig};
 use ndarray::{Array, Array3};
 use rand::SeedableRng;
 use rand::rngs::ChaCha12Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-/// Chunk length of the near part.
+/// Chunk length of the local window.
 pub(crate) const CHUNK: usize = 64;
 
 /// Standard normal `[a, b, c]`.
@@ -21,13 +21,17 @@ pub(crate) fn gaussian<T: Real>(seed: u64, shape: (usize, usize, usize)) -> Arra
     })
 }
 
-/// Linear attention with `heads` plain maps of m = d features.
-pub(crate) fn linear<T: Real>(heads: usize, d: usize, near: bool) -> LinearAttention<T, DctMap<T>> {
+/// Liwindow attention with `heads` plain maps of m = d features.
+pub(crate) fn linear<T: Real>(
+    heads: usize,
+    d: usize,
+    window: bool,
+) -> LinearAttention<T, DctMap<T>> {
     let maps = (0..heads)
         .map(|h| DctMapConfig::new(d).with_seed(h as u64).build().expect("a valid map"))
         .collect();
     let config = LinearConfig::new();
-    let config = if near { config.with_near(Near::new(CHUNK, 1)) } else { config };
+    let config = if window { config.with_window(Window::new(CHUNK, 1)) } else { config };
     config.build(maps).expect("a valid operator")
 }
 

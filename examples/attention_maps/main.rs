@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Parser;
-use dijiang::attention::Near;
+use dijiang::attention::Window;
 use dijiang::kernel::{DctMap, FeatureMap};
 use dijiang::layer::{
     Attention, CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention,
@@ -30,7 +30,7 @@ use crate::lm::llama::Llama;
 use crate::lm::text::Text;
 use crate::plot::Maps;
 
-/// Draws one head's softmax and linear attention weights.
+/// Draws one head's softmax and liwindow attention weights.
 #[derive(Debug, Parser)]
 struct Args {
     /// Directory of a byte-level LLaMA-format model with valid.txt and calibration.txt
@@ -51,7 +51,7 @@ struct Args {
     /// The query head, counted from 0
     #[arg(long, value_name = "N", default_value_t = 1)]
     head: usize,
-    /// Tokens of a chunk of the near part, 0 for none
+    /// Tokens of a chunk of the local window, 0 for none
     #[arg(long, value_name = "N", default_value_t = 32)]
     chunk: usize,
     /// Blocks of head_dim features each
@@ -98,10 +98,10 @@ fn run(args: &Args) -> Result<()> {
     let x = model.attention_inputs(args.layer, &[shown])?.remove(0);
 
     let softmax = &model.attention()[args.layer];
-    let near = (args.chunk > 0).then(|| Near::new(args.chunk, 1));
+    let window = (args.chunk > 0).then(|| Window::new(args.chunk, 1));
     let mut linear = DijiangAttention::from_softmax(
         softmax,
-        DijiangOptions::new().with_blocks(args.blocks).with_near(near),
+        DijiangOptions::new().with_blocks(args.blocks).with_window(window),
     )?;
     let calibration = Text::read(&args.model.join("calibration.txt"), model.config().context)?;
     let samples = model.attention_inputs(
@@ -122,10 +122,10 @@ fn run(args: &Args) -> Result<()> {
         text: String::from_utf8_lossy(shown).into_owned(),
         exact: ("softmax attention".to_owned(), &exact),
         linear: (format!("linear attention, m = {m}"), &approximate),
-        near,
+        window,
     };
     plot::draw(&maps, &args.svg)?;
-    report(args, near, &exact, &approximate);
+    report(args, window, &exact, &approximate);
     Ok(())
 }
 
@@ -153,8 +153,8 @@ fn weights(
         reference::log_kernel(&map.query_log_features(&x)?, &map.key_log_features(&y)?)?;
     let decay = linear.log_decay()[kv_head];
     for ((i, j), log_weight) in log_weights.indexed_iter_mut() {
-        match linear.near() {
-            Some(near) if j <= i && i / near.chunk - j / near.chunk <= near.back => {
+        match linear.window() {
+            Some(window) if j <= i && i / window.chunk - j / window.chunk <= window.back => {
                 *log_weight = scores[[i, j]]
             }
             _ => *log_weight += decay * (i as f64 - j as f64),
@@ -176,9 +176,9 @@ fn causal_softmax(mut scores: Array2<f64>) -> Array2<f64> {
     scores
 }
 
-fn report(args: &Args, near: Option<Near>, exact: &Array2<f64>, linear: &Array2<f64>) {
+fn report(args: &Args, window: Option<Window>, exact: &Array2<f64>, linear: &Array2<f64>) {
     let far = |(i, j): (usize, usize)| {
-        near.is_none_or(|near| i / near.chunk - j / near.chunk > near.back)
+        window.is_none_or(|window| i / window.chunk - j / window.chunk > window.back)
     };
     let far_mass = |weights: &Array2<f64>| {
         let far = weights
@@ -191,9 +191,9 @@ fn report(args: &Args, near: Option<Near>, exact: &Array2<f64>, linear: &Array2<
         .and(linear)
         .fold(0.0, |sum, &p, &r| if p > 0.0 { sum + p * (p / r).ln() } else { sum });
     println!("layer {}, head {}, {} tokens", args.layer, args.head, args.tokens);
-    if near.is_some() {
+    if window.is_some() {
         println!(
-            "weight on keys behind the near part: softmax {:.1} %, linear {:.1} %",
+            "weight on keys behind the local window: softmax {:.1} %, linear {:.1} %",
             far_mass(exact),
             far_mass(linear)
         );

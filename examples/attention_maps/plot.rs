@@ -4,7 +4,7 @@
 use std::fmt::{Display, Write};
 use std::path::Path;
 
-use dijiang::attention::Near;
+use dijiang::attention::Window;
 use ndarray::Array2;
 
 use crate::Result;
@@ -17,7 +17,7 @@ pub(crate) struct Maps<'a> {
     /// Name and weights `[n, n]`.
     pub(crate) exact: (String, &'a Array2<f64>),
     pub(crate) linear: (String, &'a Array2<f64>),
-    pub(crate) near: Option<Near>,
+    pub(crate) window: Option<Window>,
 }
 
 /// Weights from 10 to this power on have a colour of their own.
@@ -58,8 +58,8 @@ pub(crate) fn draw(maps: &Maps<'_>, path: &Path) -> Result<()> {
         svg.map(weights, left, side);
         svg.axes(left, n, side);
     }
-    if let Some(near) = maps.near {
-        svg.boundary(near, 2 * LEFT + side, n, side);
+    if let Some(window) = maps.window {
+        svg.boundary(window, 2 * LEFT + side, n, side);
     }
     svg.colour_bar(2 * (LEFT + side) + 24, side);
     svg.0 += "</svg>\n";
@@ -133,17 +133,17 @@ impl Svg {
         self.add(format_args!("<text transform=\"translate({x} {y}) rotate(-90)\" font-size=\"14\" text-anchor=\"middle\">query</text>"));
     }
 
-    /// The line between the exact near part and what goes through the kernel.
-    fn boundary(&mut self, near: Near, left: usize, n: usize, side: usize) {
+    /// The line between the exact local window and what goes through the kernel.
+    fn boundary(&mut self, window: Window, left: usize, n: usize, side: usize) {
         let mut path = String::new();
         // Of each chunk of queries, the first key that is near.
-        for query in (0..n).step_by(near.chunk) {
-            let key = (query / near.chunk).saturating_sub(near.back) * near.chunk;
+        for query in (0..n).step_by(window.chunk) {
+            let key = (query / window.chunk).saturating_sub(window.back) * window.chunk;
             if key > 0 {
                 let (x, y, end) = (
                     left + key * side / n,
                     ABOVE + query * side / n,
-                    ABOVE + (query + near.chunk).min(n) * side / n,
+                    ABOVE + (query + window.chunk).min(n) * side / n,
                 );
                 path += &match path.is_empty() {
                     true => format!("M{left} {y}H{x}V{end}"),

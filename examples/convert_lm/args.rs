@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::Parser;
-use dijiang::attention::Near;
+use dijiang::attention::Window;
 use dijiang::layer::ProjectionFit;
 
 /// Exchange the softmax attention of a byte-level LLaMA-format model for DCT-kernelized linear
@@ -43,7 +43,7 @@ pub(crate) struct Args {
     /// Fit the projections as dense matrices: better, and slower per token
     #[arg(long)]
     dense: bool,
-    /// Try other near parts, features and projections for every layer, and keep what lowers the
+    /// Try other local windows, features and projections for every layer, and keep what lowers the
     /// error
     #[arg(long)]
     choose: bool,
@@ -60,10 +60,10 @@ pub(crate) struct Args {
     /// Tokens per window [default: the model's max_position_embeddings]
     #[arg(long, value_name = "N")]
     pub(crate) context: Option<usize>,
-    /// Chunk length of the exact near part [default: 64, longer for heads narrower than 64]
+    /// Chunk length of the exact local window [default: 64, longer for heads narrower than 64]
     #[arg(long, value_name = "N")]
     chunk: Option<usize>,
-    /// Whole chunks of the near part before the query's own
+    /// Whole chunks of the local window before the query's own
     #[arg(long, value_name = "N", default_value_t = 1)]
     back: usize,
     /// Blocks of head_dim features each
@@ -104,9 +104,9 @@ impl Args {
         self.text.clone().unwrap_or_else(|| self.model.join("valid.txt"))
     }
 
-    /// The exact near part of heads of this dimension.
-    pub(crate) fn near(&self, head_dim: usize) -> Near {
-        Near::new(self.chunk.unwrap_or(Near::for_dim(head_dim).chunk), self.back)
+    /// The exact local window of heads of this dimension.
+    pub(crate) fn window(&self, head_dim: usize) -> Window {
+        Window::new(self.chunk.unwrap_or(Window::for_dim(head_dim).chunk), self.back)
     }
 
     /// Whether to choose the structure by trial.

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use dijiang::attention::Near;
+use dijiang::attention::Window;
 use dijiang::layer::{
     CalibrateOptions, CalibrateReport, ChooseOptions, ChooseReport, DijiangAttention,
     DijiangOptions, Fit, SoftmaxAttention,
@@ -15,17 +15,17 @@ use crate::lm::llama::Llama;
 
 /// The softmax model with its attention exchanged in five ways.
 pub(crate) struct Converted {
-    /// Linear attention and the exact near part, the maps as they are made.
+    /// Liwindow attention and the exact local window, the maps as they are made.
     pub(crate) exchanged: Llama<DijiangAttention<f32>>,
     /// The same, the maps calibrated in closed form.
     pub(crate) closed_form: Llama<DijiangAttention<f32>>,
     /// The same, the maps calibrated by gradient; or the structure chosen as well.
     pub(crate) calibrated: Llama<DijiangAttention<f32>>,
-    /// The near part, and nothing for older tokens.
-    pub(crate) near_only: Llama<SoftmaxAttention<f32>>,
-    /// Linear attention for all tokens, the maps calibrated.
+    /// The local window, and nothing for older tokens.
+    pub(crate) window_only: Llama<SoftmaxAttention<f32>>,
+    /// Liwindow attention for all tokens, the maps calibrated.
     pub(crate) pure: Llama<DijiangAttention<f32>>,
-    /// What calibration by gradient did to each layer: with the near part, and without.
+    /// What calibration by gradient did to each layer: with the local window, and without.
     pub(crate) reports: [Vec<CalibrateReport>; 2],
     /// What was chosen for each layer, if that was asked for.
     pub(crate) choices: Vec<ChooseReport>,
@@ -37,16 +37,17 @@ pub(crate) struct Converted {
 /// every layer.
 pub(crate) fn convert(
     softmax: &Llama<SoftmaxAttention<f32>>,
-    near: Near,
+    window: Window,
     args: &Args,
     samples: &[&[u8]],
     tick: impl Fn(),
 ) -> Result<Converted> {
-    let options =
-        |near| DijiangOptions::new().with_near(near).with_blocks(args.blocks).with_seed(args.seed);
-    let near_only = softmax.exchange(|layer| layer.clone().with_near(Some(near)))?;
+    let options = |window| {
+        DijiangOptions::new().with_window(window).with_blocks(args.blocks).with_seed(args.seed)
+    };
+    let window_only = softmax.exchange(|layer| layer.clone().with_window(Some(window)))?;
     let exchanged =
-        softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options(Some(near))))?;
+        softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options(Some(window))))?;
     let pure = softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options(None)))?;
 
     let closed = CalibrateOptions::new().with_steps(0);
@@ -113,7 +114,7 @@ pub(crate) fn convert(
         exchanged,
         closed_form,
         calibrated,
-        near_only,
+        window_only,
         pure,
         reports,
         choices,

@@ -1,5 +1,5 @@
 //! Takes a trained byte-level language model of the LLaMA format, exchanges its softmax attention
-//! for DCT-kernelized linear attention, and shows on real text what that costs.
+//! for DCT-kernelized liwindow attention, and shows on real text what that costs.
 //!
 //! ```sh
 //! cargo run --release --example convert_lm
@@ -82,30 +82,30 @@ fn measure(args: &Args) -> Result<Report> {
     let (text_path, calibration_path) = (args.text(), args.calibration_text());
     let text = Text::read(&text_path, context)?;
     let windows = if args.windows == 0 { text.windows() } else { args.windows.min(text.windows()) };
-    let near = args.near(softmax.config().head_dim);
+    let window = args.window(softmax.config().head_dim);
 
     let calibration = Text::read(&calibration_path, context)?;
     let samples: Vec<&[u8]> = calibration.spread(args.calibration_windows(context)).collect();
     progress.stage("calibrating", 3 * softmax.config().layers);
-    let converted = convert::convert(&softmax, near, args, &samples, tick)?;
+    let converted = convert::convert(&softmax, window, args, &samples, tick)?;
 
     let measured = |name, f: &dyn Fn() -> Result<f64>| {
         progress.stage(name, windows);
         f()
     };
     let softmax_bpb = measured("softmax", &|| bits_per_byte(&softmax, &text, windows, tick))?;
-    let exchanged_bpb = measured("linear + near, as exchanged", &|| {
+    let exchanged_bpb = measured("linear + window, as exchanged", &|| {
         bits_per_byte(&converted.exchanged, &text, windows, tick)
     })?;
-    let closed_form_bpb = measured("linear + near, closed form", &|| {
+    let closed_form_bpb = measured("linear + window, closed form", &|| {
         bits_per_byte(&converted.closed_form, &text, windows, tick)
     })?;
-    let calibrated_bpb = measured("linear + near, calibrated", &|| {
+    let calibrated_bpb = measured("linear + window, calibrated", &|| {
         bits_per_byte(&converted.calibrated, &text, windows, tick)
     })?;
-    let near_only_bpb =
-        measured("near alone", &|| bits_per_byte(&converted.near_only, &text, windows, tick))?;
-    let pure_bpb = measured("linear alone, calibrated", &|| {
+    let window_only_bpb =
+        measured("window alone", &|| bits_per_byte(&converted.window_only, &text, windows, tick))?;
+    let pure_bpb = measured("liwindow alone, calibrated", &|| {
         bits_per_byte(&converted.pure, &text, windows, tick)
     })?;
 
@@ -122,14 +122,14 @@ fn measure(args: &Args) -> Result<Report> {
         text: text_path.display().to_string(),
         windows,
         context,
-        chunk: near.chunk,
-        back: near.back,
+        chunk: window.chunk,
+        back: window.back,
         features: args.blocks * softmax.config().head_dim,
         softmax_bpb,
         exchanged_bpb,
         closed_form_bpb,
         calibrated_bpb,
-        near_only_bpb,
+        window_only_bpb,
         pure_bpb,
         logits_difference,
         calibration_tokens: samples.iter().map(|sample| sample.len()).sum(),

@@ -4,7 +4,7 @@ use std::io::Write;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
-use dijiang::attention::Near;
+use dijiang::attention::Window;
 use dijiang::layer::{CalibrateReport, ChooseReport, HeadReport, ProjectionFit, Trial};
 use serde::Serialize;
 
@@ -27,7 +27,7 @@ pub(crate) struct Report {
     /// Calibrated in closed form.
     pub(crate) closed_form_bpb: f64,
     pub(crate) calibrated_bpb: f64,
-    pub(crate) near_only_bpb: f64,
+    pub(crate) window_only_bpb: f64,
     pub(crate) pure_bpb: f64,
     /// Largest difference from the golden logits, where the model comes with some.
     pub(crate) logits_difference: Option<f32>,
@@ -37,7 +37,7 @@ pub(crate) struct Report {
     pub(crate) steps: usize,
     /// What was chosen for each layer; empty if nothing was.
     pub(crate) choices: Vec<ChoiceReport>,
-    /// With the near part, first layer first.
+    /// With the local window, first layer first.
     pub(crate) layers: Vec<LayerReport>,
     /// Without.
     pub(crate) pure_layers: Vec<LayerReport>,
@@ -107,8 +107,8 @@ struct TrialReport {
 }
 
 impl Structure {
-    fn new(near: Option<Near>, blocks: usize) -> Self {
-        let (chunk, back) = near.map_or((0, 0), |near| (near.chunk, near.back));
+    fn new(window: Option<Window>, blocks: usize) -> Self {
+        let (chunk, back) = window.map_or((0, 0), |window| (window.chunk, window.back));
         Self { chunk, back, blocks }
     }
 }
@@ -116,13 +116,13 @@ impl Structure {
 impl From<&ChooseReport> for ChoiceReport {
     fn from(report: &ChooseReport) -> Self {
         let trial = |trial: &Trial| TrialReport {
-            structure: Structure::new(trial.near, trial.blocks),
+            structure: Structure::new(trial.window, trial.blocks),
             projection: name(trial.projection),
             microseconds_per_token: 1e6 * trial.time.as_secs_f64(),
             error: trial.error,
         };
         Self {
-            structure: Structure::new(report.near, report.blocks),
+            structure: Structure::new(report.window, report.blocks),
             projections: report.projections.iter().map(|&projection| name(projection)).collect(),
             microseconds_per_token: 1e6 * report.time.as_secs_f64(),
             trials: report.trials.iter().map(trial).collect(),
@@ -150,7 +150,7 @@ impl Report {
     }
 
     fn text(&self) -> String {
-        let near = format!("near part ({} tokens, {} chunk back)", self.chunk, self.back);
+        let window = format!("local window ({} tokens, {} chunk back)", self.chunk, self.back);
         let mut table = Table::new();
         table.load_style(UTF8_FULL_CONDENSED).set_header([
             "attention",
@@ -159,18 +159,18 @@ impl Report {
         ]);
         for (name, bits) in [
             ("softmax".to_owned(), self.softmax_bpb),
-            (format!("linear + {near}, as exchanged"), self.exchanged_bpb),
-            (format!("linear + {near}, closed form"), self.closed_form_bpb),
+            (format!("linear + {window}, as exchanged"), self.exchanged_bpb),
+            (format!("linear + {window}, closed form"), self.closed_form_bpb),
             (
                 if self.choices.is_empty() {
-                    format!("linear + {near}, calibrated")
+                    format!("linear + {window}, calibrated")
                 } else {
                     "linear, structure chosen, calibrated".to_owned()
                 },
                 self.calibrated_bpb,
             ),
-            (format!("{near} alone"), self.near_only_bpb),
-            ("linear alone with decay, calibrated".to_owned(), self.pure_bpb),
+            (format!("{window} alone"), self.window_only_bpb),
+            ("liwindow alone with decay, calibrated".to_owned(), self.pure_bpb),
         ] {
             table.add_row([name, format!("{bits:.4}"), format!("{:+.4}", bits - self.softmax_bpb)]);
         }

@@ -172,12 +172,12 @@ fn measure(args: &Args, dim: usize, input: Input, progress: &Progress) -> Result
     })
 }
 
-/// The layer with maps of `blocks`·d features fitted to its calibration windows; no near part, no
+/// The layer with maps of `blocks`·d features fitted to its calibration windows; no local window, no
 /// decay.
 fn calibrate(args: &Args, layer: &Layer, blocks: usize) -> Result<DijiangAttention<f32>> {
     let mut linear = DijiangAttention::from_softmax(
         &layer.softmax,
-        DijiangOptions::new().with_near(None).with_blocks(blocks),
+        DijiangOptions::new().with_window(None).with_blocks(blocks),
     )?;
     let samples: Vec<_> = layer.calibration.iter().map(|x| x.view()).collect();
     linear.calibrate(&samples, &CalibrateOptions::new().with_steps(args.steps), |_| {

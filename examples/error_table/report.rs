@@ -12,7 +12,9 @@ use crate::measure::{Figures, InputReport, Report};
 pub(crate) fn print(report: &Report, svg: &Path) {
     let Report { dim, tokens, windows, calibration_windows, seeds, steps, inputs, seconds } =
         report;
-    println!("linear attention without a near part against softmax attention, causal, d = {dim}");
+    println!(
+        "linear attention without a local window against softmax attention, causal, d = {dim}"
+    );
     println!("{windows} windows of {tokens} tokens, mean over heads and {seeds} seed(s)");
     println!(
         "centres, φ and calibration ({steps} steps, 1 seed) from {calibration_windows} other windows"
@@ -90,7 +92,7 @@ pub(crate) fn plot(report: &Report, path: &Path) -> Result<()> {
     let (title, rest) = root.split_vertically(HEIGHTS.0);
     let (panels, legend) = rest.split_vertically(HEIGHTS.1);
     let caption = format!(
-        "Linear next to softmax attention, no near part, causal, {} tokens, d = {}",
+        "Linear next to softmax attention, no local window, causal, {} tokens, d = {}",
         report.tokens, report.dim
     );
     title.titled(&caption, ("sans-serif", 17))?;

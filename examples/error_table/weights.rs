@@ -14,7 +14,7 @@ pub(crate) struct Exact {
     outputs: Array2<f64>,
 }
 
-/// How far the linear attention of a window is from softmax attention: sums over its queries.
+/// How far the liwindow attention of a window is from softmax attention: sums over its queries.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Distance {
     /// Σ |ô − o|².
@@ -40,7 +40,7 @@ impl Exact {
         &self.outputs
     }
 
-    /// To linear attention with the kernel e^`log_kernel`, `[n, n]`.
+    /// To liwindow attention with the kernel e^`log_kernel`, `[n, n]`.
     pub(crate) fn distance(&self, log_kernel: Array2<f64>) -> Distance {
         let log_weights = causal_log_softmax(log_kernel);
         let cross = Zip::from(&self.weights)
@@ -97,7 +97,7 @@ fn log_sum(terms: impl Iterator<Item = f64> + Clone) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use dijiang::attention::{ExactConfig, KeyMask, LinearConfig};
+    use dijiang::attention::{KeyMask, LinearConfig, SoftmaxConfig};
     use dijiang::kernel::{DctMapConfig, FeatureMap};
     use dijiang::reference;
 
@@ -146,7 +146,7 @@ mod tests {
             exact.distance(log_kernel(&map.query_log_features(&x)?, &map.key_log_features(&y)?));
 
         let [q, k, v] = [q, k, v].map(|rows| rows.insert_axis(Axis(0)));
-        let softmax = ExactConfig::new(1, d)
+        let softmax = SoftmaxConfig::new(1, d)
             .build()?
             .causal(&q, &k, &v, KeyMask::All)?
             .index_axis_move(Axis(0), 0);

@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use dijiang::attention::{KeyMask, Near};
+use dijiang::attention::{KeyMask, Window};
 use dijiang::layer::{
     Attention, CalibrateOptions, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention,
 };
@@ -61,7 +61,7 @@ struct Args {
     /// Length of the first steps of fine-tuning, relative to the size of a matrix's elements
     #[arg(long, value_name = "X", default_value_t = 0.02)]
     learning_rate: f64,
-    /// No exact near part, but decay: linear attention alone
+    /// No exact local window, but decay: liwindow attention alone
     #[arg(long)]
     pure: bool,
     /// Print one JSON object instead of text
@@ -84,7 +84,7 @@ fn run(args: &Args) -> Result<()> {
 
     let progress = Progress::new();
     let start = Instant::now();
-    let options = DijiangOptions::new().with_near((!args.pure).then(|| Near::new(64, 1)));
+    let options = DijiangOptions::new().with_window((!args.pure).then(|| Window::new(64, 1)));
     let exchanged =
         softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options.clone()))?;
     progress.stage("calibrating", softmax.config().layers);

@@ -101,7 +101,7 @@ pub(crate) fn run(tokens: u64, seed: u64, end: Instant) -> dijiang::Result<Strea
         }
     }
     let tokens_per_second = streamed as f64 / start.elapsed().as_secs_f64();
-    let shape = format!("one head, d = m = e = {DIM}, no near part, no decay, f32 and f64");
+    let shape = format!("one head, d = m = e = {DIM}, no local window, no decay, f32 and f64");
     Ok(Stream { streamed_tokens: streamed, tokens_per_second, shape, drift })
 }
 

@@ -4,9 +4,7 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use dijiang::Real;
-use dijiang::attention::{
-    ExactAttention, ExactConfig, KeyMask, LinearAttention, LinearConfig, Near,
-};
+use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, Softmax, SoftmaxConfig, Window};
 use dijiang::kernel::{DctMap, DctMapConfig, FeatureMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use ndarray::{Array, Array2, Array3, Axis};
@@ -47,7 +45,7 @@ pub(crate) struct MapRow {
 /// One figure.
 #[derive(Debug, Serialize)]
 pub(crate) struct Row {
-    /// `pure`, `near`, `full` or `decode`.
+    /// `pure`, `window`, `full` or `decode`.
     pub(crate) mode: &'static str,
     /// Tokens; for `decode`, tokens seen before.
     pub(crate) n: usize,
@@ -90,7 +88,7 @@ const TURNS: usize = 3;
 /// Seconds for one number of tokens after which no further turn begins.
 const PATIENCE: f64 = 5.0;
 
-/// Chunk length of the near part.
+/// Chunk length of the local window.
 const CHUNK: usize = 64;
 
 /// Dimensions of the feature maps measured alone.
@@ -106,14 +104,14 @@ fn flops(mode: &str, d: usize) -> f64 {
         // Scores and their values within a block, reading and updating the state.
         "pure" => 2.0 * chunk + 2.0 * square,
         // Two whole chunks of scores and values, reading and updating the state.
-        "near" => 4.0 * chunk + 2.0 * square,
+        "window" => 4.0 * chunk + 2.0 * square,
         _ => 2.0 * square,
     }
 }
 
 /// FLOPs of softmax attention per token and head.
 fn softmax_flops(mode: &str, n: usize, d: usize) -> f64 {
-    let keys = if mode == "pure" || mode == "near" { n as f64 / 2.0 } else { n as f64 };
+    let keys = if mode == "pure" || mode == "window" { n as f64 / 2.0 } else { n as f64 };
     4.0 * keys * d as f64
 }
 
@@ -141,9 +139,9 @@ struct Bench<T> {
     heads: usize,
     dim: usize,
     seconds: f64,
-    exact: ExactAttention<T>,
+    exact: Softmax<T>,
     pure: LinearAttention<T, DctMap<T>>,
-    near: LinearAttention<T, DctMap<T>>,
+    window: LinearAttention<T, DctMap<T>>,
     rng: ChaCha12Rng,
 }
 
@@ -155,9 +153,9 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
         heads: args.heads,
         dim: args.dim,
         seconds: args.seconds,
-        exact: ExactConfig::new(args.heads, args.dim).build()?,
+        exact: SoftmaxConfig::new(args.heads, args.dim).build()?,
         pure: LinearConfig::new().build(maps.clone())?,
-        near: LinearConfig::new().with_near(Near::new(CHUNK, 1)).build(maps)?,
+        window: LinearConfig::new().with_window(Window::new(CHUNK, 1)).build(maps)?,
         rng: ChaCha12Rng::seed_from_u64(1),
     };
     let sizes: Vec<usize> = std::iter::successors(Some(args.from), |n| n.checked_mul(2))
@@ -186,7 +184,7 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
         MAP_DIMS.into_iter().map(|dim| bench.feature_map(dim)).collect::<Result<_, _>>()?;
     bar.finish_and_clear();
     rows.sort_by_key(|row: &Row| {
-        ["pure", "near", "full", "decode"].iter().position(|mode| *mode == row.mode)
+        ["pure", "window", "full", "decode"].iter().position(|mode| *mode == row.mode)
     });
     Ok(Report {
         cpu: cpu::<T>(),
@@ -249,7 +247,7 @@ impl<T: Gemm> Bench<T> {
         let per_token = 1e6 / (self.heads * n) as f64;
 
         let (mut ws, mut exact_ws) = (self.pure.workspace(), self.exact.workspace());
-        let mut near_ws = self.near.workspace();
+        let mut window_ws = self.window.workspace();
         let mut check = Ok(());
         let mut state = self.pure.new_state();
         let pure = shortest(self.turn(), || {
@@ -257,18 +255,18 @@ impl<T: Gemm> Bench<T> {
             check = self.pure.prefill_into(&mut state, &q, &k, &v, KeyMask::All, &mut out, &mut ws);
         });
         check?;
-        let mut near_state = self.near.new_state();
+        let mut window_state = self.window.new_state();
         let mut check = Ok(());
-        let near = shortest(self.turn(), || {
-            near_state.reset();
-            check = self.near.prefill_into(
-                &mut near_state,
+        let window = shortest(self.turn(), || {
+            window_state.reset();
+            check = self.window.prefill_into(
+                &mut window_state,
                 &q,
                 &k,
                 &v,
                 KeyMask::All,
                 &mut out,
-                &mut near_ws,
+                &mut window_ws,
             );
         });
         check?;
@@ -301,12 +299,12 @@ impl<T: Gemm> Bench<T> {
             let us = seconds * per_token;
             let gflops = flops(mode, self.dim) / us / 1e3;
             let softmax_gflops = softmax_us.map(|us| softmax_flops(mode, n, self.dim) / us / 1e3);
-            let candle_us = candle.filter(|_| mode == "pure" || mode == "near");
+            let candle_us = candle.filter(|_| mode == "pure" || mode == "window");
             Row { mode, n, us, softmax_us, candle_us, gflops, softmax_gflops }
         };
         let mut rows = vec![
             row("pure", pure, causal_exact),
-            row("near", near, causal_exact),
+            row("window", window, causal_exact),
             row("full", full, full_exact),
         ];
         rows.push(row("decode", decode / per_token, Some(decode_exact)));

@@ -84,8 +84,8 @@ pub(crate) fn plot(report: &Report, path: &Path) -> Result<(), Box<dyn Error + S
             RGBColor(200, 40, 40),
         ),
         (
-            "linear + near part, causal",
-            series("near").map(|r| (r.n as f64, r.us)).collect(),
+            "linear + local window, causal",
+            series("window").map(|r| (r.n as f64, r.us)).collect(),
             RGBColor(30, 90, 200),
         ),
         (

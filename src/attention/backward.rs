@@ -21,7 +21,7 @@ use crate::real::Real;
 use crate::simd::padded;
 use crate::threads;
 
-/// The gradients of a scalar with respect to everything linear attention is computed from.
+/// The gradients of a scalar with respect to everything liwindow attention is computed from.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct AttentionGradients<T, G> {
@@ -50,10 +50,10 @@ pub struct StateGradients<T> {
     pub sums: Array2<T>,
     /// Of the normaliser z, `[m]`.
     pub norm: Array1<T>,
-    /// Of the keys of the near part, `[tokens, d]`: those that have not joined the sums yet, the
-    /// last one being that of the token before the first query. Without a near part no tokens.
+    /// Of the keys of the local window, `[tokens, d]`: those that have not joined the sums yet, the
+    /// last one being that of the token before the first query. Without a local window no tokens.
     pub keys: Array2<T>,
-    /// Of the values of the near part, `[tokens, e]`.
+    /// Of the values of the local window, `[tokens, e]`.
     pub values: Array2<T>,
 }
 
@@ -61,7 +61,7 @@ pub struct StateGradients<T> {
 ///
 /// It holds 2·n numbers a query head and thread for the longest sequence it was used for, m for
 /// every frame of the sums (with decay λ a new one about every 20/|λ| tokens in f32), and O(n·(d +
-/// e)) with a near part. Its contents mean nothing before or after a call. Make it once by
+/// e)) with a local window. Its contents mean nothing before or after a call. Make it once by
 /// [`backward_workspace`](LinearAttention::backward_workspace) and use it for every call.
 #[derive(Debug, Clone)]
 pub struct BackwardWorkspace<T> {
@@ -196,7 +196,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     }
 
     fn causal_order(&self) -> Order {
-        self.near().map_or(Order::Causal, Order::Near)
+        self.window().map_or(Order::Causal, Order::Window)
     }
 
     /// Gradients through [`prefill`](Self::prefill), and those with respect to the state it starts
@@ -308,7 +308,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     ) -> Result<()> {
         match order {
             Order::Full => self.check_full()?,
-            Order::Causal | Order::Near(_) => {
+            Order::Causal | Order::Window(_) => {
                 check_shape("k", k, &[self.maps().len(), q.shape()[1], self.sizes.dim])?
             }
         }
@@ -401,7 +401,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         let head = self.head(h);
         let (position, value_dim) =
             (state.map_or(0, |(_, position)| position), self.sizes.value_dim);
-        // The near part that the state holds comes first, as tokens like the others.
+        // The local window that the state holds comes first, as tokens like the others.
         let ring = state.and_then(|(state, position)| {
             state.ring.as_ref().map(|ring| ring.tokens(position, value_dim))
         });
@@ -436,7 +436,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         let (key_stride, value_stride) = (padded(head.dim), padded(value_dim));
         let (lead_keys, keys) = tape.keys.split_at(lead * key_stride);
         let (lead_values, values) = tape.values.split_at(lead * value_stride);
-        if let Order::Near(_) = order {
+        if let Order::Window(_) = order {
             copy_scaled(keys, head.scale, grad_k);
             copy_scaled(values, T::ONE, grad_v);
         }
@@ -477,7 +477,7 @@ mod tests {
     use rand_distr::{Distribution, StandardNormal};
 
     use super::*;
-    use crate::attention::{LinearConfig, Near};
+    use crate::attention::{LinearConfig, Window};
     use crate::kernel::DctMapConfig;
 
     /// The gradient with respect to S and z, by moving every one of them.
@@ -487,11 +487,11 @@ mod tests {
         let mut random = |shape: (usize, usize, usize)| -> Array3<f64> {
             Array3::from_shape_simple_fn(shape, || StandardNormal.sample(&mut rng))
         };
-        for near in [None, Some(Near::new(8, 1))] {
+        for window in [None, Some(Window::new(8, 1))] {
             let (h, n, d, e) = (2, 150, 8, 3);
             let mut config =
                 LinearConfig::new().with_heads(h).with_value_dim(e).with_log_decay(vec![-0.01]);
-            config.near = near;
+            config.window = window;
             let attention =
                 config.build(vec![DctMapConfig::new(d).build::<f64>().unwrap()]).unwrap();
             let mut state = attention.new_state();
@@ -526,7 +526,7 @@ mod tests {
                 let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
                 assert!(
                     (got - slope).abs() < 1e-6 * (1.0 + slope.abs()),
-                    "{near:?}: {got} is not {slope}"
+                    "{window:?}: {got} is not {slope}"
                 );
             };
             for f in 0..d {

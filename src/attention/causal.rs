@@ -1,4 +1,4 @@
-//! Causal linear attention by blocks: everything before the block through the state, the block
+//! Causal liwindow attention by blocks: everything before the block through the state, the block
 //! itself through the products of its features.
 
 use std::ops::Range;
@@ -14,7 +14,7 @@ use crate::kernel::FeatureMap;
 use crate::real::Real;
 use crate::simd::{Ahead, LANES, Product, padded};
 
-/// The next tokens of one key-value head and its group of query heads, without a near part.
+/// The next tokens of one key-value head and its group of query heads, without a local window.
 ///
 /// A block ends before the first key whose exponent leaves the state's frame, and the frame is
 /// moved with that key as the first of the next block. So the frame of a block depends on nothing

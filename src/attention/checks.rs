@@ -6,7 +6,7 @@ use ndarray::ArrayRef3;
 
 use crate::attention::rows::{Valid, tokens_fit};
 use crate::attention::workspace::Sizes;
-use crate::attention::{KeyMask, Near};
+use crate::attention::{KeyMask, Window};
 use crate::error::{Error, Result, check_len, check_positive, check_shape, within};
 use crate::real::Real;
 use crate::simd::LANES;
@@ -44,16 +44,16 @@ pub(crate) fn check_state_size(
     dim: usize,
     features: usize,
     value_dim: usize,
-    near: Option<Near>,
+    window: Option<Window>,
 ) -> Result<()> {
     let padded = |n: usize| n.saturating_add(LANES);
-    let ring =
-        near.map_or(0, |near| near.back.saturating_add(1).saturating_mul(padded(near.chunk)));
+    let ring = window
+        .map_or(0, |window| window.back.saturating_add(1).saturating_mul(padded(window.chunk)));
     // Sums and what rounding keeps out of them, normaliser, reference and pending keys; and the
     // keys and values of the ring.
     let far = features.saturating_mul(2 * padded(value_dim) + 32);
-    let near = ring.saturating_mul(padded(dim).saturating_add(padded(value_dim)));
-    let got = heads.saturating_mul(far.saturating_add(near));
+    let window = ring.saturating_mul(padded(dim).saturating_add(padded(value_dim)));
+    let got = heads.saturating_mul(far.saturating_add(window));
     let limit = MAX_STATE;
     if got > limit {
         Err(Error::TooLarge { argument: "elements of a state", limit, got })

@@ -1,12 +1,12 @@
-//! One token at a time: the same sums as [`causal`](super::causal) and [`near`](super::near), with
+//! One token at a time: the same sums as [`causal`](super::causal) and [`window`](super::window), with
 //! vectors in place of panels.
 
 use ndarray::{ArrayView1, ArrayView2, ArrayViewMut2};
 
 use crate::attention::Head;
-use crate::attention::near::{Ring, retire};
 use crate::attention::rows::normalise;
 use crate::attention::state::{HeadState, PENDING, Pending, ceiling};
+use crate::attention::window::{Ring, retire};
 use crate::attention::workspace::Scratch;
 use crate::kernel::FeatureMap;
 use crate::real::Real;
@@ -46,7 +46,7 @@ pub(super) fn step<T: Real, M: FeatureMap<T>>(
     for (q, out) in q.outer_iter().zip(out.outer_iter_mut()) {
         scaled(q, head.scale, &mut scratch.x);
         let total = match &ring {
-            Some(ring) => read_near(head, state, ring, position, scratch),
+            Some(ring) => read_window(head, state, ring, position, scratch),
             None => read(head, state, scratch),
         };
         normalise(&scratch.o, total, out);
@@ -116,9 +116,9 @@ fn read<T: Real, M: FeatureMap<T>>(
     scores.iter().fold(total, |sum, &score| sum + score)
 }
 
-/// Sums of the query `scratch.x` over the near keys and the state into `scratch.o`; returns their
+/// Sums of the query `scratch.x` over the window keys and the state into `scratch.o`; returns their
 /// normaliser.
-fn read_near<T: Real, M: FeatureMap<T>>(
+fn read_window<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &HeadState<T>,
     ring: &Ring<T>,

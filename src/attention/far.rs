@@ -4,14 +4,14 @@ use std::ops::Range;
 
 use ndarray::{ArrayView2, ArrayView3};
 
-use crate::attention::Near;
-use crate::attention::tape::{NearSums, Order, Stretch, Tape, Targets, Upstream};
+use crate::attention::Window;
+use crate::attention::tape::{Order, Stretch, Tape, Targets, Upstream, WindowSums};
 use crate::kernel::DifferentiableMap;
 use crate::real::Real;
 use crate::simd::padded;
 
 /// One key-value head and its group of query heads on one sequence, with everything computed once
-/// that does not depend on the map: the exact sums over the near keys.
+/// that does not depend on the map: the exact sums over the window keys.
 ///
 /// Works on scaled queries and keys, on the calling thread, in a [`Tape`] that serves any number of
 /// sequences of the same d, m and e.
@@ -22,11 +22,11 @@ pub(crate) struct FarPart<'a, T> {
     y: ArrayView2<'a, T>,
     v: ArrayView2<'a, T>,
     valid: Option<&'a [bool]>,
-    near: Option<Vec<NearSums<T>>>,
+    window: Option<Vec<WindowSums<T>>>,
 }
 
 impl<'a, T: Real> FarPart<'a, T> {
-    /// Sums over the near keys, if the order has any: O(n·c·(d + e)) once.
+    /// Sums over the window keys, if the order has any: O(n·c·(d + e)) once.
     ///
     /// # Shapes
     /// - `x`: `[group, n, d]`, `y`: `[n, d]`, `v`: `[n, e]`, `valid`: n entries. [`Order::Full`]
@@ -38,11 +38,11 @@ impl<'a, T: Real> FarPart<'a, T> {
         v: ArrayView2<'a, T>,
         valid: Option<&'a [bool]>,
     ) -> Self {
-        let mut part = Self { order, x, y, v, valid, near: None };
-        if let Order::Near(near) = order {
+        let mut part = Self { order, x, y, v, valid, window: None };
+        if let Order::Window(window) = order {
             let stretch = part.stretch(&(), 0.0);
-            let sums = (0..x.shape()[0]).map(|h| NearSums::new(&stretch, near, h)).collect();
-            part.near = Some(sums);
+            let sums = (0..x.shape()[0]).map(|h| WindowSums::new(&stretch, window, h)).collect();
+            part.window = Some(sums);
         }
         part
     }
@@ -63,30 +63,30 @@ impl<'a, T: Real> FarPart<'a, T> {
         padded(self.v.ncols())
     }
 
-    /// Softmax attention's mass on keys beyond the near part, from 0 to 1 for every query, summed
-    /// over all of them. Everything, if there is no near part.
+    /// Softmax attention's mass on keys beyond the local window, from 0 to 1 for every query, summed
+    /// over all of them. Everything, if there is no local window.
     ///
     /// # Cost
-    /// O(n²·(d + e)) with a near part.
+    /// O(n²·(d + e)) with a local window.
     pub(crate) fn far_mass(&self) -> f64 {
-        let Some(near) = &self.near else { return (self.group() * self.queries()) as f64 };
-        let everything = Order::Near(Near::new(self.queries().max(1), 0));
+        let Some(window) = &self.window else { return (self.group() * self.queries()) as f64 };
+        let everything = Order::Window(Window::new(self.queries().max(1), 0));
         let all = FarPart::new(everything, self.x.view(), self.y.view(), self.v.view(), self.valid);
-        let heads = near.iter().zip(all.near.iter().flatten());
-        let queries = heads.flat_map(|(near, all)| {
-            near.total.iter().zip(&near.top).zip(all.total.iter().zip(&all.top))
+        let heads = window.iter().zip(all.window.iter().flatten());
+        let queries = heads.flat_map(|(window, all)| {
+            window.total.iter().zip(&window.top).zip(all.total.iter().zip(&all.top))
         });
-        let share = |((&near, &near_top), (&all, &all_top)): ((&T, &T), (&T, &T))| {
-            let near = near.to_f64() * (near_top.to_f64() - all_top.to_f64()).exp();
-            if all > T::ZERO { (1.0 - near / all.to_f64()).clamp(0.0, 1.0) } else { 0.0 }
+        let share = |((&window, &window_top), (&all, &all_top)): ((&T, &T), (&T, &T))| {
+            let window = window.to_f64() * (window_top.to_f64() - all_top.to_f64()).exp();
+            if all > T::ZERO { (1.0 - window / all.to_f64()).clamp(0.0, 1.0) } else { 0.0 }
         };
         queries.map(share).sum()
     }
 
-    /// The exact outputs of a query over its near keys alone: their numerator `[value_stride]` and
-    /// normaliser, 0 without keys. `None` if there is no near part.
-    pub(crate) fn near(&self, h: usize, query: usize) -> Option<(&[T], T)> {
-        let (sums, stride) = (&self.near.as_ref()?[h], self.value_stride());
+    /// The exact outputs of a query over its window keys alone: their numerator `[value_stride]` and
+    /// normaliser, 0 without keys. `None` if there is no local window.
+    pub(crate) fn window(&self, h: usize, query: usize) -> Option<(&[T], T)> {
+        let (sums, stride) = (&self.window.as_ref()?[h], self.value_stride());
         Some((&sums.numerator[query * stride..][..stride], sums.total[query]))
     }
 
@@ -117,7 +117,7 @@ impl<'a, T: Real> FarPart<'a, T> {
     /// (padding included: zeros).
     ///
     /// # Cost
-    /// O(n): per 64 queries four matrix products of 64·m·e with a near part, and the map's own
+    /// O(n): per 64 queries four matrix products of 64·m·e with a local window, and the map's own
     /// passes, forward and back.
     pub(crate) fn backward<M: DifferentiableMap<T>>(
         &self,
@@ -146,7 +146,7 @@ impl<'a, T: Real> FarPart<'a, T> {
             key_scale: T::ONE,
             position: 0,
             lead: 0,
-            given: self.near.as_deref(),
+            given: self.window.as_deref(),
         }
     }
 }
@@ -184,9 +184,9 @@ mod tests {
         let orders = [
             Order::Full,
             Order::Causal,
-            Order::Near(Near::new(16, 1)),
-            Order::Near(Near::new(100, 0)),
-            Order::Near(Near::new(8, 2)),
+            Order::Window(Window::new(16, 1)),
+            Order::Window(Window::new(100, 0)),
+            Order::Window(Window::new(8, 2)),
         ];
         for (order, masked) in orders.into_iter().flat_map(|order| [(order, false), (order, true)])
         {
@@ -208,7 +208,7 @@ mod tests {
                 .with_value_dim(e)
                 .with_scale(1.0)
                 .with_log_decay(vec![log_decay]);
-            config.near = if let Order::Near(near) = order { Some(near) } else { None };
+            config.window = if let Order::Window(window) = order { Some(window) } else { None };
             let attention = config.build(vec![map.clone()]).unwrap();
             let full = order == Order::Full;
             let out = if full {

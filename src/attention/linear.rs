@@ -1,4 +1,4 @@
-//! [`LinearAttention`]: the door to linear attention over all heads of a layer.
+//! [`LinearAttention`]: the door to liwindow attention over all heads of a layer.
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,12 +8,12 @@ use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut
 use crate::attention::checks::{
     check_scale, check_shapes, check_size, check_state_size, check_tokens,
 };
-use crate::attention::near::Ring;
 use crate::attention::pages::{Pages, SEGMENT};
 use crate::attention::prefill::Stretch;
 use crate::attention::state::{HeadState, Shape};
+use crate::attention::window::Ring;
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
-use crate::attention::{CausalState, KeyMask, Near, Workspace, decode, full};
+use crate::attention::{CausalState, KeyMask, Window, Workspace, decode, full};
 use crate::error::{
     Error, Result, check_elements, check_finite, check_len, check_positive, check_room, check_shape,
 };
@@ -22,7 +22,7 @@ use crate::real::Real;
 use crate::simd::{Ops, padded};
 use crate::threads;
 
-/// Largest near part, in tokens: beyond it the ring of keys would be no constant-size state any
+/// Largest local window, in tokens: beyond it the ring of keys would be no constant-size state any
 /// more.
 const MAX_NEAR: usize = 1 << 20;
 
@@ -42,8 +42,8 @@ pub struct LinearConfig {
     pub value_dim: Option<usize>,
     /// Softmax scale σ, at most 10⁶/d. Default: 1/√d.
     pub scale: Option<f64>,
-    /// The exact near part of causal attention. Default: none.
-    pub near: Option<Near>,
+    /// The exact local window of causal attention. Default: none.
+    pub window: Option<Window>,
     /// log γ ≤ 0 per token (and at least −[`Real::LIMIT`]), one per map, causal attention only.
     /// Default: empty, which stands for zeros (γ = 1).
     pub log_decay: Vec<f64>,
@@ -73,10 +73,10 @@ impl LinearConfig {
         Self { scale: Some(scale), ..self }
     }
 
-    /// Exact near part.
+    /// Exact local window.
     #[must_use]
-    pub fn with_near(self, near: Near) -> Self {
-        Self { near: Some(near), ..self }
+    pub fn with_window(self, window: Window) -> Self {
+        Self { window: Some(window), ..self }
     }
 
     /// log γ per map.
@@ -93,7 +93,7 @@ impl LinearConfig {
     /// # Errors
     /// [`Error::Empty`] without maps, [`Error::Shape`] for maps of different d or m,
     /// [`Error::NotDivisible`] for heads that are no multiple of the maps, [`Error::Value`] and
-    /// [`Error::Length`] for the numbers, [`Error::TooLarge`] for dimensions and near parts beyond
+    /// [`Error::Length`] for the numbers, [`Error::TooLarge`] for dimensions and local windows beyond
     /// 2²⁰ and a state of more than 2³⁰ elements.
     pub fn build<T: Real, M: FeatureMap<T>>(self, maps: Vec<M>) -> Result<LinearAttention<T, M>> {
         let Some(first) = maps.first() else { return Err(Error::Empty { argument: "maps" }) };
@@ -121,10 +121,10 @@ impl LinearConfig {
         check_size("value_dim", value_dim)?;
         let scale = self.scale.unwrap_or(1.0 / (dim as f64).sqrt());
         check_scale(scale, dim)?;
-        if let Some(near) = self.near {
-            near.check()?;
+        if let Some(window) = self.window {
+            window.check()?;
         }
-        check_state_size(kv_heads, dim, features, value_dim, self.near)?;
+        check_state_size(kv_heads, dim, features, value_dim, self.window)?;
         let log_decay =
             if self.log_decay.is_empty() { vec![0.0; kv_heads] } else { self.log_decay };
         check_len("log_decay", kv_heads, log_decay.len())?;
@@ -149,7 +149,7 @@ impl LinearConfig {
             dim,
             features,
             value_dim,
-            scores: self.near.map_or(BLOCK, |near| Ring::<T>::scores(near).max(BLOCK)),
+            scores: self.window.map_or(BLOCK, |window| Ring::<T>::scores(window).max(BLOCK)),
             map: maps
                 .iter()
                 .map(|map| map.scratch_len(BLOCK).max(map.token_scratch_len()))
@@ -160,7 +160,7 @@ impl LinearConfig {
             maps,
             heads,
             scale,
-            near: self.near,
+            window: self.window,
             log_decay,
             sizes,
             element: PhantomData,
@@ -168,20 +168,20 @@ impl LinearConfig {
     }
 }
 
-impl Near {
+impl Window {
     /// Chunks of at least one token, and not too many of them.
     pub(super) fn check(self) -> Result<()> {
-        check_positive("near chunk", self.chunk)?;
+        check_positive("window chunk", self.chunk)?;
         let tokens = self.back.saturating_add(1).saturating_mul(self.chunk);
         if tokens > MAX_NEAR {
-            Err(Error::TooLarge { argument: "near tokens", limit: MAX_NEAR, got: tokens })
+            Err(Error::TooLarge { argument: "window tokens", limit: MAX_NEAR, got: tokens })
         } else {
             Ok(())
         }
     }
 }
 
-/// DCT-kernelized linear attention over all heads of a layer.
+/// DCT-kernelized liwindow attention over all heads of a layer.
 ///
 /// O(n) time, a state of constant size, the same results whichever way the tokens arrive: at once,
 /// in pieces, or one by one. Immutable and shared freely between threads; what changes lives in
@@ -207,7 +207,7 @@ pub struct LinearAttention<T, M> {
     maps: Vec<M>,
     heads: usize,
     scale: f64,
-    near: Option<Near>,
+    window: Option<Window>,
     log_decay: Vec<f64>,
     pub(super) sizes: Sizes,
     element: PhantomData<T>,
@@ -240,9 +240,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         self.heads
     }
 
-    /// The exact near part.
-    pub fn near(&self) -> Option<Near> {
-        self.near
+    /// The exact local window.
+    pub fn window(&self) -> Option<Window> {
+        self.window
     }
 
     /// log γ, one per map.
@@ -289,7 +289,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// O(n_q + n_k) time, memory beyond the arguments independent of both.
     ///
     /// # Errors
-    /// [`Error::Conflict`] with a near part or decay, [`Error::Shape`] and [`Error::Length`] for
+    /// [`Error::Conflict`] with a local window or decay, [`Error::Shape`] and [`Error::Length`] for
     /// arguments that do not fit, [`Error::Empty`] without queries or keys, [`Error::TooLarge`] for
     /// outputs there is no room for, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`]
     /// (masked keys and their values are not looked at).
@@ -477,7 +477,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         } else if !fresh {
             check()?;
         }
-        let stretch = Stretch { position: state.position, mask, near: self.near };
+        let stretch = Stretch { position: state.position, mask, window: self.window };
         if !walk(stretch, &mut state.heads, workspace) {
             if fresh {
                 state.heads.iter_mut().for_each(HeadState::reset);
@@ -500,7 +500,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// - `q`: `[h, d]`, `k`: `[h_kv, d]`, `v`: `[h_kv, e]`, `out`: `[h, e]`.
     ///
     /// # Cost
-    /// Constant: O(m·e) per head, and O(chunk · (d + e)) with a near part. Never allocates, runs on
+    /// Constant: O(m·e) per head, and O(chunk · (d + e)) with a local window. Never allocates, runs on
     /// the calling thread.
     ///
     /// # Errors
@@ -553,10 +553,10 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         workspace.check(self.sizes)
     }
 
-    /// Full attention has neither a near part nor decay.
+    /// Full attention has neither a local window nor decay.
     pub(super) fn check_full(&self) -> Result<()> {
-        if self.near.is_some() {
-            return Err(Error::Conflict { argument: "full attention", other: "a near part" });
+        if self.window.is_some() {
+            return Err(Error::Conflict { argument: "full attention", other: "a local window" });
         }
         if self.log_decay.iter().any(|&decay| decay != 0.0) {
             return Err(Error::Conflict { argument: "full attention", other: "decay" });
@@ -566,7 +566,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
 
     pub(super) fn shape(&self) -> Shape {
         let Sizes { dim, features, value_dim, .. } = self.sizes;
-        Shape { heads: self.maps.len(), dim, features, value_dim, near: self.near }
+        Shape { heads: self.maps.len(), dim, features, value_dim, window: self.window }
     }
 
     /// Memory for the outputs, once the queries are known to fit.

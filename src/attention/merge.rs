@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use ndarray::{Array3, ArrayRef3};
 
 use crate::attention::checks::{check_key_shapes, check_keys};
-use crate::attention::{CausalState, KeyMask, LinearAttention, Workspace, near};
+use crate::attention::{CausalState, KeyMask, LinearAttention, Workspace, window};
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
@@ -88,7 +88,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     }
 
     /// `state` becomes that of its own segment and the next one, `next`: what feeding it the next
-    /// segment's tokens would have made of it, up to rounding. Any cut will do, within a near chunk
+    /// segment's tokens would have made of it, up to rounding. Any cut will do, within a window chunk
     /// too.
     ///
     /// Merging is associative up to rounding, and the empty state of a position is neutral, so that
@@ -108,7 +108,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// not grow with the number of tokens. The example `sequence_parallel` shows it.
     ///
     /// # Cost
-    /// O(m·e) per head, and O(chunk · back) keys through the map with a near part. On the calling
+    /// O(m·e) per head, and O(chunk · back) keys through the map with a local window. On the calling
     /// thread, no allocation.
     ///
     /// # Errors
@@ -117,11 +117,11 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     ///
     /// # Examples
     /// ```
-    /// use dijiang::attention::{KeyMask, LinearConfig, Near};
+    /// use dijiang::attention::{KeyMask, LinearConfig, Window};
     /// use dijiang::kernel::DctMapConfig;
     /// use ndarray::{Array, Array3, s};
     ///
-    /// let attention = LinearConfig::new().with_near(Near::new(4, 1)).build(vec![DctMapConfig::new(8).build::<f64>()?])?;
+    /// let attention = LinearConfig::new().with_window(Window::new(4, 1)).build(vec![DctMapConfig::new(8).build::<f64>()?])?;
     /// let k: Array3<f64> = Array::from_shape_fn((1, 30, 8), |(_, i, j)| ((3 * i + 5 * j) % 7) as f64 / 7.0);
     ///
     /// let mut workspace = attention.workspace();
@@ -155,7 +155,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         for (h, (own, next_head)) in state.heads.iter_mut().zip(&next.heads).enumerate() {
             let head = self.head(h);
             if let (Some(mut ring), Some(next_ring)) = (own.ring.take(), &next_head.ring) {
-                near::hand_over(
+                window::hand_over(
                     &head,
                     own,
                     &mut ring,

@@ -2,19 +2,19 @@
 //! beside it.
 //!
 //! ```text
-//! A_ij = exp(x_i·y_j)         if near(i, j)
+//! A_ij = exp(x_i·y_j)         if window(i, j)
 //!      = γ^(i−j) · K(x_i, y_j) otherwise, for every allowed pair
 //! o_i  = Σ_j A_ij v_j / Σ_j A_ij            a row with no allowed key gives zeros
 //! ```
 //!
 //! with x = √σ·q, y = √σ·k and K(x, y) = Σ_f exp(a_f(x) + b_f(y)) by a
 //! [`FeatureMap`](crate::kernel::FeatureMap). [`LinearAttention`] computes it in O(n);
-//! [`ExactAttention`] is softmax attention (near(i, j) for every pair), in O(n²) and with a cache
+//! [`Softmax`] is softmax attention (window(i, j) for every pair), in O(n²) and with a cache
 //! that grows.
 //!
 //! Sources: sums over features: Katharopoulos et al. 2020, *Transformers are RNNs*, equations 8 to
 //! 12; decay: Sun et al. 2023, *RetNet*, equation 5; running maxima as in the online softmax of
-//! Milakov and Gimelshein 2018; the near part is this crate's.
+//! Milakov and Gimelshein 2018; the local window is this crate's.
 //!
 //! Elements of q, k and v must be numbers of at most [`Real::LIMIT`](crate::Real::LIMIT) in
 //! magnitude: everything else is refused at the door, before anything is changed. Within it no NaN
@@ -29,7 +29,6 @@ mod far;
 mod full;
 mod linear;
 mod merge;
-mod near;
 mod packed;
 mod pages;
 mod prefill;
@@ -37,6 +36,7 @@ mod rows;
 mod softmax;
 mod state;
 mod tape;
+mod window;
 mod workspace;
 
 use std::ops::Range;
@@ -49,7 +49,7 @@ pub(crate) use far::FarPart;
 pub(crate) use packed::{check_offsets, check_offsets_of, ranges};
 
 pub use linear::{LinearAttention, LinearConfig};
-pub use softmax::{ExactAttention, ExactConfig, KvCache};
+pub use softmax::{KvCache, Softmax, SoftmaxConfig};
 pub use state::CausalState;
 #[cfg(feature = "states")]
 pub use state::Storage;
@@ -86,11 +86,11 @@ impl<'a> KeyMask<'a> {
     }
 }
 
-/// The near part: the query's own chunk and the `back` chunks before it are exact softmax
+/// The local window: the query's own chunk and the `back` chunks before it are exact softmax
 /// attention.
 ///
 /// ```text
-/// near(i, j) = ⌊i/c⌋ − ⌊j/c⌋ ≤ r and j ≤ i
+/// window(i, j) = ⌊i/c⌋ − ⌊j/c⌋ ≤ r and j ≤ i
 /// ```
 ///
 /// Chunks are aligned to absolute positions, so prefill in any pieces and decoding agree exactly.
@@ -101,23 +101,23 @@ impl<'a> KeyMask<'a> {
     serde(deny_unknown_fields)
 )]
 #[non_exhaustive]
-pub struct Near {
+pub struct Window {
     /// Chunk length c in tokens. The drop-in layer's default: 64.
     pub chunk: usize,
     /// Number r of whole chunks before the query's own one. The drop-in layer's default: 1.
     pub back: usize,
 }
 
-impl Near {
+impl Window {
     /// Chunks of `chunk` tokens, `back` of them before the query's own.
     pub fn new(chunk: usize, back: usize) -> Self {
         Self { chunk, back }
     }
 
-    /// The near part that costs a head of dimension `dim` no more per token than 64 tokens a chunk
+    /// The local window that costs a head of dimension `dim` no more per token than 64 tokens a chunk
     /// cost one of dimension 64: 4096/d tokens a chunk, in whole groups of 16 and at least 64, and
     /// one chunk back. Narrow heads are worse approximated by their features, and gain more from a
-    /// longer near part than from anything else.
+    /// longer local window than from anything else.
     pub fn for_dim(dim: usize) -> Self {
         Self { chunk: (4096 / dim.max(1)).next_multiple_of(16).clamp(64, 512), back: 1 }
     }

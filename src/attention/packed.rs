@@ -16,9 +16,7 @@ use ndarray::{Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis, s}
 use crate::attention::pages::Pages;
 use crate::attention::prefill::Stretch;
 use crate::attention::workspace::Scratch;
-use crate::attention::{
-    CausalState, ExactAttention, KeyMask, KvCache, LinearAttention, Workspace, full,
-};
+use crate::attention::{CausalState, KeyMask, KvCache, LinearAttention, Softmax, Workspace, full};
 use crate::error::{Error, Result, check_len, check_shape};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
@@ -331,7 +329,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             &mut workspace.scratches,
             heads,
             |part, (position, state), scratch| {
-                let stretch = Stretch { position, mask: part.mask, near: self.near() };
+                let stretch = Stretch { position, mask: part.mask, window: self.window() };
                 stretch.prefill(
                     &self.head(part.head),
                     state,
@@ -351,7 +349,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     }
 }
 
-impl<T: Real> ExactAttention<T> {
+impl<T: Real> Softmax<T> {
     /// [`full`](Self::full) of several sequences, each one's queries seeing its own keys only.
     /// Allocates.
     ///

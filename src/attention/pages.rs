@@ -5,7 +5,7 @@
 //!
 //! Segments, the blocks within and the order of every sum are those of the walk on one thread, so
 //! the results are too, bit for bit, on any number of threads. The keys of a segment with a page
-//! are met twice. With κ the keys' share of the work (two fifths; three tenths with a near part)
+//! are met twice. With κ the keys' share of the work (two fifths; three tenths with a local window)
 //! two threads are 2 − κ times as fast as one; more than [`WORKERS`] would wait for the walk.
 
 use std::ops::Range;

@@ -9,7 +9,7 @@ use crate::attention::linear::Head;
 use crate::attention::pages::Pages;
 use crate::attention::state::HeadState;
 use crate::attention::workspace::Scratch;
-use crate::attention::{KeyMask, Near, causal, near};
+use crate::attention::{KeyMask, Window, causal, window};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
 
@@ -19,7 +19,7 @@ pub(super) struct Stretch<'a> {
     /// Tokens seen before.
     pub(super) position: usize,
     pub(super) mask: KeyMask<'a>,
-    pub(super) near: Option<Near>,
+    pub(super) window: Option<Window>,
 }
 
 impl Stretch<'_> {
@@ -35,9 +35,9 @@ impl Stretch<'_> {
         out: ArrayViewMut3<'_, T>,
         scratch: &mut Scratch<T>,
     ) -> bool {
-        match self.near {
+        match self.window {
             Some(_) => {
-                near::near(head, state, self.position, q, k, v, self.mask.valid(), out, scratch)
+                window::window(head, state, self.position, q, k, v, self.mask.valid(), out, scratch)
             }
             None => {
                 causal::causal(head, state, self.position, q, k, v, self.mask.valid(), out, scratch)

@@ -13,13 +13,13 @@ use crate::attention::checks::{
 };
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::workspace::{BLOCK, Scratch, Sizes};
-use crate::attention::{KeyMask, Near, Workspace};
+use crate::attention::{KeyMask, Window, Workspace};
 use crate::error::{Error, Result, check_elements, check_room, check_shape};
 use crate::real::Real;
 use crate::simd::{LANES, Ops, Product, padded};
 use crate::threads;
 
-/// How [`ExactAttention`] is to be built.
+/// How [`Softmax`] is to be built.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -27,7 +27,7 @@ use crate::threads;
     serde(deny_unknown_fields)
 )]
 #[non_exhaustive]
-pub struct ExactConfig {
+pub struct SoftmaxConfig {
     /// Query heads h.
     pub heads: usize,
     /// Key-value heads. Default: h.
@@ -38,12 +38,12 @@ pub struct ExactConfig {
     pub value_dim: usize,
     /// Softmax scale σ. Default: 1/√d.
     pub scale: f64,
-    /// Causal attention sees the near part alone: the query's own chunk and `back` chunks before
+    /// Causal attention sees the local window alone: the query's own chunk and `back` chunks before
     /// it. Default: none.
-    pub near: Option<Near>,
+    pub window: Option<Window>,
 }
 
-impl ExactConfig {
+impl SoftmaxConfig {
     /// `heads` heads of dimension `dim`, everything else by default.
     pub fn new(heads: usize, dim: usize) -> Self {
         Self {
@@ -52,7 +52,7 @@ impl ExactConfig {
             dim,
             value_dim: dim,
             scale: 1.0 / (dim as f64).sqrt(),
-            near: None,
+            window: None,
         }
     }
 
@@ -74,10 +74,10 @@ impl ExactConfig {
         Self { scale, ..self }
     }
 
-    /// Causal attention sees the near part alone.
+    /// Causal attention sees the local window alone.
     #[must_use]
-    pub fn with_near(self, near: Near) -> Self {
-        Self { near: Some(near), ..self }
+    pub fn with_window(self, window: Window) -> Self {
+        Self { window: Some(window), ..self }
     }
 
     /// Checks everything.
@@ -85,7 +85,7 @@ impl ExactConfig {
     /// # Errors
     /// [`Error::Value`] for sizes of zero and a scale that is not positive, [`Error::NotDivisible`]
     /// for heads that are no multiple of the key-value heads.
-    pub fn build<T: Real>(self) -> Result<ExactAttention<T>> {
+    pub fn build<T: Real>(self) -> Result<Softmax<T>> {
         for (argument, value) in [
             ("heads", self.heads),
             ("kv_heads", self.kv_heads),
@@ -103,10 +103,10 @@ impl ExactConfig {
             });
         }
         check_scale(self.scale, self.dim)?;
-        if let Some(near) = self.near {
-            near.check()?;
+        if let Some(window) = self.window {
+            window.check()?;
         }
-        Ok(ExactAttention { config: self, element: PhantomData })
+        Ok(Softmax { config: self, element: PhantomData })
     }
 }
 
@@ -119,12 +119,12 @@ impl ExactConfig {
 /// The thing [`LinearAttention`](crate::attention::LinearAttention) replaces, with the same
 /// methods: its judge, its baseline, and what to use below about a hundred tokens.
 #[derive(Debug, Clone)]
-pub struct ExactAttention<T> {
-    config: ExactConfig,
+pub struct Softmax<T> {
+    config: SoftmaxConfig,
     element: PhantomData<T>,
 }
 
-/// The keys and values of every token so far: what [`ExactAttention`] needs to decode. Grows with
+/// The keys and values of every token so far: what [`Softmax`] needs to decode. Grows with
 /// every token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvCache<T> {
@@ -174,9 +174,9 @@ enum Keys<'a, T> {
     Rows { k: ArrayView2<'a, T>, v: ArrayView2<'a, T>, valid: Valid<'a> },
 }
 
-impl<T: Real> ExactAttention<T> {
+impl<T: Real> Softmax<T> {
     /// What it was built from.
-    pub fn config(&self) -> &ExactConfig {
+    pub fn config(&self) -> &SoftmaxConfig {
         &self.config
     }
 
@@ -188,7 +188,7 @@ impl<T: Real> ExactAttention<T> {
     /// The empty cache of a new sequence.
     pub fn new_cache(&self) -> KvCache<T> {
         let head = HeadCache { keys: Vec::new(), values: Vec::new(), valid: Vec::new() };
-        let ExactConfig { kv_heads, dim, value_dim, .. } = self.config;
+        let SoftmaxConfig { kv_heads, dim, value_dim, .. } = self.config;
         KvCache { heads: vec![head; kv_heads], position: 0, dim, value_dim }
     }
 
@@ -358,7 +358,7 @@ impl<T: Real> ExactAttention<T> {
         self.check_cache(cache)?;
         workspace.check(self.sizes())?;
         check_key_shapes(self.config.kv_heads, self.sizes(), k, v, mask)?;
-        let ExactConfig { kv_heads, dim, value_dim, .. } = self.config;
+        let SoftmaxConfig { kv_heads, dim, value_dim, .. } = self.config;
         check_room::<T>("the cache", &[kv_heads, k.shape()[1], dim + padded(value_dim)])?;
         check_keys(k, v, mask)?;
         let (position, scale) = (cache.position, self.root_scale());
@@ -391,7 +391,7 @@ impl<T: Real> ExactAttention<T> {
     ) -> Result<()> {
         self.check_cache(cache)?;
         workspace.check(self.sizes())?;
-        let ExactConfig { heads, kv_heads, dim, value_dim, .. } = self.config;
+        let SoftmaxConfig { heads, kv_heads, dim, value_dim, .. } = self.config;
         check_shape("q", q, &[heads, dim])?;
         check_shape("k", k, &[kv_heads, dim])?;
         check_shape("v", v, &[kv_heads, value_dim])?;
@@ -419,7 +419,7 @@ impl<T: Real> ExactAttention<T> {
     }
 
     fn sizes(&self) -> Sizes {
-        let ExactConfig { dim, value_dim, .. } = self.config;
+        let SoftmaxConfig { dim, value_dim, .. } = self.config;
         Sizes { dim, features: 0, value_dim, scores: BLOCK, map: 0 }
     }
 
@@ -431,10 +431,10 @@ impl<T: Real> ExactAttention<T> {
         Ok(Array3::zeros((self.config.heads, n, self.config.value_dim)))
     }
 
-    /// Full attention has no near part.
+    /// Full attention has no local window.
     pub(super) fn check_full(&self) -> Result<()> {
-        match self.config.near {
-            Some(_) => Err(Error::Conflict { argument: "full attention", other: "a near part" }),
+        match self.config.window {
+            Some(_) => Err(Error::Conflict { argument: "full attention", other: "a local window" }),
             None => Ok(()),
         }
     }
@@ -454,7 +454,7 @@ impl<T: Real> ExactAttention<T> {
     }
 
     pub(super) fn check_cache(&self, cache: &KvCache<T>) -> Result<()> {
-        let ExactConfig { kv_heads, dim, value_dim, .. } = self.config;
+        let SoftmaxConfig { kv_heads, dim, value_dim, .. } = self.config;
         let pairs = [
             ("number of heads", kv_heads, cache.heads.len()),
             ("head dimension", dim, cache.dim),
@@ -518,8 +518,8 @@ impl<T: Real> ExactAttention<T> {
     fn window(&self, i: usize) -> Range<usize> {
         let first = self
             .config
-            .near
-            .map_or(0, |near| (i / near.chunk).saturating_sub(near.back) * near.chunk);
+            .window
+            .map_or(0, |window| (i / window.chunk).saturating_sub(window.back) * window.chunk);
         first..i + 1
     }
 

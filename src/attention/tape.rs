@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! P_ij  = A_ij / D_i                D_i the normaliser, δ_i = ȯ_i·o_i, ȯ the gradient of the outputs
-//! near:   ṡ_ij = P_ij (ȯ_i·v_j − δ_i)      v̇_j += P_ij ȯ_i     ẋ_i += Σ_j ṡ_ij y_j     ẏ_j += Σ_i ṡ_ij x_i
+//! window:   ṡ_ij = P_ij (ȯ_i·v_j − δ_i)      v̇_j += P_ij ȯ_i     ẋ_i += Σ_j ṡ_ij y_j     ẏ_j += Σ_i ṡ_ij x_i
 //! far:    w_if = exp(a_if + c_f + λ(p_i − p₀)) / D_i           k_jf = exp(b_jf − c_f − λ(p_j − p₀))
 //!         ȧ_if = w_if (S_f·ȯ_i − δ_i z_f)                      S, z  = Σ_j k_jf (v_j, 1)    keys before i
 //!         ḃ_jf = k_jf (R_f·v_j − r_f)                          R, r  = Σ_i w_if (ȯ_i, δ_i)  queries after j
@@ -22,7 +22,7 @@ use std::ops::Range;
 
 use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, s};
 
-use crate::attention::Near;
+use crate::attention::Window;
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, put_row};
 use crate::attention::state::{HeadState, Shape};
 use crate::attention::workspace::{BLOCK, CAUSAL_BLOCK};
@@ -37,8 +37,8 @@ pub(crate) enum Order {
     Full,
     /// Those up to its own.
     Causal,
-    /// The near ones as they are, older ones through the map.
-    Near(Near),
+    /// The ones in the window as they are, older ones through the map.
+    Window(Window),
 }
 
 /// One key-value head, its group of query heads, and a stretch of tokens.
@@ -60,10 +60,10 @@ pub(super) struct Stretch<'a, T: 'static, M> {
     pub(super) key_scale: T,
     /// Position of the first key.
     pub(super) position: usize,
-    /// Keys before that of the first query: near ones of an earlier state.
+    /// Keys before that of the first query: ones in the window of an earlier state.
     pub(super) lead: usize,
-    /// Sums over the near keys, one per query head, to be taken as constants.
-    pub(super) given: Option<&'a [NearSums<T>]>,
+    /// Sums over the window keys, one per query head, to be taken as constants.
+    pub(super) given: Option<&'a [WindowSums<T>]>,
 }
 
 /// Arrays of an [`Ahead`] whose rows are keys; those of the queries follow.
@@ -81,7 +81,7 @@ impl<T: Real, M> Stretch<'_, T, M> {
         // Blocks are told by their queries in the forward pass, by their keys in the other.
         let first = if forward { self.lead.min(self.k.nrows()) } else { 0 };
         let kv = [self.k, self.v].map(|rows| rows.slice_move(s![first.., ..]));
-        let written = inputs.filter(|_| !forward && !matches!(self.order, Order::Near(_)));
+        let written = inputs.filter(|_| !forward && !matches!(self.order, Order::Window(_)));
         let nothing = kv[0].slice(s![..0, ..]);
         let [grad_k, grad_v] =
             written.map_or([nothing, nothing], |inputs| [inputs.k.view(), inputs.v.view()]);
@@ -95,9 +95,9 @@ impl<T: Real, M> Stretch<'_, T, M> {
     }
 }
 
-/// exp(x·y)-weighted sums over the near keys of every query.
+/// exp(x·y)-weighted sums over the window keys of every query.
 #[derive(Debug, Clone)]
-pub(crate) struct NearSums<T> {
+pub(crate) struct WindowSums<T> {
     /// Σ_j exp(x_i·y_j − top_i) v_j, `[n, e_padded]`.
     pub(super) numerator: Vec<T>,
     /// Σ_j exp(x_i·y_j − top_i), `[n]`.
@@ -130,7 +130,7 @@ pub(super) struct Targets<'g, T, S> {
 
 /// Where gradients of queries, keys and values go.
 ///
-/// With a near part, whose keys are met in more than one block, `k` and `v` are left alone, and
+/// With a local window, whose keys are met in more than one block, `k` and `v` are left alone, and
 /// [`Tape::keys`] and [`Tape::values`] filled instead.
 pub(super) struct InputGradients<'g, T> {
     /// `[group, n_q, d]`
@@ -174,22 +174,22 @@ pub(crate) struct Tape<T> {
     deltas: Vec<T>,
     /// ȯ, if it came from a loss, `[group, n_q, e_padded]`.
     upstream: Vec<T>,
-    /// ẏ with a near part, `[n_k, d_padded]`.
+    /// ẏ with a local window, `[n_k, d_padded]`.
     pub(super) keys: Vec<T>,
-    /// v̇ with a near part, `[n_k, e_padded]`.
+    /// v̇ with a local window, `[n_k, e_padded]`.
     pub(super) values: Vec<T>,
     /// R, `[m, e_padded]`: at the end the gradient of the S the stretch started from.
     pub(super) sums: Vec<T>,
     /// r, `[m]`: at the end minus the gradient of the z the stretch started from.
     pub(super) norm: Vec<T>,
     state: HeadState<T>,
-    near: NearBuffers<T>,
+    window: WindowBuffers<T>,
     block: Buffers<T>,
 }
 
-/// The near keys of a block.
+/// The window keys of a block.
 #[derive(Debug, Clone, Default)]
-struct NearBuffers<T> {
+struct WindowBuffers<T> {
     /// Scaled keys: panels `[d, BLOCK]`, one after the other.
     y: Vec<T>,
     /// Values `[keys, e_padded]`.
@@ -289,8 +289,8 @@ impl<T: Real> Tape<T> {
             values: Vec::new(),
             sums: vec![T::ZERO; features * padded(value_dim)],
             norm: vec![T::ZERO; features],
-            state: HeadState::new(Shape { heads: 1, dim, features, value_dim, near: None }),
-            near: NearBuffers::default(),
+            state: HeadState::new(Shape { heads: 1, dim, features, value_dim, window: None }),
+            window: WindowBuffers::default(),
             block: Buffers::new(dim, features, value_dim),
         }
     }
@@ -330,7 +330,7 @@ impl<T: Real> Tape<T> {
                 0
             };
             refill(&mut self.upstream, stored, T::ZERO);
-            let keys = if inputs && matches!(stretch.order, Order::Near(_)) {
+            let keys = if inputs && matches!(stretch.order, Order::Window(_)) {
                 stretch.k.nrows()
             } else {
                 0
@@ -454,10 +454,10 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
                     start = self.both(start..queries.min(start + CAUSAL_BLOCK));
                 }
             }
-            Order::Near(near) => {
+            Order::Window(window) => {
                 let mut absorbed = 0;
                 while start < queries {
-                    let (end, first) = near_block(self.stretch, near, start);
+                    let (end, first) = window_block(self.stretch, window, start);
                     self.ahead.aim(end, BLOCK);
                     self.absorb(absorbed..first.max(absorbed));
                     absorbed = first.max(absorbed);
@@ -568,7 +568,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
     fn read(&mut self, queries: Range<usize>, keys: Range<usize>) {
         let keys = if self.stretch.given.is_some() { 0..0 } else { keys };
         if !keys.is_empty() {
-            load_near(self.stretch, keys.clone(), &mut self.tape.near, &self.tape.block.zeros);
+            load_window(self.stretch, keys.clone(), &mut self.tape.window, &self.tape.block.zeros);
         }
         self.push_event(Kind::Read, queries.clone());
         for h in 0..self.stretch.q.shape()[0] {
@@ -629,18 +629,18 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         self.deltas(h, queries.clone(), keys.clone(), own);
         self.feature_gradients(queries.clone(), own);
         if self.targets.as_ref().is_some_and(|targets| targets.inputs.is_some()) {
-            self.near_gradients(&queries, keys);
+            self.window_gradients(&queries, keys);
             self.write_queries(h, queries);
         }
     }
 
-    /// Weights of the far part into `a`, of the near keys into `near.p`, of the block's own keys
+    /// Weights of the far part into `a`, of the window keys into `near.p`, of the block's own keys
     /// into `s`, and their sum into `total`; all of them scaled by e^−top.
     fn weights(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
         let (ops, stretch, state, ahead) = (T::ops(), self.stretch, &*self.state, &mut self.ahead);
         let (tokens, width, dim) = (queries.len(), padded(queries.len()), stretch.q.shape()[2]);
         let position = stretch.position + stretch.lead + queries.start;
-        let near = &mut self.tape.near;
+        let window = &mut self.tape.window;
         let Buffers {
             x,
             a,
@@ -683,24 +683,24 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             shift.fill(T::ZERO);
         }
         if !keys.is_empty() {
-            near_scores(
+            window_scores(
                 ops,
                 stretch,
                 keys.clone(),
                 stretch.lead + queries.start,
                 width,
                 x,
-                near,
+                window,
                 ahead,
             );
-            (ops.column_max)(&near.p[..keys.len() * width], &near.zeros[..keys.len()], column);
-            top.iter_mut().zip(column.iter()).for_each(|(top, &near)| *top = top.max(near));
+            (ops.column_max)(&window.p[..keys.len() * width], &window.zeros[..keys.len()], column);
+            top.iter_mut().zip(column.iter()).for_each(|(top, &window)| *top = top.max(window));
         }
         let given = stretch.given.map(|given| &given[h]);
         if let Some(given) = given {
             top.iter_mut()
                 .zip(&given.top[queries.clone()])
-                .for_each(|(top, &near)| *top = top.max(near));
+                .for_each(|(top, &window)| *top = top.max(window));
         }
         for (top, shift) in top.iter_mut().zip(shift.iter_mut()) {
             *top = if *top > T::NEG_INFINITY { *top } else { T::ZERO };
@@ -712,9 +712,9 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         if !keys.is_empty() {
             column.iter_mut().zip(top.iter()).for_each(|(column, &top)| *column = -top);
             let (p, zeros, ones) = (
-                &mut near.p[..keys.len() * width],
-                &near.zeros[..keys.len()],
-                &near.ones[..keys.len()],
+                &mut window.p[..keys.len() * width],
+                &window.zeros[..keys.len()],
+                &window.ones[..keys.len()],
             );
             // `inverse` is not needed yet.
             let sums = &mut inverse[..width];
@@ -757,7 +757,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let (ops, stretch, ahead) = (T::ops(), self.stretch, &mut self.ahead);
         let (tokens, width, stride) =
             (queries.len(), padded(queries.len()), padded(stretch.v.ncols()));
-        let near = &self.tape.near;
+        let window = &self.tape.window;
         let Buffers { a, s, o, v_rows, top, total, feature, .. } = &mut self.tape.block;
         let o = &mut o[..tokens * stride];
         if self.state.started {
@@ -792,8 +792,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             product(
                 ops,
                 (tokens, stride, keys.len()),
-                (&near.p, 1, width),
-                (&near.v, stride),
+                (&window.p, 1, width),
+                (&window.v, stride),
                 (o, stride),
                 true,
                 ahead,
@@ -823,7 +823,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let (ops, stretch, state, ahead) = (T::ops(), self.stretch, &*self.state, &mut self.ahead);
         let (tokens, width, stride) =
             (queries.len(), padded(queries.len()), padded(stretch.v.ncols()));
-        let near = &mut self.tape.near;
+        let window = &mut self.tape.window;
         let Buffers {
             a,
             df,
@@ -878,17 +878,17 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             (ops.column_dot)(&s[..tokens * width], &products[..tokens * width], delta);
         }
         if !keys.is_empty() {
-            let dp = &mut near.dp[..keys.len() * width];
+            let dp = &mut window.dp[..keys.len() * width];
             product(
                 ops,
                 (keys.len(), width, stride),
-                (&near.v, stride, 1),
+                (&window.v, stride, 1),
                 (v, width),
                 (dp, width),
                 false,
                 ahead,
             );
-            (ops.column_dot)(&near.p[..keys.len() * width], dp, delta);
+            (ops.column_dot)(&window.p[..keys.len() * width], dp, delta);
         }
         for (i, query) in queries.clone().enumerate() {
             if let Some(given) = stretch.given.map(|given| &given[h]) {
@@ -945,8 +945,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         stretch.map.query_vjp(width, &x[..dim * width], df, dx, targets.sums, map);
     }
 
-    /// The near keys' part of the gradients of queries, keys and values.
-    fn near_gradients(&mut self, queries: &Range<usize>, keys: Range<usize>) {
+    /// The window keys' part of the gradients of queries, keys and values.
+    fn window_gradients(&mut self, queries: &Range<usize>, keys: Range<usize>) {
         if keys.is_empty() {
             return;
         }
@@ -954,7 +954,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let (tokens, width, dim, stride) =
             (queries.len(), padded(queries.len()), stretch.k.ncols(), padded(stretch.v.ncols()));
         let dim_stride = padded(dim);
-        let NearBuffers { y, p, dp, ones, .. } = &mut self.tape.near;
+        let WindowBuffers { y, p, dp, ones, .. } = &mut self.tape.window;
         let Buffers { x, x_rows, dx, g_rows, o, inverse, delta, column, .. } = &mut self.tape.block;
         let (p, dp) = (&p[..keys.len() * width], &mut dp[..keys.len() * width]);
         (ops.log_weight_vjp)(
@@ -1030,30 +1030,30 @@ fn position_moment<T: Real>(first: f64, x: &[T]) -> f64 {
 }
 
 /// Where the block of queries beginning at `start` ends, and the first key that is near to it.
-fn near_block<T, M>(stretch: &Stretch<'_, T, M>, near: Near, start: usize) -> (usize, usize) {
+fn window_block<T, M>(stretch: &Stretch<'_, T, M>, window: Window, start: usize) -> (usize, usize) {
     let position = stretch.position + stretch.lead + start;
-    let (chunk, within) = (position / near.chunk, position % near.chunk);
-    let end = stretch.q.shape()[1].min(start + BLOCK.min(near.chunk - within));
-    (end, (chunk.saturating_sub(near.back) * near.chunk).saturating_sub(stretch.position))
+    let (chunk, within) = (position / window.chunk, position % window.chunk);
+    let end = stretch.q.shape()[1].min(start + BLOCK.min(window.chunk - within));
+    (end, (chunk.saturating_sub(window.back) * window.chunk).saturating_sub(stretch.position))
 }
 
-/// The near keys of a block of queries, whichever query head they are for.
-fn load_near<T: Real, M>(
+/// The window keys of a block of queries, whichever query head they are for.
+fn load_window<T: Real, M>(
     stretch: &Stretch<'_, T, M>,
     keys: Range<usize>,
-    near: &mut NearBuffers<T>,
+    window: &mut WindowBuffers<T>,
     zeros: &[T],
 ) {
     let (dim, stride, count) = (stretch.k.ncols(), padded(stretch.v.ncols()), keys.len());
-    if near.ones.len() < count {
-        near.y.resize(count.next_multiple_of(BLOCK) * dim, T::ZERO);
-        near.v.resize(count * stride, T::ZERO);
-        near.p.resize(count * BLOCK, T::ZERO);
-        near.dp.resize(count * BLOCK, T::ZERO);
-        near.ones.resize(count, T::ONE);
-        near.zeros.resize(count, T::ZERO);
+    if window.ones.len() < count {
+        window.y.resize(count.next_multiple_of(BLOCK) * dim, T::ZERO);
+        window.v.resize(count * stride, T::ZERO);
+        window.p.resize(count * BLOCK, T::ZERO);
+        window.dp.resize(count * BLOCK, T::ZERO);
+        window.ones.resize(count, T::ONE);
+        window.zeros.resize(count, T::ZERO);
     }
-    for (start, panel) in keys.clone().step_by(BLOCK).zip(near.y.chunks_exact_mut(dim * BLOCK)) {
+    for (start, panel) in keys.clone().step_by(BLOCK).zip(window.y.chunks_exact_mut(dim * BLOCK)) {
         gather(
             T::ops(),
             stretch.k,
@@ -1064,25 +1064,25 @@ fn load_near<T: Real, M>(
             zeros,
         );
     }
-    copy_rows(T::ops(), stretch.v, keys, stretch.valid, &mut near.v);
+    copy_rows(T::ops(), stretch.v, keys, stretch.valid, &mut window.v);
 }
 
-/// Scores of the near keys (rows) for the queries (columns) of the panel `x`, whose first one
+/// Scores of the window keys (rows) for the queries (columns) of the panel `x`, whose first one
 /// belongs to key `query`; −∞ where a query must not look.
-fn near_scores<T: Real, M>(
+fn window_scores<T: Real, M>(
     ops: &Ops<T>,
     stretch: &Stretch<'_, T, M>,
     keys: Range<usize>,
     query: usize,
     width: usize,
     x: &[T],
-    near: &mut NearBuffers<T>,
+    window: &mut WindowBuffers<T>,
     ahead: &mut Ahead<T>,
 ) {
     let dim = stretch.k.ncols();
-    for (start, y) in (0..keys.len()).step_by(BLOCK).zip(near.y.chunks_exact(dim * BLOCK)) {
+    for (start, y) in (0..keys.len()).step_by(BLOCK).zip(window.y.chunks_exact(dim * BLOCK)) {
         let count = BLOCK.min(keys.len() - start);
-        let p = &mut near.p[start * width..];
+        let p = &mut window.p[start * width..];
         product(
             ops,
             (count, width, dim),
@@ -1093,16 +1093,16 @@ fn near_scores<T: Real, M>(
             ahead,
         );
     }
-    for (key, row) in keys.zip(near.p.chunks_exact_mut(width)) {
+    for (key, row) in keys.zip(window.p.chunks_exact_mut(width)) {
         let hidden =
             if is_valid(stretch.valid, key) { key.saturating_sub(query).min(width) } else { width };
         row[..hidden].fill(T::NEG_INFINITY);
     }
 }
 
-impl<T: Real> NearSums<T> {
-    /// Sums over the near keys of query head `h`, the order of the stretch being [`Order::Near`].
-    pub(super) fn new<M>(stretch: &Stretch<'_, T, M>, near: Near, h: usize) -> Self {
+impl<T: Real> WindowSums<T> {
+    /// Sums over the window keys of query head `h`, the order of the stretch being [`Order::Window`].
+    pub(super) fn new<M>(stretch: &Stretch<'_, T, M>, window: Window, h: usize) -> Self {
         let ops = T::ops();
         let (queries, dim, stride) =
             (stretch.q.shape()[1], stretch.q.shape()[2], padded(stretch.v.ncols()));
@@ -1113,17 +1113,17 @@ impl<T: Real> NearSums<T> {
             top: vec![T::NEG_INFINITY; queries],
         };
         let mut ahead = Ahead::of([stretch.k, stretch.v, stretch.q.index_axis_move(Axis(0), h)]);
-        let mut buffers = NearBuffers::default();
+        let mut buffers = WindowBuffers::default();
         let (mut x, no_token) = (zeros(dim * BLOCK), zeros(dim.max(LANES)));
         let (mut column, mut total) = (zeros(BLOCK), zeros(BLOCK));
         let mut start = 0;
         while start < queries {
-            let (end, first) = near_block(stretch, near, start);
+            let (end, first) = window_block(stretch, window, start);
             ahead.aim(end, BLOCK);
             let keys = first..stretch.lead + end;
             let (tokens, width) = (end - start, padded(end - start));
             let (column, total) = (&mut column[..width], &mut total[..width]);
-            load_near(stretch, keys.clone(), &mut buffers, &no_token);
+            load_window(stretch, keys.clone(), &mut buffers, &no_token);
             gather(
                 ops,
                 stretch.q.index_axis(Axis(0), h),
@@ -1133,7 +1133,7 @@ impl<T: Real> NearSums<T> {
                 &mut x,
                 &no_token,
             );
-            near_scores(
+            window_scores(
                 ops,
                 stretch,
                 keys.clone(),
@@ -1143,7 +1143,7 @@ impl<T: Real> NearSums<T> {
                 &mut buffers,
                 &mut ahead,
             );
-            let NearBuffers { v, p, ones, zeros, .. } = &mut buffers;
+            let WindowBuffers { v, p, ones, zeros, .. } = &mut buffers;
             let p = &mut p[..keys.len() * width];
             (ops.column_max)(p, &zeros[..keys.len()], column);
             sums.top[start..end].copy_from_slice(&column[..tokens]);
@@ -1436,7 +1436,7 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
     }
 
     /// What `x_rows` and `dv_rows` hold is the block's part of the gradients of keys and values,
-    /// all of it without a near part.
+    /// all of it without a local window.
     fn write_keys(&mut self, keys: Range<usize>) {
         let (key_stride, value_stride) =
             (padded(self.stretch.k.ncols()), padded(self.stretch.v.ncols()));

@@ -37,7 +37,7 @@ impl Sizes {
             ("head dimension", self.dim, got.dim),
             ("number of features", self.features, got.features),
             ("value dimension", self.value_dim, got.value_dim),
-            ("near part", self.scores, got.scores),
+            ("local window", self.scores, got.scores),
             ("map scratch", self.map, got.map),
         ];
         match pairs.into_iter().find(|(_, expected, got)| expected != got) {
@@ -169,7 +169,7 @@ impl<T: Real> Scratch<T> {
     pub(super) fn new(sizes: Sizes) -> Self {
         let Sizes { dim, features, value_dim, scores, map } = sizes;
         let zeros = |len| vec![T::zero(); len];
-        let sums = HeadState::new(Shape { heads: 1, dim, features, value_dim, near: None });
+        let sums = HeadState::new(Shape { heads: 1, dim, features, value_dim, window: None });
         Self {
             x: zeros(dim * BLOCK),
             y: zeros(dim * BLOCK),

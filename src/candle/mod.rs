@@ -7,7 +7,7 @@
 //!
 //! ```
 //! use candle_core::{Device, Tensor, Var};
-//! use dijiang::attention::Near;
+//! use dijiang::attention::Window;
 //! use dijiang::candle::{AttentionOptions, MapTensors, causal};
 //! use dijiang::kernel::DctMapConfig;
 //!
@@ -18,7 +18,7 @@
 //! let maps = (0..2).map(|h| MapTensors::new(&DctMapConfig::new(16).with_seed(h).params()?, 0.0));
 //! let maps = maps.collect::<Result<Vec<_>, _>>()?;
 //!
-//! let out = causal(&q, &k, &v, &maps, &AttentionOptions::new().with_near(Near::new(16, 1)))?;
+//! let out = causal(&q, &k, &v, &maps, &AttentionOptions::new().with_window(Window::new(16, 1)))?;
 //! assert_eq!(out.dims(), [2, 4, 100, 16]);
 //! let gradients = out.sqr()?.sum_all()?.backward()?;
 //! assert_eq!(gradients.get(&q).expect("q is a variable").dims(), q.dims());

@@ -11,7 +11,7 @@ use super::ops::{self, AttentionOptions, build};
 use super::rotate::rotate;
 use super::state::CandleState;
 use super::tensors::{HeadLayout, check_cpu, check_dtype, working_dtype};
-use crate::attention::{LinearConfig, Near};
+use crate::attention::{LinearConfig, Window};
 use crate::error::Error;
 use crate::kernel::{DctMap, Mixing, Pairing};
 use crate::layer::{
@@ -20,7 +20,7 @@ use crate::layer::{
 };
 use crate::real::Real;
 
-/// A linear attention layer on candle's tensors: [`DijiangAttention`] as a module.
+/// A liwindow attention layer on candle's tensors: [`DijiangAttention`] as a module.
 ///
 /// Names below the [`VarBuilder`]'s prefix, usually `model.layers.{l}.self_attn`:
 /// `{q,k,v,o}_proj.weight`, `{q,k,v,o}_proj.bias` where there are any, and `dijiang.{h}.*` for the
@@ -57,7 +57,7 @@ use crate::real::Real;
 pub struct CandleAttention {
     config: AttentionConfig,
     head_dim: usize,
-    near: Option<Near>,
+    window: Option<Window>,
     rotary: Option<Arc<RotaryTable>>,
     q_proj: Linear,
     k_proj: Linear,
@@ -69,7 +69,7 @@ pub struct CandleAttention {
 impl CandleAttention {
     /// The layer whose tensors `vb` has, of the `VarBuilder`'s type; those of the maps in f64.
     ///
-    /// Of `options`, `near` counts, and what says how large the tensors of the maps are: `blocks`,
+    /// Of `options`, `window` counts, and what says how large the tensors of the maps are: `blocks`,
     /// `pairing`, `envelope` and `mixing`. A head with `dense.query` among its tensors has a dense
     /// projection. Where the `VarBuilder` makes tensors that are not there (that of a `VarMap`
     /// does), radii are normally distributed, and everything else is as `options` says but the
@@ -92,7 +92,7 @@ impl CandleAttention {
         let maps = (0..config.kv_heads)
             .map(|h| map(head_dim, options, &vb.pp("dijiang").pp(h)))
             .collect::<Result<_>>()?;
-        Self::assemble(&config, options.near, [q_proj, k_proj, v_proj, o_proj], maps)
+        Self::assemble(&config, options.window, [q_proj, k_proj, v_proj, o_proj], maps)
     }
 
     /// The same layer: its weights as constants of type `dtype`, its maps in f64.
@@ -126,7 +126,7 @@ impl CandleAttention {
             .iter()
             .zip(layer.log_decay())
             .map(|(map, &log_decay)| MapTensors::new(map.params(), log_decay));
-        Self::assemble(layer.config(), layer.near(), projections, maps.collect::<Result<_>>()?)
+        Self::assemble(layer.config(), layer.window(), projections, maps.collect::<Result<_>>()?)
     }
 
     /// The same layer with the crate's own types, from the present values.
@@ -155,23 +155,25 @@ impl CandleAttention {
         let (params, log_decay): (Vec<_>, Vec<_>) = heads.into_iter().unzip();
         let maps = params.into_iter().map(DctMap::from_params).collect::<crate::Result<_>>()?;
         let softmax = SoftmaxAttention::new(self.config.clone(), weights)?;
-        let layer =
-            DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(self.near))?;
+        let layer = DijiangAttention::from_softmax(
+            &softmax,
+            DijiangOptions::new().with_window(self.window),
+        )?;
         Ok(layer.with_maps(maps)?.with_log_decay(log_decay)?)
     }
 
     fn assemble(
         config: &AttentionConfig,
-        near: Option<Near>,
+        window: Option<Window>,
         projections: [Linear; 4],
         maps: Vec<MapTensors>,
     ) -> Result<Self> {
         let (config, head_dim) = config.resolved()?;
-        let near = near.filter(|_| config.causality == Causality::Causal);
+        let window = window.filter(|_| config.causality == Causality::Causal);
         let rotary =
             config.rotary.as_ref().map(|rotary| Arc::new(RotaryTable::new(rotary, head_dim)));
         let [q_proj, k_proj, v_proj, o_proj] = projections;
-        Ok(Self { config, head_dim, near, rotary, q_proj, k_proj, v_proj, o_proj, maps })
+        Ok(Self { config, head_dim, window, rotary, q_proj, k_proj, v_proj, o_proj, maps })
     }
 
     /// The config, head dimension and scale filled in.
@@ -179,9 +181,9 @@ impl CandleAttention {
         &self.config
     }
 
-    /// The exact near part.
-    pub fn near(&self) -> Option<Near> {
-        self.near
+    /// The exact local window.
+    pub fn window(&self) -> Option<Window> {
+        self.window
     }
 
     /// The maps, one per key-value head.
@@ -237,7 +239,7 @@ impl CandleAttention {
                 .collect::<Result<_>>()?,
             config: self.config.clone(),
             head_dim: self.head_dim,
-            near: self.near,
+            window: self.window,
             rotary: self.rotary.clone(),
         })
     }
@@ -255,7 +257,7 @@ impl CandleAttention {
             );
         }
         let config =
-            LinearConfig { scale: self.config.scale, near: self.near, ..LinearConfig::new() }
+            LinearConfig { scale: self.config.scale, window: self.window, ..LinearConfig::new() }
                 .with_heads(self.config.heads);
         let maps = self.present_maps()?;
         let params = MapTensors::pack(&maps)?;
@@ -347,8 +349,12 @@ impl CandleAttention {
         let q = project(&self.q_proj, heads, self.rotary.as_ref())?;
         let k = project(&self.k_proj, kv_heads, self.rotary.as_ref())?;
         let v = project(&self.v_proj, kv_heads, None)?;
-        let options =
-            AttentionOptions { layout: HeadLayout::TokensFirst, scale, near: self.near, key_mask };
+        let options = AttentionOptions {
+            layout: HeadLayout::TokensFirst,
+            scale,
+            window: self.window,
+            key_mask,
+        };
         let out = match (state, causality) {
             (Some(state), _) => state.extend(&q, &k, &v, key_mask)?,
             (None, Causality::Causal) => ops::causal(&q, &k, &v, &self.present_maps()?, &options)?,

@@ -1,4 +1,4 @@
-//! Linear attention on tensors, with gradients.
+//! Liwindow attention on tensors, with gradients.
 //!
 //! An operation of candle may have three inputs; attention has four, q, k, v and the numbers of its
 //! maps. So it is two nodes of the graph: `Bind` takes q, k and v and yields one number, `Attend`
@@ -13,7 +13,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Resul
 
 use super::maps::{MapTensors, packed_gradients};
 use super::tensors::{Element, HeadLayout, Reading, Sizes, check_dtype, mask_rows, working_dtype};
-use crate::attention::{KeyMask, LinearAttention, LinearConfig, Near};
+use crate::attention::{KeyMask, LinearAttention, LinearConfig, Window};
 use crate::error::Error;
 use crate::kernel::DctMap;
 use crate::layer::Causality;
@@ -26,8 +26,8 @@ pub struct AttentionOptions<'a> {
     pub layout: HeadLayout,
     /// Softmax scale σ. Default: 1/√d.
     pub scale: Option<f64>,
-    /// The exact near part of causal attention. Default: none.
-    pub near: Option<Near>,
+    /// The exact local window of causal attention. Default: none.
+    pub window: Option<Window>,
     /// Keys that may be attended to: `[b, n_k]` of type U8, everything but 0 means yes. Default:
     /// all.
     pub key_mask: Option<&'a Tensor>,
@@ -51,10 +51,10 @@ impl<'a> AttentionOptions<'a> {
         Self { scale: Some(scale), ..self }
     }
 
-    /// Exact near part.
+    /// Exact local window.
     #[must_use]
-    pub fn with_near(self, near: Near) -> Self {
-        Self { near: Some(near), ..self }
+    pub fn with_window(self, window: Window) -> Self {
+        Self { window: Some(window), ..self }
     }
 
     /// Keys that may be attended to.
@@ -64,7 +64,7 @@ impl<'a> AttentionOptions<'a> {
     }
 }
 
-/// Causal linear attention: [`LinearAttention::causal`] of every sequence of a batch.
+/// Causal liwindow attention: [`LinearAttention::causal`] of every sequence of a batch.
 ///
 /// # Shapes
 /// In the order of [`HeadLayout`], here `[b, h, n, d]`:
@@ -95,14 +95,14 @@ pub fn causal(
     attention(Causality::Causal, q, k, v, maps, options)
 }
 
-/// Full linear attention, bidirectional or cross: [`LinearAttention::full`] of every sequence of a
+/// Full liwindow attention, bidirectional or cross: [`LinearAttention::full`] of every sequence of a
 /// batch.
 ///
 /// # Shapes
 /// As for [`causal`], where k and v may have another number of tokens than q.
 ///
 /// # Errors
-/// As [`causal`]; [`Error::Conflict`] with a near part or decay.
+/// As [`causal`]; [`Error::Conflict`] with a local window or decay.
 pub fn full(
     q: &Tensor,
     k: &Tensor,
@@ -171,7 +171,8 @@ fn run<T: Element>(
     options: &AttentionOptions<'_>,
 ) -> Result<Tensor> {
     let params = MapTensors::pack(maps)?;
-    let config = LinearConfig { scale: options.scale, near: options.near, ..LinearConfig::new() };
+    let config =
+        LinearConfig { scale: options.scale, window: options.window, ..LinearConfig::new() };
     let attention =
         build::<T>(config.with_heads(sizes.heads).with_value_dim(value_dim), maps, &params)?;
     let valid = match options.key_mask {

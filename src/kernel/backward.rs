@@ -225,7 +225,7 @@ enum Table<T> {
     Matrix(MatrixTable<T>),
 }
 
-/// Projections that are batched transforms with tokens along the lanes.
+/// QkvProj that are batched transforms with tokens along the lanes.
 ///
 /// The sums are, LANES partial ones of each, those over the tokens of ȧ_f `[m]`, ȧ_f·û_f `[m]` with
 /// û = C(s ⊙ z), y_i `[P]` with y = Cᵀ(t ⊙ u̇), y_i z_i `[P]`, and z_i Σ_f ȧ_f `[d]`.

@@ -17,7 +17,7 @@ use crate::error::{Result, check_elements, check_len, check_shape};
 use crate::kernel::DctGradients;
 use crate::layer::config::Causality;
 use crate::layer::dijiang::DijiangAttention;
-use crate::layer::projection::{Projected, ROWS};
+use crate::layer::qkv_proj::{ProjectedQkv, ROWS};
 use crate::layer::weights::AttentionWeights;
 use crate::real::Real;
 use crate::simd::product;
@@ -61,7 +61,7 @@ impl<T: Real> DijiangAttention<T> {
     /// let matrix = |p: usize| Array2::from_shape_fn((4, 4), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3);
     /// let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
     /// let softmax = SoftmaxAttention::new(AttentionConfig::new(4, 2), weights)?;
-    /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(None))?;
+    /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_window(None))?;
     ///
     /// let x = Array2::from_shape_fn((9, 4), |(i, j)| ((i * 13 + j * 29) % 23) as f64 / 8.0 - 1.0);
     /// let gradients = layer.backward(&x, KeyMask::All, &Array2::ones((9, 4)))?;
@@ -113,7 +113,7 @@ impl<T: Real> DijiangAttention<T> {
             check_len("mask", x.nrows(), valid.len())?;
         }
         let weights = &**projections.weights();
-        let Projected { q, k, v } = projections.project(x, 0);
+        let ProjectedQkv { q, k, v } = projections.project(x, 0);
         let heads = |rows| projections.heads(rows);
         let (q_heads, k_heads, v_heads) = (heads(&q), heads(&k), heads(&v));
 

@@ -8,17 +8,17 @@
 //! √σ·q (over all query heads that share the map) and of y = √σ·k. They leave the kernel that is
 //! approximated as it is and shrink the error of the approximation. Then the decay, where it is to
 //! be fitted, from a grid of half-lives, and the mix g, which weighs the kernel against the exact
-//! near part, by bisection: what far keys add should be half of what it is in softmax attention,
+//! local window, by bisection: what far keys add should be half of what it is in softmax attention,
 //!
 //! ```text
-//! Σ (ô − n)·(o − n) = ½ Σ (o − n)²        n: outputs over the near keys alone
+//! Σ (ô − n)·(o − n) = ½ Σ (o − n)²        n: outputs over the window keys alone
 //! ```
 //!
 //! or more or less, where the error would otherwise hardly fall.
 //!
 //! Then by gradient: Adam with cosine decay of the step length on scales, radii, log-weights, mix
 //! and, where they are to be fitted, decay and centres. Only the far part is computed in every
-//! step; the sums over near keys are constants. At the end the mix is searched again, now for all
+//! step; the sums over window keys are constants. At the end the mix is searched again, now for all
 //! of what far keys should add. (Of two mixes the one with the smaller squared error is not the one
 //! with the better model: it shrinks what is noisy.)
 //!
@@ -114,7 +114,7 @@ pub struct CalibrateOptions {
     pub learning_rate: f64,
     /// Samples in every step, all of them if there are fewer. Default: 8.
     pub batch: usize,
-    /// log γ of every head. Worth most without a near part, next to nothing with one. Default:
+    /// log γ of every head. Worth most without a local window, next to nothing with one. Default:
     /// [`Fit::Keep`].
     pub decay: Fit,
     /// The centres by gradient; from the means they start in any case. Default: [`Fit::Keep`].
@@ -257,7 +257,7 @@ pub struct HeadReport {
     /// log γ after.
     pub log_decay: f64,
     /// The share of softmax attention's mass that is on far keys: what the map stands for. 1
-    /// without a near part.
+    /// without a local window.
     pub far_mass: f64,
 }
 
@@ -288,7 +288,7 @@ impl<T: Real> DijiangAttention<T> {
     /// alone ([`steps`](CalibrateOptions::steps) = 0), has nothing held out: what was calibrated on
     /// is what is measured.
     ///
-    /// Samples that lie within the near part, at most c·(r + 1) tokens long, teach nothing and are
+    /// Samples that lie within the local window, at most c·(r + 1) tokens long, teach nothing and are
     /// left out.
     ///
     /// `progress` is called on this thread after every pass over the samples and every step;
@@ -299,17 +299,17 @@ impl<T: Real> DijiangAttention<T> {
     ///   positions from 0.
     ///
     /// # Cost
-    /// Softmax attention once (twice on the held-out samples), then linear attention's far part 12
+    /// Softmax attention once (twice on the held-out samples), then liwindow attention's far part 12
     /// times over the samples for the closed form, forward and backward once per step over
     /// [`batch`](CalibrateOptions::batch) of them, and 12 times over the samples again; with no
-    /// near part, where the mix cancels, the steps alone. Fitting decay adds 12 times. Heads and
+    /// local window, where the mix cancels, the steps alone. Fitting decay adds 12 times. Heads and
     /// samples in parallel; without a limit of time the result does not depend on the number of
     /// threads. Memory: about 5·n·h·d numbers for n tokens in all samples.
     ///
     /// # Errors
     /// [`Error::Empty`] without samples or for an empty one, [`Error::Shape`] for one of another
     /// width, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`], [`Error::Value`] if no
-    /// sample is longer than the near part, [`Error::Value`] and [`Error::TooLarge`] for impossible
+    /// sample is longer than the local window, [`Error::Value`] and [`Error::TooLarge`] for impossible
     /// options, [`Error::Conflict`] for fitting the decay of a bidirectional layer,
     /// [`Error::Cancelled`] after `Break`. After an error the layer is unchanged.
     ///
@@ -318,14 +318,14 @@ impl<T: Real> DijiangAttention<T> {
     /// ```
     /// use std::ops::ControlFlow;
     ///
-    /// use dijiang::attention::Near;
+    /// use dijiang::attention::Window;
     /// use dijiang::layer::{AttentionConfig, AttentionWeights, CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention};
     /// use ndarray::Array2;
     ///
     /// let matrix = |p: usize| Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3);
     /// let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
     /// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights)?;
-    /// let options = DijiangOptions::new().with_near(Some(Near::new(8, 1)));
+    /// let options = DijiangOptions::new().with_window(Some(Window::new(8, 1)));
     /// let mut layer = DijiangAttention::from_softmax(&softmax, options)?;
     ///
     /// let sample = Array2::from_shape_fn((64, 8), |(i, j)| ((i * 13 + j * 29) % 23) as f64 / 8.0 - 1.0);
@@ -349,7 +349,7 @@ impl<T: Real> DijiangAttention<T> {
             return Err(Error::Conflict { argument: "decay", other: "bidirectional attention" });
         }
         let order =
-            if causal { self.near().map_or(Order::Causal, Order::Near) } else { Order::Full };
+            if causal { self.window().map_or(Order::Causal, Order::Window) } else { Order::Full };
         let samples = capture(self, samples, order)?;
         let decays = self.log_decay().iter();
         let old = self
@@ -374,7 +374,7 @@ impl<T: Real> DijiangAttention<T> {
         let run = Run {
             options,
             start,
-            near: matches!(order, Order::Near(_)),
+            window: matches!(order, Order::Window(_)),
             train,
             held,
             done: 0,
@@ -400,7 +400,7 @@ impl<T: Real> DijiangAttention<T> {
     }
 }
 
-/// Projects the samples that reach beyond the near part.
+/// Projects the samples that reach beyond the local window.
 fn capture<T: Real>(
     layer: &DijiangAttention<T>,
     samples: &[ArrayView2<'_, T>],
@@ -409,18 +409,18 @@ fn capture<T: Real>(
     if samples.is_empty() {
         return Err(Error::Empty { argument: "samples" });
     }
-    let near = match order {
-        Order::Near(near) => near.chunk.saturating_mul(near.back.saturating_add(1)),
+    let window = match order {
+        Order::Window(window) => window.chunk.saturating_mul(window.back.saturating_add(1)),
         Order::Full | Order::Causal => 0,
     };
     let longest = samples.iter().map(|x| x.nrows()).max().unwrap_or(0);
     let samples =
         samples.iter().map(|x| Sample::new(layer.projections(), x)).collect::<Result<Vec<_>>>()?;
-    let samples: Vec<_> = samples.into_iter().filter(|sample| sample.len() > near).collect();
+    let samples: Vec<_> = samples.into_iter().filter(|sample| sample.len() > window).collect();
     if samples.is_empty() {
         return Err(Error::Value {
             argument: "samples",
-            expected: "longer than the near part",
+            expected: "longer than the local window",
             got: longest as f64,
         });
     }
@@ -455,8 +455,8 @@ impl Found {
 struct Run<'a, F> {
     options: &'a CalibrateOptions,
     start: Instant,
-    /// Whether there is a near part. Without one the mix cancels.
-    near: bool,
+    /// Whether there is a local window. Without one the mix cancels.
+    window: bool,
     train: Range<usize>,
     held: Range<usize>,
     /// Passes and steps made.
@@ -490,7 +490,7 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
 
         let mut closed = self.fit_decay(judge, closed, &found)?;
         let mut limits = Vec::new();
-        if self.near {
+        if self.window {
             let given = judge.far_shares(&old, self.train.clone()).into_iter();
             limits = given.map(|far| far.map_or(f64::INFINITY, |far| WORTH * far.error)).collect();
             closed = self.fit_mix(judge, closed, &found, |h, far| {
@@ -504,7 +504,7 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
 
         if self.options.steps > 0 {
             let (mut search, start) = (Duration::ZERO, Instant::now());
-            if self.near {
+            if self.window {
                 let heads = found.iter().map(|found| found.head.clone()).collect();
                 let heads =
                     self.fit_mix(judge, heads, &found, |_, far| far.is_below_least_squares())?;
@@ -513,7 +513,7 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
                 search = start.elapsed();
             }
             let steps = self.descend(judge, &mut found, &held_variance, search)?;
-            if self.near {
+            if self.window {
                 let share = CLOSED_FORM_SHARE
                     + (TRAINED_SHARE - CLOSED_FORM_SHARE) * (steps as f64 / TRAINED).min(1.0);
                 let heads = found.iter().map(|found| found.head.clone()).collect();
@@ -533,10 +533,10 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
     /// Passes and steps there will be.
     fn total(&self) -> usize {
         let decays = if self.options.decay == Fit::Train { 1 + HALF_LIVES } else { 0 };
-        let mix = if self.near { HALVINGS } else { 0 };
+        let mix = if self.window { HALVINGS } else { 0 };
         let descent = match self.options.steps {
             0 => 0,
-            steps => steps + if self.near { 2 * HALVINGS + 1 } else { 0 },
+            steps => steps + if self.window { 2 * HALVINGS + 1 } else { 0 },
         };
         1 + decays + mix + 1 + descent
     }
@@ -613,7 +613,7 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
     ) -> Result<usize> {
         let CalibrateOptions { steps, batch, learning_rate, .. } = *self.options;
         let moved = Moved {
-            mix: self.near,
+            mix: self.window,
             centers: self.options.centers == Fit::Train,
             decay: self.options.decay == Fit::Train,
         };

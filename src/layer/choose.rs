@@ -1,7 +1,7 @@
-//! Choice of structure: how far the near part reaches, how many features a map has, and which
+//! Choice of structure: how far the local window reaches, how many features a map has, and which
 //! projection each head has, by trial calibrations within a budget of time.
 //!
-//! One question after the other: the near part first, which the whole layer shares and which is
+//! One question after the other: the local window first, which the whole layer shares and which is
 //! worth most; then the number of features; then, head by head, the projection. Of two answers the
 //! cheaper one stays unless the other lowers the error on the held-out samples by at least 2 %.
 
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use ndarray::{Array3, ArrayView2};
 
-use crate::attention::{KeyMask, LinearConfig, Near};
+use crate::attention::{KeyMask, LinearConfig, Window};
 use crate::error::{Error, Result};
 use crate::kernel::DctMap;
 use crate::layer::Attention;
@@ -42,12 +42,12 @@ pub struct ChooseOptions {
     /// a long prefill, projections by the weights not counted. Default: none, whatever lowers the
     /// error.
     pub budget: Option<Duration>,
-    /// Near parts, the cheapest first. A bidirectional layer has none and ignores them. Default: 64
+    /// Window parts, the cheapest first. A bidirectional layer has none and ignores them. Default: 64
     /// and 128 tokens a chunk, one chunk back.
-    pub near: Vec<Option<Near>>,
+    pub window: Vec<Option<Window>>,
     /// Blocks G of d features each, the cheapest first. Default: 1 and 2.
     pub blocks: Vec<usize>,
-    /// Projections, the cheapest first. Default: all, [`ProjectionFit::Keep`] first.
+    /// QkvProj, the cheapest first. Default: all, [`ProjectionFit::Keep`] first.
     pub projections: Vec<ProjectionFit>,
     /// Everything else about the maps. Default: [`DijiangOptions::new`].
     pub map: DijiangOptions,
@@ -61,7 +61,7 @@ impl Default for ChooseOptions {
     fn default() -> Self {
         Self {
             budget: None,
-            near: vec![Some(Near::new(64, 1)), Some(Near::new(128, 1))],
+            window: vec![Some(Window::new(64, 1)), Some(Window::new(128, 1))],
             blocks: vec![1, 2],
             projections: vec![ProjectionFit::Keep, ProjectionFit::Deep, ProjectionFit::Dense],
             map: DijiangOptions::new(),
@@ -83,10 +83,10 @@ impl ChooseOptions {
         Self { budget, ..self }
     }
 
-    /// Near parts, the cheapest first.
+    /// Window parts, the cheapest first.
     #[must_use]
-    pub fn with_near(self, near: Vec<Option<Near>>) -> Self {
-        Self { near, ..self }
+    pub fn with_window(self, window: Vec<Option<Window>>) -> Self {
+        Self { window, ..self }
     }
 
     /// Blocks, the cheapest first.
@@ -95,7 +95,7 @@ impl ChooseOptions {
         Self { blocks, ..self }
     }
 
-    /// Projections, the cheapest first.
+    /// QkvProj, the cheapest first.
     #[must_use]
     pub fn with_projections(self, projections: Vec<ProjectionFit>) -> Self {
         Self { projections, ..self }
@@ -121,7 +121,7 @@ impl ChooseOptions {
 
     fn check(&self) -> Result<()> {
         let lists = [
-            ("near", self.near.len()),
+            ("window", self.window.len()),
             ("blocks", self.blocks.len()),
             ("projections", self.projections.len()),
         ];
@@ -148,8 +148,8 @@ pub struct ChooseProgress {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Trial {
-    /// The near part.
-    pub near: Option<Near>,
+    /// The local window.
+    pub window: Option<Window>,
     /// Blocks G.
     pub blocks: usize,
     /// The projection.
@@ -167,8 +167,8 @@ pub struct Trial {
 pub struct ChooseReport {
     /// Everything that was tried, in this order.
     pub trials: Vec<Trial>,
-    /// The near part chosen.
-    pub near: Option<Near>,
+    /// The local window chosen.
+    pub window: Option<Window>,
     /// The blocks chosen.
     pub blocks: usize,
     /// The projection chosen for every key-value head.
@@ -181,24 +181,24 @@ pub struct ChooseReport {
 
 impl<T: Real> DijiangAttention<T> {
     /// [`from_softmax`](Self::from_softmax) and [`calibrate`](Self::calibrate) for those who would
-    /// rather give a budget of time than choose near part, features and projection themselves.
+    /// rather give a budget of time than choose local window, features and projection themselves.
     ///
     /// Times are taken on the machine it runs on, so the choice may differ where a structure is at
     /// the edge of the budget; without a budget the same samples, options and seed give the same
     /// layer.
     ///
     /// # Shapes
-    /// - `samples`: as [`calibrate`](Self::calibrate). Near parts that none of them reaches beyond
+    /// - `samples`: as [`calibrate`](Self::calibrate). Window parts that none of them reaches beyond
     ///   are left out.
     ///
     /// # Cost
-    /// A calibration by [`trial`](ChooseOptions::trial) for every near part, then for every further
+    /// A calibration by [`trial`](ChooseOptions::trial) for every local window, then for every further
     /// number of blocks, then for every further projection, and one by
     /// [`calibrate`](ChooseOptions::calibrate) at the end.
     ///
     /// # Errors
     /// [`Error::Empty`] for an empty list, [`Error::Value`] if no structure is within the budget or
-    /// no sample is longer than a near part, [`Error::Cancelled`] after `Break`, and those of
+    /// no sample is longer than a local window, [`Error::Cancelled`] after `Break`, and those of
     /// [`from_softmax`](Self::from_softmax) and [`calibrate`](Self::calibrate).
     ///
     /// # Examples
@@ -207,7 +207,7 @@ impl<T: Real> DijiangAttention<T> {
     /// use std::ops::ControlFlow;
     /// use std::time::Duration;
     ///
-    /// use dijiang::attention::Near;
+    /// use dijiang::attention::Window;
     /// use dijiang::layer::{AttentionConfig, AttentionWeights, ChooseOptions, DijiangAttention, SoftmaxAttention};
     /// use ndarray::Array2;
     ///
@@ -217,10 +217,10 @@ impl<T: Real> DijiangAttention<T> {
     /// let sample = Array2::from_shape_fn((96, 8), |(i, j)| ((i * 13 + j * 29) % 23) as f64 / 8.0 - 1.0);
     ///
     /// let options = ChooseOptions::new()
-    ///     .with_near(vec![Some(Near::new(8, 1)), Some(Near::new(16, 1))])
+    ///     .with_window(vec![Some(Window::new(8, 1)), Some(Window::new(16, 1))])
     ///     .with_budget(Some(Duration::from_millis(1)));
     /// let (layer, report) = DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| ControlFlow::Continue(()))?;
-    /// assert_eq!(layer.near(), report.near);
+    /// assert_eq!(layer.window(), report.window);
     /// # Ok::<(), dijiang::Error>(())
     /// ```
     pub fn choose(
@@ -232,17 +232,19 @@ impl<T: Real> DijiangAttention<T> {
         options.check()?;
         let causal = layer.config().causality == Causality::Causal;
         let longest = samples.iter().map(|sample| sample.nrows()).max().unwrap_or(0);
-        let reached = |near: &Option<Near>| {
-            near.is_none_or(|near| near.chunk.saturating_mul(near.back.saturating_add(1)) < longest)
+        let reached = |window: &Option<Window>| {
+            window.is_none_or(|window| {
+                window.chunk.saturating_mul(window.back.saturating_add(1)) < longest
+            })
         };
-        let nears: Vec<Option<Near>> = match causal {
-            true => options.near.iter().copied().filter(reached).collect(),
+        let nears: Vec<Option<Window>> = match causal {
+            true => options.window.iter().copied().filter(reached).collect(),
             false => vec![None],
         };
         if nears.is_empty() {
             return Err(Error::Value {
                 argument: "samples",
-                expected: "longer than the near part",
+                expected: "longer than the local window",
                 got: longest as f64,
             });
         }
@@ -251,13 +253,13 @@ impl<T: Real> DijiangAttention<T> {
             Search { layer, samples, options, causal, trials, made: Vec::new(), progress };
         let (blocks, projection) = (options.blocks[0], options.projections[0]);
         let mut best: Option<Tried<T>> = None;
-        for near in nears {
-            best = better(best, search.trial(near, blocks, projection)?);
+        for window in nears {
+            best = better(best, search.trial(window, blocks, projection)?);
         }
         for &blocks in &options.blocks[1..] {
-            let near = best.as_ref().map(|best| best.near);
-            if let Some(near) = near {
-                best = better(best, search.trial(near, blocks, projection)?);
+            let window = best.as_ref().map(|best| best.window);
+            if let Some(window) = window {
+                best = better(best, search.trial(window, blocks, projection)?);
             }
         }
         let Some(best) = best else {
@@ -270,7 +272,7 @@ impl<T: Real> DijiangAttention<T> {
         };
         let mut tried = vec![best];
         for &projection in &options.projections[1..] {
-            tried.extend(search.trial(tried[0].near, tried[0].blocks, projection)?);
+            tried.extend(search.trial(tried[0].window, tried[0].blocks, projection)?);
         }
         let (chosen, time) = per_head(&tried, options.budget);
         let part = |h: usize| &tried[chosen[h]];
@@ -279,18 +281,18 @@ impl<T: Real> DijiangAttention<T> {
         let mut layer = tried[0].layer.clone();
         layer.set_heads(maps, log_decay)?;
         let calibration = search.calibrate(&mut layer, &options.calibrate)?;
-        let (near, blocks) = (tried[0].near, tried[0].blocks);
+        let (window, blocks) = (tried[0].window, tried[0].blocks);
         let projections = chosen.iter().map(|&chosen| tried[chosen].projection).collect();
         Ok((
             layer,
-            ChooseReport { trials: search.made, near, blocks, projections, time, calibration },
+            ChooseReport { trials: search.made, window, blocks, projections, time, calibration },
         ))
     }
 }
 
 /// A structure within the budget, after its trial calibration.
 struct Tried<T> {
-    near: Option<Near>,
+    window: Option<Window>,
     blocks: usize,
     projection: ProjectionFit,
     layer: DijiangAttention<T>,
@@ -353,11 +355,11 @@ impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
     /// Calibrates one structure, if it is within the budget.
     fn trial(
         &mut self,
-        near: Option<Near>,
+        window: Option<Window>,
         blocks: usize,
         projection: ProjectionFit,
     ) -> Result<Option<Tried<T>>> {
-        let options = self.options.map.clone().with_near(near).with_blocks(blocks);
+        let options = self.options.map.clone().with_window(window).with_blocks(blocks);
         let mut layer = DijiangAttention::from_softmax(self.layer, options)?;
         let maps = layer
             .maps()
@@ -365,7 +367,7 @@ impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
             .map(|map| projection.prepare(map.params()).and_then(DctMap::from_params));
         layer.set_maps(maps.collect::<Result<_>>()?)?;
         let time = time_per_token(&layer)?;
-        let mut trial = Trial { near, blocks, projection, time, error: None };
+        let mut trial = Trial { window, blocks, projection, time, error: None };
         if self.options.budget.is_some_and(|budget| time > budget) {
             self.made.push(trial);
             return Ok(None);
@@ -374,7 +376,7 @@ impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
         trial.error = Some(report.after());
         self.made.push(trial);
         let errors = report.heads.iter().map(|head| head.after).collect();
-        Ok(Some(Tried { near, blocks, projection, layer, time, errors }))
+        Ok(Some(Tried { window, blocks, projection, layer, time, errors }))
     }
 
     fn calibrate(
@@ -382,8 +384,9 @@ impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
         layer: &mut DijiangAttention<T>,
         options: &CalibrateOptions,
     ) -> Result<CalibrateReport> {
-        // Without a near part, decay is what a causal head needs most.
-        let decay = if self.causal && layer.near().is_none() { Fit::Train } else { options.decay };
+        // Without a local window, decay is what a causal head needs most.
+        let decay =
+            if self.causal && layer.window().is_none() { Fit::Train } else { options.decay };
         let (trial, trials) = (self.made.len(), self.trials);
         let options = options.clone().with_decay(decay).with_projection(ProjectionFit::Keep);
         layer.calibrate(self.samples, &options, |calibrate| {
@@ -392,12 +395,12 @@ impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
     }
 }
 
-/// Time that attention of all heads takes per token once the near part is full, on one thread: that
+/// Time that attention of all heads takes per token once the local window is full, on one thread: that
 /// of the first key-value head, for as many heads as there are.
 fn time_per_token<T: Real>(layer: &DijiangAttention<T>) -> Result<Duration> {
     let (heads, d) = (layer.config().kv_heads, layer.projections().head_dim());
     let group = layer.config().heads / heads;
-    let config = LinearConfig { near: layer.near(), ..LinearConfig::new() };
+    let config = LinearConfig { window: layer.window(), ..LinearConfig::new() };
     let linear = config.with_heads(group).build(vec![layer.maps()[0].clone()])?;
     let random = |h: usize, i: usize, l: usize| {
         mixed(((h * STRETCH + i) * d + l) as u64) as f64 / u64::MAX as f64 - 0.5
@@ -409,7 +412,7 @@ fn time_per_token<T: Real>(layer: &DijiangAttention<T>) -> Result<Duration> {
     let (mut out, mut workspace, mut state) = (q.clone(), linear.workspace(), linear.new_state());
     let causal = layer.config().causality == Causality::Causal;
     let mut shortest = Duration::MAX;
-    let reach = layer.near().map_or(0, |near| near.chunk * (near.back + 1)) / STRETCH + 1;
+    let reach = layer.window().map_or(0, |window| window.chunk * (window.back + 1)) / STRETCH + 1;
     for repeat in 0..reach + REPEATS {
         let start = Instant::now();
         match causal {

@@ -1,8 +1,8 @@
-//! [`DijiangAttention`]: the same layer with linear attention in place of softmax.
+//! [`DijiangAttention`]: the same layer with liwindow attention in place of softmax.
 //!
 //! ```text
-//! A_ij = exp(x_i·y_j) where near(i,j), otherwise γ^(i−j) · e^g · Σ_f exp(a_f(x_i) + b_f(y_j)),   x = √σ·q, y = √σ·k
-//! y    = W_o · concat_h (A v_h / A 1) + b_o        [Chen et al. 2024, arXiv 2403.19928; near part and centres: this crate]
+//! A_ij = exp(x_i·y_j) where window(i,j), otherwise γ^(i−j) · e^g · Σ_f exp(a_f(x_i) + b_f(y_j)),   x = √σ·q, y = √σ·k
+//! y    = W_o · concat_h (A v_h / A 1) + b_o        [Chen et al. 2024, arXiv 2403.19928; local window and centres: this crate]
 //! ```
 
 use std::sync::Arc;
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayRef1, ArrayRef2, Axis};
 
 use crate::attention::{
-    CausalState, KeyMask, LinearAttention, LinearConfig, Near, Workspace, check_offsets,
+    CausalState, KeyMask, LinearAttention, LinearConfig, Window, Workspace, check_offsets,
     check_offsets_of, check_state_size,
 };
 use crate::error::{Error, Result, check_elements, check_len};
@@ -18,7 +18,7 @@ use crate::kernel::{
     DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides,
 };
 use crate::layer::config::{AttentionConfig, Causality};
-use crate::layer::projection::{Projected, Projections, Runs, StepScratch};
+use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, Runs, StepScratch};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
 use crate::layer::{Attention, check_causal};
@@ -54,9 +54,9 @@ pub struct DijiangOptions {
     pub mixing: Mixing,
     /// Seed of points and signs; every head gets one of its own, derived from it. Default: 0.
     pub seed: u64,
-    /// The exact near part. Default: 64 tokens a chunk, one chunk back. A bidirectional layer has
+    /// The exact local window. Default: 64 tokens a chunk, one chunk back. A bidirectional layer has
     /// none and ignores it.
-    pub near: Option<Near>,
+    pub window: Option<Window>,
     /// log γ ≤ 0 of every head. Default: 0. Causal layers only.
     pub log_decay: f64,
 }
@@ -74,7 +74,7 @@ impl Default for DijiangOptions {
             scales: map.scales,
             mixing: map.mixing,
             seed: map.seed,
-            near: Some(Near::new(64, 1)),
+            window: Some(Window::new(64, 1)),
             log_decay: 0.0,
         }
     }
@@ -140,10 +140,10 @@ impl DijiangOptions {
         Self { seed, ..self }
     }
 
-    /// The exact near part, or none.
+    /// The exact local window, or none.
     #[must_use]
-    pub fn with_near(self, near: Option<Near>) -> Self {
-        Self { near, ..self }
+    pub fn with_window(self, window: Option<Window>) -> Self {
+        Self { window, ..self }
     }
 
     /// log γ of every head.
@@ -181,14 +181,14 @@ pub(super) fn mixed(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// A DCT-kernelized linear attention layer: O(n) time, and a state of constant size.
+/// A DCT-kernelized liwindow attention layer: O(n) time, and a state of constant size.
 ///
 /// One map, one state per key-value head; the query heads that share a key-value head share both.
 ///
 /// # Examples
 ///
 /// ```
-/// use dijiang::attention::{KeyMask, Near};
+/// use dijiang::attention::{KeyMask, Window};
 /// use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
 /// use ndarray::{Array2, array};
 ///
@@ -196,12 +196,12 @@ pub(super) fn mixed(mut z: u64) -> u64 {
 /// let softmax = SoftmaxAttention::new(AttentionConfig::new(2, 1), AttentionWeights::new(eye(), eye(), eye(), eye()))?;
 /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_blocks(4))?;
 ///
-/// // Short sequences lie within the near part (64 tokens a chunk, one chunk back): the two layers agree.
+/// // Short sequences lie within the local window (64 tokens a chunk, one chunk back): the two layers agree.
 /// let x = array![[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5]];
 /// let difference = layer.forward(&x, KeyMask::All)? - softmax.forward(&x, KeyMask::All)?;
 /// assert!(difference.iter().all(|d| d.abs() < 1e-12));
 ///
-/// // The state holds per head S [8, 2], z [8] and the near tokens, whatever the length.
+/// // The state holds per head S [8, 2], z [8] and the window tokens, whatever the length.
 /// let (mut state, mut bytes) = (layer.new_state(), Vec::new());
 /// for _ in 0..3 {
 ///     layer.prefill(&mut state, &Array2::ones((100, 2)), KeyMask::All)?;
@@ -213,7 +213,7 @@ pub(super) fn mixed(mut z: u64) -> u64 {
 /// ```
 #[derive(Debug, Clone)]
 pub struct DijiangAttention<T> {
-    pub(super) projections: Projections<T>,
+    pub(super) projections: QkvProj<T>,
     pub(super) linear: LinearAttention<T, DctMap<T>>,
 }
 
@@ -276,7 +276,7 @@ impl<T: Real> PartialEq for DijiangState<T> {
 
 impl<T: Real> DijiangAttention<T> {
     /// Exchanges the attention of `layer` and keeps its weights (shared, not copied), rotary
-    /// embedding, heads and scale. A [`near`](SoftmaxAttention::with_near) restriction of `layer`
+    /// embedding, heads and scale. A [`window`](SoftmaxAttention::with_window) restriction of `layer`
     /// is not taken over: `options` has its own.
     ///
     /// # Cost
@@ -290,15 +290,15 @@ impl<T: Real> DijiangAttention<T> {
     pub fn from_softmax(layer: &SoftmaxAttention<T>, options: DijiangOptions) -> Result<Self> {
         let projections = layer.projections().clone();
         let heads = projections.config().kv_heads;
-        let near = options.near.filter(|_| projections.config().causality == Causality::Causal);
+        let window = options.window.filter(|_| projections.config().causality == Causality::Causal);
         let log_decay = vec![options.log_decay; heads];
         let d = projections.head_dim();
         options.map(d, 0).check()?;
         let features =
             options.blocks * d * if options.pairing == Pairing::Antithetic { 2 } else { 1 };
-        check_state_size(heads, d, features, d, near)?;
+        check_state_size(heads, d, features, d, window)?;
         let maps = (0..heads).map(|head| options.map(d, head).build()).collect::<Result<_>>()?;
-        let linear = linear(&projections, maps, near, log_decay)?;
+        let linear = linear(&projections, maps, window, log_decay)?;
         Ok(Self { projections, linear })
     }
 
@@ -370,9 +370,9 @@ impl<T: Real> DijiangAttention<T> {
         self.linear.maps()
     }
 
-    /// The exact near part. None in a bidirectional layer.
-    pub fn near(&self) -> Option<Near> {
-        self.linear.near()
+    /// The exact local window. None in a bidirectional layer.
+    pub fn window(&self) -> Option<Window> {
+        self.linear.window()
     }
 
     /// log γ, one per key-value head.
@@ -400,7 +400,7 @@ impl<T: Real> DijiangAttention<T> {
                 got: map.dim(),
             });
         }
-        self.linear = linear(&self.projections, maps, self.near(), self.log_decay().to_vec())?;
+        self.linear = linear(&self.projections, maps, self.window(), self.log_decay().to_vec())?;
         Ok(())
     }
 
@@ -414,15 +414,15 @@ impl<T: Real> DijiangAttention<T> {
         Ok(self)
     }
 
-    /// Another near part, or none. States made before belong to another layer then.
+    /// Another local window, or none. States made before belong to another layer then.
     ///
     /// # Errors
     /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of
     /// zero.
-    pub fn with_near(self, near: Option<Near>) -> Result<Self> {
-        check_near(&self.projections, near)?;
+    pub fn with_window(self, window: Option<Window>) -> Result<Self> {
+        check_window(&self.projections, window)?;
         let linear =
-            linear(&self.projections, self.maps().to_vec(), near, self.log_decay().to_vec())?;
+            linear(&self.projections, self.maps().to_vec(), window, self.log_decay().to_vec())?;
         Ok(Self { linear, ..self })
     }
 
@@ -434,7 +434,7 @@ impl<T: Real> DijiangAttention<T> {
     /// not zero.
     pub fn with_log_decay(self, log_decay: Vec<f64>) -> Result<Self> {
         check_len("log_decay", self.projections.config().kv_heads, log_decay.len())?;
-        let linear = linear(&self.projections, self.maps().to_vec(), self.near(), log_decay)?;
+        let linear = linear(&self.projections, self.maps().to_vec(), self.window(), log_decay)?;
         Ok(Self { linear, ..self })
     }
 
@@ -444,26 +444,26 @@ impl<T: Real> DijiangAttention<T> {
     /// # Errors
     /// As [`AttentionWeights::check`].
     pub fn with_weights(self, weights: AttentionWeights<T>) -> Result<Self> {
-        let projections = Projections::new(self.projections.config().clone(), Arc::new(weights))?;
+        let projections = QkvProj::new(self.projections.config().clone(), Arc::new(weights))?;
         Ok(Self { projections, ..self })
     }
 
     /// Maps and decays at once, of the lengths and dimensions there were.
     pub(super) fn set_heads(&mut self, maps: Vec<DctMap<T>>, log_decay: Vec<f64>) -> Result<()> {
-        self.linear = linear(&self.projections, maps, self.near(), log_decay)?;
+        self.linear = linear(&self.projections, maps, self.window(), log_decay)?;
         Ok(())
     }
 
     /// A layer of its parts: as many maps and decays as key-value heads, of the head dimension.
     #[cfg(feature = "safetensors")]
     pub(super) fn from_parts(
-        projections: Projections<T>,
+        projections: QkvProj<T>,
         maps: Vec<DctMap<T>>,
-        near: Option<Near>,
+        window: Option<Window>,
         log_decay: Vec<f64>,
     ) -> Result<Self> {
-        check_near(&projections, near)?;
-        let linear = linear(&projections, maps, near, log_decay)?;
+        check_window(&projections, window)?;
+        let linear = linear(&projections, maps, window, log_decay)?;
         Ok(Self { projections, linear })
     }
 
@@ -514,7 +514,7 @@ impl<T: Real> DijiangAttention<T> {
         }
         let positions: Vec<usize> = states.iter().map(|state| state.position()).collect();
         self.projections.steps(x, &positions, out, |projected, o| {
-            let Projected { q, k, v } = projected;
+            let ProjectedQkv { q, k, v } = projected;
             for (argument, rows) in [("q", q), ("k", k), ("v", v)] {
                 check_elements(argument, rows)?;
             }
@@ -545,24 +545,24 @@ impl<T: Real> DijiangAttention<T> {
         })
     }
 
-    pub(crate) fn projections(&self) -> &Projections<T> {
+    pub(crate) fn projections(&self) -> &QkvProj<T> {
         &self.projections
     }
 }
 
-/// A near part needs a direction.
-fn check_near<T: Real>(projections: &Projections<T>, near: Option<Near>) -> Result<()> {
-    if near.is_some() && projections.config().causality == Causality::Bidirectional {
-        return Err(Error::Conflict { argument: "near", other: "bidirectional attention" });
+/// A local window needs a direction.
+fn check_window<T: Real>(projections: &QkvProj<T>, window: Option<Window>) -> Result<()> {
+    if window.is_some() && projections.config().causality == Causality::Bidirectional {
+        return Err(Error::Conflict { argument: "window", other: "bidirectional attention" });
     }
     Ok(())
 }
 
-/// The linear attention of a layer.
+/// The liwindow attention of a layer.
 fn linear<T: Real>(
-    projections: &Projections<T>,
+    projections: &QkvProj<T>,
     maps: Vec<DctMap<T>>,
-    near: Option<Near>,
+    window: Option<Window>,
     log_decay: Vec<f64>,
 ) -> Result<LinearAttention<T, DctMap<T>>> {
     let config = projections.config();
@@ -573,7 +573,7 @@ fn linear<T: Real>(
         .with_heads(config.heads)
         .with_scale(projections.scale())
         .with_log_decay(log_decay);
-    LinearConfig { near, ..linear }.build(maps)
+    LinearConfig { window, ..linear }.build(maps)
 }
 
 impl<T: Real> Attention<T> for DijiangAttention<T> {

@@ -9,7 +9,7 @@ use crate::attention::{FarPart, KeyMask, Order, Tape};
 use crate::error::Result;
 use crate::kernel::{DctGradients, DctMap, DctParams, DctSums, DifferentiableMap};
 use crate::layer::config::Causality;
-use crate::layer::projection::{Projected, Projections};
+use crate::layer::qkv_proj::{ProjectedQkv, QkvProj};
 use crate::layer::softmax::exact;
 use crate::real::Real;
 use crate::threads::{for_each, max_threads};
@@ -38,9 +38,9 @@ pub(super) struct Sample<T> {
 }
 
 impl<T: Real> Sample<T> {
-    pub(super) fn new(projections: &Projections<T>, hidden: &ArrayView2<'_, T>) -> Result<Self> {
+    pub(super) fn new(projections: &QkvProj<T>, hidden: &ArrayView2<'_, T>) -> Result<Self> {
         projections.check_sequence("samples", hidden)?;
-        let Projected { mut q, mut k, v } = projections.project(hidden, 0);
+        let ProjectedQkv { mut q, mut k, v } = projections.project(hidden, 0);
         let exact = exact(projections, None)?;
         let mut teacher = Array2::zeros(q.raw_dim());
         {
@@ -67,7 +67,7 @@ impl<T: Real> Sample<T> {
     }
 }
 
-/// What far keys add to the outputs of a head: o being the softmax outputs, n those over near keys
+/// What far keys add to the outputs of a head: o being the softmax outputs, n those over window keys
 /// alone, ô the linear ones.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct FarShare {
@@ -149,12 +149,12 @@ impl<T: Real> Part<'_, T> {
             (FarShare::default(), self.far.value_stride(), self.teacher.len_of(Axis(2)));
         self.far.forward(map, log_decay, tape, |h, queries, rows| {
             for (i, row) in queries.zip(rows.chunks_exact(stride)) {
-                let Some((near, total)) = self.far.near(h, i) else { continue };
+                let Some((window, total)) = self.far.window(h, i) else { continue };
                 let sums = (T::ops().shares)(
                     &row[..dim],
                     self.teacher_row(h, i),
                     T::ONE / total,
-                    &near[..dim],
+                    &window[..dim],
                 );
                 let [along, whole, error] = sums.map(Real::to_f64);
                 share = share + FarShare { along, whole, error };
@@ -192,7 +192,7 @@ impl<T: Real> Part<'_, T> {
     }
 }
 
-/// Measures how far heads' linear attention is from softmax attention, on some of the samples.
+/// Measures how far heads' liwindow attention is from softmax attention, on some of the samples.
 pub(super) struct Judge<'a, T> {
     /// `[heads][samples]`.
     parts: Vec<Vec<Part<'a, T>>>,
@@ -200,11 +200,7 @@ pub(super) struct Judge<'a, T> {
 }
 
 impl<'a, T: Real> Judge<'a, T> {
-    pub(super) fn new(
-        projections: &Projections<T>,
-        order: Order,
-        samples: &'a [Sample<T>],
-    ) -> Self {
+    pub(super) fn new(projections: &QkvProj<T>, order: Order, samples: &'a [Sample<T>]) -> Self {
         let config = projections.config();
         let (heads, group, d) =
             (config.kv_heads, config.heads / config.kv_heads, projections.head_dim());

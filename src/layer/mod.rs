@@ -31,7 +31,7 @@
 //! # Ok::<(), dijiang::Error>(())
 //! ```
 //!
-//! 20 tokens lie within the exact near part of the linear layer (two chunks of 64), so here it
+//! 20 tokens lie within the exact local window of the linear layer (two chunks of 64), so here it
 //! equals softmax attention; older tokens go through its DCT maps, which
 //! [`DijiangAttention::calibrate`] fits to your own hidden states.
 //!
@@ -54,8 +54,8 @@ mod dijiang;
 mod judge;
 mod packed;
 mod pool;
-mod projection;
 mod published;
+mod qkv_proj;
 mod rotary;
 #[cfg(feature = "safetensors")]
 mod saving;

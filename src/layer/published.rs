@@ -18,7 +18,7 @@ use crate::error::{Error, Result, check_elements, check_finite, check_len, check
 use crate::kernel::{published_projection, softmax_rows};
 use crate::layer::Attention;
 use crate::layer::config::{AttentionConfig, Causality};
-use crate::layer::projection::{Projections, StepScratch};
+use crate::layer::qkv_proj::{QkvProj, StepScratch};
 use crate::layer::weights::AttentionWeights;
 use crate::real::Real;
 use crate::simd::product;
@@ -155,7 +155,7 @@ impl<T: Real> PublishedWeights<T> {
 /// O(n·d²) per head, a state of d² numbers per head.
 #[derive(Debug, Clone)]
 pub struct PublishedAttention<T> {
-    projections: Projections<T>,
+    projections: QkvProj<T>,
     weights: Arc<PublishedWeights<T>>,
     /// diag(t)·C, transposed: features are the softmax of z·P, `[d, d]`.
     projection: Arc<Array2<T>>,
@@ -212,8 +212,7 @@ impl<T: Real> PublishedAttention<T> {
         weights: impl Into<Arc<AttentionWeights<T>>>,
         published: impl Into<Arc<PublishedWeights<T>>>,
     ) -> Result<Self> {
-        let (projections, published) =
-            (Projections::new(config, weights.into())?, published.into());
+        let (projections, published) = (QkvProj::new(config, weights.into())?, published.into());
         let (config, d) = (projections.config(), projections.head_dim());
         if config.causality == Causality::Bidirectional {
             return Err(Error::Conflict {

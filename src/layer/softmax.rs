@@ -9,11 +9,11 @@ use std::sync::Arc;
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2};
 
 use crate::attention::{
-    ExactAttention, ExactConfig, KeyMask, KvCache, Near, Workspace, check_offsets, check_offsets_of,
+    KeyMask, KvCache, Softmax, SoftmaxConfig, Window, Workspace, check_offsets, check_offsets_of,
 };
 use crate::error::{Error, Result, check_elements};
 use crate::layer::config::{AttentionConfig, Causality};
-use crate::layer::projection::{Projected, Projections, Runs, StepScratch};
+use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, Runs, StepScratch};
 use crate::layer::weights::AttentionWeights;
 use crate::layer::{Attention, check_causal};
 use crate::real::Real;
@@ -36,8 +36,8 @@ use crate::real::Real;
 /// ```
 #[derive(Debug, Clone)]
 pub struct SoftmaxAttention<T> {
-    projections: Projections<T>,
-    exact: ExactAttention<T>,
+    projections: QkvProj<T>,
+    exact: Softmax<T>,
 }
 
 /// Keys and values of every token of one sequence so far, with the scratch memory of a step.
@@ -83,7 +83,7 @@ impl<T: Real> SoftmaxAttention<T> {
         config: AttentionConfig,
         weights: impl Into<Arc<AttentionWeights<T>>>,
     ) -> Result<Self> {
-        let projections = Projections::new(config, weights.into())?;
+        let projections = QkvProj::new(config, weights.into())?;
         let exact = exact(&projections, None)?;
         Ok(Self { projections, exact })
     }
@@ -94,8 +94,8 @@ impl<T: Real> SoftmaxAttention<T> {
     }
 
     /// The sliding window, if any.
-    pub fn near(&self) -> Option<Near> {
-        self.exact.config().near
+    pub fn window(&self) -> Option<Window> {
+        self.exact.config().window
     }
 
     /// Restricts attention to the query's own chunk and the chunks right before it: what the near
@@ -105,11 +105,11 @@ impl<T: Real> SoftmaxAttention<T> {
     /// # Errors
     /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of
     /// zero.
-    pub fn with_near(self, near: Option<Near>) -> Result<Self> {
-        if near.is_some() && self.projections.config().causality == Causality::Bidirectional {
-            return Err(Error::Conflict { argument: "near", other: "bidirectional attention" });
+    pub fn with_window(self, window: Option<Window>) -> Result<Self> {
+        if window.is_some() && self.projections.config().causality == Causality::Bidirectional {
+            return Err(Error::Conflict { argument: "window", other: "bidirectional attention" });
         }
-        let exact = exact(&self.projections, near)?;
+        let exact = exact(&self.projections, window)?;
         Ok(Self { exact, ..self })
     }
 
@@ -125,7 +125,7 @@ impl<T: Real> SoftmaxAttention<T> {
     /// [`forward`](Attention::forward).
     pub fn project(&self, x: &ArrayRef2<T>) -> Result<(Array3<T>, Array3<T>, Array3<T>)> {
         self.projections.check_sequence("x", x)?;
-        let Projected { q, k, v } = self.projections.project(x, 0);
+        let ProjectedQkv { q, k, v } = self.projections.project(x, 0);
         for (argument, rows) in [("q", &q), ("k", &k), ("v", &v)] {
             check_elements(argument, rows)?;
         }
@@ -134,21 +134,21 @@ impl<T: Real> SoftmaxAttention<T> {
         Ok((heads(q), heads(k), heads(v)))
     }
 
-    pub(crate) fn projections(&self) -> &Projections<T> {
+    pub(crate) fn projections(&self) -> &QkvProj<T> {
         &self.projections
     }
 }
 
 /// The exact attention of a layer.
 pub(crate) fn exact<T: Real>(
-    projections: &Projections<T>,
-    near: Option<Near>,
-) -> Result<ExactAttention<T>> {
+    projections: &QkvProj<T>,
+    window: Option<Window>,
+) -> Result<Softmax<T>> {
     let config = projections.config();
     let mut exact =
-        ExactConfig::new(config.heads, projections.head_dim()).with_kv_heads(config.kv_heads);
+        SoftmaxConfig::new(config.heads, projections.head_dim()).with_kv_heads(config.kv_heads);
     exact.scale = projections.scale();
-    exact.near = near;
+    exact.window = window;
     exact.build()
 }
 

@@ -2,7 +2,7 @@
 //! golden.
 
 use dijiang::Real;
-use dijiang::attention::{AttentionGradients, KeyMask, LinearAttention, LinearConfig, Near};
+use dijiang::attention::{AttentionGradients, KeyMask, LinearAttention, LinearConfig, Window};
 use dijiang::kernel::{DctGradients, DctMap, DctParams, Envelope, Pairing, Projection};
 use ndarray::{Array3, Axis};
 
@@ -13,7 +13,7 @@ use super::{Golden, Inputs, cast};
 pub struct Problem {
     pub maps: Vec<DctParams>,
     pub heads: usize,
-    pub near: Option<Near>,
+    pub window: Option<Window>,
     pub log_decay: Vec<f64>,
     pub causal: bool,
     pub valid: Option<Vec<bool>>,
@@ -29,7 +29,7 @@ impl Problem {
         let mut config =
             LinearConfig::new().with_heads(self.heads).with_value_dim(self.inputs.v.shape()[2]);
         config = config.with_log_decay(self.log_decay.clone());
-        config.near = self.near;
+        config.window = self.window;
         config
             .build(self.maps.iter().map(|map| DctMap::from_params(map.clone()).unwrap()).collect())
             .unwrap()
@@ -107,9 +107,9 @@ pub fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
     Problem {
         maps: vec![map],
         heads: 1,
-        near: match case {
-            "local" | "local_decay" => Some(Near::new(16, 1)),
-            "local0" => Some(Near::new(8, 0)),
+        window: match case {
+            "local" | "local_decay" => Some(Window::new(16, 1)),
+            "local0" => Some(Window::new(8, 0)),
             _ => None,
         },
         log_decay: vec![if case.ends_with("decay") { -0.05 } else { 0.0 }],

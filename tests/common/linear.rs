@@ -1,11 +1,9 @@
-//! Literal feature maps, random configurations of linear attention, and what the reference says
+//! Literal feature maps, random configurations of liwindow attention, and what the reference says
 //! about them.
 
 use std::fmt::Debug;
 
-use dijiang::attention::{
-    ExactAttention, ExactConfig, KeyMask, LinearAttention, LinearConfig, Near,
-};
+use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, Softmax, SoftmaxConfig, Window};
 use dijiang::kernel::FeatureMap;
 use dijiang::reference::{self, Pairs, PlainMap};
 use dijiang::{Real, Result};
@@ -166,7 +164,7 @@ pub struct Setup {
     pub e: usize,
     pub m: usize,
     pub scale: Option<f64>,
-    pub near: Option<(usize, usize)>,
+    pub window: Option<(usize, usize)>,
     /// log γ of the first head; each further one decays a little faster.
     pub log_decay: f64,
     /// Deviation of the log-features.
@@ -174,13 +172,13 @@ pub struct Setup {
 }
 
 impl Setup {
-    /// Pure, with decay, with near parts short and long, with grouped heads of odd sizes.
+    /// Pure, with decay, with local windows short and long, with grouped heads of odd sizes.
     pub fn typical() -> Vec<Self> {
         vec![
             Self::new(1),
             Self::new(2).decay(-0.05),
-            Self::new(3).near(3, 2),
-            Self::new(4).near(70, 1).decay(-0.1),
+            Self::new(3).window(3, 2),
+            Self::new(4).window(70, 1).decay(-0.1),
             Self::new(5).heads(6, 3).sizes(16, 17, 5),
         ]
     }
@@ -195,7 +193,7 @@ impl Setup {
             e: 3,
             m: 8,
             scale: None,
-            near: None,
+            window: None,
             log_decay: 0.0,
             spread: 1.5,
         }
@@ -209,8 +207,8 @@ impl Setup {
         Self { d, e, m, ..self }
     }
 
-    pub fn near(self, chunk: usize, back: usize) -> Self {
-        Self { near: Some((chunk, back)), ..self }
+    pub fn window(self, chunk: usize, back: usize) -> Self {
+        Self { window: Some((chunk, back)), ..self }
     }
 
     pub fn decay(self, log_decay: f64) -> Self {
@@ -222,9 +220,9 @@ impl Setup {
         self.log_decay * (1.0 + 0.5 * h as f64)
     }
 
-    /// Neither a near part nor decay: what full attention takes.
+    /// Neither a local window nor decay: what full attention takes.
     pub fn is_pure(&self) -> bool {
-        self.near.is_none() && self.log_decay == 0.0
+        self.window.is_none() && self.log_decay == 0.0
     }
 
     /// σ, the default made explicit.
@@ -246,7 +244,7 @@ impl Setup {
                 config.with_log_decay((0..self.kv_heads).map(|h| self.head_decay(h)).collect());
         }
         config.scale = self.scale;
-        config.near = self.near.map(|(chunk, back)| Near::new(chunk, back));
+        config.window = self.window.map(|(chunk, back)| Window::new(chunk, back));
         config
     }
 
@@ -255,13 +253,13 @@ impl Setup {
         self.config().build(maps).unwrap_or_else(|error| panic!("{self:?}: {error}"))
     }
 
-    /// Exact attention of the same shape; `near` is its window.
-    pub fn build_exact<T: Real>(&self) -> ExactAttention<T> {
-        let mut config = ExactConfig::new(self.heads, self.d)
+    /// Exact attention of the same shape; `window` is its window.
+    pub fn build_exact<T: Real>(&self) -> Softmax<T> {
+        let mut config = SoftmaxConfig::new(self.heads, self.d)
             .with_kv_heads(self.kv_heads)
             .with_value_dim(self.e)
             .with_scale(self.softmax_scale());
-        config.near = self.near.map(|(chunk, back)| Near::new(chunk, back));
+        config.window = self.window.map(|(chunk, back)| Window::new(chunk, back));
         config.build().unwrap_or_else(|error| panic!("{self:?}: {error}"))
     }
 
@@ -298,7 +296,7 @@ impl Setup {
         self.each_head(inputs, |h, x, y, v| {
             let kernel = reference::log_kernel(&maps[h].query(x), &maps[h].key(y)).unwrap();
             let pairs = Pairs {
-                near: self.near,
+                window: self.window,
                 log_decay: self.head_decay(h),
                 valid: entries(mask),
                 ..pairs
@@ -311,7 +309,7 @@ impl Setup {
     /// What the reference says of exact attention.
     pub fn exact(&self, pairs: Pairs<'_>, inputs: &Inputs<f64>, mask: KeyMask<'_>) -> Array3<f64> {
         self.each_head(inputs, |_, x, y, v| {
-            let pairs = Pairs { near: self.near, valid: entries(mask), ..pairs };
+            let pairs = Pairs { window: self.window, valid: entries(mask), ..pairs };
             reference::softmax_attention(&reference::scores(x, y).unwrap(), v, &pairs).unwrap()
         })
     }

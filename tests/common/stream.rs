@@ -2,9 +2,7 @@
 
 use std::fmt::Debug;
 
-use dijiang::attention::{
-    CausalState, ExactAttention, KeyMask, KvCache, LinearAttention, Workspace,
-};
+use dijiang::attention::{CausalState, KeyMask, KvCache, LinearAttention, Softmax, Workspace};
 use dijiang::kernel::FeatureMap;
 use dijiang::{Real, Result};
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, Axis};
@@ -181,4 +179,4 @@ macro_rules! stream {
 }
 
 stream!(CausalState, "state", new_state, [T: Real, M: FeatureMap<T>], LinearAttention<T, M>);
-stream!(KvCache, "cache", new_cache, [T: Real], ExactAttention<T>);
+stream!(KvCache, "cache", new_cache, [T: Real], Softmax<T>);

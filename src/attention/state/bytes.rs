@@ -3,16 +3,16 @@
 //!
 //! ```text
 //! magic "dijiang\0", then little-endian u32: format version 1, bytes per number of the layer, storage;
-//! u64: heads, d, m, e, near chunk, near back (0, 0 for none), start, position
+//! u64: heads, d, m, e, window chunk, near back (0, 0 for none), start, position
 //! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of z;
-//!            S, what rounding kept out of S; pending weights and values; near keys, values, and one byte each for validity
+//!            S, what rounding kept out of S; pending weights and values; window keys, values, and one byte each for validity
 //! CRC-32 of everything before it, u32
 //! ```
 
 use half::bf16;
 
 use super::{CausalState, HeadState, MAX_POSITION, PENDING, Shape};
-use crate::attention::{LinearAttention, Near};
+use crate::attention::{LinearAttention, Window};
 use crate::error::Result;
 use crate::files::{elements, fault};
 use crate::kernel::FeatureMap;
@@ -68,14 +68,15 @@ impl<T: Real> CausalState<T> {
     /// One pass over the state; one allocation of its size, or less of it with another storage than
     /// [`Storage::Exact`].
     pub fn to_bytes(&self, storage: Storage) -> Vec<u8> {
-        let near = self.shape.near.map_or([0, 0], |near| [near.chunk, near.back]);
+        let window = self.shape.window.map_or([0, 0], |window| [window.chunk, window.back]);
         let Shape { heads, dim, features, value_dim, .. } = self.shape;
         let mut out = Vec::with_capacity(length::<T>(self.shape, storage) as usize);
         out.extend_from_slice(MAGIC);
         for number in [VERSION, size_of::<T>() as u32, storage.code()] {
             out.extend_from_slice(&number.to_le_bytes());
         }
-        for number in [heads, dim, features, value_dim, near[0], near[1], self.start, self.position]
+        for number in
+            [heads, dim, features, value_dim, window[0], window[1], self.start, self.position]
         {
             out.extend_from_slice(&(number as u64).to_le_bytes());
         }
@@ -110,9 +111,9 @@ impl<T: Real> CausalState<T> {
     /// element type, cut short, too long or damaged.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let header = Header::read::<T>(bytes)?;
-        let Shape { heads, dim, features, value_dim, near } = header.shape;
-        let near = near.unwrap_or(Near::new(1, 0));
-        let sizes = [heads, dim, features, value_dim, near.chunk, near.back.max(1)];
+        let Shape { heads, dim, features, value_dim, window } = header.shape;
+        let window = window.unwrap_or(Window::new(1, 0));
+        let sizes = [heads, dim, features, value_dim, window.chunk, window.back.max(1)];
         match sizes.into_iter().find(|size| !(1..=bytes.len()).contains(size)) {
             Some(size) => Err(fault("state size", format!("from 1 to {}", bytes.len()), size)),
             None => header.state(bytes),
@@ -171,9 +172,9 @@ impl Header {
         let storage = storage.ok_or_else(|| fault("state storage", "0, 1 or 2", words[2]))?;
         let numbers: Vec<u64> = elements(&header[20..], u64::from_le_bytes);
         let size = |i: usize| usize::try_from(numbers[i]).unwrap_or(usize::MAX);
-        let near = (numbers[4..6] != [0, 0]).then(|| Near::new(size(4), size(5)));
+        let window = (numbers[4..6] != [0, 0]).then(|| Window::new(size(4), size(5)));
         let shape =
-            Shape { heads: size(0), dim: size(1), features: size(2), value_dim: size(3), near };
+            Shape { heads: size(0), dim: size(1), features: size(2), value_dim: size(3), window };
         Ok(Self { storage, shape, start: numbers[6], position: numbers[7] })
     }
 
@@ -223,10 +224,10 @@ fn length<T: Real>(shape: Shape, storage: Storage) -> u128 {
     let [heads, dim, features] = [shape.heads, shape.dim, shape.features].map(|size| size as u128);
     let row = padded(shape.value_dim) as u128;
     let (mut stored, mut flags) = (2 * features * row, 0);
-    match shape.near {
-        Some(near) => {
-            let (chunk, slots) = (near.chunk as u128, near.back as u128 + 1);
-            stored += slots * (dim * padded(near.chunk) as u128 + chunk * row);
+    match shape.window {
+        Some(window) => {
+            let (chunk, slots) = (window.chunk as u128, window.back as u128 + 1);
+            stored += slots * (dim * padded(window.chunk) as u128 + chunk * row);
             flags = slots * chunk;
         }
         None => stored += PENDING as u128 * (features + row),

@@ -8,10 +8,10 @@ mod serial;
 #[cfg(feature = "states")]
 pub use bytes::Storage;
 
-use crate::attention::near::Ring;
 use crate::attention::rows::{Valid, is_valid};
+use crate::attention::window::Ring;
 use crate::attention::workspace::Scratch;
-use crate::attention::{Head, Near};
+use crate::attention::{Head, Window};
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
@@ -21,7 +21,7 @@ use crate::simd::{Ahead, Ops, Product, padded};
 /// tokens.
 ///
 /// Per key-value head: the sums S `[m, e]` of φ(k)·v, the normaliser z `[m]`, the reference
-/// exponent c `[m]` they are scaled by, and with a near part the last `back + 1` chunks of keys and
+/// exponent c `[m]` they are scaled by, and with a local window the last `back + 1` chunks of keys and
 /// values. Made by [`LinearAttention::new_state`](crate::attention::LinearAttention::new_state),
 /// and fed by its `prefill` and `step`; `clone` is a snapshot to roll back to or to continue
 /// several times.
@@ -43,7 +43,7 @@ pub(super) struct Shape {
     pub(super) dim: usize,
     pub(super) features: usize,
     pub(super) value_dim: usize,
-    pub(super) near: Option<Near>,
+    pub(super) window: Option<Window>,
 }
 
 impl<T: Real> CausalState<T> {
@@ -108,14 +108,15 @@ impl<T: Real> CausalState<T> {
 impl Shape {
     /// Whether a state of the other shape is one of this shape.
     fn check(self, got: Self) -> Result<()> {
-        let near = |shape: Self| shape.near.map_or((0, 0), |near| (near.chunk, near.back));
+        let window =
+            |shape: Self| shape.window.map_or((0, 0), |window| (window.chunk, window.back));
         let pairs = [
             ("number of heads", self.heads, got.heads),
             ("head dimension", self.dim, got.dim),
             ("number of features", self.features, got.features),
             ("value dimension", self.value_dim, got.value_dim),
-            ("near chunk", near(self).0, near(got).0),
-            ("near back", near(self).1, near(got).1),
+            ("window chunk", window(self).0, window(got).0),
+            ("window back", window(self).1, window(got).1),
         ];
         match pairs.into_iter().find(|(_, expected, got)| expected != got) {
             Some((what, expected, got)) => {
@@ -152,11 +153,11 @@ pub(super) struct HeadState<T> {
     pub(super) pending: Pending<T>,
     /// Whether any key was absorbed; until then the frame means nothing.
     pub(super) started: bool,
-    /// The near part's keys and values.
+    /// The local window's keys and values.
     pub(super) ring: Option<Ring<T>>,
 }
 
-/// The last few decoded keys without a near part. A token then reads the sums and writes a row
+/// The last few decoded keys without a local window. A token then reads the sums and writes a row
 /// here; writing all of the sums, with what rounding keeps out of them, waits until there are
 /// [`PENDING`] rows.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -180,8 +181,8 @@ pub(super) fn ceiling<T: Real>() -> T {
 
 impl<T: Real> HeadState<T> {
     pub(super) fn new(shape: Shape) -> Self {
-        let Shape { dim, features, value_dim, near, .. } = shape;
-        let pending = if near.is_some() { 0 } else { PENDING };
+        let Shape { dim, features, value_dim, window, .. } = shape;
+        let pending = if window.is_some() { 0 } else { PENDING };
         let pending = Pending {
             weights: vec![T::zero(); pending * features],
             values: vec![T::zero(); pending * padded(value_dim)],
@@ -196,7 +197,7 @@ impl<T: Real> HeadState<T> {
             reference_position: 0,
             pending,
             started: false,
-            ring: near.map(|near| Ring::new(near, dim, value_dim)),
+            ring: window.map(|window| Ring::new(window, dim, value_dim)),
         }
     }
 
@@ -234,7 +235,7 @@ impl<T: Real> HeadState<T> {
         }
     }
 
-    /// Takes over the sums and frame of another state of this shape, without its near part.
+    /// Takes over the sums and frame of another state of this shape, without its local window.
     pub(super) fn copy_sums(&mut self, ops: &Ops<T>, from: &Self) {
         self.copy_far(from);
         self.settle(ops);

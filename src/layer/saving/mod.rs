@@ -38,7 +38,7 @@ fn place(l: usize) -> String {
 }
 
 impl<T: Real> DijiangAttention<T> {
-    /// The whole layer as a safetensors file: weights, config, maps, decays and near part.
+    /// The whole layer as a safetensors file: weights, config, maps, decays and local window.
     ///
     /// Names are those of Hugging Face LLaMA files without their `model.layers.{l}.`
     /// (`self_attn.q_proj.weight`), and `self_attn.dijiang.*` for everything else. The same layer
@@ -59,7 +59,7 @@ impl<T: Real> DijiangAttention<T> {
     ///
     /// let eye = || Array2::<f32>::eye(8);
     /// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), AttentionWeights::new(eye(), eye(), eye(), eye()))?;
-    /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(None))?;
+    /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_window(None))?;
     /// let file = layer.to_safetensors()?; // std::fs::write(path, &file)
     ///
     /// let loaded = DijiangAttention::<f32>::from_safetensors(&file)?;
@@ -95,7 +95,7 @@ impl<T: Real> DijiangAttention<T> {
         File::open(bytes)?.layer(ALONE)
     }
 
-    /// What calibration made, without the weights: maps, decays and near part. A small file to go
+    /// What calibration made, without the weights: maps, decays and local window. A small file to go
     /// with the model's own.
     ///
     /// # Cost
@@ -109,7 +109,7 @@ impl<T: Real> DijiangAttention<T> {
         writer.finish()
     }
 
-    /// Takes over maps, decays and near part that [`save_maps`](Self::save_maps) wrote, whatever
+    /// Takes over maps, decays and local window that [`save_maps`](Self::save_maps) wrote, whatever
     /// they were here: with the same weights, the layer then gives the same bits as the saved one.
     /// States made before belong to another layer then.
     ///

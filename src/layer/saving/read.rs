@@ -7,13 +7,13 @@ use ndarray::{Array1, Array2};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use super::{VERSION, Word, config_notes, dtype, weights_shape};
-use crate::attention::Near;
+use crate::attention::Window;
 use crate::error::{Error, Result, within};
 use crate::files::{elements, fault, header, quoted};
 use crate::kernel::{DctMap, DctParams, Pairing, Projection, SideParams};
 use crate::layer::config::AttentionConfig;
 use crate::layer::dijiang::DijiangAttention;
-use crate::layer::projection::Projections;
+use crate::layer::qkv_proj::QkvProj;
 use crate::layer::rotary::{Rotary, RotaryScaling};
 use crate::layer::weights::AttentionWeights;
 use crate::real::Real;
@@ -117,11 +117,11 @@ impl<'a> File<'a> {
             .map_err(|error| fault_at(&format!("{place}dijiang"), "a config of a layer", error))?;
         let weights = Arc::new(self.weights(place, &config)?);
         let projections =
-            Projections::new(config, weights).map_err(|error| fault_at(place, "a layer", error))?;
+            QkvProj::new(config, weights).map_err(|error| fault_at(place, "a layer", error))?;
         self.heads(place, projections)
     }
 
-    /// `layer` with other maps, decays and near part.
+    /// `layer` with other maps, decays and local window.
     pub(super) fn maps<T: Real>(
         &self,
         place: &str,
@@ -211,18 +211,14 @@ impl<'a> File<'a> {
         })
     }
 
-    fn heads<T: Real>(
-        &self,
-        place: &str,
-        projections: Projections<T>,
-    ) -> Result<DijiangAttention<T>> {
+    fn heads<T: Real>(&self, place: &str, projections: QkvProj<T>) -> Result<DijiangAttention<T>> {
         let name = |name: &str| format!("{place}dijiang.{name}");
-        let near = match self.note(&name("near"))? {
+        let window = match self.note(&name("window"))? {
             "none" => None,
             "chunks" => {
-                Some(Near::new(self.count(&name("near.chunk"))?, self.count(&name("near.back"))?))
+                Some(Window::new(self.count(&name("near.chunk"))?, self.count(&name("near.back"))?))
             }
-            other => return Err(fault(name("near"), "none or chunks", quoted(other))),
+            other => return Err(fault(name("window"), "none or chunks", quoted(other))),
         };
         let dim = projections.head_dim();
         let head = |h: usize| {
@@ -239,8 +235,10 @@ impl<'a> File<'a> {
             .collect::<Result<Vec<_>>>()?
             .into_iter()
             .unzip();
-        let layer = DijiangAttention::from_parts(projections, maps, near, log_decay);
-        layer.map_err(|error| fault_at(&name(""), "maps, decays and near part of one layer", error))
+        let layer = DijiangAttention::from_parts(projections, maps, window, log_decay);
+        layer.map_err(|error| {
+            fault_at(&name(""), "maps, decays and local window of one layer", error)
+        })
     }
 
     /// The parameters of one head; their lengths agree, the rest is for [`DctMap::from_params`] to

@@ -80,11 +80,11 @@ impl<'a, T: Real> Writer<'a, T> {
         }
         self.note(
             format!("{place}dijiang.near"),
-            if layer.near().is_some() { "chunks" } else { "none" },
+            if layer.window().is_some() { "chunks" } else { "none" },
         );
-        if let Some(near) = layer.near() {
-            self.note(format!("{place}dijiang.near.chunk"), near.chunk);
-            self.note(format!("{place}dijiang.near.back"), near.back);
+        if let Some(window) = layer.window() {
+            self.note(format!("{place}dijiang.near.chunk"), window.chunk);
+            self.note(format!("{place}dijiang.near.back"), window.back);
         }
         for (h, (map, log_decay)) in layer.maps().iter().zip(layer.log_decay()).enumerate() {
             let place = format!("{place}dijiang.{h}.");

@@ -8,7 +8,7 @@ use std::fmt::Debug;
 
 use dijiang::Real;
 use dijiang::attention::{
-    ExactConfig, KeyMask, LinearAttention, LinearConfig, Near, Storage, Workspace,
+    KeyMask, LinearAttention, LinearConfig, SoftmaxConfig, Storage, Window, Workspace,
 };
 use dijiang::kernel::{DctMap, DctParams, Envelope, FavorConfig, Pairing, Projection};
 use dijiang::reference::{self, Pairs, PlainMap};
@@ -23,7 +23,7 @@ struct Case {
     heads: usize,
     value_dim: usize,
     scale: f64,
-    near: Option<Near>,
+    window: Option<Window>,
     log_decay: Vec<f64>,
     maps: Vec<DctParams>,
     /// `[h, n, d]`, `[h_kv, n, d]`, `[h_kv, n, e]`.
@@ -55,9 +55,9 @@ impl Case {
             1..=6 => source.upto(48),
             _ => source.upto(14),
         };
-        let near = source
+        let window = source
             .chance(0.5)
-            .then(|| Near::new(source.choose(&[1, 2, 3, 4, 8, 8, 16, 64]), source.below(3)));
+            .then(|| Window::new(source.choose(&[1, 2, 3, 4, 8, 8, 16, 64]), source.below(3)));
         let decays = source.chance(0.4);
         let log_decay = (0..kv_heads).map(|_| {
             if decays { source.choose(&[0.0, -0.001, -0.1, -1.0, -30.0, -1e9, -1e15]) } else { 0.0 }
@@ -91,7 +91,7 @@ impl Case {
             heads: kv_heads * group,
             value_dim,
             scale,
-            near,
+            window,
             log_decay,
             maps,
             q,
@@ -109,16 +109,16 @@ impl Case {
     }
 
     fn is_pure(&self) -> bool {
-        self.near.is_none() && self.log_decay.iter().all(|&decay| decay == 0.0)
+        self.window.is_none() && self.log_decay.iter().all(|&decay| decay == 0.0)
     }
 
-    /// What the reference says: causal, full if there is neither near part nor decay, and exact
+    /// What the reference says: causal, full if there is neither local window nor decay, and exact
     /// softmax.
     fn expected(&self) -> (Expected, Option<Expected>, Expected) {
         let mut causal = Expected::new(self);
         let mut full = self.is_pure().then(|| Expected::new(self));
         let mut exact = Expected::new(self);
-        let near = self.near.map(|near| (near.chunk, near.back));
+        let window = self.window.map(|window| (window.chunk, window.back));
         for h in 0..self.heads {
             let of = h / (self.heads / self.maps.len());
             let root = self.scale.sqrt();
@@ -134,7 +134,7 @@ impl Case {
             let (scores, kernel) =
                 (says(reference::scores(&x, &y)), says(reference::log_kernel(&a, &b)));
             let pairs = Pairs {
-                near,
+                window,
                 log_decay: self.log_decay[of],
                 valid: self.valid.as_deref(),
                 ..Pairs::causal()
@@ -181,7 +181,7 @@ impl Case {
             .with_value_dim(self.value_dim)
             .with_scale(self.scale);
         config = config.with_log_decay(self.log_decay.clone());
-        config.near = self.near;
+        config.window = self.window;
         let maps = self.maps.iter().map(|map| DctMap::<T>::from_params(map.clone()));
         let maps = maps
             .collect::<dijiang::Result<Vec<_>>>()
@@ -198,11 +198,11 @@ impl Case {
             self.compare("full", &out, full);
         }
         let (kv_heads, dim) = (self.maps.len(), self.maps[0].dim());
-        let mut config = ExactConfig::new(self.heads, dim)
+        let mut config = SoftmaxConfig::new(self.heads, dim)
             .with_kv_heads(kv_heads)
             .with_value_dim(self.value_dim)
             .with_scale(self.scale);
-        config.near = self.near;
+        config.window = self.window;
         let softmax = config.build::<T>().unwrap_or_else(|error| panic!("{error}: {self:?}"));
         let out = tally
             .record(softmax.causal(&q, &k, &v, self.mask()))

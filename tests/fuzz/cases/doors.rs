@@ -3,7 +3,7 @@
 
 use std::ops::ControlFlow;
 
-use dijiang::attention::{ExactConfig, KeyMask, LinearConfig, Near};
+use dijiang::attention::{KeyMask, LinearConfig, SoftmaxConfig, Window};
 use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, FeatureMap, Mixing, Pairing,
     Projection, Radial,
@@ -111,14 +111,14 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let mut config = LinearConfig::new()
         .with_heads(heads)
         .with_value_dim(value_dim)
-        .with_near(Near::new(chunk, back));
+        .with_window(Window::new(chunk, back));
     (config.scale, config.log_decay) = (Some(source.number()), vec![source.number()]);
     let map = DctMapConfig::new(4).build::<T>().unwrap_or_else(|error| panic!("{error}"));
     tally.record(config.build::<T, _>(vec![map]));
     tally.record(
-        ExactConfig::new(heads, dim)
+        SoftmaxConfig::new(heads, dim)
             .with_kv_heads(kv_heads)
-            .with_near(Near::new(chunk, back))
+            .with_window(Window::new(chunk, back))
             .build::<T>(),
     );
     let mut rotary = Rotary::new(source.number());
@@ -136,7 +136,7 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
         .with_rotary(rotary);
     tally.record(config.check());
     tally.record(SoftmaxAttention::<T>::new(config, weights(source, 8, 2, 2, 4)));
-    assert!(Near::for_dim(dim).chunk >= 64);
+    assert!(Window::for_dim(dim).chunk >= 64);
     assert!(
         PublishedWeights::<T>::decays(heads.min(1 << 10).max(heads >> 21 << 21)).len() <= 1 << 20
     );
@@ -145,11 +145,11 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     if small(&[blocks]) || blocks > 1 << 27 {
         let options = DijiangOptions::new()
             .with_blocks(blocks)
-            .with_near(Some(Near::new(chunk, back)))
+            .with_window(Some(Window::new(chunk, back)))
             .with_log_decay(source.number());
         tally.record(DijiangAttention::from_softmax(&softmax, options));
     }
-    let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(None))
+    let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_window(None))
         .unwrap_or_else(|error| panic!("{error}"));
     if capacity <= 64 || capacity > 1 << 20 {
         tally.record(StatePool::new(&layer, capacity));
@@ -166,7 +166,7 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     }));
     let choose = ChooseOptions::new()
         .with_blocks(vec![blocks.max(1 << 28)])
-        .with_near(vec![Some(Near::new(chunk, back)), None]);
+        .with_window(vec![Some(Window::new(chunk, back)), None]);
     tally.record(
         DijiangAttention::choose(&softmax, &[samples[0].view()], &choose, |_| {
             ControlFlow::Continue(())
@@ -242,11 +242,11 @@ fn maps<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     }
 }
 
-/// Linear attention, its state and its gradients.
+/// Liwindow attention, its state and its gradients.
 fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let (kv_heads, group, d, e) = (source.upto(2), source.upto(2), source.upto(9), source.upto(5));
     let mut config = LinearConfig::new().with_heads(kv_heads * group).with_value_dim(e);
-    config.near = source.chance(0.5).then(|| Near::new(source.upto(9), source.below(3)));
+    config.window = source.chance(0.5).then(|| Window::new(source.upto(9), source.below(3)));
     let decays = source.chance(0.4);
     if decays {
         config.log_decay =
@@ -353,8 +353,8 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
 fn softmax<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let (kv_heads, group, d, e) = (source.upto(2), source.upto(2), source.upto(9), source.upto(5));
     let mut config =
-        ExactConfig::new(kv_heads * group, d).with_kv_heads(kv_heads).with_value_dim(e);
-    config.near = source.chance(0.3).then(|| Near::new(source.upto(9), source.below(3)));
+        SoftmaxConfig::new(kv_heads * group, d).with_kv_heads(kv_heads).with_value_dim(e);
+    config.window = source.chance(0.3).then(|| Window::new(source.upto(9), source.below(3)));
     let attention = config.build::<T>().unwrap_or_else(|error| panic!("{error}"));
     let (n, h) = (source.choose(&[0, 1, 2, 7, 20, 65]), kv_heads * group);
     let shape = |source: &mut Source<'_>, heads: usize, width: usize| {
@@ -446,10 +446,11 @@ fn layers<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let Some(softmax) = tally.record(SoftmaxAttention::new(config.clone(), weights.clone())) else {
         return;
     };
-    let near = source.chance(0.5).then(|| Near::new(source.upto(5), 1));
-    let Some(linear) = tally
-        .record(DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near)))
-    else {
+    let window = source.chance(0.5).then(|| Window::new(source.upto(5), 1));
+    let Some(linear) = tally.record(DijiangAttention::from_softmax(
+        &softmax,
+        DijiangOptions::new().with_window(window),
+    )) else {
         return;
     };
     layer(&softmax, source, tally);
@@ -533,7 +534,7 @@ fn oracles(source: &mut Source<'_>, tally: &mut Tally) {
         .choose(&[Pairs::full(), Pairs::causal()])
         .with_valid(&valid)
         .with_log_decay(source.number());
-    pairs.near = source.chance(0.5).then(|| (source.size(), source.below(3)));
+    pairs.window = source.chance(0.5).then(|| (source.size(), source.below(3)));
     let mut map = PlainMap::new(d);
     if source.chance(0.2) {
         map.key.radii.push(1.0);

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use dijiang::attention::{KeyMask, Near};
+use dijiang::attention::{KeyMask, Window};
 use dijiang::checkpoint::{Checkpoint, Tensors};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
@@ -19,7 +19,7 @@ pub fn run(source: &mut Source<'_>, tally: &mut Tally) {
     if source.chance(0.7) { layers(source, tally) } else { directories(source, tally) }
 }
 
-fn layer(near: Option<Near>) -> DijiangAttention<f32> {
+fn layer(window: Option<Window>) -> DijiangAttention<f32> {
     let matrix = |p: usize| {
         Array2::from_shape_fn((4, 4), |(i, j)| ((i * 37 + j * p) % 17) as f32 / 17.0 - 0.3)
     };
@@ -27,7 +27,7 @@ fn layer(near: Option<Near>) -> DijiangAttention<f32> {
     let softmax =
         SoftmaxAttention::new(AttentionConfig::new(4, 2).with_rotary(Rotary::new(1e4)), weights);
     let layer = softmax.and_then(|softmax| {
-        DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_near(near))
+        DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_window(window))
     });
     layer.unwrap_or_else(|error| panic!("{error}"))
 }
@@ -36,7 +36,7 @@ fn layer(near: Option<Near>) -> DijiangAttention<f32> {
 fn sound() -> &'static [Vec<u8>; 4] {
     static FILES: OnceLock<[Vec<u8>; 4]> = OnceLock::new();
     FILES.get_or_init(|| {
-        let (one, two) = (layer(None), layer(Some(Near::new(3, 1))));
+        let (one, two) = (layer(None), layer(Some(Window::new(3, 1))));
         let files = [
             save_layers([&one, &two]),
             save_maps([&one, &two]),
@@ -65,7 +65,7 @@ fn layers(source: &mut Source<'_>, tally: &mut Tally) {
     let x = Array2::from_elem((7, 4), 0.5);
     let same = |layer: &DijiangAttention<f32>| {
         layer.forward(&x, KeyMask::All).ok() == kept.forward(&x, KeyMask::All).ok()
-            && layer.near() == kept.near()
+            && layer.window() == kept.window()
     };
     assert!(results.2.is_ok() || same(&mine), "a refused file changed the layer");
     assert!(results.3.is_ok() || model.iter().all(same), "a refused file changed a layer");

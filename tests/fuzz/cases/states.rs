@@ -1,7 +1,7 @@
 //! Bytes that say they are a state.
 
 use dijiang::Real;
-use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, Near, Storage};
+use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, Storage, Window};
 use dijiang::kernel::{DctMap, DctMapConfig};
 use ndarray::{Array2, Array3};
 
@@ -18,9 +18,9 @@ pub fn run(source: &mut Source<'_>, tally: &mut Tally) {
 }
 
 fn check<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
-    let near = source.chance(0.5).then(|| Near::new(source.upto(3), source.below(2)));
+    let window = source.chance(0.5).then(|| Window::new(source.upto(3), source.below(2)));
     let dim = source.upto(3);
-    let attention = operator::<T>(dim, near);
+    let attention = operator::<T>(dim, window);
     let bytes = forged(source, &attention);
     let Some(mut state) = tally.record(attention.state_from_bytes(&bytes)) else { return };
     // Whatever was accepted can be used. A forger may have made its numbers as large as they get,
@@ -50,9 +50,9 @@ fn check<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     assert_eq!(state.position(), position + 6);
 }
 
-fn operator<T: Real>(dim: usize, near: Option<Near>) -> LinearAttention<T, DctMap<T>> {
+fn operator<T: Real>(dim: usize, window: Option<Window>) -> LinearAttention<T, DctMap<T>> {
     let mut config = LinearConfig::new().with_log_decay(vec![-0.1]);
-    config.near = near;
+    config.window = window;
     let map = DctMapConfig::new(dim).build().unwrap_or_else(|error| panic!("{error}"));
     config.build(vec![map]).unwrap_or_else(|error| panic!("{error}"))
 }

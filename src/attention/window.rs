@@ -1,4 +1,4 @@
-//! Causal linear attention with an exact near part: the last chunks of keys as they are, everything
+//! Causal liwindow attention with an exact local window: the last chunks of keys as they are, everything
 //! older through the state.
 
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3, s};
@@ -7,7 +7,7 @@ use crate::attention::pages::SEGMENT;
 use crate::attention::rows::{Valid, copy_rows, gather, is_valid, normalise};
 use crate::attention::state::HeadState;
 use crate::attention::workspace::{BLOCK, Scratch};
-use crate::attention::{Head, Near};
+use crate::attention::{Head, Window};
 use crate::kernel::FeatureMap;
 use crate::real::Real;
 use crate::simd::{Ahead, LANES, Ops, Product, padded};
@@ -31,14 +31,14 @@ struct Slot<T> {
 }
 
 impl<T: Real> Ring<T> {
-    pub(super) fn new(near: Near, dim: usize, value_dim: usize) -> Self {
-        let chunk = near.chunk;
+    pub(super) fn new(window: Window, dim: usize, value_dim: usize) -> Self {
+        let chunk = window.chunk;
         let slot = Slot {
             keys: vec![T::zero(); dim * padded(chunk)],
             values: vec![T::zero(); chunk * padded(value_dim)],
             valid: vec![false; chunk],
         };
-        Self { chunk, slots: vec![slot; near.back + 1] }
+        Self { chunk, slots: vec![slot; window.back + 1] }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -204,8 +204,8 @@ impl<T: Real> Ring<T> {
     }
 
     /// Columns of the widest row of scores.
-    pub(super) fn scores(near: Near) -> usize {
-        (near.back + 1) * padded(near.chunk)
+    pub(super) fn scores(window: Window) -> usize {
+        (window.back + 1) * padded(window.chunk)
     }
 }
 
@@ -235,7 +235,7 @@ impl<T: Real> Slot<T> {
 ///
 /// # Shapes
 /// - `q`: `[group, n, d]`, `k`: `[n, d]`, `v`: `[n, e]`, `out`: `[group, n, e]`.
-pub(super) fn near<T: Real, M: FeatureMap<T>>(
+pub(super) fn window<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
     state: &mut HeadState<T>,
     position: usize,
@@ -308,7 +308,7 @@ fn keys<T: Real, M: FeatureMap<T>>(
     Some(end)
 }
 
-/// Outputs of a block's queries, the first at `position`, over the near keys and the state. Returns
+/// Outputs of a block's queries, the first at `position`, over the window keys and the state. Returns
 /// whether all elements were in range.
 ///
 /// # Shapes
@@ -373,7 +373,7 @@ fn absorb<T: Real, M: FeatureMap<T>>(
 }
 
 /// A segment that ends at `cut` is followed by one whose end is at `position` > `cut`, with the
-/// near part `next`: chunks of `ring` that are no longer near there join the state, and the next
+/// local window `next`: chunks of `ring` that are no longer near there join the state, and the next
 /// one's tokens join the ring.
 pub(super) fn hand_over<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,
@@ -385,9 +385,9 @@ pub(super) fn hand_over<T: Real, M: FeatureMap<T>>(
     scratch: &mut Scratch<T>,
 ) {
     let (length, slots) = (ring.chunk, ring.slots.len());
-    let first_near = |position: usize| position.div_ceil(length).saturating_sub(slots);
-    let kept = first_near(position);
-    for chunk in first_near(cut)..cut.div_ceil(length).min(kept) {
+    let first_window = |position: usize| position.div_ceil(length).saturating_sub(slots);
+    let kept = first_window(position);
+    for chunk in first_window(cut)..cut.div_ceil(length).min(kept) {
         absorb(head, state, ring, chunk, scratch);
         ring.slot_mut(chunk).clear();
     }
@@ -397,7 +397,7 @@ pub(super) fn hand_over<T: Real, M: FeatureMap<T>>(
     }
 }
 
-/// Sums and normalisers of the queries `scratch.x`, the first at `position`, over the near keys and
+/// Sums and normalisers of the queries `scratch.x`, the first at `position`, over the window keys and
 /// the state, into `scratch.o` and `scratch.total`.
 fn sums<T: Real, M: FeatureMap<T>>(
     head: &Head<'_, T, M>,

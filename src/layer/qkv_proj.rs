@@ -24,7 +24,7 @@ pub(super) const ROWS: usize = 64;
 
 /// A checked config with its weights and its rotary table.
 #[derive(Debug, Clone)]
-pub(crate) struct Projections<T> {
+pub(crate) struct QkvProj<T> {
     config: AttentionConfig,
     head_dim: usize,
     scale: f64,
@@ -34,7 +34,7 @@ pub(crate) struct Projections<T> {
 
 /// Queries, keys and values of a sequence, rotated: `[n, h·d]`, `[n, h_kv·d]`, `[n, h_kv·d]`.
 #[derive(Debug)]
-pub(crate) struct Projected<T> {
+pub(crate) struct ProjectedQkv<T> {
     pub(crate) q: Array2<T>,
     pub(crate) k: Array2<T>,
     pub(crate) v: Array2<T>,
@@ -48,7 +48,7 @@ pub(crate) struct Runs<'a> {
     pub(crate) starts: &'a [usize],
 }
 
-/// Everything [`Projections::step`] writes to besides its output. Contents are garbage before and
+/// Everything [`QkvProj::step`] writes to besides its output. Contents are garbage before and
 /// after.
 #[derive(Debug, Clone)]
 pub(crate) struct StepScratch<T> {
@@ -61,7 +61,7 @@ pub(crate) struct StepScratch<T> {
     angles: Option<Angles<T>>,
 }
 
-impl<T: Real> Projections<T> {
+impl<T: Real> QkvProj<T> {
     pub(crate) fn new(config: AttentionConfig, weights: Arc<AttentionWeights<T>>) -> Result<Self> {
         let (config, head_dim) = config.resolved()?;
         weights.check(&config)?;
@@ -123,7 +123,7 @@ impl<T: Real> Projections<T> {
         if let KeyMask::Valid(valid) = mask {
             check_len("mask", x.nrows(), valid.len())?;
         }
-        let Projected { q, k, v } = self.project_packed(x, runs);
+        let ProjectedQkv { q, k, v } = self.project_packed(x, runs);
         let mut o = Array2::zeros(q.raw_dim());
         attend(&self.heads(&q), &self.heads(&k), &self.heads(&v), &mut self.heads_mut(&mut o))?;
         drop((q, k, v));
@@ -186,7 +186,7 @@ impl<T: Real> Projections<T> {
         x: &ArrayRef2<T>,
         positions: &[usize],
         out: &mut ArrayRef2<T>,
-        attend: impl FnOnce(&Projected<T>, &mut Array2<T>) -> Result<()>,
+        attend: impl FnOnce(&ProjectedQkv<T>, &mut Array2<T>) -> Result<()>,
     ) -> Result<()> {
         let tokens = positions.len();
         check_shape("x", x, &[tokens, self.config.model_dim])?;
@@ -205,7 +205,7 @@ impl<T: Real> Projections<T> {
             }
             rows
         };
-        let projected = Projected {
+        let projected = ProjectedQkv {
             q: project(&weights.q, &weights.q_bias, true),
             k: project(&weights.k, &weights.k_bias, true),
             v: project(&weights.v, &weights.v_bias, false),
@@ -268,16 +268,16 @@ impl<T: Real> Projections<T> {
     }
 
     /// The three projections of checked hidden states whose first row is at position `start`.
-    pub(crate) fn project(&self, x: &ArrayRef2<T>, start: usize) -> Projected<T> {
+    pub(crate) fn project(&self, x: &ArrayRef2<T>, start: usize) -> ProjectedQkv<T> {
         self.project_packed(x, Runs { offsets: &[0, x.nrows()], starts: &[start] })
     }
 
     /// [`project`](Self::project) of several sequences at once.
-    fn project_packed(&self, x: &ArrayRef2<T>, runs: Runs<'_>) -> Projected<T> {
+    fn project_packed(&self, x: &ArrayRef2<T>, runs: Runs<'_>) -> ProjectedQkv<T> {
         let weights = &*self.weights;
         let zeros = |weight: &Array2<T>| Array2::zeros((x.nrows(), weight.nrows()));
         let mut projected =
-            Projected { q: zeros(&weights.q), k: zeros(&weights.k), v: zeros(&weights.v) };
+            ProjectedQkv { q: zeros(&weights.q), k: zeros(&weights.k), v: zeros(&weights.v) };
         let rotary = self.rotary.as_ref();
         let x = x.as_standard_layout();
         apply(
