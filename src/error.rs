@@ -1,9 +1,5 @@
 //! The one error type, and the checks every public door makes.
 
-use ndarray::{ArrayRef, Dimension};
-
-use crate::real::Real;
-
 /// What a caller can do wrong. Every variant names the argument, what was expected and what was
 /// given.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -95,6 +91,13 @@ pub enum Error {
         /// The given object's value.
         got: usize,
     },
+    /// A panic, in a feature map say, left the object half changed: only `reset` or a copy of a
+    /// whole one makes it useful again.
+    #[error("{argument} was left half changed by a panic: reset it or copy a whole one over it")]
+    Poisoned {
+        /// The argument's name.
+        argument: &'static str,
+    },
     /// Two choices exclude each other.
     #[error("{argument} cannot be combined with {other}")]
     Conflict {
@@ -142,79 +145,3 @@ pub enum Error {
 
 /// `std::result::Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
-
-/// `got` elements where `expected` are needed.
-pub(crate) fn check_len(argument: &'static str, expected: usize, got: usize) -> Result<()> {
-    if got == expected { Ok(()) } else { Err(Error::Length { argument, expected, got }) }
-}
-
-/// Every axis of `array` has the length `expected` names.
-pub(crate) fn check_shape<T, D: Dimension>(
-    argument: &'static str,
-    array: &ArrayRef<T, D>,
-    expected: &[usize],
-) -> Result<()> {
-    debug_assert_eq!(array.ndim(), expected.len());
-    for (axis, (&got, &expected)) in array.shape().iter().zip(expected).enumerate() {
-        if got != expected {
-            return Err(Error::Shape { argument, axis, expected, got });
-        }
-    }
-    Ok(())
-}
-
-/// A count that must be at least one.
-pub(crate) fn check_positive(argument: &'static str, got: usize) -> Result<()> {
-    if got > 0 { Ok(()) } else { Err(Error::Value { argument, expected: "at least 1", got: 0.0 }) }
-}
-
-/// There is room for `sizes[0]·sizes[1]·…` elements: an axis without stride costs its owner
-/// nothing, and what is made of it must not bring the process down. The room is asked for and given
-/// back at once.
-pub(crate) fn check_room<T>(argument: &'static str, sizes: &[usize]) -> Result<()> {
-    let elements = sizes.iter().fold(1, |product: usize, &size| product.saturating_mul(size));
-    let mut room = Vec::<T>::new();
-    let fits = room.try_reserve_exact(elements).is_ok();
-    std::hint::black_box(&room); // or the compiler takes the room for granted
-    // How much less there would be room for, nobody knows.
-    if fits {
-        Ok(())
-    } else {
-        Err(Error::TooLarge { argument, limit: elements - 1, got: elements })
-    }
-}
-
-/// A single parameter that must be finite.
-pub(crate) fn check_finite(argument: &'static str, got: f64) -> Result<()> {
-    if got.is_finite() { Ok(()) } else { Err(Error::Value { argument, expected: "finite", got }) }
-}
-
-/// A number of at most this magnitude; NaN is not one.
-pub(crate) fn within<T: Real>(value: T, limit: T) -> bool {
-    value.abs() <= limit
-}
-
-/// Every element of `array` is finite and at most [`Real::LIMIT`] in magnitude.
-pub(crate) fn check_elements<T: Real, D: Dimension>(
-    argument: &'static str,
-    array: &ArrayRef<T, D>,
-) -> Result<()> {
-    let limit = T::from_f64(T::LIMIT);
-    let fits = |slice: &[T]| (T::ops().all_within)(slice, limit);
-    let clean = match array.as_slice_memory_order() {
-        Some(slice) => fits(slice),
-        None => array.rows().into_iter().all(|row| match row.to_slice() {
-            Some(slice) => fits(slice),
-            None => row.iter().all(|&v| within(v, limit)),
-        }),
-    };
-    if clean {
-        return Ok(());
-    }
-    match array.iter().enumerate().find(|(_, v)| !within(**v, limit)) {
-        Some((index, v)) => {
-            Err(Error::NonFinite { argument, index, limit: T::LIMIT, got: v.to_f64() })
-        }
-        None => Ok(()),
-    }
-}

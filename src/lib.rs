@@ -3,6 +3,7 @@
 pub mod attention;
 #[cfg(feature = "candle")]
 pub mod candle;
+mod check;
 #[cfg(feature = "safetensors")]
 pub mod checkpoint;
 pub mod error;

@@ -35,7 +35,8 @@ use std::f64::consts::PI;
 
 use ndarray::{Array2, ArrayRef2};
 
-use crate::error::{Result, check_len, check_positive, check_room, check_shape};
+use crate::check::{check_len, check_positive, check_room, check_shape};
+use crate::error::Result;
 
 /// The orthonormal DCT-II as a matrix; `C·x` is the transform of x, `Cᵀ·x` (DCT-III) its inverse.
 ///

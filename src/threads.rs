@@ -38,3 +38,19 @@ pub(crate) fn for_each<S: Send, I: Send>(
         drain(scratch);
     }
 }
+
+/// [`for_each`] of work that may fail; returns one of the errors. The other items are worked on all
+/// the same.
+pub(crate) fn try_each<S: Send, I: Send, E: Send>(
+    scratches: &mut [S],
+    items: impl Iterator<Item = I> + Send,
+    work: impl Fn(&mut S, I) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    let failed = Mutex::new(Ok(()));
+    for_each(scratches, items, |scratch, item| {
+        if let Err(error) = work(scratch, item) {
+            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Err(error);
+        }
+    });
+    failed.into_inner().unwrap_or_else(PoisonError::into_inner)
+}

@@ -22,39 +22,42 @@
 //! `f32`) that their rounding is more than what decays over a block.
 
 mod backward;
-mod causal;
-mod checks;
-mod decode;
-mod far;
-mod full;
+mod check;
 mod linear;
-mod merge;
-mod packed;
-mod pages;
-mod prefill;
+mod operator;
+mod qkv;
 mod rows;
+mod scratch;
 mod softmax;
-mod state;
-mod tape;
-mod window;
 mod workspace;
 
 use std::ops::Range;
 
-use linear::Head;
-
 pub use backward::{AttentionGradients, BackwardWorkspace, StateGradients};
-pub(crate) use checks::check_state_size;
-pub(crate) use far::FarPart;
-pub(crate) use packed::{check_offsets, check_offsets_of, ranges};
-
-pub use linear::{LinearAttention, LinearConfig};
-pub use softmax::{KvCache, Softmax, SoftmaxConfig};
-pub use state::CausalState;
+pub(crate) use backward::{FarPart, Tape};
+pub(crate) use check::check_state_size;
 #[cfg(feature = "states")]
-pub use state::Storage;
-pub(crate) use tape::{Order, Tape};
+pub use linear::Storage;
+pub use linear::{CausalState, LinearAttention, LinearConfig};
+pub use operator::{Operator, SequenceState};
+pub use qkv::Qkv;
+pub(crate) use qkv::{HeadQkv, check_offsets, check_offsets_of, ranges};
+pub use softmax::{KvCache, Softmax, SoftmaxConfig};
 pub use workspace::Workspace;
+
+use crate::check::check_positive;
+use crate::error::{Error, Result};
+
+/// Which keys a query sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
+pub enum Causality {
+    /// Its own and those before it (language models).
+    #[default]
+    Causal,
+    /// Every key of the sequence (encoders, cross attention). There is no state to decode from.
+    Bidirectional,
+}
 
 /// Which keys may be attended to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -85,6 +88,10 @@ impl<'a> KeyMask<'a> {
         }
     }
 }
+
+/// Largest local window, in tokens: beyond it the ring of keys would be no constant-size state any
+/// more.
+const MAX_WINDOW: usize = 1 << 20;
 
 /// The local window: the query's own chunk and the `back` chunks before it are exact softmax
 /// attention.
@@ -120,5 +127,15 @@ impl Window {
     /// longer local window than from anything else.
     pub fn for_dim(dim: usize) -> Self {
         Self { chunk: (4096 / dim.max(1)).next_multiple_of(16).clamp(64, 512), back: 1 }
+    }
+    /// Chunks of at least one token, and not too many of them.
+    pub(crate) fn check(self) -> Result<()> {
+        check_positive("window chunk", self.chunk)?;
+        let tokens = self.back.saturating_add(1).saturating_mul(self.chunk);
+        if tokens > MAX_WINDOW {
+            Err(Error::TooLarge { argument: "window tokens", limit: MAX_WINDOW, got: tokens })
+        } else {
+            Ok(())
+        }
     }
 }

@@ -8,7 +8,8 @@ use ndarray::Axis;
 
 use super::tensors::{Element, HeadLayout, Reading, check_dtype, mask_rows};
 use crate::attention::{CausalState, KeyMask, LinearAttention, Workspace};
-use crate::error::{Error, check_elements};
+use crate::check::check_elements;
+use crate::error::Error;
 use crate::kernel::DctMap;
 
 /// What a batch of sequences leaves behind in one layer, in place of a key-value cache: constant

@@ -10,7 +10,8 @@ use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
 use super::{fault_in, io_error, read_json};
-use crate::error::{Error, Result, within};
+use crate::check::within;
+use crate::error::{Error, Result};
 use crate::files::{elements, header};
 use crate::low::mapped::Mapped;
 use crate::real::Real;

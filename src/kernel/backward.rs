@@ -27,8 +27,9 @@ use super::dct_map::{
 };
 use super::favor::FavorMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, SideParams};
+use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::real::Real;
-use crate::simd::{DctTables, LANES, Product, padded, supports_dct, transpose};
+use crate::simd::{DctTables, LANES, padded, supports_dct, transpose};
 
 /// Panels whose moments are summed in the element type before they are added to the sums in f64.
 const PANELS: usize = 32;
@@ -492,29 +493,19 @@ impl<T: Real> MatrixTable<T> {
         transpose(ops, width, centered, T::ONE, rows);
         let (moments, row_sums) = sums.split_at_mut(m * stride);
         (ops.add_row_sums)(grad, row_sums);
-        let product = Product {
-            m,
-            n: stride,
-            k: width,
-            a_row: width,
-            a_col: 1,
-            b_row: stride,
-            c_row: stride,
-            accumulate: true,
-        };
-        ops.matmul(product, grad, rows, moments);
+        ops.matmul(
+            MatMut::packed(moments, m, stride),
+            Accum::Add,
+            MatRef::packed(grad, m, width),
+            MatRef::packed(rows, width, stride),
+        );
         let Some(grad_x) = grad_x else { return };
-        let product = Product {
-            m: dim,
-            n: width,
-            k: m,
-            a_row: 1,
-            a_col: dim,
-            b_row: width,
-            c_row: width,
-            accumulate: true,
-        };
-        ops.matmul(product, &self.jacobian, grad, grad_x);
+        ops.matmul(
+            MatMut::packed(grad_x, dim, width),
+            Accum::Add,
+            MatRef::packed(&self.jacobian, m, dim).t(),
+            MatRef::packed(grad, m, width),
+        );
         if let Some(ones) = &self.ones {
             let total = &mut total[..width];
             column_sums_of(ones, grad, total);
@@ -532,19 +523,10 @@ impl<T: Real> MatrixTable<T> {
 fn column_sums_of<T: Real>(ones: &[T], panel: &[T], sums: &mut [T]) {
     let (m, width) = (ones.len(), sums.len());
     T::ops().matmul(
-        Product {
-            m: 1,
-            n: width,
-            k: m,
-            a_row: m,
-            a_col: 1,
-            b_row: width,
-            c_row: width,
-            accumulate: false,
-        },
-        ones,
-        panel,
-        sums,
+        MatMut::packed(sums, 1, width),
+        Accum::Replace,
+        MatRef::packed(ones, 1, m),
+        MatRef::packed(panel, m, width),
     );
 }
 

@@ -22,9 +22,11 @@ use super::params::{
 use super::quantile::Quantile;
 use super::sampler::{MAX_POINTS, Purpose, signs, unit_points};
 use super::transform::{DctPlan, shared_halves, transposed};
-use crate::error::{Error, Result, check_positive};
+use crate::check::check_positive;
+use crate::error::{Error, Result};
+use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::real::Real;
-use crate::simd::{DctTables, Product, padded, supports_dct};
+use crate::simd::{DctTables, padded, supports_dct};
 
 /// How a [`DctMap`] is to be made.
 ///
@@ -446,12 +448,11 @@ impl<T: Real> Inner<T> {
             }
             Projector::Matrix(matrix) => {
                 let z = side.centred(x, width, scratch);
-                let (m, n, k) = (self.rows, width, self.dim);
                 T::ops().matmul(
-                    Product { m, n, k, a_row: k, a_col: 1, b_row: n, c_row: n, accumulate: false },
-                    matrix,
-                    z,
-                    plus,
+                    MatMut::packed(plus, self.rows, width),
+                    Accum::Replace,
+                    MatRef::packed(matrix, self.rows, self.dim),
+                    MatRef::packed(z, self.dim, width),
                 );
                 add_rows_and_column(plus, row, minus, mirror_row, column);
             }

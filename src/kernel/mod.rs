@@ -72,7 +72,8 @@ use std::fmt::Debug;
 
 use ndarray::{Array2, ArrayRef2, Axis};
 
-use crate::error::{Error, Result, check_elements, check_room};
+use crate::check::{check_elements, check_room};
+use crate::error::{Error, Result};
 use crate::real::Real;
 use crate::simd::{LANES, padded};
 

@@ -12,10 +12,10 @@
 
 use ndarray::{Array1, Array2, ArrayRef2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2};
 
-use crate::attention::KeyMask;
-use crate::error::{Result, check_elements, check_len, check_shape};
+use crate::attention::{KeyMask, Operator, Qkv};
+use crate::check::{check_elements, check_len, check_shape};
+use crate::error::Result;
 use crate::kernel::DctGradients;
-use crate::layer::config::Causality;
 use crate::layer::dijiang::DijiangAttention;
 use crate::layer::qkv_proj::{ProjectedQkv, ROWS};
 use crate::layer::weights::AttentionWeights;
@@ -119,27 +119,9 @@ impl<T: Real> DijiangAttention<T> {
 
         let mut o = Array2::zeros(q.raw_dim());
         let mut workspace = self.linear.workspace();
-        let causal = projections.config().causality == Causality::Causal;
         let o_heads = &mut projections.heads_mut(&mut o);
-        match causal {
-            true => self.linear.prefill_into(
-                &mut self.linear.new_state(),
-                &q_heads,
-                &k_heads,
-                &v_heads,
-                mask,
-                o_heads,
-                &mut workspace,
-            )?,
-            false => self.linear.full_into(
-                &q_heads,
-                &k_heads,
-                &v_heads,
-                mask,
-                o_heads,
-                &mut workspace,
-            )?,
-        }
+        let qkv = Qkv::new(&q_heads, &k_heads, &v_heads).with_mask(mask);
+        self.linear.forward_into(qkv, o_heads, &mut workspace)?;
         let grad_out = upstream(&o);
         check_shape("grad_out", &grad_out, &[x.nrows(), x.ncols()])?;
         check_elements("grad_out", &grad_out)?;
@@ -148,10 +130,7 @@ impl<T: Real> DijiangAttention<T> {
             product(grad_out, weights.o.view(), grad_o, false)
         });
         let grad_heads = projections.heads(&grad_o);
-        let gradients = match causal {
-            true => self.linear.causal_backward(&q_heads, &k_heads, &v_heads, mask, &grad_heads)?,
-            false => self.linear.full_backward(&q_heads, &k_heads, &v_heads, mask, &grad_heads)?,
-        };
+        let gradients = self.linear.backward(qkv, &grad_heads)?;
         drop((q, k, v, grad_o));
 
         let [mut grad_q, mut grad_k, grad_v] =

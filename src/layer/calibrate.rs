@@ -30,10 +30,10 @@ use std::time::{Duration, Instant};
 
 use ndarray::ArrayView2;
 
-use crate::attention::Order;
-use crate::error::{Error, Result, check_positive};
+use crate::attention::Causality;
+use crate::check::check_positive;
+use crate::error::{Error, Result};
 use crate::kernel::{DctMap, DctParams};
-use crate::layer::config::Causality;
 use crate::layer::descent::{Descent, Moved};
 use crate::layer::dijiang::{DijiangAttention, mixed};
 use crate::layer::judge::{FarShare, Head, Judge, Sample};
@@ -299,7 +299,7 @@ impl<T: Real> DijiangAttention<T> {
     ///   positions from 0.
     ///
     /// # Cost
-    /// Softmax attention once (twice on the held-out samples), then liwindow attention's far part 12
+    /// Softmax attention once (twice on the held-out samples), then linear attention's far part 12
     /// times over the samples for the closed form, forward and backward once per step over
     /// [`batch`](CalibrateOptions::batch) of them, and 12 times over the samples again; with no
     /// local window, where the mix cancels, the steps alone. Fitting decay adds 12 times. Heads and
@@ -348,9 +348,7 @@ impl<T: Real> DijiangAttention<T> {
         if options.decay == Fit::Train && !causal {
             return Err(Error::Conflict { argument: "decay", other: "bidirectional attention" });
         }
-        let order =
-            if causal { self.window().map_or(Order::Causal, Order::Window) } else { Order::Full };
-        let samples = capture(self, samples, order)?;
+        let samples = capture(self, samples)?;
         let decays = self.log_decay().iter();
         let old = self
             .maps()
@@ -369,17 +367,10 @@ impl<T: Real> DijiangAttention<T> {
         let tokens = |set: &Range<usize>| samples[set.clone()].iter().map(Sample::len).sum();
         let (trained_on, held_out) = (tokens(&train), if apart { tokens(&held) } else { 0 });
 
-        let mut judge = Judge::new(self.projections(), order, &samples);
+        let mut judge = Judge::new(self.projections(), self.window(), &samples);
         let far_mass = judge.far_mass(held.clone());
-        let run = Run {
-            options,
-            start,
-            window: matches!(order, Order::Window(_)),
-            train,
-            held,
-            done: 0,
-            progress,
-        };
+        let run =
+            Run { options, start, window: self.window().is_some(), train, held, done: 0, progress };
         let found = run.run(&mut judge, old)?;
         let heads = found.iter().zip(far_mass).map(|(found, far_mass)| HeadReport {
             before: found.before,
@@ -404,15 +395,13 @@ impl<T: Real> DijiangAttention<T> {
 fn capture<T: Real>(
     layer: &DijiangAttention<T>,
     samples: &[ArrayView2<'_, T>],
-    order: Order,
 ) -> Result<Vec<Sample<T>>> {
     if samples.is_empty() {
         return Err(Error::Empty { argument: "samples" });
     }
-    let window = match order {
-        Order::Window(window) => window.chunk.saturating_mul(window.back.saturating_add(1)),
-        Order::Full | Order::Causal => 0,
-    };
+    let window = layer
+        .window()
+        .map_or(0, |window| window.chunk.saturating_mul(window.back.saturating_add(1)));
     let longest = samples.iter().map(|x| x.nrows()).max().unwrap_or(0);
     let samples =
         samples.iter().map(|x| Sample::new(layer.projections(), x)).collect::<Result<Vec<_>>>()?;

@@ -10,14 +10,14 @@ use std::time::{Duration, Instant};
 
 use ndarray::{Array3, ArrayView2};
 
-use crate::attention::{KeyMask, LinearConfig, Window};
+use crate::attention::Causality;
+use crate::attention::{LinearConfig, Operator, Qkv, Window};
 use crate::error::{Error, Result};
 use crate::kernel::DctMap;
 use crate::layer::Attention;
 use crate::layer::calibrate::{
     CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, ProjectionFit, mean,
 };
-use crate::layer::config::Causality;
 use crate::layer::dijiang::{DijiangAttention, DijiangOptions, mixed};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::real::Real;
@@ -400,7 +400,8 @@ impl<T: Real, F: FnMut(ChooseProgress) -> ControlFlow<()>> Search<'_, T, F> {
 fn time_per_token<T: Real>(layer: &DijiangAttention<T>) -> Result<Duration> {
     let (heads, d) = (layer.config().kv_heads, layer.projections().head_dim());
     let group = layer.config().heads / heads;
-    let config = LinearConfig { window: layer.window(), ..LinearConfig::new() };
+    let causality = layer.config().causality;
+    let config = LinearConfig { window: layer.window(), causality, ..LinearConfig::new() };
     let linear = config.with_heads(group).build(vec![layer.maps()[0].clone()])?;
     let random = |h: usize, i: usize, l: usize| {
         mixed(((h * STRETCH + i) * d + l) as u64) as f64 / u64::MAX as f64 - 0.5
@@ -410,22 +411,15 @@ fn time_per_token<T: Real>(layer: &DijiangAttention<T>) -> Result<Duration> {
     };
     let (q, k) = (stretch(group), stretch(1));
     let (mut out, mut workspace, mut state) = (q.clone(), linear.workspace(), linear.new_state());
-    let causal = layer.config().causality == Causality::Causal;
+    let causal = causality == Causality::Causal;
     let mut shortest = Duration::MAX;
     let reach = layer.window().map_or(0, |window| window.chunk * (window.back + 1)) / STRETCH + 1;
     for repeat in 0..reach + REPEATS {
         let start = Instant::now();
+        let qkv = Qkv::new(&q, &k, &k);
         match causal {
-            true => linear.prefill_into(
-                &mut state,
-                &q,
-                &k,
-                &k,
-                KeyMask::All,
-                &mut out,
-                &mut workspace,
-            )?,
-            false => linear.full_into(&q, &k, &k, KeyMask::All, &mut out, &mut workspace)?,
+            true => linear.prefill_into(&mut [&mut state], qkv, &mut out, &mut workspace)?,
+            false => linear.forward_into(qkv, &mut out, &mut workspace)?,
         }
         if repeat >= reach {
             shortest = shortest.min(start.elapsed());

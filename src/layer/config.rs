@@ -1,18 +1,9 @@
 //! [`AttentionConfig`]: the shape of an attention layer, before any weight is looked at.
 
-use crate::error::{Error, Result, check_positive};
+use crate::attention::Causality;
+use crate::check::check_positive;
+use crate::error::{Error, Result};
 use crate::layer::rotary::Rotary;
-
-/// What a token may look at.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-pub enum Causality {
-    /// Itself and the tokens before it (language models).
-    #[default]
-    Causal,
-    /// Every token of the sequence (encoders). There is no state to decode from.
-    Bidirectional,
-}
 
 /// The shape of an attention layer. Checked by [`check`](Self::check), which every layer's
 /// constructor calls.

@@ -1,4 +1,4 @@
-//! [`DijiangAttention`]: the same layer with liwindow attention in place of softmax.
+//! [`DijiangAttention`]: the same layer with linear attention in place of softmax.
 //!
 //! ```text
 //! A_ij = exp(x_i·y_j) where window(i,j), otherwise γ^(i−j) · e^g · Σ_f exp(a_f(x_i) + b_f(y_j)),   x = √σ·q, y = √σ·k
@@ -10,14 +10,15 @@ use std::sync::Arc;
 use ndarray::{Array2, ArrayRef1, ArrayRef2, Axis};
 
 use crate::attention::{
-    CausalState, KeyMask, LinearAttention, LinearConfig, Window, Workspace, check_offsets,
-    check_offsets_of, check_state_size,
+    CausalState, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window,
+    Workspace, check_offsets, check_offsets_of, check_state_size,
 };
-use crate::error::{Error, Result, check_elements, check_len};
+use crate::check::{check_elements, check_len};
+use crate::error::{Error, Result};
 use crate::kernel::{
     DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides,
 };
-use crate::layer::config::{AttentionConfig, Causality};
+use crate::layer::config::AttentionConfig;
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, Runs, StepScratch};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
@@ -181,7 +182,7 @@ pub(super) fn mixed(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// A DCT-kernelized liwindow attention layer: O(n) time, and a state of constant size.
+/// A DCT-kernelized linear attention layer: O(n) time, and a state of constant size.
 ///
 /// One map, one state per key-value head; the query heads that share a key-value head share both.
 ///
@@ -318,7 +319,7 @@ impl<T: Real> DijiangAttention<T> {
     /// [`Error::Foreign`] for a state of a layer of another shape.
     pub fn resume(&self, causal: CausalState<T>) -> Result<DijiangState<T>> {
         let state = self.new_state();
-        self.linear.check_step(&causal, &state.workspace)?;
+        self.linear.check_state(&causal)?;
         Ok(DijiangState { causal, ..state })
     }
 
@@ -349,7 +350,7 @@ impl<T: Real> DijiangAttention<T> {
         self.projections.check_sequence("x", x)?;
         let (k, v) = self.projections.project_keys(x, state.position());
         let (k, v) = (self.projections.heads(&k), self.projections.heads(&v));
-        self.linear.extend(&mut state.causal, &k, &v, mask, &mut self.linear.workspace())
+        self.linear.extend(&mut state.causal, (&k, &v), mask, &mut self.linear.workspace())
     }
 
     /// `state` becomes that of its own segment and the next one: see [`LinearAttention::merge`].
@@ -510,7 +511,7 @@ impl<T: Real> DijiangAttention<T> {
             return Err(Error::Empty { argument: "states" });
         }
         for state in states.iter() {
-            self.linear.check_step(&state.causal, &state.workspace)?;
+            self.linear.check_state(&state.causal)?;
         }
         let positions: Vec<usize> = states.iter().map(|state| state.position()).collect();
         self.projections.steps(x, &positions, out, |projected, o| {
@@ -533,9 +534,7 @@ impl<T: Real> DijiangAttention<T> {
                 |(), ((state, ((q, (k, v)), mut out)), result)| {
                     *result = self.linear.step(
                         &mut state.causal,
-                        &q,
-                        &k,
-                        &v,
+                        Qkv::token(&q, &k, &v),
                         &mut out,
                         &mut state.workspace,
                     );
@@ -558,7 +557,7 @@ fn check_window<T: Real>(projections: &QkvProj<T>, window: Option<Window>) -> Re
     Ok(())
 }
 
-/// The liwindow attention of a layer.
+/// The linear attention of a layer.
 fn linear<T: Real>(
     projections: &QkvProj<T>,
     maps: Vec<DctMap<T>>,
@@ -572,7 +571,8 @@ fn linear<T: Real>(
     let linear = LinearConfig::new()
         .with_heads(config.heads)
         .with_scale(projections.scale())
-        .with_log_decay(log_decay);
+        .with_log_decay(log_decay)
+        .with_causality(config.causality);
     LinearConfig { window, ..linear }.build(maps)
 }
 
@@ -593,17 +593,8 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
 
     fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
         let mut workspace = self.linear.workspace();
-        self.projections.run(x, mask, 0, |q, k, v, out| match self.config().causality {
-            Causality::Causal => self.linear.prefill_into(
-                &mut self.linear.new_state(),
-                q,
-                k,
-                v,
-                mask,
-                out,
-                &mut workspace,
-            ),
-            Causality::Bidirectional => self.linear.full_into(q, k, v, mask, out, &mut workspace),
+        self.projections.run(x, mask, 0, |q, k, v, out| {
+            self.linear.forward_into(Qkv::new(q, k, v).with_mask(mask), out, &mut workspace)
         })
     }
 
@@ -615,15 +606,9 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
     ) -> Result<Array2<T>> {
         check_causal(self.config(), "prefill")?;
         self.projections.run(x, mask, state.position(), |q, k, v, out| {
-            self.linear.prefill_into(
-                &mut state.causal,
-                q,
-                k,
-                v,
-                mask,
-                out,
-                &mut self.linear.workspace(),
-            )
+            let qkv = Qkv::new(q, k, v).with_mask(mask);
+            let workspace = &mut self.linear.workspace();
+            self.linear.prefill_into(&mut [&mut state.causal], qkv, out, workspace)
         })
     }
 
@@ -633,35 +618,11 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
         offsets: &[usize],
         mask: KeyMask<'_>,
     ) -> Result<Array2<T>> {
-        let sequences = check_offsets("offsets", offsets, x.nrows())?;
-        let (starts, mut workspace) = (vec![0; sequences], self.linear.workspace());
+        check_offsets("offsets", offsets, x.nrows())?;
+        let (starts, mut workspace) = (vec![0; offsets.len() - 1], self.linear.workspace());
         self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
-            match self.config().causality {
-                Causality::Causal => {
-                    let mut states = vec![self.linear.new_state(); sequences];
-                    let mut states: Vec<_> = states.iter_mut().collect();
-                    self.linear.prefill_packed_into(
-                        &mut states,
-                        q,
-                        k,
-                        v,
-                        offsets,
-                        mask,
-                        out,
-                        &mut workspace,
-                    )
-                }
-                Causality::Bidirectional => self.linear.full_packed_into(
-                    q,
-                    k,
-                    v,
-                    offsets,
-                    offsets,
-                    mask,
-                    out,
-                    &mut workspace,
-                ),
-            }
+            let qkv = Qkv::new(q, k, v).with_mask(mask).with_offsets(offsets);
+            self.linear.forward_into(qkv, out, &mut workspace)
         })
     }
 
@@ -677,16 +638,8 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
         let starts: Vec<_> = states.iter().map(|state| state.position()).collect();
         self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
             let mut states: Vec<_> = states.iter_mut().map(|state| &mut state.causal).collect();
-            self.linear.prefill_packed_into(
-                &mut states,
-                q,
-                k,
-                v,
-                offsets,
-                mask,
-                out,
-                &mut self.linear.workspace(),
-            )
+            let qkv = Qkv::new(q, k, v).with_mask(mask).with_offsets(offsets);
+            self.linear.prefill_into(&mut states, qkv, out, &mut self.linear.workspace())
         })
     }
 
@@ -700,7 +653,7 @@ impl<T: Real> Attention<T> for DijiangAttention<T> {
         check_causal(self.config(), "step")?;
         let DijiangState { causal, workspace, scratch } = state;
         self.projections.step(x, causal.position(), scratch, out, |q, k, v, out| {
-            self.linear.step(causal, q, k, v, out, workspace)
+            self.linear.step(causal, Qkv::token(q, k, v), out, workspace)
         })
     }
 }

@@ -5,10 +5,9 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayRef1, ArrayView2, ArrayView3, Axis, s};
 
-use crate::attention::{FarPart, KeyMask, Order, Tape};
+use crate::attention::{FarPart, HeadQkv, Operator, Qkv, Tape, Window};
 use crate::error::Result;
 use crate::kernel::{DctGradients, DctMap, DctParams, DctSums, DifferentiableMap};
-use crate::layer::config::Causality;
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj};
 use crate::layer::softmax::exact;
 use crate::real::Real;
@@ -46,14 +45,7 @@ impl<T: Real> Sample<T> {
         {
             let (q, k, v) = (projections.heads(&q), projections.heads(&k), projections.heads(&v));
             let (mut out, mut workspace) = (projections.heads_mut(&mut teacher), exact.workspace());
-            match projections.config().causality {
-                Causality::Causal => {
-                    exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?
-                }
-                Causality::Bidirectional => {
-                    exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)?
-                }
-            }
+            exact.forward_into(Qkv::new(&q, &k, &v), &mut out, &mut workspace)?;
         }
         let root = T::from_f64(projections.scale().sqrt());
         q.mapv_inplace(|q| q * root);
@@ -192,7 +184,7 @@ impl<T: Real> Part<'_, T> {
     }
 }
 
-/// Measures how far heads' liwindow attention is from softmax attention, on some of the samples.
+/// Measures how far heads' linear attention is from softmax attention, on some of the samples.
 pub(super) struct Judge<'a, T> {
     /// `[heads][samples]`.
     parts: Vec<Vec<Part<'a, T>>>,
@@ -200,7 +192,11 @@ pub(super) struct Judge<'a, T> {
 }
 
 impl<'a, T: Real> Judge<'a, T> {
-    pub(super) fn new(projections: &QkvProj<T>, order: Order, samples: &'a [Sample<T>]) -> Self {
+    pub(super) fn new(
+        projections: &QkvProj<T>,
+        window: Option<Window>,
+        samples: &'a [Sample<T>],
+    ) -> Self {
         let config = projections.config();
         let (heads, group, d) =
             (config.kv_heads, config.heads / config.kv_heads, projections.head_dim());
@@ -215,7 +211,8 @@ impl<'a, T: Real> Judge<'a, T> {
                 let queries =
                     |rows: &'a Array2<T>| heads_of(rows, d, head * group..(head + 1) * group);
                 let (x, y, v) = (queries(&sample.x), sample.y.slice(own), sample.v.slice(own));
-                let far = FarPart::new(order, x, y, v, None);
+                let qkv = HeadQkv { head, position: 0, q: x, k: y, v, valid: None };
+                let far = FarPart::new(qkv, config.causality, window);
                 *slot = Some(Part { far, x, y, teacher: queries(&sample.teacher) });
             },
         );

@@ -67,7 +67,7 @@ pub use calibrate::{
     CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport, ProjectionFit,
 };
 pub use choose::{ChooseOptions, ChooseProgress, ChooseReport, Trial};
-pub use config::{AttentionConfig, Causality};
+pub use config::AttentionConfig;
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use packed::Padding;
 pub use pool::{Slot, StatePool};
@@ -82,8 +82,9 @@ pub use weights::AttentionWeights;
 
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3};
 
-use crate::attention::{KeyMask, check_offsets, check_offsets_of};
-use crate::error::{Error, Result, check_elements, check_len, check_room, check_shape};
+use crate::attention::{Causality, KeyMask, check_offsets, check_offsets_of};
+use crate::check::{check_elements, check_len, check_room, check_shape};
+use crate::error::{Error, Result};
 use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 

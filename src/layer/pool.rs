@@ -2,7 +2,8 @@
 
 use ndarray::ArrayRef2;
 
-use crate::error::{Error, Result, check_positive, check_room};
+use crate::check::{check_positive, check_room};
+use crate::error::{Error, Result};
 use crate::layer::Attention;
 use crate::layer::dijiang::{DijiangAttention, DijiangState};
 use crate::real::Real;

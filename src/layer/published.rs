@@ -13,11 +13,12 @@ use ndarray::{
     Array1, Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3, ArrayView2, ArrayViewMut2, Axis, s,
 };
 
-use crate::attention::KeyMask;
-use crate::error::{Error, Result, check_elements, check_finite, check_len, check_shape};
+use crate::attention::{Causality, KeyMask};
+use crate::check::{check_elements, check_finite, check_len, check_shape};
+use crate::error::{Error, Result};
 use crate::kernel::{published_projection, softmax_rows};
 use crate::layer::Attention;
-use crate::layer::config::{AttentionConfig, Causality};
+use crate::layer::config::AttentionConfig;
 use crate::layer::qkv_proj::{QkvProj, StepScratch};
 use crate::layer::weights::AttentionWeights;
 use crate::real::Real;

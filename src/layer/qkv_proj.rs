@@ -10,7 +10,8 @@ use ndarray::{
 };
 
 use crate::attention::KeyMask;
-use crate::error::{Error, Result, check_elements, check_len, check_room, check_shape};
+use crate::check::{check_elements, check_len, check_room, check_shape};
+use crate::error::{Error, Result};
 use crate::layer::config::AttentionConfig;
 use crate::layer::rotary::{Angles, RotaryTable};
 use crate::layer::weights::AttentionWeights;

@@ -11,7 +11,8 @@
 
 use std::f64::consts::TAU;
 
-use crate::error::{Error, Result, check_positive};
+use crate::check::check_positive;
+use crate::error::{Error, Result};
 use crate::real::Real;
 
 /// Which coordinates are turned together.

@@ -9,10 +9,12 @@ use std::sync::Arc;
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2};
 
 use crate::attention::{
-    KeyMask, KvCache, Softmax, SoftmaxConfig, Window, Workspace, check_offsets, check_offsets_of,
+    Causality, KeyMask, KvCache, Operator, Qkv, Softmax, SoftmaxConfig, Window, Workspace,
+    check_offsets, check_offsets_of,
 };
-use crate::error::{Error, Result, check_elements};
-use crate::layer::config::{AttentionConfig, Causality};
+use crate::check::check_elements;
+use crate::error::{Error, Result};
+use crate::layer::config::AttentionConfig;
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, Runs, StepScratch};
 use crate::layer::weights::AttentionWeights;
 use crate::layer::{Attention, check_causal};
@@ -149,6 +151,7 @@ pub(crate) fn exact<T: Real>(
         SoftmaxConfig::new(config.heads, projections.head_dim()).with_kv_heads(config.kv_heads);
     exact.scale = projections.scale();
     exact.window = window;
+    exact.causality = config.causality;
     exact.build()
 }
 
@@ -161,7 +164,7 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
 
     fn new_state(&self) -> SoftmaxState<T> {
         SoftmaxState {
-            cache: self.exact.new_cache(),
+            cache: self.exact.new_state(),
             workspace: self.exact.workspace(),
             scratch: self.projections.step_scratch(),
         }
@@ -169,9 +172,8 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
 
     fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
         let mut workspace = self.exact.workspace();
-        self.projections.run(x, mask, 0, |q, k, v, out| match self.config().causality {
-            Causality::Causal => self.exact.causal_into(q, k, v, mask, out, &mut workspace),
-            Causality::Bidirectional => self.exact.full_into(q, k, v, mask, out, &mut workspace),
+        self.projections.run(x, mask, 0, |q, k, v, out| {
+            self.exact.forward_into(Qkv::new(q, k, v).with_mask(mask), out, &mut workspace)
         })
     }
 
@@ -183,7 +185,9 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
     ) -> Result<Array2<T>> {
         check_causal(self.config(), "prefill")?;
         self.projections.run(x, mask, state.position(), |q, k, v, out| {
-            self.exact.prefill_into(&mut state.cache, q, k, v, mask, out, &mut state.workspace)
+            let qkv = Qkv::new(q, k, v).with_mask(mask);
+            let workspace = &mut self.exact.workspace();
+            self.exact.prefill_into(&mut [&mut state.cache], qkv, out, workspace)
         })
     }
 
@@ -193,24 +197,11 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
         offsets: &[usize],
         mask: KeyMask<'_>,
     ) -> Result<Array2<T>> {
-        let sequences = check_offsets("offsets", offsets, x.nrows())?;
-        let (starts, mut workspace) = (vec![0; sequences], self.exact.workspace());
+        check_offsets("offsets", offsets, x.nrows())?;
+        let (starts, mut workspace) = (vec![0; offsets.len() - 1], self.exact.workspace());
         self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
-            match self.config().causality {
-                Causality::Causal => {
-                    self.exact.causal_packed_into(q, k, v, offsets, mask, out, &mut workspace)
-                }
-                Causality::Bidirectional => self.exact.full_packed_into(
-                    q,
-                    k,
-                    v,
-                    offsets,
-                    offsets,
-                    mask,
-                    out,
-                    &mut workspace,
-                ),
-            }
+            let qkv = Qkv::new(q, k, v).with_mask(mask).with_offsets(offsets);
+            self.exact.forward_into(qkv, out, &mut workspace)
         })
     }
 
@@ -225,17 +216,9 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
         check_offsets_of(states.len(), offsets, x.nrows())?;
         let starts: Vec<_> = states.iter().map(|state| state.position()).collect();
         self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
-            let mut caches: Vec<_> = states.iter_mut().map(|state| &mut state.cache).collect();
-            self.exact.prefill_packed_into(
-                &mut caches,
-                q,
-                k,
-                v,
-                offsets,
-                mask,
-                out,
-                &mut self.exact.workspace(),
-            )
+            let mut states: Vec<_> = states.iter_mut().map(|state| &mut state.cache).collect();
+            let qkv = Qkv::new(q, k, v).with_mask(mask).with_offsets(offsets);
+            self.exact.prefill_into(&mut states, qkv, out, &mut self.exact.workspace())
         })
     }
 
@@ -249,7 +232,7 @@ impl<T: Real> Attention<T> for SoftmaxAttention<T> {
         check_causal(self.config(), "step")?;
         let SoftmaxState { cache, workspace, scratch } = state;
         self.projections.step(x, cache.position(), scratch, out, |q, k, v, out| {
-            self.exact.step(cache, q, k, v, out, workspace)
+            self.exact.step(cache, Qkv::token(q, k, v), out, workspace)
         })
     }
 }

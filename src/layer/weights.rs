@@ -2,7 +2,8 @@
 
 use ndarray::{Array1, Array2};
 
-use crate::error::{Result, check_elements, check_len, check_shape};
+use crate::check::{check_elements, check_len, check_shape};
+use crate::error::Result;
 use crate::layer::config::AttentionConfig;
 use crate::real::Real;
 

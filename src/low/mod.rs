@@ -3,4 +3,5 @@
 
 #[cfg(feature = "safetensors")]
 pub(crate) mod mapped;
+pub(crate) mod mat;
 pub(crate) mod simd;

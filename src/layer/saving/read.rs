@@ -8,7 +8,8 @@ use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use super::{VERSION, Word, config_notes, dtype, weights_shape};
 use crate::attention::Window;
-use crate::error::{Error, Result, within};
+use crate::check::within;
+use crate::error::{Error, Result};
 use crate::files::{elements, fault, header, quoted};
 use crate::kernel::{DctMap, DctParams, Pairing, Projection, SideParams};
 use crate::layer::config::AttentionConfig;

@@ -21,6 +21,7 @@ const RUNS: usize = 8;
 /// between their tiles, some at a time, so that memory is read while the arithmetic goes on.
 /// Without this, long sequences wait for memory for a sixth of their time (8192 tokens, 8 heads of
 /// 64 in f32, measured 2026-11 on one core of an AMD EPYC of the fifth generation).
+#[derive(Debug, Clone)]
 pub(crate) struct Ahead<T> {
     runs: [Run; RUNS],
     /// Runs in use.
@@ -33,7 +34,7 @@ pub(crate) struct Ahead<T> {
 }
 
 /// Rows of one array, by addresses, which are never accessed.
-#[derive(Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy, Default)]
 struct Run {
     first: usize,
     /// Bytes between rows.

@@ -8,29 +8,9 @@
 use super::ahead::Ahead;
 pub(super) use super::dct::{transform as dct, transposed as dct_transposed};
 use super::lane::Simd;
+use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::real::Real;
 use crate::simd::{LANES, padded};
-
-/// Shape and strides of a matrix product C (+)= A·B.
-#[derive(Clone, Copy)]
-pub(crate) struct Product {
-    /// Rows of A and C.
-    pub(crate) m: usize,
-    /// Columns of B and C, a multiple of [`LANES`].
-    pub(crate) n: usize,
-    /// Columns of A, rows of B.
-    pub(crate) k: usize,
-    /// Distance between rows of A.
-    pub(crate) a_row: usize,
-    /// Distance between columns of A.
-    pub(crate) a_col: usize,
-    /// Distance between rows of B; its columns are contiguous.
-    pub(crate) b_row: usize,
-    /// Distance between rows of C; its columns are contiguous.
-    pub(crate) c_row: usize,
-    /// Add to C instead of overwriting it.
-    pub(crate) accumulate: bool,
-}
 
 /// C (+)= A·B for operands that stay in the cache: no packing, no allocation. Every element of C is
 /// one chain of multiply-adds in the order of k. Between tiles it asks for some of the cache lines
@@ -38,12 +18,14 @@ pub(crate) struct Product {
 #[inline(always)]
 pub(super) fn matmul_ahead<S: Simd>(
     simd: S,
-    p: Product,
-    a: &[S::T],
-    b: &[S::T],
-    c: &mut [S::T],
+    c: MatMut<'_, S::T>,
+    accum: Accum,
+    a: MatRef<'_, S::T>,
+    b: MatRef<'_, S::T>,
     mut ahead: Option<&mut Ahead<S::T>>,
 ) {
+    let p = Product::of(&c, accum, a, b);
+    let (a, b, c) = (a.data, b.data, c.data);
     if p.m == 0 || p.n == 0 {
         return;
     }
@@ -94,6 +76,40 @@ pub(super) fn matmul_ahead<S: Simd>(
             row += height;
         }
         column += width;
+    }
+}
+
+/// The sizes and strides of a product, in elements, as the tiles need them.
+#[derive(Clone, Copy)]
+struct Product {
+    /// Rows of A and C.
+    m: usize,
+    /// Columns of B and C, a multiple of [`LANES`].
+    n: usize,
+    /// Columns of A, rows of B.
+    k: usize,
+    a_row: usize,
+    a_col: usize,
+    b_row: usize,
+    c_row: usize,
+    accumulate: bool,
+}
+
+impl Product {
+    #[inline(always)]
+    fn of<T>(c: &MatMut<'_, T>, accum: Accum, a: MatRef<'_, T>, b: MatRef<'_, T>) -> Self {
+        assert!(a.rows == c.rows && a.cols == b.rows && b.cols == c.cols, "shapes of a product");
+        assert!(b.col_stride == 1, "rows of B are contiguous");
+        Self {
+            m: c.rows,
+            n: c.cols,
+            k: a.cols,
+            a_row: a.row_stride,
+            a_col: a.col_stride,
+            b_row: b.row_stride,
+            c_row: c.row_stride,
+            accumulate: accum == Accum::Add,
+        }
     }
 }
 

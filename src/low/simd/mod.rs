@@ -17,10 +17,10 @@ mod x86;
 use std::marker::PhantomData;
 
 pub(crate) use ahead::Ahead;
-pub(crate) use body::Product;
 pub(crate) use dct::{DctTables, supports as supports_dct};
 pub(crate) use product::{Gemm, product};
 
+use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::real::Real;
 use lane::{Portable, Simd};
 
@@ -90,7 +90,13 @@ macro_rules! ops {
 
 ops! {
     /// C (+)= A·B on operands that stay in the cache, while others come into it.
-    matmul_ahead: fn(p: Product, a: &[T], b: &[T], c: &mut [T], ahead: Option<&mut Ahead<T>>);
+    matmul_ahead: fn(
+        c: MatMut<'_, T>,
+        accum: Accum,
+        a: MatRef<'_, T>,
+        b: MatRef<'_, T>,
+        ahead: Option<&mut Ahead<T>>
+    );
     /// u = post ⊙ C(pre ⊙ x + shift), the batched DCT-II; out = u + row + column, mirror = −u +
     /// mirror_row + column.
     dct: fn(tables: &DctTables<T>, x: &[T], column: &[T], row: &[T], out: &mut [T], mirror_row: &[T], mirror: &mut [T]);
@@ -180,8 +186,14 @@ ops! {
 
 impl<T> Ops<T> {
     /// C (+)= A·B on operands that stay in the cache.
-    pub(crate) fn matmul(&self, p: Product, a: &[T], b: &[T], c: &mut [T]) {
-        (self.matmul_ahead)(p, a, b, c, None);
+    pub(crate) fn matmul(
+        &self,
+        c: MatMut<'_, T>,
+        accum: Accum,
+        a: MatRef<'_, T>,
+        b: MatRef<'_, T>,
+    ) {
+        (self.matmul_ahead)(c, accum, a, b, None);
     }
 }
 

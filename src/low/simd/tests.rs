@@ -5,6 +5,7 @@ use rand::rngs::ChaCha12Rng;
 use rand_distr::{Distribution, StandardNormal};
 
 use super::*;
+use crate::low::mat::{Accum, MatMut, MatRef};
 
 /// Lengths around every register width, and their padded panels.
 const LENGTHS: [usize; 12] = [1, 2, 3, 5, 7, 8, 13, 16, 17, 31, 64, 67];
@@ -177,11 +178,15 @@ impl<T: Real> Suite<T> {
                     if !accumulate {
                         c.iter_mut().for_each(|c| *c = T::from_f64(f64::NAN));
                     }
+                    let lhs = match a_col {
+                        1 => MatRef::new(&a, m, k, a_row),
+                        _ => MatRef::new(&a, k, m, a_col).t(),
+                    };
                     self.ops.matmul(
-                        Product { m, n, k, a_row, a_col, b_row, c_row, accumulate },
-                        &a,
-                        &b,
-                        &mut c,
+                        MatMut::new(&mut c, m, n, c_row),
+                        if accumulate { Accum::Add } else { Accum::Replace },
+                        lhs,
+                        MatRef::new(&b, k, n, b_row),
                     );
                     for i in 0..m {
                         let start = |j: usize| {

@@ -1,15 +1,15 @@
-//! What the doors of every attention operator look at.
+//! What every attention operator checks.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use ndarray::ArrayRef3;
 
-use crate::attention::rows::{Valid, tokens_fit};
-use crate::attention::workspace::Sizes;
-use crate::attention::{KeyMask, Window};
-use crate::error::{Error, Result, check_len, check_positive, check_shape, within};
-use crate::real::Real;
-use crate::simd::LANES;
+use crate::Real;
+use crate::attention::Window;
+use crate::attention::rows::{Rows, Valid};
+use crate::check::{check_positive, within};
+use crate::error::{Error, Result};
+use crate::low::simd::LANES;
 use crate::threads::{for_each, max_threads};
 
 /// Largest dimension or number of heads: beyond it nothing of the kind could be allocated.
@@ -21,14 +21,14 @@ const MAX_STATE: usize = 1 << 30;
 const MAX_SCALE: f64 = 1e6;
 
 /// A size from 1 to [`MAX_SIZE`].
-pub(super) fn check_size(argument: &'static str, got: usize) -> Result<()> {
+pub(crate) fn check_size(argument: &'static str, got: usize) -> Result<()> {
     check_positive(argument, got)?;
     if got > MAX_SIZE { Err(Error::TooLarge { argument, limit: MAX_SIZE, got }) } else { Ok(()) }
 }
 
 /// The softmax scale must be a positive number, and so small that no score of elements in range
 /// overflows.
-pub(super) fn check_scale(scale: f64, dim: usize) -> Result<()> {
+pub(crate) fn check_scale(scale: f64, dim: usize) -> Result<()> {
     if scale > 0.0 && scale * dim as f64 <= MAX_SCALE {
         Ok(())
     } else {
@@ -62,69 +62,21 @@ pub(crate) fn check_state_size(
     }
 }
 
-/// Whether the arguments of a pass over many tokens fit each other.
-pub(super) fn check_shapes<T: Real>(
-    heads: usize,
-    kv_heads: usize,
-    sizes: Sizes,
-    q: &ArrayRef3<T>,
-    k: &ArrayRef3<T>,
-    v: &ArrayRef3<T>,
-    mask: KeyMask<'_>,
-    out: &ArrayRef3<T>,
-) -> Result<()> {
-    let n = q.shape()[1];
-    check_shape("q", q, &[heads, n, sizes.dim])?;
-    check_shape("out", out, &[heads, n, sizes.value_dim])?;
-    if n == 0 {
-        return Err(Error::Empty { argument: "q" });
-    }
-    check_key_shapes(kv_heads, sizes, k, v, mask)
-}
-
-/// Whether keys, values and their mask fit each other.
-pub(super) fn check_key_shapes<T: Real>(
-    kv_heads: usize,
-    sizes: Sizes,
-    k: &ArrayRef3<T>,
-    v: &ArrayRef3<T>,
-    mask: KeyMask<'_>,
-) -> Result<()> {
-    let n = k.shape()[1];
-    check_shape("k", k, &[kv_heads, n, sizes.dim])?;
-    check_shape("v", v, &[kv_heads, n, sizes.value_dim])?;
-    if n == 0 {
-        return Err(Error::Empty { argument: "k" });
-    }
-    mask.valid().map_or(Ok(()), |valid| check_len("mask", n, valid.len()))
-}
-
-/// Whether every element is in range.
-pub(super) fn check_tokens<T: Real>(
-    q: &ArrayRef3<T>,
-    k: &ArrayRef3<T>,
-    v: &ArrayRef3<T>,
-    mask: KeyMask<'_>,
-) -> Result<()> {
-    check_all("q", q, None)?;
-    check_keys(k, v, mask)
-}
-
-/// Whether every element of a valid key and its value is in range.
-pub(super) fn check_keys<T: Real>(
-    k: &ArrayRef3<T>,
-    v: &ArrayRef3<T>,
-    mask: KeyMask<'_>,
-) -> Result<()> {
-    check_all("k", k, mask.valid())?;
-    check_all("v", v, mask.valid())
+/// What needs a direction is asked of attention that has none.
+pub(crate) fn bidirectional(argument: &'static str) -> Error {
+    Error::Conflict { argument, other: "bidirectional attention" }
 }
 
 /// Every element of every valid token is in range: all heads at once, on all threads.
-fn check_all<T: Real>(argument: &'static str, x: &ArrayRef3<T>, valid: Valid<'_>) -> Result<()> {
+pub(crate) fn check_all<T: Real>(
+    argument: &'static str,
+    x: &ArrayRef3<T>,
+    valid: Valid<'_>,
+) -> Result<()> {
     let clean = AtomicBool::new(true);
     for_each(&mut vec![(); max_threads()], x.outer_iter(), |(), rows| {
-        if !tokens_fit(rows, 0..rows.nrows(), valid) {
+        let rows = Rows { array: rows, tokens: 0..rows.nrows(), valid };
+        if rows.check().is_err() {
             clean.store(false, Ordering::Relaxed);
         }
     });

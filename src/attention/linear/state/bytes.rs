@@ -2,22 +2,26 @@
 //! of a prompt.
 //!
 //! ```text
-//! magic "dijiang\0", then little-endian u32: format version 1, bytes per number of the layer, storage;
-//! u64: heads, d, m, e, window chunk, near back (0, 0 for none), start, position
+//! magic "dijiang\0", then little-endian u32: format version 1, bytes per number of the layer,
+//!      storage;
+//! u64: heads, d, m, e, window chunk, window back (0, 0 for none), start,
+//!      position
 //! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of z;
-//!            S, what rounding kept out of S; pending weights and values; window keys, values, and one byte each for validity
+//!            S, what rounding kept out of S; pending weights and values; the window's keys and values,
+//!            and one byte each for validity
 //! CRC-32 of everything before it, u32
 //! ```
 
 use half::bf16;
 
-use super::{CausalState, HeadState, MAX_POSITION, PENDING, Shape};
-use crate::attention::{LinearAttention, Window};
+use super::{CausalState, HeadState, MAX_POSITION, PENDING, Pending, Ring, Shape, Sums};
+use crate::Real;
+use crate::attention::Window;
+use crate::attention::linear::LinearAttention;
 use crate::error::Result;
 use crate::files::{elements, fault};
 use crate::kernel::FeatureMap;
-use crate::real::Real;
-use crate::simd::padded;
+use crate::low::simd::padded;
 
 const MAGIC: &[u8; 8] = b"dijiang\0";
 const VERSION: u32 = 1;
@@ -85,9 +89,9 @@ impl<T: Real> CausalState<T> {
                 Storage::Exact => write_head(head, storage, &mut out),
                 _ => {
                     let mut head = head.clone();
-                    head.settle(T::ops());
+                    head.sums.settle(T::ops());
                     if size_of::<T>() == 8 {
-                        raise_frame(&mut head);
+                        raise_frame(&mut head.sums);
                     }
                     write_head(&head, storage, &mut out);
                 }
@@ -206,10 +210,11 @@ impl Header {
         for head in &mut state.heads {
             read_head(head, &mut reader);
             // The next key to join the sums must not lie before the frame.
-            let next = head.ring.as_ref().map_or(position, |ring| ring.first(position));
-            reader.sound &= head.reference_position <= next && head.pending.len <= PENDING;
+            let next = head.ring.as_ref().map_or(position, |ring: &Ring<T>| ring.first(position));
+            reader.sound &=
+                head.sums.reference_position <= next && head.sums.pending.len <= PENDING;
             // Without a token there is nothing in the sums.
-            reader.sound &= next > start || !head.started && head.pending.len == 0;
+            reader.sound &= next > start || !head.sums.started && head.sums.pending.len == 0;
         }
         if reader.sound {
             Ok(state)
@@ -242,24 +247,26 @@ fn length<T: Real>(shape: Shape, storage: Storage) -> u128 {
 
 /// Moves the frame up to where no feature's weights sum up to more than one, which in `f64` may be
 /// e^200, so that the sums of values are no larger than the values.
-fn raise_frame<T: Real>(head: &mut HeadState<T>) {
+fn raise_frame<T: Real>(sums: &mut Sums<T>) {
     let raised = |(&c, &norm): (&T, &T)| if norm > T::ONE { c + norm.ln() } else { c };
-    let candidate: Vec<T> = head.reference.iter().zip(&head.norm).map(raised).collect();
-    if head.started {
-        head.rebase(T::ops(), 0.0, head.reference_position, &candidate);
+    let candidate: Vec<T> = sums.reference.iter().zip(&sums.norm).map(raised).collect();
+    if sums.started {
+        sums.rebase(T::ops(), 0.0, sums.reference_position, &candidate);
     }
 }
 
 fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>) {
-    out.extend_from_slice(&(head.reference_position as u64).to_le_bytes());
-    out.extend([u8::from(head.started), head.pending.len as u8]);
-    for numbers in [&head.reference, &head.norm, &head.norm_rest] {
+    let HeadState { sums, ring } = head;
+    out.extend_from_slice(&(sums.reference_position as u64).to_le_bytes());
+    out.extend([u8::from(sums.started), sums.pending.len as u8]);
+    for numbers in [&sums.reference, &sums.norm, &sums.norm_rest] {
         write(numbers, Storage::Exact, out);
     }
-    for numbers in [&head.sums, &head.sums_rest, &head.pending.weights, &head.pending.values] {
+    let Pending { weights, values, .. } = &sums.pending;
+    for numbers in [&sums.numerator, &sums.numerator_rest, weights, values] {
         write(numbers, storage, out);
     }
-    if let Some(ring) = &head.ring {
+    if let Some(ring) = ring {
         ring.numbers().for_each(|numbers| write(numbers, storage, out));
         ring.valid().for_each(|valid| out.extend(valid.iter().map(|&valid| u8::from(valid))));
     }
@@ -310,24 +317,23 @@ impl<'a> Reader<'a> {
 }
 
 fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
+    let HeadState { sums, ring } = head;
     let position: Vec<u64> = elements(reader.take(8), u64::from_le_bytes);
-    head.reference_position =
+    sums.reference_position =
         position.first().and_then(|&position| usize::try_from(position).ok()).unwrap_or(usize::MAX);
     let mut started = [false];
     reader.flags(&mut started);
-    head.started = started[0];
-    head.pending.len = reader.take(1).first().copied().unwrap_or_default().into();
-    reader.sound &= head.pending.len == 0 || !head.pending.weights.is_empty();
-    for numbers in [&mut head.reference, &mut head.norm, &mut head.norm_rest] {
+    sums.started = started[0];
+    sums.pending.len = reader.take(1).first().copied().unwrap_or_default().into();
+    reader.sound &= sums.pending.len == 0 || !sums.pending.weights.is_empty();
+    for numbers in [&mut sums.reference, &mut sums.norm, &mut sums.norm_rest] {
         reader.numbers(Storage::Exact, numbers);
     }
-    let storage = reader.storage;
-    for numbers in
-        [&mut head.sums, &mut head.sums_rest, &mut head.pending.weights, &mut head.pending.values]
-    {
+    let (storage, Pending { weights, values, .. }) = (reader.storage, &mut sums.pending);
+    for numbers in [&mut sums.numerator, &mut sums.numerator_rest, weights, values] {
         reader.numbers(storage, numbers);
     }
-    if let Some(ring) = &mut head.ring {
+    if let Some(ring) = ring {
         ring.numbers_mut().for_each(|numbers| reader.numbers(storage, numbers));
         ring.valid_mut().for_each(|valid| reader.flags(valid));
     }

@@ -22,31 +22,22 @@ use std::ops::Range;
 
 use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, Axis, s};
 
-use crate::attention::Window;
-use crate::attention::rows::{Valid, copy_rows, gather, is_valid, put_row};
-use crate::attention::state::{HeadState, Shape};
-use crate::attention::workspace::{BLOCK, CAUSAL_BLOCK};
+use crate::Real;
+use crate::attention::linear::state::Sums;
+use crate::attention::rows::{Rows, Valid, put_row};
+use crate::attention::scratch::{BLOCK, CAUSAL_BLOCK};
+use crate::attention::{Causality, Window};
 use crate::kernel::DifferentiableMap;
-use crate::real::Real;
-use crate::simd::{Ahead, LANES, Ops, Product, padded, transpose};
-
-/// Which keys a query meets.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(crate) enum Order {
-    /// All.
-    Full,
-    /// Those up to its own.
-    Causal,
-    /// The ones in the window as they are, older ones through the map.
-    Window(Window),
-}
+use crate::low::mat::{Accum, MatMut, MatRef};
+use crate::low::simd::{Ahead, LANES, Ops, padded, transpose};
 
 /// One key-value head, its group of query heads, and a stretch of tokens.
 pub(super) struct Stretch<'a, T: 'static, M> {
     pub(super) map: &'a M,
     /// λ = log γ.
     pub(super) log_decay: f64,
-    pub(super) order: Order,
+    pub(super) causality: Causality,
+    pub(super) window: Option<Window>,
     /// `[group, n_q, d]`.
     pub(super) q: ArrayView3<'a, T>,
     /// `[n_k, d]`.
@@ -70,6 +61,11 @@ pub(super) struct Stretch<'a, T: 'static, M> {
 const KEYS: usize = 4;
 
 impl<T: Real, M> Stretch<'_, T, M> {
+    /// Whether key `j` may be attended to.
+    fn is_valid(&self, j: usize) -> bool {
+        self.valid.is_none_or(|valid| valid[j])
+    }
+
     /// Keys, values and their gradients, then queries and the gradients of their outputs, and in
     /// the forward pass those of the queries themselves.
     fn ahead(
@@ -81,7 +77,7 @@ impl<T: Real, M> Stretch<'_, T, M> {
         // Blocks are told by their queries in the forward pass, by their keys in the other.
         let first = if forward { self.lead.min(self.k.nrows()) } else { 0 };
         let kv = [self.k, self.v].map(|rows| rows.slice_move(s![first.., ..]));
-        let written = inputs.filter(|_| !forward && !matches!(self.order, Order::Window(_)));
+        let written = inputs.filter(|_| !forward && self.window.is_none());
         let nothing = kv[0].slice(s![..0, ..]);
         let [grad_k, grad_v] =
             written.map_or([nothing, nothing], |inputs| [inputs.k.view(), inputs.v.view()]);
@@ -182,7 +178,7 @@ pub(crate) struct Tape<T> {
     pub(super) sums: Vec<T>,
     /// r, `[m]`: at the end minus the gradient of the z the stretch started from.
     pub(super) norm: Vec<T>,
-    state: HeadState<T>,
+    state: Sums<T>,
     window: WindowBuffers<T>,
     block: Buffers<T>,
 }
@@ -289,7 +285,7 @@ impl<T: Real> Tape<T> {
             values: Vec::new(),
             sums: vec![T::ZERO; features * padded(value_dim)],
             norm: vec![T::ZERO; features],
-            state: HeadState::new(Shape { heads: 1, dim, features, value_dim, window: None }),
+            state: Sums::new(features, value_dim, 0),
             window: WindowBuffers::default(),
             block: Buffers::new(dim, features, value_dim),
         }
@@ -299,7 +295,7 @@ impl<T: Real> Tape<T> {
     pub(super) fn run<M: DifferentiableMap<T>>(
         &mut self,
         stretch: &Stretch<'_, T, M>,
-        start: Option<&HeadState<T>>,
+        start: Option<&Sums<T>>,
         mut upstream: Upstream<'_, T>,
         mut targets: Option<Targets<'_, T, M::Sums>>,
     ) {
@@ -309,7 +305,10 @@ impl<T: Real> Tape<T> {
         }
         let mut state = std::mem::take(&mut self.state);
         match start {
-            Some(start) => state.copy_sums(T::ops(), start),
+            Some(start) => {
+                state.copy(start);
+                state.settle(T::ops());
+            }
             None => state.reset(),
         }
         self.events.clear();
@@ -330,11 +329,7 @@ impl<T: Real> Tape<T> {
                 0
             };
             refill(&mut self.upstream, stored, T::ZERO);
-            let keys = if inputs && matches!(stretch.order, Order::Window(_)) {
-                stretch.k.nrows()
-            } else {
-                0
-            };
+            let keys = if inputs && stretch.window.is_some() { stretch.k.nrows() } else { 0 };
             refill(&mut self.keys, keys * padded(stretch.k.ncols()), T::ZERO);
             refill(&mut self.values, keys * padded(stretch.v.ncols()), T::ZERO);
         }
@@ -385,7 +380,7 @@ impl<T: Real> Tape<T> {
         self.state = state;
     }
 
-    fn push_frame(&mut self, state: &HeadState<T>) {
+    fn push_frame(&mut self, state: &Sums<T>) {
         self.references.extend_from_slice(&state.reference);
         self.positions.push(state.reference_position);
     }
@@ -395,25 +390,6 @@ impl<T: Real> Tape<T> {
 fn refill<T: Copy>(vector: &mut Vec<T>, len: usize, value: T) {
     vector.clear();
     vector.resize(len, value);
-}
-
-/// C (+)= A·B with C `[m, n]`, A by its strides, B and C by the distance between their rows.
-fn product<T>(
-    ops: &Ops<T>,
-    (m, n, k): (usize, usize, usize),
-    (a, a_row, a_col): (&[T], usize, usize),
-    (b, b_row): (&[T], usize),
-    (c, c_row): (&mut [T], usize),
-    accumulate: bool,
-    ahead: &mut Ahead<T>,
-) {
-    (ops.matmul_ahead)(
-        Product { m, n, k, a_row, a_col, b_row, c_row, accumulate },
-        a,
-        b,
-        c,
-        Some(ahead),
-    );
 }
 
 /// Bands of LANES keys of a block of `tokens`: first key, keys. No query before the first key sees
@@ -426,7 +402,7 @@ fn bands(tokens: usize) -> impl Iterator<Item = (usize, usize)> {
 struct Forward<'p, 'a, 'u, 'g, T: Real, M: DifferentiableMap<T>> {
     tape: &'p mut Tape<T>,
     stretch: &'p Stretch<'a, T, M>,
-    state: &'p mut HeadState<T>,
+    state: &'p mut Sums<T>,
     upstream: &'p mut Upstream<'u, T>,
     targets: Option<&'p mut Targets<'g, T, M::Sums>>,
     /// Position that positions are counted from.
@@ -438,8 +414,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
     fn run(&mut self) {
         let (queries, keys) = (self.stretch.q.shape()[1], self.stretch.k.nrows());
         let mut start = 0;
-        match self.stretch.order {
-            Order::Full => {
+        match (self.stretch.causality, self.stretch.window) {
+            (Causality::Bidirectional, _) => {
                 for start in (0..keys).step_by(BLOCK) {
                     self.ahead.aim_some(0..KEYS, start + BLOCK, BLOCK);
                     self.absorb(start..keys.min(start + BLOCK));
@@ -449,12 +425,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
                     self.read(start..queries.min(start + BLOCK), 0..0);
                 }
             }
-            Order::Causal => {
+            (Causality::Causal, None) => {
                 while start < queries {
                     start = self.both(start..queries.min(start + CAUSAL_BLOCK));
                 }
             }
-            Order::Window(window) => {
+            (Causality::Causal, Some(window)) => {
                 let mut absorbed = 0;
                 while start < queries {
                     let (end, first) = window_block(self.stretch, window, start);
@@ -478,17 +454,22 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let Buffers { x, b, v_rows, column, top, feature, zeros, map, .. } = &mut self.tape.block;
         let b = &mut b[..feature.len() * width];
         let (column, top) = (&mut column[..width], &mut top[..width]);
-        gather(ops, stretch.k, keys.clone(), stretch.valid, stretch.key_scale, x, zeros);
-        copy_rows(ops, stretch.v, keys, stretch.valid, v_rows);
+        _ = Rows { array: stretch.k, tokens: keys.clone(), valid: stretch.valid }.gather(
+            ops,
+            stretch.key_scale,
+            x,
+            zeros,
+        );
+        _ = Rows { array: stretch.v, tokens: keys, valid: stretch.valid }.copy(ops, v_rows);
         stretch.map.key_panel(width, &x[..dim * width], b, map);
 
         let position = stretch.position + start;
-        let exponents = |state: &HeadState<T>, column: &mut [T]| {
+        let exponents = |state: &Sums<T>, column: &mut [T]| {
             state.exponents(
                 stretch.log_decay,
                 position,
                 tokens,
-                |j| is_valid(stretch.valid, start + j),
+                |j| stretch.is_valid(start + j),
                 column,
             );
         };
@@ -552,15 +533,9 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             let b = &b[..feature.len() * width];
             feature.fill(T::ZERO);
             (T::ops().add_row_sums)(b, feature);
-            self.state.accumulate(
-                T::ops(),
-                b,
-                feature,
-                width,
-                tokens,
-                v_rows,
-                Some(&mut self.ahead),
-            );
+            let weights = MatRef::new(b, feature.len(), tokens, width);
+            let values = MatRef::packed(v_rows, tokens, self.state.stride());
+            self.state.accumulate(T::ops(), weights, feature, values, &mut self.ahead);
         }
     }
 
@@ -606,7 +581,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let Buffers { g_rows, o, .. } = &mut self.tape.block;
         match &mut self.upstream {
             Upstream::Rows(rows) => {
-                copy_rows(T::ops(), rows.index_axis(Axis(0), h), queries.clone(), None, g_rows);
+                _ = Rows {
+                    array: rows.index_axis(Axis(0), h),
+                    tokens: queries.clone(),
+                    valid: None,
+                }
+                .copy(T::ops(), g_rows);
             }
             Upstream::Loss(loss) => {
                 loss(
@@ -659,15 +639,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         } = &mut self.tape.block;
         let (top, shift, total, column) =
             (&mut top[..width], &mut shift[..width], &mut total[..width], &mut column[..width]);
-        gather(
-            ops,
-            stretch.q.index_axis(Axis(0), h),
-            queries.clone(),
-            None,
-            stretch.query_scale,
-            x,
-            zeros,
-        );
+        _ = Rows { array: stretch.q.index_axis(Axis(0), h), tokens: queries.clone(), valid: None }
+            .gather(ops, stretch.query_scale, x, zeros);
         x[dim * width..padded(dim) * width].fill(T::ZERO);
         let a = &mut a[..feature.len() * width];
         total.fill(T::ZERO);
@@ -728,26 +701,22 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
         if own > 0 {
             for (band, keys) in bands(tokens) {
-                let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
-                product(
-                    ops,
-                    (keys, width - band, feature.len()),
-                    (&b[band..], 1, own),
-                    a,
-                    s,
-                    false,
-                    ahead,
+                let (a, s) = (&a[band..], &mut s[band * width + band..]);
+                (ops.matmul_ahead)(
+                    MatMut::new(s, keys, width - band, width),
+                    Accum::Replace,
+                    MatRef::new(&b[band..], feature.len(), keys, own).t(),
+                    MatRef::new(a, feature.len(), width - band, width),
+                    Some(ahead),
                 );
             }
             (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
-            product(
-                ops,
-                (1, width, tokens),
-                (ones, tokens, 1),
-                (s, width),
-                (total, width),
-                true,
-                ahead,
+            (ops.matmul_ahead)(
+                MatMut::new(total, 1, width, width),
+                Accum::Add,
+                MatRef::new(ones, 1, tokens, tokens),
+                MatRef::new(s, tokens, width, width),
+                Some(ahead),
             );
         }
     }
@@ -761,14 +730,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let Buffers { a, s, o, v_rows, top, total, feature, .. } = &mut self.tape.block;
         let o = &mut o[..tokens * stride];
         if self.state.started {
-            product(
-                ops,
-                (tokens, stride, feature.len()),
-                (a, 1, width),
-                (&self.state.sums, stride),
-                (o, stride),
-                false,
-                ahead,
+            (ops.matmul_ahead)(
+                MatMut::new(o, tokens, stride, stride),
+                Accum::Replace,
+                MatRef::new(a, feature.len(), tokens, width).t(),
+                MatRef::new(&self.state.numerator, feature.len(), stride, stride),
+                Some(ahead),
             );
         } else {
             o.fill(T::ZERO);
@@ -777,40 +744,34 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             for (band, keys) in bands(tokens) {
                 let (s, v, rows) =
                     (&s[band * width + band..], &v_rows[band * stride..], &mut o[band * stride..]);
-                product(
-                    ops,
-                    (tokens - band, stride, keys),
-                    (s, 1, width),
-                    (v, stride),
-                    (rows, stride),
-                    true,
-                    ahead,
+                (ops.matmul_ahead)(
+                    MatMut::new(rows, tokens - band, stride, stride),
+                    Accum::Add,
+                    MatRef::new(s, keys, tokens - band, width).t(),
+                    MatRef::new(v, keys, stride, stride),
+                    Some(ahead),
                 );
             }
         }
         if !keys.is_empty() {
-            product(
-                ops,
-                (tokens, stride, keys.len()),
-                (&window.p, 1, width),
-                (&window.v, stride),
-                (o, stride),
-                true,
-                ahead,
+            (ops.matmul_ahead)(
+                MatMut::new(o, tokens, stride, stride),
+                Accum::Add,
+                MatRef::new(&window.p, keys.len(), tokens, width).t(),
+                MatRef::new(&window.v, keys.len(), stride, stride),
+                Some(ahead),
             );
         }
         for (i, (o, query)) in o.chunks_exact_mut(stride).zip(queries).enumerate() {
             if let Some(given) = stretch.given.map(|given| &given[h]) {
                 let factor = (given.top[query] - top[i]).exp();
                 let row = &given.numerator[query * stride..(query + 1) * stride];
-                product(
-                    ops,
-                    (1, stride, 1),
-                    (&[factor], 1, 1),
-                    (row, stride),
-                    (o, stride),
-                    true,
-                    ahead,
+                (ops.matmul_ahead)(
+                    MatMut::new(o, 1, stride, stride),
+                    Accum::Add,
+                    MatRef::new(&[factor], 1, 1, 1),
+                    MatRef::new(row, 1, stride, stride),
+                    Some(ahead),
                 );
             }
             (ops.scale)(if total[i] > T::ZERO { T::ONE / total[i] } else { T::ZERO }, o);
@@ -849,14 +810,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             if state.is_empty() {
                 df.fill(T::ZERO);
             } else {
-                product(
-                    ops,
-                    (feature.len(), width, stride),
-                    (&state.sums, stride, 1),
-                    (v, width),
-                    (df, width),
-                    false,
-                    ahead,
+                (ops.matmul_ahead)(
+                    MatMut::new(df, feature.len(), width, width),
+                    Accum::Replace,
+                    MatRef::new(&state.numerator, feature.len(), stride, stride),
+                    MatRef::new(v, stride, width, width),
+                    Some(ahead),
                 );
                 (ops.column_dot)(&a[..feature.len() * width], df, delta);
             }
@@ -864,14 +823,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         if own > 0 {
             for (band, keys) in bands(tokens) {
                 let (rows, to) = (&v_rows[band * stride..], &mut products[band * width + band..]);
-                product(
-                    ops,
-                    (keys, width - band, stride),
-                    (rows, stride, 1),
-                    (&v[band..], width),
-                    (to, width),
-                    false,
-                    ahead,
+                (ops.matmul_ahead)(
+                    MatMut::new(to, keys, width - band, width),
+                    Accum::Replace,
+                    MatRef::new(rows, keys, stride, stride),
+                    MatRef::new(&v[band..], stride, width - band, width),
+                    Some(ahead),
                 );
             }
             (ops.upper_less)(&mut products[..tokens * width], &zeros[..width]);
@@ -879,14 +836,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
         if !keys.is_empty() {
             let dp = &mut window.dp[..keys.len() * width];
-            product(
-                ops,
-                (keys.len(), width, stride),
-                (&window.v, stride, 1),
-                (v, width),
-                (dp, width),
-                false,
-                ahead,
+            (ops.matmul_ahead)(
+                MatMut::new(dp, keys.len(), width, width),
+                Accum::Replace,
+                MatRef::new(&window.v, keys.len(), stride, stride),
+                MatRef::new(v, stride, width, width),
+                Some(ahead),
             );
             (ops.column_dot)(&window.p[..keys.len() * width], dp, delta);
         }
@@ -924,15 +879,13 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         if own > 0 {
             (ops.upper_less)(&mut h[..tokens * width], &delta[..width]);
             for (band, keys) in bands(tokens) {
-                let (h, df) = ((&h[band * width + band..], width), (&mut df[band..], width));
-                product(
-                    ops,
-                    (feature.len(), width - band, keys),
-                    (&b[band..], own, 1),
-                    h,
-                    df,
-                    true,
-                    ahead,
+                let (h, df) = (&h[band * width + band..], &mut df[band..]);
+                (ops.matmul_ahead)(
+                    MatMut::new(df, feature.len(), width - band, width),
+                    Accum::Add,
+                    MatRef::new(&b[band..], feature.len(), keys, own),
+                    MatRef::new(h, keys, width - band, width),
+                    Some(ahead),
                 );
             }
         }
@@ -971,26 +924,22 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             let (count, y_width) =
                 (BLOCK.min(keys.len() - start), padded(BLOCK.min(keys.len() - start)));
             debug_assert_eq!(start, tile * BLOCK);
-            product(
-                ops,
-                (dim, width, count),
-                (y, y_width, 1),
-                (&dp[start * width..], width),
-                (&mut dx[..], width),
-                true,
-                ahead,
+            (ops.matmul_ahead)(
+                MatMut::new(&mut dx[..], dim, width, width),
+                Accum::Add,
+                MatRef::new(y, dim, count, y_width),
+                MatRef::new(&dp[start * width..], count, width, width),
+                Some(ahead),
             );
         }
         transpose(ops, width, &x[..dim_stride * width], T::ONE, x_rows);
         let rows = &mut self.tape.keys[keys.start * dim_stride..];
-        product(
-            ops,
-            (keys.len(), dim_stride, tokens),
-            (dp, width, 1),
-            (x_rows, dim_stride),
-            (rows, dim_stride),
-            true,
-            ahead,
+        (ops.matmul_ahead)(
+            MatMut::new(rows, keys.len(), dim_stride, dim_stride),
+            Accum::Add,
+            MatRef::new(dp, keys.len(), tokens, width),
+            MatRef::new(x_rows, tokens, dim_stride, dim_stride),
+            Some(ahead),
         );
         for ((to, from), &inverse) in
             o.chunks_exact_mut(stride).zip(g_rows.chunks_exact(stride)).zip(&inverse[..tokens])
@@ -998,14 +947,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * inverse);
         }
         let rows = &mut self.tape.values[keys.start * stride..];
-        product(
-            ops,
-            (keys.len(), stride, tokens),
-            (p, width, 1),
-            (o, stride),
-            (rows, stride),
-            true,
-            ahead,
+        (ops.matmul_ahead)(
+            MatMut::new(rows, keys.len(), stride, stride),
+            Accum::Add,
+            MatRef::new(p, keys.len(), tokens, width),
+            MatRef::new(o, tokens, stride, stride),
+            Some(ahead),
         );
     }
 
@@ -1054,17 +1001,14 @@ fn load_window<T: Real, M>(
         window.zeros.resize(count, T::ZERO);
     }
     for (start, panel) in keys.clone().step_by(BLOCK).zip(window.y.chunks_exact_mut(dim * BLOCK)) {
-        gather(
-            T::ops(),
-            stretch.k,
-            start..keys.end.min(start + BLOCK),
-            stretch.valid,
-            stretch.key_scale,
-            panel,
-            zeros,
-        );
+        _ = Rows {
+            array: stretch.k,
+            tokens: start..keys.end.min(start + BLOCK),
+            valid: stretch.valid,
+        }
+        .gather(T::ops(), stretch.key_scale, panel, zeros);
     }
-    copy_rows(T::ops(), stretch.v, keys, stretch.valid, &mut window.v);
+    _ = Rows { array: stretch.v, tokens: keys, valid: stretch.valid }.copy(T::ops(), &mut window.v);
 }
 
 /// Scores of the window keys (rows) for the queries (columns) of the panel `x`, whose first one
@@ -1083,25 +1027,23 @@ fn window_scores<T: Real, M>(
     for (start, y) in (0..keys.len()).step_by(BLOCK).zip(window.y.chunks_exact(dim * BLOCK)) {
         let count = BLOCK.min(keys.len() - start);
         let p = &mut window.p[start * width..];
-        product(
-            ops,
-            (count, width, dim),
-            (y, 1, padded(count)),
-            (x, width),
-            (p, width),
-            false,
-            ahead,
+        (ops.matmul_ahead)(
+            MatMut::new(p, count, width, width),
+            Accum::Replace,
+            MatRef::new(y, dim, count, padded(count)).t(),
+            MatRef::new(x, dim, width, width),
+            Some(ahead),
         );
     }
     for (key, row) in keys.zip(window.p.chunks_exact_mut(width)) {
         let hidden =
-            if is_valid(stretch.valid, key) { key.saturating_sub(query).min(width) } else { width };
+            if stretch.is_valid(key) { key.saturating_sub(query).min(width) } else { width };
         row[..hidden].fill(T::NEG_INFINITY);
     }
 }
 
 impl<T: Real> WindowSums<T> {
-    /// Sums over the window keys of query head `h`, the order of the stretch being [`Order::Window`].
+    /// Sums over the window keys of query head `h`, the stretch having a window.
     pub(super) fn new<M>(stretch: &Stretch<'_, T, M>, window: Window, h: usize) -> Self {
         let ops = T::ops();
         let (queries, dim, stride) =
@@ -1124,15 +1066,8 @@ impl<T: Real> WindowSums<T> {
             let (tokens, width) = (end - start, padded(end - start));
             let (column, total) = (&mut column[..width], &mut total[..width]);
             load_window(stretch, keys.clone(), &mut buffers, &no_token);
-            gather(
-                ops,
-                stretch.q.index_axis(Axis(0), h),
-                start..end,
-                None,
-                stretch.query_scale,
-                &mut x,
-                &no_token,
-            );
+            _ = Rows { array: stretch.q.index_axis(Axis(0), h), tokens: start..end, valid: None }
+                .gather(ops, stretch.query_scale, &mut x, &no_token);
             window_scores(
                 ops,
                 stretch,
@@ -1153,14 +1088,12 @@ impl<T: Real> WindowSums<T> {
             (ops.exp_dot)(p, &zeros[..keys.len()], column, &ones[..keys.len()], total);
             sums.total[start..end].copy_from_slice(&total[..tokens]);
             let out = &mut sums.numerator[start * stride..end * stride];
-            product(
-                ops,
-                (tokens, stride, keys.len()),
-                (p, 1, width),
-                (v, stride),
-                (out, stride),
-                false,
-                &mut ahead,
+            (ops.matmul_ahead)(
+                MatMut::new(out, tokens, stride, stride),
+                Accum::Replace,
+                MatRef::new(p, keys.len(), tokens, width).t(),
+                MatRef::new(v, keys.len(), stride, stride),
+                Some(&mut ahead),
             );
             start = end;
         }
@@ -1247,17 +1180,20 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
             (padded(keys.len()), stretch.k.ncols(), padded(stretch.v.ncols()));
         let Buffers { x, b, v_rows, v, column, feature, zeros, map, .. } = &mut self.tape.block;
         let (b, column) = (&mut b[..feature.len() * width], &mut column[..width]);
-        gather(ops, stretch.k, keys.clone(), stretch.valid, stretch.key_scale, x, zeros);
+        _ = Rows { array: stretch.k, tokens: keys.clone(), valid: stretch.valid }.gather(
+            ops,
+            stretch.key_scale,
+            x,
+            zeros,
+        );
         stretch.map.key_panel(width, &x[..dim * width], b, map);
-        copy_rows(ops, stretch.v, keys.clone(), stretch.valid, v_rows);
+        _ = Rows { array: stretch.v, tokens: keys.clone(), valid: stretch.valid }.copy(ops, v_rows);
         v_rows[keys.len() * stride..width * stride].fill(T::ZERO);
         transpose(ops, stride, &v_rows[..width * stride], T::ONE, v);
         let reference = &self.tape.references[self.frame * feature.len()..][..feature.len()];
         feature.iter_mut().zip(reference).for_each(|(negated, &c)| *negated = -c);
         column.fill(T::NEG_INFINITY);
-        for (exponent, j) in
-            column.iter_mut().zip(keys).filter(|(_, j)| is_valid(stretch.valid, *j))
-        {
+        for (exponent, j) in column.iter_mut().zip(keys).filter(|(_, j)| stretch.is_valid(*j)) {
             *exponent = T::from_f64(-decay(stretch, j, self.tape.positions[self.frame]));
         }
         (ops.exp_panel)(b, feature, column);
@@ -1276,24 +1212,20 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
             dv_rows[..keys.len() * stride].fill(T::ZERO);
             return;
         }
-        product(
-            ops,
-            (m, width, stride),
-            (&self.tape.sums, stride, 1),
-            (v, width),
-            (df, width),
-            false,
-            ahead,
+        (ops.matmul_ahead)(
+            MatMut::new(df, m, width, width),
+            Accum::Replace,
+            MatRef::new(&self.tape.sums, m, stride, stride),
+            MatRef::new(v, stride, width, width),
+            Some(ahead),
         );
         if self.targets.inputs.is_some() {
-            product(
-                ops,
-                (keys.len(), stride, m),
-                (b, 1, width),
-                (&self.tape.sums, stride),
-                (dv_rows, stride),
-                false,
-                ahead,
+            (ops.matmul_ahead)(
+                MatMut::new(dv_rows, keys.len(), stride, stride),
+                Accum::Replace,
+                MatRef::new(b, m, keys.len(), width).t(),
+                MatRef::new(&self.tape.sums, m, stride, stride),
+                Some(ahead),
             );
         }
     }
@@ -1325,15 +1257,8 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         let m = feature.len();
         // The keys of the block are in `x`.
         let x = x_rows;
-        gather(
-            ops,
-            stretch.q.index_axis(Axis(0), h),
-            queries.clone(),
-            None,
-            stretch.query_scale,
-            x,
-            zeros,
-        );
+        _ = Rows { array: stretch.q.index_axis(Axis(0), h), tokens: queries.clone(), valid: None }
+            .gather(ops, stretch.query_scale, x, zeros);
         let (a, shift, delta) = (&mut a[..m * width], &mut shift[..width], &mut delta[..width]);
         stretch.map.query_panel(width, &x[..dim * width], a, map);
         let at = h * stretch.q.shape()[1] + queries.start;
@@ -1344,7 +1269,8 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         (ops.exp_panel)(a, &self.tape.references[self.frame * m..][..m], shift);
         match &self.upstream {
             Some(rows) => {
-                copy_rows(ops, rows.index_axis(Axis(0), h), queries, None, g_rows);
+                _ = Rows { array: rows.index_axis(Axis(0), h), tokens: queries, valid: None }
+                    .copy(ops, g_rows);
             }
             None => g_rows[..tokens * stride]
                 .copy_from_slice(&self.tape.upstream[at * stride..(at + tokens) * stride]),
@@ -1353,8 +1279,14 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
         if own > 0 {
             if self.targets.inputs.is_some() {
                 for (band, keys) in bands(tokens) {
-                    let (a, s) = ((&a[band..], width), (&mut s[band * width + band..], width));
-                    product(ops, (keys, width - band, m), (&b[band..], 1, own), a, s, false, ahead);
+                    let (a, s) = (&a[band..], &mut s[band * width + band..]);
+                    (ops.matmul_ahead)(
+                        MatMut::new(s, keys, width - band, width),
+                        Accum::Replace,
+                        MatRef::new(&b[band..], m, keys, own).t(),
+                        MatRef::new(a, m, width - band, width),
+                        Some(ahead),
+                    );
                 }
                 (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
                 for (band, keys) in bands(tokens) {
@@ -1363,53 +1295,45 @@ impl<T: Real, M: DifferentiableMap<T>> Backward<'_, '_, '_, T, M> {
                         &g_rows[band * stride..],
                         &mut dv_rows[band * stride..],
                     );
-                    product(
-                        ops,
-                        (keys, stride, tokens - band),
-                        (s, width, 1),
-                        (g, stride),
-                        (rows, stride),
-                        true,
-                        ahead,
+                    (ops.matmul_ahead)(
+                        MatMut::new(rows, keys, stride, stride),
+                        Accum::Add,
+                        MatRef::new(s, keys, tokens - band, width),
+                        MatRef::new(g, tokens - band, stride, stride),
+                        Some(ahead),
                     );
                 }
             }
             // Rows are queries here: query i sees the keys up to its own.
             for (band, count) in bands(tokens) {
                 let (g, to) = (&g_rows[band * stride..], &mut products[band * own..]);
-                product(
-                    ops,
-                    (count, padded(band + count), stride),
-                    (g, stride, 1),
-                    (v, own),
-                    (to, own),
-                    false,
-                    ahead,
+                (ops.matmul_ahead)(
+                    MatMut::new(to, count, padded(band + count), own),
+                    Accum::Replace,
+                    MatRef::new(g, count, stride, stride),
+                    MatRef::new(v, stride, padded(band + count), own),
+                    Some(ahead),
                 );
             }
             (ops.lower_less)(&mut products[..tokens * own], own, &delta[..tokens]);
             for (band, count) in bands(tokens) {
                 let (a, h) = (&a[band..], &products[band * own..]);
-                product(
-                    ops,
-                    (m, padded(band + count), count),
-                    (a, width, 1),
-                    (h, own),
-                    (df, own),
-                    true,
-                    ahead,
+                (ops.matmul_ahead)(
+                    MatMut::new(df, m, padded(band + count), own),
+                    Accum::Add,
+                    MatRef::new(a, m, count, width),
+                    MatRef::new(h, count, padded(band + count), own),
+                    Some(ahead),
                 );
             }
         }
         if earlier {
-            product(
-                ops,
-                (m, stride, tokens),
-                (a, width, 1),
-                (g_rows, stride),
-                (&mut self.tape.sums, stride),
-                true,
-                ahead,
+            (ops.matmul_ahead)(
+                MatMut::new(&mut self.tape.sums, m, stride, stride),
+                Accum::Add,
+                MatRef::new(a, m, tokens, width),
+                MatRef::new(g_rows, tokens, stride, stride),
+                Some(ahead),
             );
             (ops.matvec)(a, width, delta, &mut self.tape.norm);
             self.later = true;

@@ -8,85 +8,17 @@
 //! with the frames (c, p) of both states, λ = log γ. Keys that lie in the first segment's near
 //! part, but no more in that of the end, are absorbed before; the others stay near.
 
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use ndarray::{Array3, ArrayRef3};
-
-use crate::attention::checks::{check_key_shapes, check_keys};
-use crate::attention::{CausalState, KeyMask, LinearAttention, Workspace, window};
+use crate::Real;
+use crate::attention::linear::LinearAttention;
+use crate::attention::linear::absorb::absorb_chunk;
+use crate::attention::linear::head::Head;
+use crate::attention::linear::state::{CausalState, HeadState};
+use crate::attention::scratch::{Scratch, Worker};
+use crate::attention::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
-use crate::real::Real;
-use crate::threads;
 
 impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
-    /// The empty state of a segment that begins at `position` of its sequence, to be
-    /// [merged](Self::merge) with the state of what comes before. Fed with the segment's tokens, it
-    /// knows nothing of earlier ones: outputs computed from it see this segment only.
-    ///
-    /// # Errors
-    /// [`Error::TooLarge`] for a position beyond 2⁵².
-    pub fn new_state_at(&self, position: usize) -> Result<CausalState<T>> {
-        CausalState::at(self.shape(), position)
-    }
-
-    /// Tokens that nobody queries join a state: [`prefill_into`](Self::prefill_into) without its
-    /// queries and outputs, at less than half the cost. The state becomes the same, bit for bit.
-    ///
-    /// # Shapes
-    /// - `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries.
-    ///
-    /// # Cost
-    /// O(n) time, no allocation. Key-value heads are shared out among the threads of the current
-    /// pool.
-    ///
-    /// # Errors
-    /// As [`prefill_into`](Self::prefill_into); after an error the state is unchanged.
-    pub fn extend(
-        &self,
-        state: &mut CausalState<T>,
-        k: &ArrayRef3<T>,
-        v: &ArrayRef3<T>,
-        mask: KeyMask<'_>,
-        workspace: &mut Workspace<T>,
-    ) -> Result<()> {
-        self.check_step(state, workspace)?;
-        check_key_shapes(self.maps().len(), self.sizes, k, v, mask)?;
-        let n = k.shape()[1];
-        // Of no query heads.
-        let nobody = |dim: usize| Array3::zeros((0, n, dim));
-        let queries = nobody(self.sizes.dim);
-        self.advance(
-            state,
-            mask,
-            n,
-            workspace,
-            || check_keys(k, v, mask),
-            |stretch, heads, workspace| {
-                let clean = AtomicBool::new(true);
-                let heads = heads.iter_mut().zip(k.outer_iter().zip(v.outer_iter())).enumerate();
-                threads::for_each(
-                    &mut workspace.scratches,
-                    heads,
-                    |scratch, (h, (state, (k, v)))| {
-                        let mut nothing = nobody(self.sizes.value_dim);
-                        let fits = stretch.prefill(
-                            &self.head(h),
-                            state,
-                            queries.view(),
-                            k,
-                            v,
-                            nothing.view_mut(),
-                            scratch,
-                        );
-                        clean.fetch_and(fits, Ordering::Relaxed);
-                    },
-                );
-                clean.into_inner()
-            },
-        )
-    }
-
     /// `state` becomes that of its own segment and the next one, `next`: what feeding it the next
     /// segment's tokens would have made of it, up to rounding. Any cut will do, within a window chunk
     /// too.
@@ -117,7 +49,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     ///
     /// # Examples
     /// ```
-    /// use dijiang::attention::{KeyMask, LinearConfig, Window};
+    /// use dijiang::attention::{KeyMask, LinearConfig, Operator, Window};
     /// use dijiang::kernel::DctMapConfig;
     /// use ndarray::{Array, Array3, s};
     ///
@@ -139,7 +71,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         next: &CausalState<T>,
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
-        self.check_step(state, workspace)?;
+        state.check(self.shape())?;
+        workspace.check(self.sizes())?;
         next.check(self.shape())?;
         if next.start() != state.position {
             return Err(Error::Value {
@@ -151,27 +84,43 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         if next.position == next.start() {
             return Ok(());
         }
-        let scratch = workspace.first();
-        for (h, (own, next_head)) in state.heads.iter_mut().zip(&next.heads).enumerate() {
+        let Worker { scratch, part, .. } = workspace.first();
+        let (cut, end) = (state.position, next.position);
+        for (h, (own, next)) in state.change().iter_mut().zip(&next.heads).enumerate() {
             let head = self.head(h);
-            if let (Some(mut ring), Some(next_ring)) = (own.ring.take(), &next_head.ring) {
-                window::hand_over(
-                    &head,
-                    own,
-                    &mut ring,
-                    state.position,
-                    next_ring,
-                    next.position,
-                    scratch,
-                );
-                own.ring = Some(ring);
-            }
-            let mut sums = std::mem::take(&mut scratch.sums);
-            sums.copy_sums(head.ops, next_head);
-            own.join(head.ops, head.log_decay, &sums, &mut scratch.feature);
-            scratch.sums = sums;
+            hand_over(&head, own, cut, (next, end), scratch);
+            part.copy(&next.sums);
+            part.settle(head.ops);
+            own.sums.join(head.ops, head.log_decay, part, &mut scratch.features.feature);
         }
-        state.position = next.position;
+        state.changed(end - cut);
         Ok(())
+    }
+}
+
+/// A segment that ends at `cut` is followed by one that leaves the state `next` at its end: chunks of
+/// the first one's window that are outside the window there join the sums, and the next one's window
+/// joins the ring.
+fn hand_over<T: Real>(
+    head: &Head<'_, T>,
+    state: &mut HeadState<T>,
+    cut: usize,
+    (next, end): (&HeadState<T>, usize),
+    scratch: &mut Scratch<T>,
+) {
+    let (Some(ring), Some(next)) = (&state.ring, &next.ring) else { return };
+    let (length, slots) = (ring.chunk(), ring.slots());
+    let first_kept = |position: usize| position.div_ceil(length).saturating_sub(slots);
+    let kept = first_kept(end);
+    for chunk in first_kept(cut)..cut.div_ceil(length).min(kept) {
+        absorb_chunk(head, state, chunk, scratch);
+        if let Some(ring) = &mut state.ring {
+            ring.slot_mut(chunk).clear();
+        }
+    }
+    let Some(ring) = &mut state.ring else { return };
+    for chunk in kept.max(cut / length)..end.div_ceil(length) {
+        let first = cut.saturating_sub(chunk * length);
+        ring.slot_mut(chunk).copy_from(next.slot(chunk), first, length);
     }
 }

@@ -2,13 +2,12 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayView2, ArrayView3};
-
-use crate::attention::Window;
-use crate::attention::tape::{Order, Stretch, Tape, Targets, Upstream, WindowSums};
+use super::tape::{Stretch, Tape, Targets, Upstream, WindowSums};
+use crate::Real;
+use crate::attention::qkv::HeadQkv;
+use crate::attention::{Causality, Window};
 use crate::kernel::DifferentiableMap;
-use crate::real::Real;
-use crate::simd::padded;
+use crate::low::simd::padded;
 
 /// One key-value head and its group of query heads on one sequence, with everything computed once
 /// that does not depend on the map: the exact sums over the window keys.
@@ -17,50 +16,42 @@ use crate::simd::padded;
 /// sequences of the same d, m and e.
 #[derive(Debug)]
 pub(crate) struct FarPart<'a, T> {
-    order: Order,
-    x: ArrayView3<'a, T>,
-    y: ArrayView2<'a, T>,
-    v: ArrayView2<'a, T>,
-    valid: Option<&'a [bool]>,
-    window: Option<Vec<WindowSums<T>>>,
+    qkv: HeadQkv<'a, T>,
+    causality: Causality,
+    window: Option<Window>,
+    in_window: Option<Vec<WindowSums<T>>>,
 }
 
 impl<'a, T: Real> FarPart<'a, T> {
-    /// Sums over the window keys, if the order has any: O(n·c·(d + e)) once.
+    /// Sums over the window's keys, if there is a window: O(n·c·(d + e)) once.
     ///
-    /// # Shapes
-    /// - `x`: `[group, n, d]`, `y`: `[n, d]`, `v`: `[n, e]`, `valid`: n entries. [`Order::Full`]
-    ///   allows another number of queries than of keys.
-    pub(crate) fn new(
-        order: Order,
-        x: ArrayView3<'a, T>,
-        y: ArrayView2<'a, T>,
-        v: ArrayView2<'a, T>,
-        valid: Option<&'a [bool]>,
-    ) -> Self {
-        let mut part = Self { order, x, y, v, valid, window: None };
-        if let Order::Window(window) = order {
+    /// `qkv` holds scaled queries and keys. Bidirectional attention allows another number of queries
+    /// than of keys.
+    pub(crate) fn new(qkv: HeadQkv<'a, T>, causality: Causality, window: Option<Window>) -> Self {
+        let mut part = Self { qkv, causality, window, in_window: None };
+        if let Some(window) = window {
             let stretch = part.stretch(&(), 0.0);
-            let sums = (0..x.shape()[0]).map(|h| WindowSums::new(&stretch, window, h)).collect();
-            part.window = Some(sums);
+            let heads = 0..part.group();
+            let sums = heads.map(|h| WindowSums::new(&stretch, window, h)).collect();
+            part.in_window = Some(sums);
         }
         part
     }
 
     /// Query heads.
     pub(crate) fn group(&self) -> usize {
-        self.x.shape()[0]
+        self.qkv.q.shape()[0]
     }
 
     /// Queries of each head.
     pub(crate) fn queries(&self) -> usize {
-        self.x.shape()[1]
+        self.qkv.q.shape()[1]
     }
 
     /// Distance between the rows that [`forward`](Self::forward) and [`backward`](Self::backward)
     /// hand over: e padded.
     pub(crate) fn value_stride(&self) -> usize {
-        padded(self.v.ncols())
+        padded(self.qkv.v.ncols())
     }
 
     /// Softmax attention's mass on keys beyond the local window, from 0 to 1 for every query, summed
@@ -69,10 +60,12 @@ impl<'a, T: Real> FarPart<'a, T> {
     /// # Cost
     /// O(n²·(d + e)) with a local window.
     pub(crate) fn far_mass(&self) -> f64 {
-        let Some(window) = &self.window else { return (self.group() * self.queries()) as f64 };
-        let everything = Order::Window(Window::new(self.queries().max(1), 0));
-        let all = FarPart::new(everything, self.x.view(), self.y.view(), self.v.view(), self.valid);
-        let heads = window.iter().zip(all.window.iter().flatten());
+        let Some(in_window) = &self.in_window else {
+            return (self.group() * self.queries()) as f64;
+        };
+        let everything = Window::new(self.queries().max(1), 0);
+        let all = FarPart::new(self.qkv, self.causality, Some(everything));
+        let heads = in_window.iter().zip(all.in_window.iter().flatten());
         let queries = heads.flat_map(|(window, all)| {
             window.total.iter().zip(&window.top).zip(all.total.iter().zip(&all.top))
         });
@@ -86,13 +79,13 @@ impl<'a, T: Real> FarPart<'a, T> {
     /// The exact outputs of a query over its window keys alone: their numerator `[value_stride]` and
     /// normaliser, 0 without keys. `None` if there is no local window.
     pub(crate) fn window(&self, h: usize, query: usize) -> Option<(&[T], T)> {
-        let (sums, stride) = (&self.window.as_ref()?[h], self.value_stride());
+        let (sums, stride) = (&self.in_window.as_ref()?[h], self.value_stride());
         Some((&sums.numerator[query * stride..][..stride], sums.total[query]))
     }
 
     /// Memory for passes through maps of this shape.
     pub(crate) fn tape<M: DifferentiableMap<T>>(&self, map: &M) -> Tape<T> {
-        Tape::new(map, self.v.ncols())
+        Tape::new(map, self.qkv.v.ncols())
     }
 
     /// The outputs, handed over block by block: query head, its queries, and their outputs
@@ -137,16 +130,17 @@ impl<'a, T: Real> FarPart<'a, T> {
         Stretch {
             map,
             log_decay,
-            order: self.order,
-            q: self.x,
-            k: self.y,
-            v: self.v,
-            valid: self.valid,
+            causality: self.causality,
+            window: self.window,
+            q: self.qkv.q,
+            k: self.qkv.k,
+            v: self.qkv.v,
+            valid: self.qkv.valid,
             query_scale: T::ONE,
             key_scale: T::ONE,
             position: 0,
             lead: 0,
-            given: self.window.as_deref(),
+            given: self.in_window.as_deref(),
         }
     }
 }

@@ -1,0 +1,414 @@
+//! [`LinearAttention`]: attention through feature maps, in O(n).
+//!
+//! ```text
+//! config                          how it is built
+//! head      state/{ring,sums}     one head's map and numbers; what it remembers
+//! absorb                          keys join the sums
+//! causal    window    full        a pass over many tokens: without a window, with one, bidirectional
+//! pipeline                        one head on several threads
+//! step      merge                 one token; the states of two segments
+//! ```
+
+mod absorb;
+mod causal;
+mod config;
+mod full;
+mod head;
+mod merge;
+pub(crate) mod pipeline;
+pub(crate) mod state;
+mod step;
+mod window;
+
+use std::marker::PhantomData;
+
+use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayViewMut3, Axis};
+
+use crate::Real;
+use crate::attention::check::bidirectional;
+use crate::attention::operator::{Operator, SequenceState};
+use crate::attention::qkv::{Dims, HeadQkv, Qkv};
+use crate::attention::rows::OutOfRange;
+use crate::attention::scratch::{SEGMENT, Sizes};
+use crate::attention::workspace::Workspace;
+use crate::attention::{Causality, KeyMask, Window};
+use crate::error::Result;
+use crate::kernel::FeatureMap;
+use crate::threads::try_each;
+use pipeline::Pipeline;
+use state::{HeadState, Shape};
+
+pub use config::LinearConfig;
+pub(crate) use head::Head;
+pub use state::CausalState;
+#[cfg(feature = "states")]
+pub use state::Storage;
+
+/// DCT-kernelized linear attention over all heads of a layer.
+///
+/// O(n) time, a state of constant size, the same results whichever way the tokens arrive: at once,
+/// in pieces, or one by one. Immutable and shared freely between threads; what changes lives in
+/// [`CausalState`] and [`Workspace`].
+///
+/// # Examples
+/// ```
+/// use dijiang::attention::{LinearConfig, Operator, Qkv};
+/// use dijiang::kernel::DctMapConfig;
+/// use ndarray::{Array, Array3};
+///
+/// let (heads, n, d) = (2, 100, 16);
+/// let map = |head: usize| DctMapConfig::new(d).with_seed(head as u64).build::<f32>();
+/// let maps = (0..heads).map(map).collect::<Result<Vec<_>, _>>()?;
+/// let attention = LinearConfig::new().build(maps)?;
+/// let element = |(h, i, j)| ((h + 3 * i + 5 * j) % 7) as f32 / 7.0;
+/// let q: Array3<f32> = Array::from_shape_fn((heads, n, d), element);
+/// let v = Array::ones((heads, n, d));
+/// let out = attention.forward(Qkv::new(&q, &q, &v))?;
+/// assert!(out.iter().all(|&o: &f32| (o - 1.0).abs() < 1e-5), "a weighted mean of ones is one");
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct LinearAttention<T, M> {
+    maps: Vec<M>,
+    heads: usize,
+    causality: Causality,
+    scale: f64,
+    log_decay: Vec<f64>,
+    sizes: Sizes,
+    element: PhantomData<T>,
+}
+
+impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
+    /// The maps, one per key-value head.
+    pub fn maps(&self) -> &[M] {
+        &self.maps
+    }
+
+    /// Query heads h.
+    pub fn heads(&self) -> usize {
+        self.heads
+    }
+
+    /// Which keys a query sees.
+    pub fn causality(&self) -> Causality {
+        self.causality
+    }
+
+    /// The local window.
+    pub fn window(&self) -> Option<Window> {
+        self.sizes.window
+    }
+
+    /// log γ, one per map.
+    pub fn log_decay(&self) -> &[f64] {
+        &self.log_decay
+    }
+
+    /// Softmax scale σ.
+    pub fn scale(&self) -> f64 {
+        self.scale
+    }
+
+    /// The empty state of a segment that begins at `position` of its sequence, to be
+    /// [merged](Self::merge) with the state of what comes before. Fed with the segment's tokens, it
+    /// knows nothing of earlier ones: outputs computed from it see this segment only.
+    ///
+    /// # Errors
+    /// [`Error::TooLarge`](crate::Error::TooLarge) for a position beyond 2⁵².
+    pub fn new_state_at(&self, position: usize) -> Result<CausalState<T>> {
+        CausalState::at(self.shape(), position)
+    }
+
+    pub(crate) fn sizes(&self) -> Sizes {
+        self.sizes
+    }
+
+    pub(crate) fn shape(&self) -> Shape {
+        let Sizes { dim, features, value_dim, window, .. } = self.sizes;
+        Shape { heads: self.maps.len(), dim, features, value_dim, window }
+    }
+
+    pub(crate) fn dims(&self) -> Dims {
+        let Sizes { dim, value_dim, .. } = self.sizes;
+        let causal = self.causality == Causality::Causal;
+        Dims { heads: self.heads, kv_heads: self.maps.len(), dim, value_dim, causal }
+    }
+
+    pub(crate) fn head(&self, h: usize) -> Head<'_, T> {
+        Head::new(&self.maps[h], self.sizes.value_dim, self.scale, self.log_decay[h])
+    }
+
+    /// Sequences that go on need a direction.
+    pub(crate) fn check_direction(&self, method: &'static str) -> Result<()> {
+        match self.causality {
+            Causality::Causal => Ok(()),
+            Causality::Bidirectional => Err(bidirectional(method)),
+        }
+    }
+
+    /// Whether the state is of this operator, and whole.
+    pub(crate) fn check_state(&self, state: &CausalState<T>) -> Result<()> {
+        state.check(self.shape())
+    }
+
+    /// States need a direction, to be of this operator, and whole.
+    fn check_states(&self, method: &'static str, states: &[&mut CausalState<T>]) -> Result<()> {
+        self.check_direction(method)?;
+        states.iter().try_for_each(|state| state.check(self.shape()))
+    }
+
+    /// All heads of causal attention; `states` yields for every sequence and head its state, or
+    /// `None` for one that begins and ends here.
+    fn causal<'s>(
+        &self,
+        qkv: Qkv<'_, T>,
+        out: ArrayViewMut3<'_, T>,
+        states: impl Iterator<Item = Option<(usize, &'s mut HeadState<T>)>> + Send,
+        workspace: &mut Workspace<T>,
+    ) -> Result<(), OutOfRange> {
+        let (heads, longest) = (self.maps.len(), qkv.longest());
+        let mut items = qkv.heads(out).zip(states);
+        if !Pipeline::<T>::pays(qkv.sequences() * heads) || longest <= SEGMENT {
+            return try_each(&mut workspace.workers, items, |worker, ((qkv, out), state)| {
+                let (qkv, state) = continued(qkv, state, &mut worker.state);
+                pipeline::prefill(&self.head(qkv.head), state, qkv, out, &mut worker.scratch)
+            });
+        }
+        workspace.share_heads(self.shape());
+        let Workspace { workers, pipelines, .. } = workspace;
+        for _ in 0..qkv.sequences() {
+            let items = items.by_ref().take(heads).zip(&mut *pipelines);
+            try_each(workers, items, |worker, (((qkv, out), state), pipeline)| {
+                let (qkv, state) = continued(qkv, state, &mut worker.state);
+                let head = self.head(qkv.head);
+                if qkv.k.nrows() > SEGMENT {
+                    pipeline.prefill(&head, state, qkv, out)
+                } else {
+                    pipeline::prefill(&head, state, qkv, out, &mut worker.scratch)
+                }
+            })?;
+        }
+        Ok(())
+    }
+
+    /// All heads of bidirectional attention.
+    fn full(
+        &self,
+        qkv: Qkv<'_, T>,
+        out: ArrayViewMut3<'_, T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<(), OutOfRange> {
+        let heads = self.maps.len();
+        if !qkv.is_packed() && Pipeline::<T>::pays(heads) && qkv.longest() > SEGMENT {
+            workspace.share_keys(heads * full::PARTS);
+            let Workspace { parts, workers, .. } = workspace;
+            let all: Vec<_> = (0..heads).map(|h| self.head(h)).collect();
+            return full::attend_shared(&all, qkv.heads(out).collect(), parts, workers);
+        }
+        try_each(&mut workspace.workers, qkv.heads(out), |worker, (qkv, out)| {
+            full::attend(&self.head(qkv.head), qkv, out, worker)
+        })
+    }
+
+    /// Before `state` changes: it must keep what it was if elements turn out to be out of range. For
+    /// a few tokens they are looked at now; to keep the state would cost more.
+    fn begin(
+        &self,
+        state: &CausalState<T>,
+        qkv: Qkv<'_, T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        if state.is_fresh() {
+            return Ok(());
+        }
+        if qkv.keys() > SEGMENT {
+            workspace.keep(&state.heads)
+        } else {
+            qkv.check_elements()?
+        }
+        Ok(())
+    }
+
+    /// After it changed: back to what it was, if elements were out of range.
+    fn end(
+        &self,
+        state: &mut CausalState<T>,
+        result: Result<(), OutOfRange>,
+        qkv: Qkv<'_, T>,
+        workspace: &Workspace<T>,
+    ) -> Result<()> {
+        if result.is_ok() {
+            state.changed(qkv.keys());
+            return Ok(());
+        }
+        let fresh = state.is_fresh();
+        let heads = state.change();
+        if fresh {
+            heads.iter_mut().for_each(HeadState::reset);
+        } else {
+            heads.iter_mut().zip(&workspace.snapshot).for_each(|(head, kept)| head.copy(kept));
+        }
+        state.changed(0);
+        qkv.check_elements()
+    }
+}
+
+/// A head's tokens at their position, and the state they join: one of a sequence that goes on, or
+/// `own`, empty.
+fn continued<'q, 's, T: Real>(
+    qkv: HeadQkv<'q, T>,
+    state: Option<(usize, &'s mut HeadState<T>)>,
+    own: &'s mut HeadState<T>,
+) -> (HeadQkv<'q, T>, &'s mut HeadState<T>) {
+    match state {
+        Some((position, state)) => (HeadQkv { position, ..qkv }, state),
+        None => {
+            own.reset();
+            (qkv, own)
+        }
+    }
+}
+
+impl<T: Real> SequenceState for CausalState<T> {
+    fn position(&self) -> usize {
+        self.position()
+    }
+
+    fn bytes(&self) -> usize {
+        self.bytes()
+    }
+
+    fn reset(&mut self) {
+        self.reset();
+    }
+}
+
+impl<T: Real, M: FeatureMap<T> + Clone> Operator<T> for LinearAttention<T, M> {
+    type State = CausalState<T>;
+
+    fn new_state(&self) -> CausalState<T> {
+        CausalState::new(self.shape())
+    }
+
+    fn workspace(&self) -> Workspace<T> {
+        Workspace::new(self.sizes).with_snapshot(self.shape())
+    }
+
+    fn step_workspace(&self) -> Workspace<T> {
+        Workspace::for_threads(self.sizes, 1)
+    }
+
+    fn forward(&self, qkv: Qkv<'_, T>) -> Result<Array3<T>> {
+        let mut out = Array3::zeros(qkv.output_shape(self.dims())?);
+        self.forward_into(qkv, &mut out, &mut self.workspace())?;
+        Ok(out)
+    }
+
+    fn forward_into(
+        &self,
+        qkv: Qkv<'_, T>,
+        out: &mut ArrayRef3<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        workspace.check(self.sizes)?;
+        qkv.check(self.dims(), out)?;
+        let out = out.view_mut();
+        let result = match self.causality {
+            Causality::Causal => self.causal(qkv, out, std::iter::repeat_with(|| None), workspace),
+            Causality::Bidirectional => self.full(qkv, out, workspace),
+        };
+        result.or_else(|OutOfRange| qkv.check_elements())
+    }
+
+    fn prefill_packed(
+        &self,
+        states: &mut [&mut CausalState<T>],
+        qkv: Qkv<'_, T>,
+    ) -> Result<Array3<T>> {
+        let mut out = Array3::zeros(qkv.output_shape(self.dims())?);
+        self.prefill_into(states, qkv, &mut out, &mut self.workspace())?;
+        Ok(out)
+    }
+
+    fn prefill_into(
+        &self,
+        states: &mut [&mut CausalState<T>],
+        qkv: Qkv<'_, T>,
+        out: &mut ArrayRef3<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        self.check_states("prefill", states)?;
+        workspace.check(self.sizes)?;
+        qkv.check_states(states.len())?;
+        qkv.check(self.dims(), out)?;
+        if let ([state], false) = (&mut *states, qkv.is_packed()) {
+            self.begin(state, qkv, workspace)?;
+            let position = state.position;
+            let heads = state.change().iter_mut().map(|head| Some((position, head)));
+            let result = self.causal(qkv, out.view_mut(), heads, workspace);
+            return self.end(state, result, qkv, workspace);
+        }
+        qkv.check_elements()?;
+        let heads = states.iter_mut().flat_map(|state| {
+            let position = state.position;
+            state.change().iter_mut().map(move |head| Some((position, head)))
+        });
+        let result = self.causal(qkv, out.view_mut(), heads, workspace);
+        debug_assert!(result.is_ok(), "all elements have been looked at");
+        states.iter_mut().zip(qkv.ranges()).for_each(|(state, (queries, _))| {
+            state.changed(queries.len());
+        });
+        Ok(())
+    }
+
+    fn extend(
+        &self,
+        state: &mut CausalState<T>,
+        (k, v): (&ArrayRef3<T>, &ArrayRef3<T>),
+        mask: KeyMask<'_>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        self.check_states("extend", &[&mut *state])?;
+        workspace.check(self.sizes)?;
+        // Of no query heads.
+        let n = k.shape()[1];
+        let nobody = |dim: usize| Array3::zeros((0, n, dim));
+        let (queries, mut out) = (nobody(self.sizes.dim), nobody(self.sizes.value_dim));
+        let qkv = Qkv::new(&queries, k, v).with_mask(mask);
+        qkv.check_keys(self.dims())?;
+        self.begin(state, qkv, workspace)?;
+        let position = state.position;
+        let heads = qkv.heads(out.view_mut()).zip(state.change());
+        let result = try_each(&mut workspace.workers, heads, |worker, ((qkv, out), head)| {
+            let qkv = HeadQkv { position, ..qkv };
+            pipeline::prefill(&self.head(qkv.head), head, qkv, out, &mut worker.scratch)
+        });
+        self.end(state, result, qkv, workspace)
+    }
+
+    fn step(
+        &self,
+        state: &mut CausalState<T>,
+        token: Qkv<'_, T>,
+        out: &mut ArrayRef2<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        self.check_states("step", &[&mut *state])?;
+        workspace.check(self.sizes)?;
+        token.check_token(self.dims(), out)?;
+        let position = state.position;
+        let heads = token.heads(out.view_mut().insert_axis(Axis(1)));
+        for ((qkv, out), head_state) in heads.zip(state.change()) {
+            let (head, qkv) = (self.head(qkv.head), HeadQkv { position, ..qkv });
+            let scratch = &mut workspace.first().scratch;
+            if qkv.is_valid(0) {
+                step::step(&head, head_state, qkv, out, scratch);
+            } else {
+                let result = pipeline::prefill(&head, head_state, qkv, out, scratch);
+                debug_assert!(result.is_ok(), "all elements have been looked at");
+            }
+        }
+        state.changed(1);
+        Ok(())
+    }
+}

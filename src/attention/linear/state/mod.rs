@@ -1,0 +1,192 @@
+//! [`CausalState`]: what a sequence leaves behind, at constant size.
+
+#[cfg(feature = "states")]
+mod bytes;
+mod ring;
+#[cfg(feature = "serde")]
+mod serde;
+mod sums;
+
+#[cfg(feature = "states")]
+pub use bytes::Storage;
+pub(crate) use ring::Ring;
+pub(crate) use sums::{Outputs, PENDING, Pending, Sums, ceiling};
+
+use crate::Real;
+use crate::attention::Window;
+use crate::error::{Error, Result};
+
+/// What one sequence leaves behind for its next tokens: constant size, whatever the number of
+/// tokens.
+///
+/// Per key-value head: the sums S `[m, e]` of φ(k)·v, the normaliser z `[m]`, the reference
+/// exponent c `[m]` they are scaled by, and with a local window the last `back + 1` chunks of keys
+/// and values. Made by [`LinearAttention::new_state`](crate::attention::Operator::new_state), and
+/// fed by its `prefill` and `step`; `clone` is a snapshot to roll back to or to continue several
+/// times.
+///
+/// A panic in the middle of a change, in a feature map of your own say, leaves a state that nothing
+/// can be told of: every method refuses it with [`Error::Poisoned`] until it is
+/// [`reset`](Self::reset) or [copied over](Self::copy_from).
+#[derive(Debug, Clone, PartialEq)]
+pub struct CausalState<T> {
+    pub(crate) heads: Vec<HeadState<T>>,
+    start: usize,
+    pub(crate) position: usize,
+    shape: Shape,
+    /// Somebody is changing it, or was when a panic came.
+    changing: bool,
+}
+
+/// Largest position a state may begin at: exact as an f64, and later ones can still be counted.
+pub(crate) const MAX_POSITION: usize = 1 << 52;
+
+/// What a state must share with the operator it is used by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) heads: usize,
+    pub(crate) dim: usize,
+    pub(crate) features: usize,
+    pub(crate) value_dim: usize,
+    pub(crate) window: Option<Window>,
+}
+
+impl<T: Real> CausalState<T> {
+    pub(crate) fn new(shape: Shape) -> Self {
+        let heads = vec![HeadState::new(shape); shape.heads];
+        Self { heads, start: 0, position: 0, shape, changing: false }
+    }
+
+    pub(crate) fn at(shape: Shape, position: usize) -> Result<Self> {
+        if position > MAX_POSITION {
+            return Err(Error::TooLarge {
+                argument: "position",
+                limit: MAX_POSITION,
+                got: position,
+            });
+        }
+        Ok(Self { start: position, position, ..Self::new(shape) })
+    }
+
+    /// Position of the first token seen; 0 but for segments made by
+    /// [`new_state_at`](crate::attention::LinearAttention::new_state_at).
+    pub fn start(&self) -> usize {
+        self.start
+    }
+
+    /// Position of the next token: with a [`start`](Self::start) of 0, the number of tokens seen so
+    /// far, masked ones included.
+    pub fn position(&self) -> usize {
+        self.position
+    }
+
+    /// Bytes held; does not grow.
+    pub fn bytes(&self) -> usize {
+        self.heads.iter().map(|head| head.len() * size_of::<T>()).sum()
+    }
+
+    /// Takes over another state of the same operator, without allocating: back to a snapshot, or on
+    /// from one.
+    ///
+    /// # Errors
+    /// [`Error::Foreign`] for a state of an operator of another shape, [`Error::Poisoned`] for one
+    /// that a panic left half changed; this one is unchanged then.
+    pub fn copy_from(&mut self, from: &Self) -> Result<()> {
+        from.check(self.shape)?;
+        (self.start, self.position) = (from.start, from.position);
+        self.heads.iter_mut().zip(&from.heads).for_each(|(head, from)| head.copy(from));
+        self.changing = false;
+        Ok(())
+    }
+
+    /// Back to the empty state of a whole sequence, without allocating.
+    pub fn reset(&mut self) {
+        (self.start, self.position, self.changing) = (0, 0, false);
+        self.heads.iter_mut().for_each(HeadState::reset);
+    }
+
+    /// No token has been seen.
+    pub(crate) fn is_fresh(&self) -> bool {
+        self.position == self.start
+    }
+
+    /// From here to [`changed`](Self::changed) a panic leaves the state poisoned.
+    pub(crate) fn change(&mut self) -> &mut [HeadState<T>] {
+        self.changing = true;
+        &mut self.heads
+    }
+
+    /// What [`change`](Self::change) began has ended, `tokens` further on.
+    pub(crate) fn changed(&mut self, tokens: usize) {
+        self.position += tokens;
+        self.changing = false;
+    }
+
+    /// Whether this state was made by an operator of this shape, and is whole.
+    pub(crate) fn check(&self, shape: Shape) -> Result<()> {
+        shape.check(self.shape)?;
+        if self.changing { Err(Error::Poisoned { argument: "state" }) } else { Ok(()) }
+    }
+}
+
+impl Shape {
+    /// Whether a state of the other shape is one of this shape.
+    pub(crate) fn check(self, got: Self) -> Result<()> {
+        let window =
+            |shape: Self| shape.window.map_or((0, 0), |window| (window.chunk, window.back));
+        let pairs = [
+            ("number of heads", self.heads, got.heads),
+            ("head dimension", self.dim, got.dim),
+            ("number of features", self.features, got.features),
+            ("value dimension", self.value_dim, got.value_dim),
+            ("window chunk", window(self).0, window(got).0),
+            ("window back", window(self).1, window(got).1),
+        ];
+        match pairs.into_iter().find(|(_, expected, got)| expected != got) {
+            Some((what, expected, got)) => {
+                Err(Error::Foreign { argument: "state", what, expected, got })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// The state of one key-value head: two parts that work side by side.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct HeadState<T> {
+    /// Keys older than the local window.
+    pub(crate) sums: Sums<T>,
+    /// Those in the window.
+    pub(crate) ring: Option<Ring<T>>,
+}
+
+impl<T: Real> HeadState<T> {
+    pub(crate) fn new(shape: Shape) -> Self {
+        let Shape { dim, features, value_dim, window, .. } = shape;
+        Self {
+            sums: Sums::new(features, value_dim, if window.is_some() { 0 } else { PENDING }),
+            ring: window.map(|window| Ring::new(window, dim, value_dim)),
+        }
+    }
+
+    /// Elements held.
+    pub(crate) fn len(&self) -> usize {
+        self.sums.len() + self.ring.as_ref().map_or(0, Ring::len)
+    }
+
+    pub(crate) fn reset(&mut self) {
+        self.sums.reset();
+        if let Some(ring) = &mut self.ring {
+            ring.clear();
+        }
+    }
+
+    /// Takes over another state; without allocating if it is of this shape.
+    pub(crate) fn copy(&mut self, from: &Self) {
+        self.sums.copy(&from.sums);
+        match (&mut self.ring, &from.ring) {
+            (Some(ring), Some(from)) => ring.copy(from),
+            (ring, from) => ring.clone_from(from),
+        }
+    }
+}

@@ -1,0 +1,220 @@
+//! [`Ring`]: the keys and values of the local window, as they are.
+
+use ndarray::Array2;
+
+use crate::Real;
+use crate::attention::Window;
+use crate::low::mat::{Accum, MatMut, MatRef};
+use crate::low::simd::{Ops, padded};
+
+/// The keys and values of the last `back + 1` chunks; chunk i lies in slot i mod (back + 1).
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Ring<T> {
+    /// c.
+    chunk: usize,
+    slots: Vec<Slot<T>>,
+}
+
+/// One chunk of tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Slot<T> {
+    /// Scaled keys `[d, c_padded]`, columns are tokens.
+    pub(crate) keys: Vec<T>,
+    /// Values `[c, e_padded]`.
+    pub(crate) values: Vec<T>,
+    /// Tokens that may be attended to, `[c]`.
+    pub(crate) valid: Vec<bool>,
+}
+
+impl<T: Real> Ring<T> {
+    pub(crate) fn new(window: Window, dim: usize, value_dim: usize) -> Self {
+        let chunk = window.chunk;
+        let slot = Slot {
+            keys: vec![T::zero(); dim * padded(chunk)],
+            values: vec![T::zero(); chunk * padded(value_dim)],
+            valid: vec![false; chunk],
+        };
+        Self { chunk, slots: vec![slot; window.back + 1] }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.slots.iter().map(|slot| slot.keys.len() + slot.values.len()).sum()
+    }
+
+    /// Keys and values, slot after slot.
+    #[cfg(feature = "states")]
+    pub(crate) fn numbers(&self) -> impl Iterator<Item = &[T]> {
+        self.slots.iter().flat_map(|slot| [&slot.keys[..], &slot.values])
+    }
+
+    /// As [`numbers`](Self::numbers).
+    #[cfg(feature = "states")]
+    pub(crate) fn numbers_mut(&mut self) -> impl Iterator<Item = &mut [T]> {
+        self.slots.iter_mut().flat_map(|slot| [&mut slot.keys[..], &mut slot.values])
+    }
+
+    /// Which tokens may be attended to, slot after slot.
+    #[cfg(feature = "states")]
+    pub(crate) fn valid(&self) -> impl Iterator<Item = &[bool]> {
+        self.slots.iter().map(|slot| &slot.valid[..])
+    }
+
+    /// As [`valid`](Self::valid).
+    #[cfg(feature = "states")]
+    pub(crate) fn valid_mut(&mut self) -> impl Iterator<Item = &mut [bool]> {
+        self.slots.iter_mut().map(|slot| &mut slot.valid[..])
+    }
+
+    /// Takes over another ring; without allocating if it is of this shape.
+    pub(crate) fn copy(&mut self, from: &Self) {
+        self.chunk = from.chunk;
+        if self.slots.len() != from.slots.len() {
+            self.slots.clone_from(&from.slots);
+        }
+        for (slot, from) in self.slots.iter_mut().zip(&from.slots) {
+            slot.keys.clone_from(&from.keys);
+            slot.values.clone_from(&from.values);
+            slot.valid.clone_from(&from.valid);
+        }
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.slots.iter_mut().for_each(Slot::clear);
+    }
+
+    pub(crate) fn slot(&self, chunk: usize) -> &Slot<T> {
+        &self.slots[chunk % self.slots.len()]
+    }
+
+    pub(crate) fn slot_mut(&mut self, chunk: usize) -> &mut Slot<T> {
+        let slots = self.slots.len();
+        &mut self.slots[chunk % slots]
+    }
+
+    /// back + 1.
+    pub(crate) fn slots(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// c.
+    pub(crate) fn chunk(&self) -> usize {
+        self.chunk
+    }
+
+    /// Position of the first token that has not left for the state when `position` tokens have been
+    /// seen.
+    pub(crate) fn first(&self, position: usize) -> usize {
+        // Chunk i leaves when chunk i + slots begins, not when it is about to.
+        position.div_ceil(self.chunk).saturating_sub(self.slots.len()) * self.chunk
+    }
+
+    /// What the tokens before `position` left here: the position of the first one, scaled keys
+    /// `[tokens, d]`, values `[tokens, e]`, and which tokens may be attended to.
+    pub(crate) fn tokens(
+        &self,
+        position: usize,
+        value_dim: usize,
+    ) -> (usize, Array2<T>, Array2<T>, Vec<bool>) {
+        let first = self.first(position);
+        let (stride, value_stride) = (padded(self.chunk), padded(value_dim));
+        let at = |j: usize| (self.slot((first + j) / self.chunk), (first + j) % self.chunk);
+        let dim = self.slots[0].keys.len() / stride;
+        let keys = Array2::from_shape_fn((position - first, dim), |(j, i)| {
+            at(j).0.keys[i * stride + at(j).1]
+        });
+        let values = Array2::from_shape_fn((position - first, value_dim), |(j, i)| {
+            at(j).0.values[at(j).1 * value_stride + i]
+        });
+        (first, keys, values, (0..position - first).map(|j| at(j).0.valid[at(j).1]).collect())
+    }
+
+    /// Stores one token: its scaled key `[d]` and its value `[e_padded]`.
+    pub(crate) fn push(&mut self, position: usize, key: &[T], value: &[T]) {
+        let (chunk, within, stride) =
+            (position / self.chunk, position % self.chunk, padded(self.chunk));
+        let slot = self.slot_mut(chunk);
+        for (row, &key) in slot.keys.chunks_exact_mut(stride).zip(key) {
+            row[within] = key;
+        }
+        slot.values[within * value.len()..(within + 1) * value.len()].copy_from_slice(value);
+        slot.valid[within] = true;
+    }
+
+    /// Chunks that a query at `position` sees, with the first column of their scores and the keys
+    /// they hold.
+    fn seen(&self, position: usize) -> impl Iterator<Item = (&Slot<T>, usize, usize)> {
+        let (chunk, within) = (position / self.chunk, position % self.chunk);
+        let back = (self.slots.len() - 1).min(chunk);
+        (0..=back).map(move |i| {
+            let keys = if i == back { within + 1 } else { self.chunk };
+            (self.slot(chunk - back + i), i * padded(self.chunk), keys)
+        })
+    }
+
+    /// Scores of one scaled query `[d]` over the keys it sees, −∞ between and behind them; returns
+    /// how many columns.
+    pub(crate) fn scores_of(&self, ops: &Ops<T>, position: usize, x: &[T], p: &mut [T]) -> usize {
+        let stride = padded(self.chunk);
+        let mut width = 0;
+        for (slot, at, keys) in self.seen(position) {
+            let columns = padded(keys);
+            width = at + columns;
+            ops.matmul(
+                MatMut::packed(&mut p[at..], 1, columns),
+                Accum::Replace,
+                MatRef::packed(x, 1, x.len()),
+                MatRef::new(&slot.keys, x.len(), columns, stride),
+            );
+            p[at + keys..width].fill(T::NEG_INFINITY);
+            for (score, _) in
+                p[at..].iter_mut().zip(&slot.valid[..keys]).filter(|(_, valid)| !**valid)
+            {
+                *score = T::NEG_INFINITY;
+            }
+        }
+        width
+    }
+
+    /// Adds the values, weighted by the scores `p` of [`scores_of`](Self::scores_of), to `o`.
+    pub(crate) fn add_values(
+        &self,
+        ops: &Ops<T>,
+        position: usize,
+        stride: usize,
+        p: &[T],
+        o: &mut [T],
+    ) {
+        for (slot, at, keys) in self.seen(position) {
+            ops.matmul(
+                MatMut::packed(&mut *o, 1, stride),
+                Accum::Add,
+                MatRef::packed(&p[at..], 1, keys),
+                MatRef::packed(&slot.values, keys, stride),
+            );
+        }
+    }
+
+    /// Columns of the widest row of scores.
+    pub(crate) fn scores(window: Window) -> usize {
+        (window.back + 1) * padded(window.chunk)
+    }
+}
+
+impl<T: Real> Slot<T> {
+    /// Takes over the tokens of another slot for chunks of `length`, from the one at `first` on.
+    pub(crate) fn copy_from(&mut self, from: &Self, first: usize, length: usize) {
+        let stride = padded(length);
+        for (keys, from) in self.keys.chunks_exact_mut(stride).zip(from.keys.chunks_exact(stride)) {
+            keys[first..].copy_from_slice(&from[first..]);
+        }
+        let value = first * (self.values.len() / length);
+        self.values[value..].copy_from_slice(&from.values[value..]);
+        self.valid[first..].copy_from_slice(&from.valid[first..]);
+    }
+
+    pub(crate) fn clear(&mut self) {
+        self.keys.fill(T::zero());
+        self.values.fill(T::zero());
+        self.valid.fill(false);
+    }
+}

@@ -1,0 +1,157 @@
+//! What one thread works in.
+
+use crate::Real;
+use crate::attention::Window;
+use crate::attention::linear::state::{HeadState, PENDING, Ring, Shape, Sums};
+use crate::error::{Error, Result};
+use crate::low::simd::{Ahead, LANES, padded};
+
+/// Tokens worked on at a time: a block's panels stay in the L2 cache, and 64 rows fill the matrix
+/// products.
+pub(crate) const BLOCK: usize = 64;
+
+/// Tokens of a block of purely causal attention, forward and back: the products within a block grow
+/// with its length, and at 32 they are two fifths of those with the state.
+pub(crate) const CAUSAL_BLOCK: usize = 32;
+
+/// Tokens of a segment, counted from the first of a prefill: no block of work goes beyond one.
+pub(crate) const SEGMENT: usize = 512;
+
+/// Sizes that scratch memory depends on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Sizes {
+    /// Head dimension d.
+    pub(crate) dim: usize,
+    /// Features m; 0 for softmax attention.
+    pub(crate) features: usize,
+    /// Value dimension e.
+    pub(crate) value_dim: usize,
+    /// The local window of linear attention.
+    pub(crate) window: Option<Window>,
+    /// Scratch of the largest map.
+    pub(crate) map: usize,
+}
+
+impl Sizes {
+    /// Whether a workspace made for sizes `got` serves an operator of these.
+    pub(crate) fn check_workspace(self, got: Self) -> Result<()> {
+        let window =
+            |sizes: Self| sizes.window.map_or((0, 0), |window| (window.chunk, window.back));
+        let pairs = [
+            ("head dimension", self.dim, got.dim),
+            ("number of features", self.features, got.features),
+            ("value dimension", self.value_dim, got.value_dim),
+            ("window chunk", window(self).0, window(got).0),
+            ("window back", window(self).1, window(got).1),
+            ("map scratch", self.map, got.map),
+        ];
+        match pairs.into_iter().find(|(_, expected, got)| expected != got) {
+            Some((what, expected, got)) => {
+                Err(Error::Foreign { argument: "workspace", what, expected, got })
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// One thread's scratch, and the states that outlive no call.
+#[derive(Debug, Clone)]
+pub(crate) struct Worker<T> {
+    pub(crate) scratch: Scratch<T>,
+    /// Of a sequence that is computed whole.
+    pub(crate) state: HeadState<T>,
+    /// Sums that join others.
+    pub(crate) part: Sums<T>,
+}
+
+impl<T: Real> Worker<T> {
+    pub(crate) fn new(sizes: Sizes) -> Self {
+        let Sizes { dim, features, value_dim, window, .. } = sizes;
+        Self {
+            scratch: Scratch::new(sizes),
+            state: HeadState::new(Shape { heads: 1, dim, features, value_dim, window }),
+            part: Sums::new(features, value_dim, PENDING),
+        }
+    }
+
+    /// Elements held.
+    pub(crate) fn len(&self) -> usize {
+        self.scratch.len() + self.state.len() + self.part.len()
+    }
+}
+
+/// Panels and rows of a block. Panels are `[rows, width]` with `width` ≤ BLOCK.
+#[derive(Debug, Clone)]
+pub(crate) struct Scratch<T> {
+    /// Scaled queries `[d, width]`.
+    pub(crate) x: Vec<T>,
+    /// Scaled keys `[d, width]`.
+    pub(crate) y: Vec<T>,
+    /// Values `[width, e_padded]`.
+    pub(crate) v: Vec<T>,
+    /// Scores `[width, scores]`.
+    pub(crate) p: Vec<T>,
+    /// Weighted sums of values `[width, e_padded]`.
+    pub(crate) o: Vec<T>,
+    /// One number per token: normalisers.
+    pub(crate) total: Vec<T>,
+    /// A row of d zeros, standing in for absent tokens.
+    pub(crate) zeros: Vec<T>,
+    pub(crate) features: FeatureScratch<T>,
+}
+
+/// What log-features and their weights are computed in.
+#[derive(Debug, Clone)]
+pub(crate) struct FeatureScratch<T> {
+    /// Query features `[m, width]`.
+    pub(crate) a: Vec<T>,
+    /// Key features `[m, width]`.
+    pub(crate) b: Vec<T>,
+    /// One number per feature.
+    pub(crate) feature: Vec<T>,
+    /// One number per token: exponents of keys, or shifts of queries.
+    pub(crate) column: Vec<T>,
+    /// One number per token: largest exponents.
+    pub(crate) top: Vec<T>,
+    /// The feature map's own.
+    pub(crate) map: Vec<T>,
+    /// What will be read next.
+    pub(crate) ahead: Ahead<T>,
+}
+
+impl<T: Real> Scratch<T> {
+    pub(crate) fn new(sizes: Sizes) -> Self {
+        let Sizes { dim, features, value_dim, window, map } = sizes;
+        let zeros = |len| vec![T::zero(); len];
+        let scores = window.map_or(BLOCK, |window| Ring::<T>::scores(window).max(BLOCK));
+        Self {
+            x: zeros(dim * BLOCK),
+            y: zeros(dim * BLOCK),
+            v: zeros(BLOCK * padded(value_dim)),
+            p: zeros(BLOCK * scores),
+            o: zeros(BLOCK * padded(value_dim)),
+            total: zeros(BLOCK),
+            zeros: zeros(dim.max(LANES)),
+            features: FeatureScratch {
+                // A token's features are padded to whole lane groups.
+                a: zeros(features * BLOCK + LANES),
+                b: zeros(features * BLOCK + LANES),
+                feature: zeros(features),
+                column: zeros(BLOCK),
+                top: zeros(BLOCK),
+                map: zeros(map),
+                ahead: Ahead::of([]),
+            },
+        }
+    }
+
+    /// Elements held.
+    pub(crate) fn len(&self) -> usize {
+        let Self { x, y, v, p, o, total, zeros, features } = self;
+        let FeatureScratch { a, b, feature, column, top, map, .. } = features;
+        [x, y, v, p, o, total, zeros, a, b, feature, column, top, map]
+            .into_iter()
+            .map(Vec::len)
+            .sum()
+    }
+}

@@ -1,0 +1,470 @@
+//! [`Softmax`]: exact softmax attention, tiled, with online softmax, and a cache of keys and values to
+//! decode from.
+
+mod cache;
+
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayViewMut2, ArrayViewMut3, Axis};
+
+use crate::Real;
+use crate::attention::check::{bidirectional, check_scale, check_size};
+use crate::attention::operator::Operator;
+use crate::attention::qkv::{Dims, HeadQkv, Qkv};
+use crate::attention::rows::{OutOfRange, Rows, Valid, normalise};
+use crate::attention::scratch::{BLOCK, Scratch, Sizes};
+use crate::attention::workspace::Workspace;
+use crate::attention::{Causality, KeyMask, Window};
+use crate::check::check_room;
+use crate::error::{Error, Result};
+use crate::low::mat::{Accum, MatMut, MatRef};
+use crate::low::simd::{LANES, padded};
+use crate::threads::try_each;
+
+use cache::HeadCache;
+pub use cache::KvCache;
+
+/// How [`Softmax`] is to be built.
+#[derive(Debug, Clone, PartialEq)]
+#[cfg_attr(
+    feature = "serde",
+    derive(serde::Serialize, serde::Deserialize),
+    serde(deny_unknown_fields)
+)]
+#[non_exhaustive]
+pub struct SoftmaxConfig {
+    /// Query heads h.
+    pub heads: usize,
+    /// Key-value heads. Default: h.
+    pub kv_heads: usize,
+    /// Head dimension d.
+    pub dim: usize,
+    /// Value dimension e. Default: d.
+    pub value_dim: usize,
+    /// Softmax scale σ. Default: 1/√d.
+    pub scale: f64,
+    /// Which keys a query sees. Default: [`Causality::Causal`].
+    pub causality: Causality,
+    /// Causal attention sees the local window alone: the query's own chunk and `back` chunks before
+    /// it. Default: none.
+    pub window: Option<Window>,
+}
+
+impl SoftmaxConfig {
+    /// `heads` heads of dimension `dim`, everything else by default.
+    pub fn new(heads: usize, dim: usize) -> Self {
+        Self {
+            heads,
+            kv_heads: heads,
+            dim,
+            value_dim: dim,
+            scale: 1.0 / (dim as f64).sqrt(),
+            causality: Causality::Causal,
+            window: None,
+        }
+    }
+
+    /// Fewer key-value heads than query heads: each serves h / h_kv consecutive query heads.
+    #[must_use]
+    pub fn with_kv_heads(self, kv_heads: usize) -> Self {
+        Self { kv_heads, ..self }
+    }
+
+    /// Value dimension e.
+    #[must_use]
+    pub fn with_value_dim(self, value_dim: usize) -> Self {
+        Self { value_dim, ..self }
+    }
+
+    /// Softmax scale σ.
+    #[must_use]
+    pub fn with_scale(self, scale: f64) -> Self {
+        Self { scale, ..self }
+    }
+
+    /// Which keys a query sees.
+    #[must_use]
+    pub fn with_causality(self, causality: Causality) -> Self {
+        Self { causality, ..self }
+    }
+
+    /// Causal attention sees the local window alone.
+    #[must_use]
+    pub fn with_window(self, window: Window) -> Self {
+        Self { window: Some(window), ..self }
+    }
+
+    /// Checks everything.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for sizes of zero and a scale that is not positive, [`Error::NotDivisible`]
+    /// for heads that are no multiple of the key-value heads, [`Error::Conflict`] for a window of bidirectional attention.
+    pub fn build<T: Real>(self) -> Result<Softmax<T>> {
+        for (argument, value) in [
+            ("heads", self.heads),
+            ("kv_heads", self.kv_heads),
+            ("dim", self.dim),
+            ("value_dim", self.value_dim),
+        ] {
+            check_size(argument, value)?;
+        }
+        if !self.heads.is_multiple_of(self.kv_heads) {
+            return Err(Error::NotDivisible {
+                argument: "heads",
+                divisor: "kv_heads",
+                divisor_value: self.kv_heads,
+                got: self.heads,
+            });
+        }
+        check_scale(self.scale, self.dim)?;
+        if let Some(window) = self.window {
+            window.check()?;
+            if self.causality == Causality::Bidirectional {
+                return Err(bidirectional("window"));
+            }
+        }
+        Ok(Softmax { config: self, element: PhantomData })
+    }
+}
+
+/// Exact softmax attention over all heads of a layer, tiled with online softmax.
+///
+/// ```text
+/// o_i = Σ_j exp(x_i·y_j) v_j / Σ_j exp(x_i·y_j)
+/// ```
+///
+/// The thing [`LinearAttention`](crate::attention::LinearAttention) replaces, with the same
+/// methods: its judge, its baseline, and what to use below about a hundred tokens.
+#[derive(Debug, Clone)]
+pub struct Softmax<T> {
+    config: SoftmaxConfig,
+    element: PhantomData<T>,
+}
+
+/// Where the key blocks of a pass come from: a cache, or the caller's arrays on the fly.
+#[derive(Clone, Copy)]
+enum Keys<'k, 'a, T> {
+    Cached(&'k HeadCache<T>),
+    Given(&'k HeadQkv<'a, T>),
+}
+
+impl<T: Real> Softmax<T> {
+    /// What it was built from.
+    pub fn config(&self) -> &SoftmaxConfig {
+        &self.config
+    }
+
+    fn sizes(&self) -> Sizes {
+        let SoftmaxConfig { dim, value_dim, .. } = self.config;
+        Sizes { dim, features: 0, value_dim, window: None, map: 0 }
+    }
+
+    fn dims(&self) -> Dims {
+        let SoftmaxConfig { heads, kv_heads, dim, value_dim, causality, .. } = self.config;
+        Dims { heads, kv_heads, dim, value_dim, causal: causality == Causality::Causal }
+    }
+
+    /// Caches need a direction, and to be of this operator.
+    fn check_caches(&self, method: &'static str, caches: &[&mut KvCache<T>]) -> Result<()> {
+        let SoftmaxConfig { kv_heads, dim, value_dim, causality, .. } = self.config;
+        if causality == Causality::Bidirectional {
+            return Err(bidirectional(method));
+        }
+        caches.iter().try_for_each(|cache| {
+            let pairs = [
+                ("number of heads", kv_heads, cache.heads.len()),
+                ("head dimension", dim, cache.dim),
+                ("value dimension", value_dim, cache.value_dim),
+            ];
+            match pairs.into_iter().find(|(_, expected, got)| expected != got) {
+                Some((what, expected, got)) => {
+                    Err(Error::Foreign { argument: "cache", what, expected, got })
+                }
+                None => Ok(()),
+            }
+        })
+    }
+
+    /// √σ.
+    fn root_scale(&self) -> T {
+        T::from_f64(self.config.scale.sqrt())
+    }
+
+    /// One query head over the caller's keys and values.
+    fn pass(
+        &self,
+        qkv: HeadQkv<'_, T>,
+        mut out: ArrayViewMut3<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), OutOfRange> {
+        let (n, keys) = (qkv.q.shape()[1], qkv.k.nrows());
+        let visible = |i: usize| match self.config.causality {
+            Causality::Causal => self.window(i),
+            Causality::Bidirectional => 0..keys,
+        };
+        for start in (0..n).step_by(BLOCK) {
+            let queries = qkv.query_rows(0, start..n.min(start + BLOCK));
+            self.tiles(Keys::Given(&qkv), queries.clone(), visible, scratch)?;
+            self.normalise(queries.tokens, out.index_axis_mut(Axis(0), 0), scratch);
+        }
+        Ok(())
+    }
+
+    /// The next tokens of one key-value head and its group of query heads, through the cache.
+    fn continue_head(
+        &self,
+        cache: &mut HeadCache<T>,
+        qkv: HeadQkv<'_, T>,
+        mut out: ArrayViewMut3<'_, T>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), OutOfRange> {
+        cache.append(T::ops(), self.root_scale(), &qkv, scratch)?;
+        let n = qkv.k.nrows();
+        for h in 0..qkv.q.shape()[0] {
+            for start in (0..n).step_by(BLOCK) {
+                let queries = qkv.query_rows(h, start..n.min(start + BLOCK));
+                let visible = |i: usize| self.window(qkv.position + i);
+                self.tiles(Keys::Cached(cache), queries.clone(), visible, scratch)?;
+                self.normalise(queries.tokens, out.index_axis_mut(Axis(0), h), scratch);
+            }
+        }
+        Ok(())
+    }
+
+    /// Outputs of the queries whose sums are in scratch.
+    fn normalise(
+        &self,
+        queries: Range<usize>,
+        mut out: ArrayViewMut2<'_, T>,
+        scratch: &Scratch<T>,
+    ) {
+        let stride = padded(self.config.value_dim);
+        for (i, query) in queries.enumerate() {
+            normalise(&scratch.o[i * stride..], scratch.total[i], out.row_mut(query));
+        }
+    }
+
+    /// Keys that the causal query at position i sees.
+    fn window(&self, i: usize) -> Range<usize> {
+        let first = self
+            .config
+            .window
+            .map_or(0, |window| (i / window.chunk).saturating_sub(window.back) * window.chunk);
+        first..i + 1
+    }
+
+    /// Online softmax of the query rows `rows` of `q` over the key blocks that any of them sees:
+    /// sums into `scratch.o`, normalisers into `scratch.total`. `visible` tells the range of keys
+    /// that a row sees, which only moves upwards.
+    fn tiles(
+        &self,
+        keys: Keys<'_, '_, T>,
+        queries: Rows<'_, T>,
+        visible: impl Fn(usize) -> Range<usize>,
+        scratch: &mut Scratch<T>,
+    ) -> Result<(), OutOfRange> {
+        let rows = queries.tokens.clone();
+        let ops = T::ops();
+        let Scratch { x, y, v: values, p, o, total, zeros, features, .. } = scratch;
+        let top = &mut features.top;
+        let (d, stride, tokens) = (self.config.dim, padded(self.config.value_dim), rows.len());
+        let width = padded(tokens);
+        queries.gather(ops, self.root_scale(), x, zeros)?;
+        o[..tokens * stride].fill(T::zero());
+        top[..tokens].fill(T::NEG_INFINITY);
+        total[..tokens].fill(T::zero());
+        let (first, last) = (visible(rows.start).start, visible(rows.end - 1).end);
+        for block in first / BLOCK..last.div_ceil(BLOCK) {
+            let base = block * BLOCK;
+            // Keys of this block that any row sees; a partial block is as wide as its tokens need.
+            let count = (last - base).min(BLOCK);
+            let (keys, key_width, values, valid): (&[T], usize, &[T], Valid<'_>) = match keys {
+                Keys::Cached(cache) => cache.block(block, d, stride),
+                Keys::Given(qkv) => {
+                    let tokens = base..base + count;
+                    qkv.key_rows(tokens.clone()).gather(ops, self.root_scale(), y, zeros)?;
+                    qkv.value_rows(tokens.clone()).copy(ops, values)?;
+                    (y, padded(count), values, qkv.valid.map(|valid| &valid[tokens]))
+                }
+            };
+            let columns = padded(count);
+            for band in (0..tokens).step_by(LANES) {
+                let height = LANES.min(tokens - band);
+                let (low, high) =
+                    (visible(rows.start + band), visible(rows.start + band + height - 1));
+                if low.start >= base + BLOCK || high.end <= base {
+                    continue;
+                }
+                let scores = &mut p[band * BLOCK..];
+                ops.matmul(
+                    MatMut::new(scores, height, columns, BLOCK),
+                    Accum::Replace,
+                    MatRef::packed(x, d, width).cols(band..band + height).t(),
+                    MatRef::new(keys, d, columns, key_width),
+                );
+                let whole = valid.is_none()
+                    && high.start <= base
+                    && low.end >= base + count
+                    && count == columns;
+                for i in 0..height {
+                    let row = &mut scores[i * BLOCK..i * BLOCK + columns];
+                    let row_index = band + i;
+                    if !whole {
+                        let seen = visible(rows.start + row_index);
+                        for (j, score) in row.iter_mut().enumerate() {
+                            if !seen.contains(&(base + j))
+                                || j >= count
+                                || valid.is_some_and(|valid| !valid[j])
+                            {
+                                *score = T::NEG_INFINITY;
+                            }
+                        }
+                    }
+                    let new_top = top[row_index].max((ops.slice_max)(row));
+                    if new_top == T::NEG_INFINITY {
+                        row.fill(T::zero());
+                        continue;
+                    }
+                    if new_top != top[row_index] {
+                        let factor = (top[row_index] - new_top).exp();
+                        total[row_index] *= factor;
+                        (ops.scale)(factor, &mut o[row_index * stride..(row_index + 1) * stride]);
+                        top[row_index] = new_top;
+                    }
+                    total[row_index] += (ops.exp_sum)(row, -new_top);
+                }
+                ops.matmul(
+                    MatMut::packed(&mut o[band * stride..], height, stride),
+                    Accum::Add,
+                    MatRef::new(scores, height, count, BLOCK),
+                    MatRef::packed(values, count, stride),
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<T: Real> Operator<T> for Softmax<T> {
+    type State = KvCache<T>;
+
+    fn new_state(&self) -> KvCache<T> {
+        let SoftmaxConfig { kv_heads, dim, value_dim, .. } = self.config;
+        KvCache::new(kv_heads, dim, value_dim)
+    }
+
+    fn workspace(&self) -> Workspace<T> {
+        Workspace::new(self.sizes())
+    }
+
+    fn step_workspace(&self) -> Workspace<T> {
+        Workspace::for_threads(self.sizes(), 1)
+    }
+
+    fn forward(&self, qkv: Qkv<'_, T>) -> Result<Array3<T>> {
+        let mut out = Array3::zeros(qkv.output_shape(self.dims())?);
+        self.forward_into(qkv, &mut out, &mut self.workspace())?;
+        Ok(out)
+    }
+
+    fn forward_into(
+        &self,
+        qkv: Qkv<'_, T>,
+        out: &mut ArrayRef3<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        workspace.check(self.sizes())?;
+        qkv.check(self.dims(), out)?;
+        qkv.check_elements()?;
+        let items = qkv.heads(out.view_mut()).flat_map(|(qkv, out)| qkv.split_group(out));
+        let result = try_each(&mut workspace.workers, items, |worker, (qkv, out)| {
+            self.pass(qkv, out, &mut worker.scratch)
+        });
+        result.or_else(|OutOfRange| qkv.check_elements())
+    }
+
+    fn prefill_packed(&self, caches: &mut [&mut KvCache<T>], qkv: Qkv<'_, T>) -> Result<Array3<T>> {
+        let mut out = Array3::zeros(qkv.output_shape(self.dims())?);
+        self.prefill_into(caches, qkv, &mut out, &mut self.workspace())?;
+        Ok(out)
+    }
+
+    fn prefill_into(
+        &self,
+        caches: &mut [&mut KvCache<T>],
+        qkv: Qkv<'_, T>,
+        out: &mut ArrayRef3<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        self.check_caches("prefill", caches)?;
+        workspace.check(self.sizes())?;
+        qkv.check_states(caches.len())?;
+        qkv.check(self.dims(), out)?;
+        qkv.check_elements()?;
+        let heads = caches.iter_mut().flat_map(|cache| {
+            let position = cache.position;
+            cache.heads.iter_mut().map(move |head| (position, head))
+        });
+        let items = qkv.heads(out.view_mut()).zip(heads);
+        let result = try_each(&mut workspace.workers, items, |worker, ((qkv, out), head)| {
+            let (position, cache) = head;
+            let qkv = HeadQkv { position, ..qkv };
+            self.continue_head(cache, qkv, out, &mut worker.scratch)
+        });
+        debug_assert!(result.is_ok(), "all elements have been looked at");
+        caches.iter_mut().zip(qkv.ranges()).for_each(|(cache, (queries, _))| {
+            cache.position += queries.len();
+        });
+        Ok(())
+    }
+
+    fn extend(
+        &self,
+        cache: &mut KvCache<T>,
+        (k, v): (&ArrayRef3<T>, &ArrayRef3<T>),
+        mask: KeyMask<'_>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        self.check_caches("extend", &[&mut *cache])?;
+        workspace.check(self.sizes())?;
+        let SoftmaxConfig { kv_heads, dim, value_dim, .. } = self.config;
+        // Of no query heads.
+        let n = k.shape()[1];
+        let nobody = |dim: usize| Array3::zeros((0, n, dim));
+        let (queries, mut out) = (nobody(dim), nobody(value_dim));
+        let qkv = Qkv::new(&queries, k, v).with_mask(mask);
+        qkv.check_keys(self.dims())?;
+        check_room::<T>("the cache", &[kv_heads, n, dim + padded(value_dim)])?;
+        qkv.check_elements()?;
+        let (position, scale) = (cache.position, self.root_scale());
+        let items = qkv.heads(out.view_mut()).zip(&mut cache.heads);
+        let result = try_each(&mut workspace.workers, items, |worker, ((qkv, _), cache)| {
+            cache.append(T::ops(), scale, &HeadQkv { position, ..qkv }, &mut worker.scratch)
+        });
+        debug_assert!(result.is_ok(), "all elements have been looked at");
+        cache.position += n;
+        Ok(())
+    }
+
+    fn step(
+        &self,
+        cache: &mut KvCache<T>,
+        token: Qkv<'_, T>,
+        out: &mut ArrayRef2<T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        self.check_caches("step", &[&mut *cache])?;
+        workspace.check(self.sizes())?;
+        token.check_token(self.dims(), out)?;
+        let position = cache.position;
+        let heads = token.heads(out.view_mut().insert_axis(Axis(1)));
+        for ((qkv, out), cache) in heads.zip(&mut cache.heads) {
+            let qkv = HeadQkv { position, ..qkv };
+            let result = self.continue_head(cache, qkv, out, &mut workspace.first().scratch);
+            debug_assert!(result.is_ok(), "all elements have been looked at");
+        }
+        cache.position += 1;
+        Ok(())
+    }
+}
