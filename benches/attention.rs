@@ -8,7 +8,7 @@ use std::hint::black_box;
 
 use common::{gaussian, id, linear};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dijiang::attention::{KeyMask, SoftmaxConfig};
+use dijiang::attention::{Operator, Qkv, SoftmaxConfig};
 use dijiang::{Real, reference};
 use ndarray::{Array3, Axis};
 
@@ -29,7 +29,7 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     // Within the local window the linear operator is softmax attention: both must agree there before
     // anything is timed.
     let (short, softmax) =
-        (window.causal(&q, &k, &v, KeyMask::All), exact.causal(&q, &k, &v, KeyMask::All));
+        (window.forward(Qkv::new(&q, &k, &v)), exact.forward(Qkv::new(&q, &k, &v)));
     let (short, softmax) = (short.expect("valid input"), softmax.expect("valid input"));
     let rows = n.min(2 * common::CHUNK);
     for (a, b) in short
@@ -46,14 +46,19 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     group.bench_function(format!("pure/{name}"), |b| {
         b.iter(|| {
             state.reset();
-            pure.prefill_into(&mut state, black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws)
+            pure.prefill_into(&mut [&mut state], Qkv::new(black_box(&q), &k, &v), &mut out, &mut ws)
         });
     });
     let (mut ws, mut state) = (window.workspace(), window.new_state());
     group.bench_function(format!("window/{name}"), |b| {
         b.iter(|| {
             state.reset();
-            window.prefill_into(&mut state, black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws)
+            window.prefill_into(
+                &mut [&mut state],
+                Qkv::new(black_box(&q), &k, &v),
+                &mut out,
+                &mut ws,
+            )
         });
     });
     for (mode, linear) in [("pure", &pure), ("window", &window)] {
@@ -61,11 +66,8 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
             (linear.new_gradients(n, n).expect("room for them"), linear.backward_workspace());
         group.bench_function(format!("{mode}_backward/{name}"), |b| {
             b.iter(|| {
-                linear.causal_backward_into(
-                    black_box(&q),
-                    &k,
-                    &v,
-                    KeyMask::All,
+                linear.backward_into(
+                    Qkv::new(black_box(&q), &k, &v),
                     &grad,
                     &mut gradients,
                     &mut ws,
@@ -75,7 +77,7 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     }
     let mut ws = exact.workspace();
     group.bench_function(format!("softmax_tiled/{name}"), |b| {
-        b.iter(|| exact.causal_into(black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws));
+        b.iter(|| exact.forward_into(Qkv::new(black_box(&q), &k, &v), &mut out, &mut ws));
     });
     if n <= 512 && T::NAME == "f64" {
         let root_scale = (d as f64).powf(-0.25);
@@ -99,26 +101,18 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     group.throughput(Throughput::Elements((HEADS * n) as u64)).sample_size(10);
     let mut ws = pure.workspace();
     group.bench_function(format!("linear/{name}"), |b| {
-        b.iter(|| pure.full_into(black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws));
+        b.iter(|| pure.forward_into(Qkv::new(black_box(&q), &k, &v), &mut out, &mut ws));
     });
     let (mut gradients, mut ws) =
         (pure.new_gradients(n, n).expect("room for them"), pure.backward_workspace());
     group.bench_function(format!("linear_backward/{name}"), |b| {
         b.iter(|| {
-            pure.full_backward_into(
-                black_box(&q),
-                &k,
-                &v,
-                KeyMask::All,
-                &grad,
-                &mut gradients,
-                &mut ws,
-            )
+            pure.backward_into(Qkv::new(black_box(&q), &k, &v), &grad, &mut gradients, &mut ws)
         });
     });
     let mut ws = exact.workspace();
     group.bench_function(format!("softmax_tiled/{name}"), |b| {
-        b.iter(|| exact.full_into(black_box(&q), &k, &v, KeyMask::All, &mut out, &mut ws));
+        b.iter(|| exact.forward_into(Qkv::new(black_box(&q), &k, &v), &mut out, &mut ws));
     });
     group.finish();
 }

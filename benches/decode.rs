@@ -9,7 +9,7 @@ use std::hint::black_box;
 use common::{gaussian, id, linear};
 use criterion::{BatchSize, Criterion, criterion_group, criterion_main};
 use dijiang::Real;
-use dijiang::attention::{KeyMask, SoftmaxConfig, Window};
+use dijiang::attention::{KeyMask, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
     SoftmaxAttention,
@@ -28,20 +28,24 @@ fn token<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     for (name, window) in [("pure", false), ("window", true)] {
         let operator = linear::<T>(HEADS, d, window);
         let (mut state, mut ws) = (operator.new_state(), operator.workspace());
-        operator.prefill(&mut state, &q, &k, &v, KeyMask::All).expect("valid input");
-        operator.step(&mut state, &q1, &k1, &v1, &mut out, &mut ws).expect("valid input");
+        operator.prefill(&mut state, Qkv::new(&q, &k, &v)).expect("valid input");
+        operator
+            .step(&mut state, Qkv::token(&q1, &k1, &v1), &mut out, &mut ws)
+            .expect("valid input");
         assert!(out.iter().all(|x| x.to_f64().is_finite()));
         group.bench_function(format!("{name}/{}", id::<T>(n, d, d)), |b| {
-            b.iter(|| operator.step(&mut state, black_box(&q1), &k1, &v1, &mut out, &mut ws));
+            b.iter(|| {
+                operator.step(&mut state, Qkv::token(black_box(&q1), &k1, &v1), &mut out, &mut ws)
+            });
         });
     }
     let exact = SoftmaxConfig::new(HEADS, d).build::<T>().expect("a valid operator");
-    let (mut cache, mut ws) = (exact.new_cache(), exact.workspace());
-    exact.extend(&mut cache, &k, &v, KeyMask::All, &mut ws).expect("valid input");
+    let (mut cache, mut ws) = (exact.new_state(), exact.workspace());
+    exact.extend(&mut cache, (&k, &v), KeyMask::All, &mut ws).expect("valid input");
     group.bench_function(format!("softmax/{}", id::<T>(n, d, d)), |b| {
         b.iter_batched_ref(
             || cache.clone(),
-            |cache| exact.step(cache, black_box(&q1), &k1, &v1, &mut out, &mut ws),
+            |cache| exact.step(cache, Qkv::token(black_box(&q1), &k1, &v1), &mut out, &mut ws),
             BatchSize::LargeInput,
         );
     });

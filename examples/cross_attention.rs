@@ -17,7 +17,7 @@ use std::time::Instant;
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use dijiang::Result;
-use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, SoftmaxConfig};
+use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, Operator, Qkv, SoftmaxConfig};
 use dijiang::kernel::{DctMap, DctMapConfig, Envelope, Mixing, Radial};
 use ndarray::{Array, Array2, Array3, ArrayView2, Axis, s};
 use rand::SeedableRng;
@@ -109,29 +109,39 @@ fn row(features: usize, q: &Array3<f32>, memory: &Memory) -> Result<Vec<String>>
         paper.clone().with_blocks(features).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
     let normal_rows = normal_rows.with_envelope(Envelope::Gaussian);
     let linear = attention(&normal_rows, q, k, true)?;
-    let expected = exact.full(q, k, v, mask)?;
+    let expected = exact.forward(Qkv::new(q, k, v).with_mask(mask))?;
     let mut row = Vec::new();
     for linear in
         [&attention(&paper, q, k, false)?, &attention(&normal_rows, q, k, false)?, &linear]
     {
-        row.push(format!("{:.3}", error(&linear.full(q, k, v, mask)?, &expected)));
+        row.push(format!(
+            "{:.3}",
+            error(&linear.forward(Qkv::new(q, k, v).with_mask(mask))?, &expected)
+        ));
     }
 
     let (mut out, mut workspace, mut exact_workspace) =
         (Array3::zeros(q.raw_dim()), linear.workspace(), exact.workspace());
     let mut add =
         |seconds: f64, queries: usize| row.push(format!("{:.1}", 1e6 * seconds / queries as f64));
-    add(shortest(|| linear.full_into(q, k, v, mask, &mut out, &mut workspace))?, q.len_of(Axis(1)));
     add(
-        shortest(|| exact.full_into(q, k, v, mask, &mut out, &mut exact_workspace))?,
+        shortest(|| {
+            linear.forward_into(Qkv::new(q, k, v).with_mask(mask), &mut out, &mut workspace)
+        })?,
+        q.len_of(Axis(1)),
+    );
+    add(
+        shortest(|| {
+            exact.forward_into(Qkv::new(q, k, v).with_mask(mask), &mut out, &mut exact_workspace)
+        })?,
         q.len_of(Axis(1)),
     );
 
     // The memory once, without anybody to ask; then queries whose own keys are masked, which leaves
     // the state as it is.
-    let (mut state, mut cache) = (linear.new_state(), exact.new_cache());
-    linear.prefill(&mut state, &Array3::zeros(k.raw_dim()), k, v, mask)?;
-    exact.extend(&mut cache, k, v, mask, &mut exact_workspace)?;
+    let (mut state, mut cache) = (linear.new_state(), exact.new_state());
+    linear.prefill(&mut state, Qkv::new(&Array3::zeros(k.raw_dim()), k, v).with_mask(mask))?;
+    exact.extend(&mut cache, (k, v), mask, &mut exact_workspace)?;
     let some = q.slice(s![.., ..q.len_of(Axis(1)).min(100), ..]);
     let (nothing, mut one, unseen) =
         (Array3::zeros((HEADS, 1, DIM)), Array3::zeros((HEADS, 1, DIM)), KeyMask::Valid(&[false]));
@@ -139,11 +149,8 @@ fn row(features: usize, q: &Array3<f32>, memory: &Memory) -> Result<Vec<String>>
     let read = || {
         each().try_for_each(|q| {
             linear.prefill_into(
-                &mut state,
-                &q,
-                &nothing,
-                &nothing,
-                unseen,
+                &mut [&mut state],
+                Qkv::new(&q, &nothing, &nothing).with_mask(unseen),
                 &mut one,
                 &mut workspace,
             )
@@ -155,11 +162,8 @@ fn row(features: usize, q: &Array3<f32>, memory: &Memory) -> Result<Vec<String>>
         let mut cache = cache.clone();
         each().try_for_each(|q| {
             exact.prefill_into(
-                &mut cache,
-                &q,
-                &nothing,
-                &nothing,
-                unseen,
+                &mut [&mut cache],
+                Qkv::new(&q, &nothing, &nothing).with_mask(unseen),
                 &mut one,
                 &mut exact_workspace,
             )

@@ -9,8 +9,8 @@ use common::stream::Stream;
 use common::{Golden, Inputs, Random, assert_close, assert_same_bits, cast, tolerance};
 use dijiang::Real;
 use dijiang::attention::{
-    CausalState, KeyMask, KvCache, LinearAttention, LinearConfig, Softmax, SoftmaxConfig, Window,
-    Workspace,
+    CausalState, KeyMask, KvCache, LinearAttention, LinearConfig, Operator, Qkv, Softmax,
+    SoftmaxConfig, Window, Workspace,
 };
 use dijiang::kernel::{self, DctMap, DctMapConfig, DctParams, FeatureMap, SideParams};
 use dijiang::reference::{Envelope, Pairing, Pairs, PlainMap, PlainSide};
@@ -93,7 +93,7 @@ impl Case {
         self.valid.as_deref().map_or(KeyMask::All, KeyMask::Valid)
     }
 
-    fn run<T: Real, M: FeatureMap<T>>(
+    fn run<T: Real, M: FeatureMap<T> + Clone>(
         &self,
         setup: &Setup,
         map: M,
@@ -176,14 +176,14 @@ fn golden_outputs_by_steps() {
             .config()
             .build(vec![DctMap::<f64>::from_params(dct_params(&map)).unwrap()])
             .unwrap();
-        assert_close(name, &attention.steps(&mut attention.empty(), inputs), expected, 1e-10);
+        assert_close(name, &attention.steps(&mut attention.new_state(), inputs), expected, 1e-10);
         let attention = setup
             .config()
             .build(vec![DctMap::<f32>::from_params(dct_params(&map)).unwrap()])
             .unwrap();
         assert_close(
             name,
-            &attention.steps(&mut attention.empty(), &inputs.cast()),
+            &attention.steps(&mut attention.new_state(), &inputs.cast()),
             expected,
             1e-4,
         );
@@ -321,13 +321,13 @@ fn check_exact(setup: &Setup, n_q: usize, n_k: usize, mask: KeyMask<'_>) {
     // Through the cache.
     assert_close(
         &context,
-        &fast.prefill_of(&mut fast.new_cache(), &inputs, mask).unwrap(),
+        &fast.prefill_of(&mut fast.new_state(), &inputs, mask).unwrap(),
         &expected,
         double,
     );
     assert_close(
         &context,
-        &fast32.prefill_of(&mut fast32.new_cache(), &inputs.cast(), mask).unwrap(),
+        &fast32.prefill_of(&mut fast32.new_state(), &inputs.cast(), mask).unwrap(),
         &expected,
         single,
     );
@@ -401,20 +401,40 @@ fn a_state_of_keys_answers_queries_and_stays_as_it_is() {
     let inputs = setup.inputs(n_q, n_k);
     let valid: Vec<bool> = (0..n_k).map(|j| j % 7 != 3).collect();
     let (linear, exact) = (setup.build::<f64>(), setup.build_exact::<f64>());
-    let (mut state, mut cache) = (linear.new_state(), exact.new_cache());
+    let (mut state, mut cache) = (linear.new_state(), exact.new_state());
     let nobody = Array3::zeros((4, n_k, 16));
-    linear.prefill(&mut state, &nobody, &inputs.k, &inputs.v, KeyMask::Valid(&valid)).unwrap();
-    exact.prefill(&mut cache, &nobody, &inputs.k, &inputs.v, KeyMask::Valid(&valid)).unwrap();
-    let all = linear.full(&inputs.q, &inputs.k, &inputs.v, KeyMask::Valid(&valid)).unwrap();
-    let all_exact = exact.full(&inputs.q, &inputs.k, &inputs.v, KeyMask::Valid(&valid)).unwrap();
+    linear
+        .prefill(
+            &mut state,
+            Qkv::new(&nobody, &inputs.k, &inputs.v).with_mask(KeyMask::Valid(&valid)),
+        )
+        .unwrap();
+    exact
+        .prefill(
+            &mut cache,
+            Qkv::new(&nobody, &inputs.k, &inputs.v).with_mask(KeyMask::Valid(&valid)),
+        )
+        .unwrap();
+    let all = linear
+        .bidirectional()
+        .unwrap()
+        .forward(Qkv::new(&inputs.q, &inputs.k, &inputs.v).with_mask(KeyMask::Valid(&valid)))
+        .unwrap();
+    let all_exact = exact
+        .bidirectional()
+        .unwrap()
+        .forward(Qkv::new(&inputs.q, &inputs.k, &inputs.v).with_mask(KeyMask::Valid(&valid)))
+        .unwrap();
     let (key, value) = (Array3::from_elem((2, 1, 16), 9.0), Array3::from_elem((2, 1, 12), 9.0));
     for i in 0..n_q {
         let query = inputs.q.slice(s![.., i..i + 1, ..]);
-        let found =
-            linear.prefill(&mut state, &query, &key, &value, KeyMask::Valid(&[false])).unwrap();
+        let found = linear
+            .prefill(&mut state, Qkv::new(&query, &key, &value).with_mask(KeyMask::Valid(&[false])))
+            .unwrap();
         assert_close(("linear", i), &found, &all.slice(s![.., i..i + 1, ..]), 1e-11);
-        let found =
-            exact.prefill(&mut cache, &query, &key, &value, KeyMask::Valid(&[false])).unwrap();
+        let found = exact
+            .prefill(&mut cache, Qkv::new(&query, &key, &value).with_mask(KeyMask::Valid(&[false])))
+            .unwrap();
         assert_close(("exact", i), &found, &all_exact.slice(s![.., i..i + 1, ..]), 1e-11);
     }
 }
@@ -546,7 +566,7 @@ fn masked_keys_are_never_looked_at() {
     for j in (0..n).filter(|&j| !valid[j]) {
         dirty.v.index_axis_mut(Axis(1), j).fill(f64::NAN);
     }
-    let (mut one, mut two) = (attention.empty(), attention.empty());
+    let (mut one, mut two) = (attention.new_state(), attention.new_state());
     attention.prefill_of(&mut one, &inputs, mask).unwrap();
     attention.prefill_of(&mut two, &dirty, mask).unwrap();
     assert_eq!(one, two);
@@ -578,7 +598,7 @@ fn check_causality<T: Real>(context: &Setup, attention: &impl Stream<T>, inputs:
     let whole: Inputs<T> = inputs.cast();
     for masked in [false, true] {
         let base = attention.causal_of(&whole, mask(masked, &valid)).unwrap();
-        let mut state = attention.empty();
+        let mut state = attention.new_state();
         let through_state = attention.prefill_of(&mut state, &whole, mask(masked, &valid)).unwrap();
         for prefix in [1, 2, 15, 16, 17, 33, 63, 64, 65, 100, n - 1] {
             let context = format!("{context:?}, prefix {prefix}, masked {masked}");
@@ -608,7 +628,7 @@ fn check_causality<T: Real>(context: &Setup, attention: &impl Stream<T>, inputs:
                     &base.slice(cut),
                 );
                 let out = attention
-                    .prefill_of(&mut attention.empty(), &changed.cast(), mask(masked, &later))
+                    .prefill_of(&mut attention.new_state(), &changed.cast(), mask(masked, &later))
                     .unwrap();
                 assert_same_bits(
                     format!("{context}, change {kind}, prefill"),
@@ -683,8 +703,8 @@ fn one_thread_and_many_agree_bit_for_bit() {
         let mut outs = vec![
             linear.causal_of(&inputs, KeyMask::All).unwrap(),
             exact.causal_of(&inputs, KeyMask::All).unwrap(),
-            linear.steps(&mut linear.empty(), &inputs.part(0..40)),
-            exact.prefill_of(&mut exact.empty(), &inputs, KeyMask::All).unwrap(),
+            linear.steps(&mut linear.new_state(), &inputs.part(0..40)),
+            exact.prefill_of(&mut exact.new_state(), &inputs, KeyMask::All).unwrap(),
         ];
         if setup.is_pure() {
             outs.push(linear.full_of(&inputs, KeyMask::All).unwrap());
@@ -709,11 +729,8 @@ fn one_thread_and_many_agree_bit_for_bit() {
             out.fill(T::from_f64(f64::NAN));
             common::on_threads(used, || {
                 linear.prefill_into(
-                    &mut linear.empty(),
-                    &inputs.q,
-                    &inputs.k,
-                    &inputs.v,
-                    KeyMask::All,
+                    &mut [&mut linear.new_state()],
+                    Qkv::new(&inputs.q, &inputs.k, &inputs.v),
                     &mut out,
                     &mut workspace,
                 )
@@ -759,7 +776,13 @@ fn full_attention_shares_keys_and_queries() {
                     Array3::from_elem((setup.heads, queries, setup.e), T::from_f64(f64::NAN));
                 let Inputs { q, k, v } = &inputs;
                 linear
-                    .full_into(q, k, v, KeyMask::Valid(&valid), &mut out, &mut workspace)
+                    .bidirectional()
+                    .unwrap()
+                    .forward_into(
+                        Qkv::new(q, k, v).with_mask(KeyMask::Valid(&valid)),
+                        &mut out,
+                        &mut workspace,
+                    )
                     .unwrap();
                 out
             })
@@ -817,7 +840,7 @@ fn threads_share_a_head_bit_for_bit() {
         let run = |threads: usize| {
             let mut workspace = linear.workspace();
             common::on_threads(threads, || {
-                let mut state = linear.empty();
+                let mut state = linear.new_state();
                 let mut outs = Vec::new();
                 for tokens in [0..29, 29..1000, 1000..n] {
                     let part = inputs.part(tokens.clone());
@@ -828,11 +851,8 @@ fn threads_share_a_head_bit_for_bit() {
                     let mask = mask(masked, &valid[tokens]);
                     linear
                         .prefill_into(
-                            &mut state,
-                            &part.q,
-                            &part.k,
-                            &part.v,
-                            mask,
+                            &mut [&mut state],
+                            Qkv::new(&part.q, &part.k, &part.v).with_mask(mask),
                             &mut out,
                             &mut workspace,
                         )
@@ -847,11 +867,8 @@ fn threads_share_a_head_bit_for_bit() {
                     array[[0, at, 0]] = T::from_f64(f64::NAN);
                     let mut out = Array3::zeros((setup.heads, n, setup.e));
                     let error = linear.prefill_into(
-                        &mut state,
-                        &bad.q,
-                        &bad.k,
-                        &bad.v,
-                        KeyMask::All,
+                        &mut [&mut state],
+                        Qkv::new(&bad.q, &bad.k, &bad.v),
                         &mut out,
                         &mut workspace,
                     );
@@ -897,13 +914,24 @@ fn dirty<T: Real>(attention: &impl Stream<T>, setup: &Setup, workspace: &mut Wor
         let Inputs { q, k, v }: Inputs<T> = inputs.cast();
         let mut out = Array3::zeros((setup.heads, n, setup.e));
         let valid: Vec<bool> = (0..n).map(|j| j % 3 != 1).collect();
-        let mut state = attention.empty();
+        let mut state = attention.new_state();
         attention
-            .prefill_into(&mut state, &q, &k, &v, KeyMask::Valid(&valid), &mut out, workspace)
+            .prefill_into(
+                &mut [&mut state],
+                Qkv::new(&q, &k, &v).with_mask(KeyMask::Valid(&valid)),
+                &mut out,
+                workspace,
+            )
             .unwrap();
-        attention.prefill_into(&mut state, &q, &k, &v, KeyMask::All, &mut out, workspace).unwrap();
+        attention
+            .prefill_into(&mut [&mut state], Qkv::new(&q, &k, &v), &mut out, workspace)
+            .unwrap();
         if setup.is_pure() {
-            attention.full_into(&q, &k, &v, KeyMask::All, &mut out, workspace).unwrap();
+            attention
+                .bidirectional()
+                .unwrap()
+                .forward_into(Qkv::new(&q, &k, &v), &mut out, workspace)
+                .unwrap();
         }
     }
 }
@@ -911,24 +939,21 @@ fn dirty<T: Real>(attention: &impl Stream<T>, setup: &Setup, workspace: &mut Wor
 fn check_scratch<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
     let Inputs { q, k, v }: Inputs<T> = setup.inputs(83, 83).cast();
     let nan = || Array3::from_elem((setup.heads, 83, setup.e), T::from_f64(f64::NAN));
-    let mut used = attention.scratch();
+    let mut used = attention.workspace();
     dirty(attention, setup, &mut used);
     let (mut fresh_out, mut used_out) = (nan(), nan());
-    let (mut fresh_state, mut used_state) = (attention.empty(), attention.empty());
+    let (mut fresh_state, mut used_state) = (attention.new_state(), attention.new_state());
     for _ in 0..2 {
         attention
             .prefill_into(
-                &mut fresh_state,
-                &q,
-                &k,
-                &v,
-                KeyMask::All,
+                &mut [&mut fresh_state],
+                Qkv::new(&q, &k, &v),
                 &mut fresh_out,
-                &mut attention.scratch(),
+                &mut attention.workspace(),
             )
             .unwrap();
         attention
-            .prefill_into(&mut used_state, &q, &k, &v, KeyMask::All, &mut used_out, &mut used)
+            .prefill_into(&mut [&mut used_state], Qkv::new(&q, &k, &v), &mut used_out, &mut used)
             .unwrap();
         assert_same_bits(setup, &used_out, &fresh_out);
         assert!(used_state == fresh_state, "{setup:?}");
@@ -940,14 +965,22 @@ fn check_scratch<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
         Array2::zeros((setup.heads, setup.e)),
         Array2::from_elem((setup.heads, setup.e), T::from_f64(f64::NAN)),
     );
-    attention.step(&mut fresh_state, &q2, &k2, &v2, &mut one, &mut attention.scratch()).unwrap();
-    attention.step(&mut used_state, &q2, &k2, &v2, &mut two, &mut used).unwrap();
+    attention
+        .step(&mut fresh_state, Qkv::token(&q2, &k2, &v2), &mut one, &mut attention.workspace())
+        .unwrap();
+    attention.step(&mut used_state, Qkv::token(&q2, &k2, &v2), &mut two, &mut used).unwrap();
     assert_same_bits(setup, &two, &one);
     if setup.is_pure() {
         attention
-            .full_into(&q, &k, &v, KeyMask::All, &mut fresh_out, &mut attention.scratch())
+            .bidirectional()
+            .unwrap()
+            .forward_into(Qkv::new(&q, &k, &v), &mut fresh_out, &mut attention.workspace())
             .unwrap();
-        attention.full_into(&q, &k, &v, KeyMask::All, &mut used_out, &mut used).unwrap();
+        attention
+            .bidirectional()
+            .unwrap()
+            .forward_into(Qkv::new(&q, &k, &v), &mut used_out, &mut used)
+            .unwrap();
         assert_same_bits(setup, &used_out, &fresh_out);
     }
 }
@@ -995,12 +1028,21 @@ fn check_layouts<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
                    k: &ArrayView3<'_, T>,
                    v: &ArrayView3<'_, T>,
                    out: &mut Array3<T>| {
-            let mut workspace = attention.scratch();
+            let mut workspace = attention.workspace();
             if full {
-                attention.full_into(q, k, v, mask, out, &mut workspace).unwrap();
+                attention
+                    .bidirectional()
+                    .unwrap()
+                    .forward_into(Qkv::new(q, k, v).with_mask(mask), out, &mut workspace)
+                    .unwrap();
             } else {
                 attention
-                    .prefill_into(&mut attention.empty(), q, k, v, mask, out, &mut workspace)
+                    .prefill_into(
+                        &mut [&mut attention.new_state()],
+                        Qkv::new(q, k, v).with_mask(mask),
+                        out,
+                        &mut workspace,
+                    )
                     .unwrap();
             }
         };
@@ -1027,16 +1069,21 @@ fn check_layouts<T: Real>(attention: &impl Stream<T>, setup: &Setup) {
     }
     // A step.
     let expected = attention
-        .steps(&mut attention.empty(), &Inputs { q: q.clone(), k: k.clone(), v: v.clone() });
+        .steps(&mut attention.new_state(), &Inputs { q: q.clone(), k: k.clone(), v: v.clone() });
     for (((name, q), (_, k)), (_, v)) in layouts(&q).into_iter().zip(layouts(&k)).zip(layouts(&v)) {
         let mut out =
             Array3::from_elem((setup.e, 71, setup.heads), T::from_f64(f64::NAN)).reversed_axes();
-        let (mut state, mut workspace) = (attention.empty(), attention.scratch());
+        let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
         for i in 0..71 {
             let (q, k, v) =
                 (q.index_axis(Axis(1), i), k.index_axis(Axis(1), i), v.index_axis(Axis(1), i));
             attention
-                .step(&mut state, &q, &k, &v, &mut out.index_axis_mut(Axis(1), i), &mut workspace)
+                .step(
+                    &mut state,
+                    Qkv::token(&q, &k, &v),
+                    &mut out.index_axis_mut(Axis(1), i),
+                    &mut workspace,
+                )
                 .unwrap();
         }
         assert_same_bits(format!("{setup:?}: step {name}"), &out, &expected);
@@ -1059,8 +1106,8 @@ fn memory_layout_changes_nothing() {
     let Inputs { q, k, v } = setup.inputs(40, 40);
     let (k, v) = (k.slice(s![..1, .., ..]), v.slice(s![..1, .., ..]));
     let (k, v) = (k.broadcast((3, 40, setup.d)).unwrap(), v.broadcast((3, 40, setup.e)).unwrap());
-    let expected = attention.causal(&q, &k.to_owned(), &v.to_owned(), KeyMask::All).unwrap();
-    assert_same_bits("broadcast", &attention.causal(&q, &k, &v, KeyMask::All).unwrap(), &expected);
+    let expected = attention.forward(Qkv::new(&q, &k.to_owned(), &v.to_owned())).unwrap();
+    assert_same_bits("broadcast", &attention.forward(Qkv::new(&q, &k, &v)).unwrap(), &expected);
 }
 
 #[test]
@@ -1071,16 +1118,13 @@ fn rows_beyond_the_tokens_of_an_output_are_left_alone() {
     let mut out = Array3::from_elem((1, 30, 2 * setup.e), 7.0);
     attention
         .prefill_into(
-            &mut attention.new_state(),
-            &q,
-            &k,
-            &v,
-            KeyMask::All,
+            &mut [&mut attention.new_state()],
+            Qkv::new(&q, &k, &v),
             &mut out.slice_mut(s![.., 5..25, ..;2]),
             &mut attention.workspace(),
         )
         .unwrap();
-    let expected = attention.causal(&q, &k, &v, KeyMask::All).unwrap();
+    let expected = attention.forward(Qkv::new(&q, &k, &v)).unwrap();
     assert_same_bits("inside", &out.slice(s![.., 5..25, ..;2]), &expected);
     out.slice_mut(s![.., 5..25, ..;2]).fill(7.0);
     assert!(out.iter().all(|&o| o == 7.0));
@@ -1135,7 +1179,7 @@ fn a_constant_kernel_gives_the_running_mean() {
         .unwrap();
     let x = Random::new(1).normals((1, n, d), 1.0);
     let v = Array3::from_shape_fn((1, n, 1), |(_, i, _)| i as f64);
-    let out = attention.causal(&x, &x, &v, KeyMask::All).unwrap();
+    let out = attention.forward(Qkv::new(&x, &x, &v)).unwrap();
     assert_close(
         "mean",
         &out,
@@ -1182,8 +1226,8 @@ fn defaults() {
         .with_value_dim(4)
         .with_scale(0.5)
         .with_log_decay(vec![0.0; 2]);
-    let expected = explicit.build(maps()).unwrap().causal(&q, &k, &v, KeyMask::All).unwrap();
-    assert_same_bits("linear", &plain.causal(&q, &k, &v, KeyMask::All).unwrap(), &expected);
+    let expected = explicit.build(maps()).unwrap().forward(Qkv::new(&q, &k, &v)).unwrap();
+    assert_same_bits("linear", &plain.forward(Qkv::new(&q, &k, &v)).unwrap(), &expected);
     assert_eq!(plain.maps().len(), 2);
     let plain = SoftmaxConfig::new(2, d).build::<f64>().unwrap();
     let explicit = SoftmaxConfig::new(2, d)
@@ -1192,8 +1236,8 @@ fn defaults() {
         .with_scale(0.5)
         .build::<f64>()
         .unwrap();
-    let expected = explicit.causal(&q, &k, &v, KeyMask::All).unwrap();
-    assert_same_bits("exact", &plain.causal(&q, &k, &v, KeyMask::All).unwrap(), &expected);
+    let expected = explicit.forward(Qkv::new(&q, &k, &v)).unwrap();
+    assert_same_bits("exact", &plain.forward(Qkv::new(&q, &k, &v)).unwrap(), &expected);
     assert_eq!(KeyMask::default(), KeyMask::All);
     assert_eq!((Window::new(8, 2).chunk, Window::new(8, 2).back), (8, 2));
 }

@@ -3,11 +3,12 @@
 
 mod common;
 
-#[cfg(feature = "rayon")]
 use common::assert_same_bits;
 use common::gradients::{CASES, Gradients, Problem, golden_problem};
+#[cfg(feature = "rayon")]
+use common::stream::Stream;
 use common::{Golden, Inputs, Random, argument, assert_close, on_threads};
-use dijiang::attention::{BackwardWorkspace, KeyMask, LinearConfig, Window};
+use dijiang::attention::{BackwardWorkspace, LinearConfig, Operator, Qkv, Window};
 use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, DifferentiableMap, Envelope, FavorConfig, FeatureMap, Mixing,
     Pairing, Projection,
@@ -244,11 +245,11 @@ fn continuing_a_state() {
         let (first, second) = (problem.inputs.part(0..cut), problem.inputs.part(cut..n));
         let mut state = attention.new_state();
         if cut > 0 {
-            attention.prefill(&mut state, &first.q, &first.k, &first.v, KeyMask::All).unwrap();
+            attention.prefill(&mut state, Qkv::new(&first.q, &first.k, &first.v)).unwrap();
         }
         let grad = problem.cotangent.slice(s![.., cut.., ..]).to_owned();
         let (part, states) = attention
-            .prefill_backward(&state, &second.q, &second.k, &second.v, KeyMask::All, &grad)
+            .prefill_backward(&state, Qkv::new(&second.q, &second.k, &second.v), &grad)
             .unwrap();
         let context = format!("seed {seed} cut {cut} window {:?}", problem.window);
         assert_close(&context, &part.q, &whole.q.slice(s![.., cut.., ..]), 1e-10);
@@ -352,18 +353,18 @@ fn gradients_into(
         array.fill(f64::NAN);
     }
     match problem.causal {
-        true => attention.causal_backward_into(
-            q,
-            k,
-            v,
-            problem.mask(),
+        true => attention.backward_into(
+            Qkv::new(q, k, v).with_mask(problem.mask()),
             &problem.cotangent,
             gradients,
             ws,
         ),
-        false => {
-            attention.full_backward_into(q, k, v, problem.mask(), &problem.cotangent, gradients, ws)
-        }
+        false => attention.bidirectional().unwrap().backward_into(
+            Qkv::new(q, k, v).with_mask(problem.mask()),
+            &problem.cotangent,
+            gradients,
+            ws,
+        ),
     }
 }
 
@@ -494,7 +495,7 @@ fn results_and_memory_of_another_shape() {
         (problem.attention::<f64>(), &problem.inputs, &problem.cotangent);
     let n = q.shape()[1];
     let run = |gradients: &mut Gradients<f64>, ws: &mut BackwardWorkspace<f64>| {
-        attention.causal_backward_into(q, k, v, KeyMask::All, grad, gradients, ws).unwrap_err()
+        attention.backward_into(Qkv::new(q, k, v), grad, gradients, ws).unwrap_err()
     };
     for (name, queries, keys) in [("gradients.q", n + 1, n), ("gradients.k", n, n - 1)] {
         let error = run(
@@ -525,8 +526,7 @@ fn errors_name_the_argument() {
     let attention = problem.attention::<f64>();
     let Inputs { q, k, v } = &problem.inputs;
     let n = q.shape()[1];
-    let run =
-        |grad: &Array3<f64>| attention.causal_backward(q, k, v, KeyMask::All, grad).unwrap_err();
+    let run = |grad: &Array3<f64>| attention.backward(Qkv::new(q, k, v), grad).unwrap_err();
     let shape = problem.cotangent.raw_dim();
     assert_eq!(argument(&run(&Array3::zeros((shape[0], n + 1, shape[2])))), "grad_out");
     assert_eq!(argument(&run(&Array3::zeros((shape[0], n, shape[2] + 1)))), "grad_out");
@@ -539,7 +539,9 @@ fn errors_name_the_argument() {
     let full = |problem: &Problem| {
         problem
             .attention::<f64>()
-            .full_backward(q, q, q, KeyMask::All, &problem.cotangent)
+            .bidirectional()
+            .unwrap()
+            .backward(Qkv::new(q, q, q), &problem.cotangent)
             .unwrap_err()
     };
     assert_eq!(argument(&full(&decaying)), "full attention");

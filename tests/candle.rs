@@ -8,7 +8,7 @@ use candle_nn::{VarBuilder, VarMap};
 use common::gradients::{CASES, golden_problem};
 use common::{Golden, Random, assert_close, cast, to_f64, tolerance};
 use dijiang::Real;
-use dijiang::attention::{KeyMask, LinearConfig, Window};
+use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, Window};
 use dijiang::candle::{AttentionOptions, CandleAttention, HeadLayout, MapTensors, causal, full};
 use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, Mixing, Pairing};
 use dijiang::layer::{
@@ -163,9 +163,9 @@ fn bits_of_the_operator<T: Real + WithDType>() {
         let expected: Vec<_> = (q.outer_iter().zip(k.outer_iter()).zip(v.outer_iter()))
             .flat_map(|((q, k), v)| {
                 let out = if causally {
-                    operator.causal(&q, &k, &v, KeyMask::All)
+                    operator.forward(Qkv::new(&q, &k, &v))
                 } else {
-                    operator.full(&q, &k, &v, KeyMask::All)
+                    operator.bidirectional().unwrap().forward(Qkv::new(&q, &k, &v))
                 };
                 to_f64(&out.unwrap()).into_iter()
             })

@@ -6,7 +6,7 @@ mod common;
 use common::linear::{Setup, TestMap};
 use common::stream::Stream;
 use common::{Inputs, Random, argument, assert_same_bits};
-use dijiang::attention::{KeyMask, LinearConfig, SoftmaxConfig, Window, Workspace};
+use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Window, Workspace};
 use dijiang::reference::{self, Pairs, PlainMap};
 use dijiang::{Error, Real, Result};
 use ndarray::{Array2, Array3, Axis, ShapeBuilder};
@@ -192,7 +192,7 @@ struct Witness<'a, T: Real, A: Stream<T>> {
 
 impl<'a, T: Real, A: Stream<T>> Witness<'a, T, A> {
     fn new(setup: &Setup, attention: &'a A) -> Self {
-        let mut state = attention.empty();
+        let mut state = attention.new_state();
         attention.prefill_of(&mut state, &setup.inputs(27, 27).cast(), KeyMask::All).unwrap();
         let next: Inputs<T> = Setup { seed: 50, ..setup.clone() }.inputs(12, 12).cast();
         let expected = attention.prefill_of(&mut state.clone(), &next, KeyMask::All).unwrap();
@@ -228,7 +228,7 @@ fn shapes_of_many_tokens() {
     fn check<T: Real, A: Stream<T>>(setup: &Setup, attention: &A) {
         let n = 10;
         let mut witness = Witness::new(setup, attention);
-        let mut workspace = attention.scratch();
+        let mut workspace = attention.workspace();
         let shapes = [("q", [4, n, 5]), ("k", [2, n, 5]), ("v", [2, n, 3]), ("out", [4, n, 3])];
         for (i, (name, shape)) in shapes.into_iter().enumerate() {
             for axis in 0..3 {
@@ -244,11 +244,8 @@ fn shapes_of_many_tokens() {
                         Error::Shape { argument: name, axis, expected: shape[axis], got };
                     let context = format!("{name} as {:?}", wrong[i]);
                     let result = attention.prefill_into(
-                        &mut witness.state,
-                        &q,
-                        &k,
-                        &v,
-                        KeyMask::All,
+                        &mut [&mut witness.state],
+                        Qkv::new(&q, &k, &v),
                         &mut out,
                         &mut workspace,
                     );
@@ -271,8 +268,11 @@ fn shapes_of_many_tokens() {
                     }
                     // Full attention takes any number of keys, of at least one.
                     if setup.is_pure() && !(name == "k" && axis == 1) {
-                        let result =
-                            attention.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace);
+                        let result = attention.bidirectional().unwrap().forward_into(
+                            Qkv::new(&q, &k, &v),
+                            &mut out,
+                            &mut workspace,
+                        );
                         assert_eq!(result.unwrap_err(), expected, "{context}, full");
                     }
                 }
@@ -313,7 +313,7 @@ fn shapes_beyond_memory() {
 fn shapes_of_one_token() {
     fn check<T: Real, A: Stream<T>>(setup: &Setup, attention: &A) {
         let mut witness = Witness::new(setup, attention);
-        let mut workspace = attention.scratch();
+        let mut workspace = attention.workspace();
         let shapes = [("q", [4, 5]), ("k", [2, 5]), ("v", [2, 3]), ("out", [4, 3])];
         for (i, (name, shape)) in shapes.into_iter().enumerate() {
             for axis in 0..2 {
@@ -321,8 +321,12 @@ fn shapes_of_one_token() {
                     let mut wrong = shapes.map(|(_, shape)| shape);
                     wrong[i][axis] = got;
                     let [q, k, v, mut out] = wrong.map(Array2::<T>::zeros);
-                    let result =
-                        attention.step(&mut witness.state, &q, &k, &v, &mut out, &mut workspace);
+                    let result = attention.step(
+                        &mut witness.state,
+                        Qkv::token(&q, &k, &v),
+                        &mut out,
+                        &mut workspace,
+                    );
                     let error = witness.unharmed(&format!("{name} as {:?}", wrong[i]), result);
                     assert_eq!(
                         error,
@@ -520,7 +524,7 @@ fn elements_beyond_the_limit() {
 fn elements_of_one_token_beyond_the_limit() {
     fn check<T: Real, A: Stream<T>>(setup: &Setup, attention: &A) {
         let mut witness = Witness::new(setup, attention);
-        let mut workspace = attention.scratch();
+        let mut workspace = attention.workspace();
         let mut out = Array2::zeros((4, 3));
         let clean: Inputs<T> = setup.inputs(1, 1).cast();
         for (i, (name, elements)) in [("q", 20), ("k", 10), ("v", 6)].into_iter().enumerate() {
@@ -529,8 +533,12 @@ fn elements_of_one_token_beyond_the_limit() {
                     let mut token = clean.token(0);
                     *token[i].iter_mut().nth(index).unwrap() = value;
                     let [q, k, v] = token;
-                    let result =
-                        attention.step(&mut witness.state, &q, &k, &v, &mut out, &mut workspace);
+                    let result = attention.step(
+                        &mut witness.state,
+                        Qkv::token(&q, &k, &v),
+                        &mut out,
+                        &mut workspace,
+                    );
                     assert_non_finite(
                         &witness.unharmed(&format!("{name}[{index}] = {value}"), result),
                         name,
@@ -583,9 +591,7 @@ fn states_of_another_layer() {
         let [q, k, v] = inputs.token(0);
         let result = attention.step(
             &mut witness.state,
-            &q,
-            &k,
-            &v,
+            Qkv::token(&q, &k, &v),
             &mut Array2::zeros((4, 3)),
             &mut attention.workspace(),
         );
@@ -619,9 +625,7 @@ fn caches_of_another_layer() {
         let [q, k, v] = inputs.token(0);
         let result = attention.step(
             &mut witness.state,
-            &q,
-            &k,
-            &v,
+            Qkv::token(&q, &k, &v),
             &mut Array2::zeros((4, 3)),
             &mut attention.workspace(),
         );
@@ -642,11 +646,8 @@ fn workspaces_of_another_layer() {
         let others = [setup.clone().sizes(6, 3, 8), setup.clone().sizes(5, 30, 8)].map(foreign);
         for mut workspace in others.into_iter().flatten() {
             let result = attention.prefill_into(
-                &mut witness.state,
-                &q,
-                &k,
-                &v,
-                KeyMask::All,
+                &mut [&mut witness.state],
+                Qkv::new(&q, &k, &v),
                 &mut out,
                 &mut workspace,
             );
@@ -658,9 +659,7 @@ fn workspaces_of_another_layer() {
             let token = [&q, &k, &v].map(|x| x.index_axis(Axis(1), 0).to_owned());
             let result = attention.step(
                 &mut witness.state,
-                &token[0],
-                &token[1],
-                &token[2],
+                Qkv::token(&token[0], &token[1], &token[2]),
                 &mut Array2::zeros((4, 3)),
                 &mut workspace,
             );
@@ -668,7 +667,9 @@ fn workspaces_of_another_layer() {
             assert!(matches!(error, Error::Foreign { argument: "workspace", .. }), "{error:?}");
             if setup.is_pure() {
                 let error = attention
-                    .full_into(&q, &k, &v, KeyMask::All, &mut out, &mut workspace)
+                    .bidirectional()
+                    .unwrap()
+                    .forward_into(Qkv::new(&q, &k, &v), &mut out, &mut workspace)
                     .unwrap_err();
                 assert!(matches!(error, Error::Foreign { argument: "workspace", .. }), "{error:?}");
             }
@@ -682,7 +683,7 @@ fn workspaces_of_another_layer() {
     let Inputs { q, k, v }: Inputs<f32> = setup.inputs(5, 5).cast();
     let mut out = Array3::zeros((1, 5, 3));
     let error = attention
-        .prefill_into(&mut attention.new_state(), &q, &k, &v, KeyMask::All, &mut out, &mut small)
+        .prefill_into(&mut [&mut attention.new_state()], Qkv::new(&q, &k, &v), &mut out, &mut small)
         .unwrap_err();
     assert!(matches!(error, Error::Foreign { argument: "workspace", .. }), "{error:?}");
 }
@@ -705,7 +706,9 @@ fn full_attention_with_a_window_part_or_decay() {
         let mut out = Array3::from_elem((1, 5, setup.e), 7.0);
         let Inputs { q, k, v } = &inputs;
         attention
-            .full_into(q, k, v, KeyMask::All, &mut out, &mut attention.workspace())
+            .bidirectional()
+            .unwrap()
+            .forward_into(Qkv::new(q, k, v), &mut out, &mut attention.workspace())
             .unwrap_err();
         assert!(out.iter().all(|&o| o == 7.0));
     }

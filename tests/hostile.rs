@@ -8,8 +8,9 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
+use common::stream::Stream;
 use common::{argument, assert_same_bits};
-use dijiang::attention::{KeyMask, LinearConfig, SoftmaxConfig, Window};
+use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::checkpoint::{Checkpoint, Tensors};
 use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, FavorConfig, FeatureMap, published_features,
@@ -75,49 +76,39 @@ fn endless_sequences_are_refused_at_once() {
     too_large(published_features(&rows(4), &[1.0; 4]));
     let attention =
         LinearConfig::new().with_window(Window::new(4, 1)).build(vec![map.clone()]).unwrap();
-    too_large(attention.causal(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
+    too_large(attention.forward(Qkv::new(&heads(1, 4), &heads(1, 4), &heads(1, 4))));
     let mut state = attention.new_state();
-    too_large(attention.prefill(
-        &mut state,
-        &heads(1, 4),
-        &heads(1, 4),
-        &heads(1, 4),
-        KeyMask::All,
-    ));
+    too_large(attention.prefill(&mut state, Qkv::new(&heads(1, 4), &heads(1, 4), &heads(1, 4))));
     assert!(state == attention.new_state());
     let attention = LinearConfig::new().build(vec![map]).unwrap();
-    too_large(attention.full(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
+    too_large(attention.bidirectional().unwrap().forward(Qkv::new(
+        &heads(1, 4),
+        &heads(1, 4),
+        &heads(1, 4),
+    )));
     let exact = SoftmaxConfig::new(1, 4).build::<f32>().unwrap();
-    too_large(exact.full(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
-    too_large(exact.causal(&heads(1, 4), &heads(1, 4), &heads(1, 4), KeyMask::All));
-    too_large(exact.prefill(
-        &mut exact.new_cache(),
+    too_large(exact.bidirectional().unwrap().forward(Qkv::new(
         &heads(1, 4),
         &heads(1, 4),
         &heads(1, 4),
-        KeyMask::All,
-    ));
+    )));
+    too_large(exact.forward(Qkv::new(&heads(1, 4), &heads(1, 4), &heads(1, 4))));
+    too_large(
+        exact.prefill(&mut exact.new_state(), Qkv::new(&heads(1, 4), &heads(1, 4), &heads(1, 4))),
+    );
     too_large(exact.extend(
-        &mut exact.new_cache(),
-        &heads(1, 4),
-        &heads(1, 4),
+        &mut exact.new_state(),
+        (&heads(1, 4), &heads(1, 4)),
         KeyMask::All,
         &mut exact.workspace(),
     ));
-    too_large(attention.causal_backward(
-        &heads(1, 4),
-        &heads(1, 4),
-        &heads(1, 4),
-        KeyMask::All,
-        &heads(1, 4),
-    ));
-    too_large(attention.full_backward(
-        &heads(1, 4),
-        &heads(1, 4),
-        &heads(1, 4),
-        KeyMask::All,
-        &heads(1, 4),
-    ));
+    too_large(attention.backward(Qkv::new(&heads(1, 4), &heads(1, 4), &heads(1, 4)), &heads(1, 4)));
+    too_large(
+        attention
+            .bidirectional()
+            .unwrap()
+            .backward(Qkv::new(&heads(1, 4), &heads(1, 4), &heads(1, 4)), &heads(1, 4)),
+    );
 
     fn layer<A: Attention<f32>>(layer: &A, rows: ArrayView2<'_, f32>, batch: ArrayView3<'_, f32>) {
         too_large(layer.forward(&rows, KeyMask::All));
@@ -159,11 +150,11 @@ fn repeated_rows_are_rows() {
     let map = DctMapConfig::new(8).build::<f32>().unwrap();
     let attention = LinearConfig::new().build(vec![map]).unwrap();
     let (views, copies) = (repeated.insert_axis(Axis(0)), copied.clone().insert_axis(Axis(0)));
-    let got = attention.causal(&views, &views, &views, KeyMask::All).unwrap();
+    let got = attention.forward(Qkv::new(&views, &views, &views)).unwrap();
     assert_same_bits(
         "heads",
         &got,
-        &attention.causal(&copies, &copies, &copies, KeyMask::All).unwrap(),
+        &attention.forward(Qkv::new(&copies, &copies, &copies)).unwrap(),
     );
     // Keys and values of one memory, and a column that is one number.
     let column = row.slice(s![.., ..1]).to_owned();
@@ -245,7 +236,9 @@ fn strongest_decay_over_masked_keys() {
         let attention = config.build(vec![map]).unwrap();
         let ones = Array3::<f32>::ones((1, 12, 2));
         let valid: Vec<bool> = (0..12).map(|j| j == 0).collect();
-        let out = attention.causal(&ones, &ones, &(&ones * 3.0), KeyMask::Valid(&valid)).unwrap();
+        let out = attention
+            .forward(Qkv::new(&ones, &ones, &(&ones * 3.0)).with_mask(KeyMask::Valid(&valid)))
+            .unwrap();
         assert!(out.iter().all(|&o| (o - 3.0).abs() < 1e-4), "decay {decay}: {out:?}");
     }
 }

@@ -9,7 +9,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use common::{Random, argument, assert_close, assert_same_bits, cast};
-use dijiang::attention::{KeyMask, SoftmaxConfig, Window};
+use dijiang::attention::{KeyMask, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::kernel::{
     DctMap, DctMapConfig, Envelope, FeatureMap, Mixing, Pairing, Points, Radial, Sides,
 };
@@ -261,7 +261,7 @@ fn projected_heads_are_what_attention_is_computed_from() {
     }
 
     let exact = SoftmaxConfig::new(6, 6).with_kv_heads(3).build().unwrap();
-    let heads = exact.causal(&q, &k, &v, KeyMask::All).unwrap();
+    let heads = exact.forward(Qkv::new(&q, &k, &v)).unwrap();
     let views: Vec<_> = heads.outer_iter().collect();
     let y = concatenate(Axis(1), &views).unwrap().dot(&weights.o.t())
         + weights.o_bias.as_ref().unwrap();

@@ -11,7 +11,7 @@ use common::linear::Setup;
 use common::stream::Stream;
 use common::{Inputs, Random};
 use dijiang::Real;
-use dijiang::attention::KeyMask;
+use dijiang::attention::{KeyMask, Operator, Qkv};
 use ndarray::{Array2, Array3};
 
 /// The system's allocator, with a count of what it was asked for.
@@ -107,8 +107,9 @@ fn a_step_does_not_allocate() {
         let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
         let mut out = Array2::zeros((setup.heads, setup.e));
         for (i, [q, k, v]) in tokens.iter().enumerate() {
-            let (calls, _) =
-                measure(|| attention.step(&mut state, q, k, v, &mut out, &mut workspace).unwrap());
+            let (calls, _) = measure(|| {
+                attention.step(&mut state, Qkv::token(q, k, v), &mut out, &mut workspace).unwrap()
+            });
             assert_eq!(calls, 0, "{setup:?}, {}: token {i}", T::NAME);
         }
         let (calls, _) = measure(|| state.reset());
@@ -130,8 +131,9 @@ fn a_step_does_not_allocate_on_the_main_pool_either() {
     let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
     let mut out = Array2::zeros((setup.heads, setup.e));
     let (calls, _) = measure(|| {
-        (0..100)
-            .for_each(|_| attention.step(&mut state, &q, &k, &v, &mut out, &mut workspace).unwrap())
+        (0..100).for_each(|_| {
+            attention.step(&mut state, Qkv::token(&q, &k, &v), &mut out, &mut workspace).unwrap()
+        })
     });
     assert_eq!(calls, 0);
 }
@@ -148,12 +150,27 @@ fn prefill_into_and_full_into_do_not_allocate() {
         let (mut state, mut workspace) = (linear.new_state(), linear.workspace());
         for mask in [KeyMask::All, KeyMask::Valid(&valid), KeyMask::All] {
             let (calls, _) = measure(|| {
-                linear.prefill_into(&mut state, &q, &k, &v, mask, &mut out, &mut workspace).unwrap()
+                linear
+                    .prefill_into(
+                        &mut [&mut state],
+                        Qkv::new(&q, &k, &v).with_mask(mask),
+                        &mut out,
+                        &mut workspace,
+                    )
+                    .unwrap()
             });
             assert_eq!(calls, 0, "{setup:?}, {}: prefill_into", T::NAME);
             if setup.is_pure() {
                 let (calls, _) = measure(|| {
-                    linear.full_into(&q, &k, &v, mask, &mut out, &mut workspace).unwrap()
+                    linear
+                        .bidirectional()
+                        .unwrap()
+                        .forward_into(
+                            Qkv::new(&q, &k, &v).with_mask(mask),
+                            &mut out,
+                            &mut workspace,
+                        )
+                        .unwrap()
                 });
                 assert_eq!(calls, 0, "{setup:?}, {}: full_into", T::NAME);
             }
@@ -162,7 +179,13 @@ fn prefill_into_and_full_into_do_not_allocate() {
             let mut workspace = exact.workspace();
             let (calls, _) = measure(|| {
                 exact
-                    .full_into(&q, &k, &v, KeyMask::Valid(&valid), &mut out, &mut workspace)
+                    .bidirectional()
+                    .unwrap()
+                    .forward_into(
+                        Qkv::new(&q, &k, &v).with_mask(KeyMask::Valid(&valid)),
+                        &mut out,
+                        &mut workspace,
+                    )
                     .unwrap()
             });
             assert_eq!(calls, 0, "{setup:?}, {}: exact full_into", T::NAME);
@@ -191,13 +214,9 @@ fn packed_sequences_and_merging_do_not_allocate() {
         };
         calls("prefill_packed_into", &mut |out| {
             linear
-                .prefill_packed_into(
+                .prefill_into(
                     &mut all,
-                    &q,
-                    &k,
-                    &v,
-                    &offsets,
-                    KeyMask::All,
+                    Qkv::new(&q, &k, &v).with_offsets(&offsets),
                     out,
                     &mut workspace,
                 )
@@ -206,28 +225,21 @@ fn packed_sequences_and_merging_do_not_allocate() {
         if setup.is_pure() {
             calls("full_packed_into", &mut |out| {
                 linear
-                    .full_packed_into(
-                        &q,
-                        &k,
-                        &v,
-                        &offsets,
-                        &offsets,
-                        KeyMask::All,
-                        out,
-                        &mut workspace,
-                    )
+                    .bidirectional()
+                    .unwrap()
+                    .forward_into(Qkv::new(&q, &k, &v).with_offsets(&offsets), out, &mut workspace)
                     .unwrap();
             });
         }
         let mut next = linear.new_state_at(100).unwrap();
         calls("extend", &mut |_| {
-            linear.extend(&mut next, &k, &v, KeyMask::All, &mut workspace).unwrap()
+            linear.extend(&mut next, (&k, &v), KeyMask::All, &mut workspace).unwrap()
         });
         calls("merge", &mut |_| linear.merge(&mut states[0], &next, &mut workspace).unwrap());
         let mut workspace = exact.workspace();
         calls("exact causal_packed_into", &mut |out| {
             exact
-                .causal_packed_into(&q, &k, &v, &offsets, KeyMask::All, out, &mut workspace)
+                .forward_into(Qkv::new(&q, &k, &v).with_offsets(&offsets), out, &mut workspace)
                 .unwrap();
         });
     }
@@ -258,7 +270,7 @@ fn strided_arguments_do_not_allocate() {
         let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
         let (calls, _) = measure(|| {
             attention
-                .prefill_into(&mut state, &q, &k, &v, KeyMask::All, &mut out, &mut workspace)
+                .prefill_into(&mut [&mut state], Qkv::new(&q, &k, &v), &mut out, &mut workspace)
                 .unwrap()
         });
         assert_eq!(calls, 0);

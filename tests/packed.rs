@@ -6,7 +6,7 @@ mod common;
 use common::linear::Setup;
 use common::stream::Stream;
 use common::{Inputs, Random, argument, assert_same_bits, on_threads};
-use dijiang::attention::KeyMask;
+use dijiang::attention::{KeyMask, Operator, Qkv};
 use dijiang::{Error, Real};
 use ndarray::{Array3, s};
 
@@ -40,7 +40,7 @@ fn packed_prefills_are_those_of_each_sequence() {
         let (offsets, n) = (offsets(&LENGTHS), LENGTHS.iter().sum());
         for valid in masks(n) {
             // Sequences that have just begun, and others that go on.
-            let mut states: Vec<_> = LENGTHS.iter().map(|_| attention.empty()).collect();
+            let mut states: Vec<_> = LENGTHS.iter().map(|_| attention.new_state()).collect();
             let earlier = setup.inputs(200, 200).cast();
             for (i, state) in states.iter_mut().enumerate().skip(2) {
                 attention
@@ -54,10 +54,9 @@ fn packed_prefills_are_those_of_each_sequence() {
                 attention.prefill_packed_into(
                     &mut states,
                     &inputs,
-                    &offsets,
-                    mask(&valid, 0..n),
+                    (&offsets, mask(&valid, 0..n)),
                     &mut out,
-                    &mut attention.scratch(),
+                    &mut attention.workspace(),
                 )
             })
             .unwrap();
@@ -165,7 +164,7 @@ fn packed_full_attention_is_that_of_each_sequence() {
 fn bad_offsets_change_nothing() {
     fn check<A: Stream<f64>>(attention: &A, setup: &Setup) {
         let inputs = setup.inputs(6, 6).cast::<f64>();
-        let mut states = [attention.empty(), attention.empty()];
+        let mut states = [attention.new_state(), attention.new_state()];
         let prefill =
             |states: &mut [A::State], inputs: &Inputs<f64>, offsets: &[usize], valid: &[bool]| {
                 let mut out = Array3::from_elem((setup.heads, inputs.q.shape()[1], setup.e), 7.0);
@@ -175,10 +174,9 @@ fn bad_offsets_change_nothing() {
                     .prefill_packed_into(
                         &mut states,
                         inputs,
-                        offsets,
-                        mask,
+                        (offsets, mask),
                         &mut out,
-                        &mut attention.scratch(),
+                        &mut attention.workspace(),
                     )
                     .unwrap_err();
                 assert!(out.iter().all(|&x| x == 7.0), "an error wrote");
@@ -213,7 +211,7 @@ fn bad_offsets_change_nothing() {
             argument(&prefill(&mut states, &foreign.inputs(6, 6).cast(), &[0, 3, 6], &valid)),
             "k"
         );
-        assert!(states.iter().all(|state| *state == attention.empty()));
+        assert!(states.iter().all(|state| *state == attention.new_state()));
 
         assert_eq!(
             argument(&attention.causal_packed(&inputs, &[], KeyMask::All).unwrap_err()),
@@ -235,22 +233,16 @@ fn bad_offsets_change_nothing() {
     let (window, inputs) =
         (Setup::new(1).window(4, 1), Setup::new(1).window(4, 1).inputs(6, 6).cast::<f64>());
     let conflicts = [
-        window.build::<f64>().full_packed(
-            &inputs.q,
-            &inputs.k,
-            &inputs.v,
-            &[0, 6],
-            &[0, 6],
-            KeyMask::All,
-        ),
-        window.build_exact::<f64>().full_packed(
-            &inputs.q,
-            &inputs.k,
-            &inputs.v,
-            &[0, 6],
-            &[0, 6],
-            KeyMask::All,
-        ),
+        window
+            .build::<f64>()
+            .bidirectional()
+            .unwrap()
+            .forward(Qkv::new(&inputs.q, &inputs.k, &inputs.v).with_offsets(&[0, 6])),
+        window
+            .build_exact::<f64>()
+            .bidirectional()
+            .unwrap()
+            .forward(Qkv::new(&inputs.q, &inputs.k, &inputs.v).with_offsets(&[0, 6])),
     ];
     assert!(conflicts.iter().all(|result| matches!(result, Err(Error::Conflict { .. }))));
 }

@@ -6,7 +6,7 @@ mod common;
 use common::linear::{Setup, TestMap};
 use common::stream::Stream;
 use common::{Inputs, Random, argument, assert_close, assert_same_bits, tolerance};
-use dijiang::attention::{CausalState, KeyMask, LinearAttention, Window};
+use dijiang::attention::{CausalState, KeyMask, LinearAttention, Operator, Window};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     Rotary, SoftmaxAttention,
@@ -24,11 +24,11 @@ fn setups() -> Vec<Setup> {
 
 const TOKENS: usize = 331;
 
-type Operator<T> = LinearAttention<T, TestMap<T>>;
+type Segmented<T> = LinearAttention<T, TestMap<T>>;
 
 /// The state of tokens `range`, fed in one piece.
 fn segment<T: Real>(
-    attention: &Operator<T>,
+    attention: &Segmented<T>,
     inputs: &Inputs<T>,
     valid: &[bool],
     range: std::ops::Range<usize>,
@@ -36,13 +36,13 @@ fn segment<T: Real>(
     let mut state = attention.new_state_at(range.start).unwrap();
     if !range.is_empty() {
         let (own, mask) = (inputs.part(range.clone()), KeyMask::Valid(&valid[range]));
-        attention.extend(&mut state, &own.k, &own.v, mask, &mut attention.workspace()).unwrap();
+        attention.extend(&mut state, (&own.k, &own.v), mask, &mut attention.workspace()).unwrap();
     }
     state
 }
 
 fn merged<T: Real>(
-    attention: &Operator<T>,
+    attention: &Segmented<T>,
     first: &CausalState<T>,
     next: &CausalState<T>,
 ) -> CausalState<T> {
@@ -56,7 +56,7 @@ fn merged<T: Real>(
 /// after.
 fn assert_equal<T: Real>(
     context: &str,
-    attention: &Operator<T>,
+    attention: &Segmented<T>,
     later: &Inputs<T>,
     got: &CausalState<T>,
     expected: &CausalState<T>,
@@ -82,8 +82,7 @@ fn extending_is_prefilling_without_queries() {
         attention
             .extend(
                 &mut state,
-                &inputs.k,
-                &inputs.v,
+                (&inputs.k, &inputs.v),
                 KeyMask::Valid(&valid),
                 &mut attention.workspace(),
             )
@@ -247,7 +246,7 @@ fn strangers_do_not_merge() {
     assert_eq!(
         argument(
             &attention
-                .extend(&mut state, &bad.k, &bad.v, KeyMask::All, &mut workspace)
+                .extend(&mut state, (&bad.k, &bad.v), KeyMask::All, &mut workspace)
                 .unwrap_err()
         ),
         "v"
@@ -255,7 +254,7 @@ fn strangers_do_not_merge() {
     assert_eq!(
         argument(
             &attention
-                .extend(&mut state, &bad.k, &bad.v, KeyMask::Valid(&valid[1..]), &mut workspace)
+                .extend(&mut state, (&bad.k, &bad.v), KeyMask::Valid(&valid[1..]), &mut workspace)
                 .unwrap_err()
         ),
         "mask"
@@ -263,7 +262,7 @@ fn strangers_do_not_merge() {
     assert_eq!(
         argument(
             &attention
-                .extend(&mut state, &bad.v, &bad.v, KeyMask::All, &mut workspace)
+                .extend(&mut state, (&bad.v, &bad.v), KeyMask::All, &mut workspace)
                 .unwrap_err()
         ),
         "k"
@@ -282,7 +281,7 @@ fn refused_tokens_change_no_state() {
         let mut workspace = attention.workspace();
         let mut used = attention.new_state();
         let before = setup.inputs(90, 90);
-        attention.extend(&mut used, &before.k, &before.v, KeyMask::All, &mut workspace).unwrap();
+        attention.extend(&mut used, (&before.k, &before.v), KeyMask::All, &mut workspace).unwrap();
         for (mut state, n) in [
             (attention.new_state_at(33).unwrap(), 200),
             (attention.new_state(), 700),
@@ -293,7 +292,7 @@ fn refused_tokens_change_no_state() {
             let mut bad = good.clone();
             bad.v[[setup.kv_heads - 1, n - 1, 0]] = f64::INFINITY;
             let error = attention
-                .extend(&mut state, &bad.k, &bad.v, KeyMask::All, &mut workspace)
+                .extend(&mut state, (&bad.k, &bad.v), KeyMask::All, &mut workspace)
                 .unwrap_err();
             assert_eq!(argument(&error), "v");
             assert!(state == kept, "{setup:?}: {n} tokens by extend");
@@ -302,7 +301,7 @@ fn refused_tokens_change_no_state() {
                 "v"
             );
             assert!(state == kept, "{setup:?}: {n} tokens by prefill");
-            attention.extend(&mut state, &good.k, &good.v, KeyMask::All, &mut workspace).unwrap();
+            attention.extend(&mut state, (&good.k, &good.v), KeyMask::All, &mut workspace).unwrap();
             assert_eq!(state.position(), kept.position() + n);
         }
     }

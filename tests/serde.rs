@@ -5,6 +5,7 @@ mod common;
 
 use common::linear::Setup;
 use common::stream::Stream;
+use dijiang::attention::Operator;
 use dijiang::attention::{CausalState, KeyMask, LinearConfig, SoftmaxConfig, Storage, Window};
 use dijiang::kernel::{DctMapConfig, FavorConfig, Mixing};
 use dijiang::layer::{

@@ -8,7 +8,7 @@ use common::linear::{Setup, TestMap};
 use common::stream::Stream;
 use common::{Inputs, Random, assert_close, assert_same_bits, tolerance};
 use dijiang::Real;
-use dijiang::attention::{KeyMask, LinearAttention};
+use dijiang::attention::{KeyMask, LinearAttention, Operator, Qkv};
 use dijiang::reference::Pairs;
 use ndarray::{Array2, Array3, Axis};
 
@@ -38,12 +38,12 @@ fn check<T: Real>(context: &str, setup: &Setup, inputs: &Inputs<f64>, tolerance:
     );
     assert_close(
         format!("{context}: steps"),
-        &attention.steps(&mut attention.empty(), &typed),
+        &attention.steps(&mut attention.new_state(), &typed),
         &expected,
         tolerance,
     );
     for piece in [7, 40] {
-        let mut state = attention.empty();
+        let mut state = attention.new_state();
         for start in (0..n).step_by(piece) {
             let range = start..(start + piece).min(n);
             let out =
@@ -203,7 +203,7 @@ fn decay_over_long_masked_gaps() {
         let inputs = setup.inputs(n, n);
         let valid: Vec<bool> =
             (0..n).map(|j| (3..6).contains(&j) || (4000..4002).contains(&j)).collect();
-        let mut state = attention.empty();
+        let mut state = attention.new_state();
         for start in (0..n).step_by(250) {
             let range = start..start + 250;
             let part = inputs.part(range.clone());
@@ -264,9 +264,9 @@ fn inputs_at_the_limit() {
         let inputs = inputs.cast::<T>();
         let (linear, exact) = (build::<T>(setup), setup.build_exact::<T>());
         check(linear.causal_of(&inputs, KeyMask::All).unwrap());
-        check(linear.steps(&mut linear.empty(), &inputs));
+        check(linear.steps(&mut linear.new_state(), &inputs));
         check(exact.causal_of(&inputs, KeyMask::All).unwrap());
-        check(exact.steps(&mut exact.empty(), &inputs));
+        check(exact.steps(&mut exact.new_state(), &inputs));
         if setup.is_pure() {
             check(linear.full_of(&inputs, KeyMask::All).unwrap());
             check(exact.full_of(&inputs, KeyMask::All).unwrap());
@@ -298,12 +298,12 @@ const MILLION: usize = 1_000_000;
 /// Constant values in, the same constant out, after a million single tokens.
 fn check_million_steps(setup: &Setup, spread: f64) {
     let (attention, tokens) = (build::<f32>(setup), stream(setup, spread));
-    let (mut state, mut workspace) = (attention.empty(), attention.scratch());
+    let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
     let mut out = Array2::zeros((setup.heads, setup.e));
     let mut worst = (0.0, 0);
     for i in 0..MILLION {
         let [q, k, v] = &tokens[i % 1000];
-        attention.step(&mut state, q, k, v, &mut out, &mut workspace).unwrap();
+        attention.step(&mut state, Qkv::token(q, k, v), &mut out, &mut workspace).unwrap();
         for &o in &out {
             let error = (o - 0.7).abs();
             assert!(error.is_finite(), "{setup:?}, spread {spread}: {o} at token {i}");
@@ -312,7 +312,7 @@ fn check_million_steps(setup: &Setup, spread: f64) {
             }
         }
     }
-    assert_eq!(attention.empty().position() + MILLION, state.position());
+    assert_eq!(attention.new_state().position() + MILLION, state.position());
     assert!(
         worst.0 <= 1e-5,
         "{setup:?}, spread {spread}: off by {:e} at token {}",
@@ -357,12 +357,12 @@ fn a_million_tokens_of_constant_values_by_prefill() {
             let mut inputs: Inputs<f32> = setup.inputs(piece, piece).cast();
             inputs.k.mapv_inplace(|k| k * spread);
             inputs.v.fill(0.7);
-            let (mut state, mut workspace) = (attention.empty(), attention.scratch());
+            let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
             let mut out = Array3::zeros((setup.heads, piece, setup.e));
             for start in (0..MILLION).step_by(piece) {
                 let Inputs { q, k, v } = &inputs;
                 attention
-                    .prefill_into(&mut state, q, k, v, KeyMask::All, &mut out, &mut workspace)
+                    .prefill_into(&mut [&mut state], Qkv::new(q, k, v), &mut out, &mut workspace)
                     .unwrap();
                 for &o in &out {
                     assert!(
@@ -380,13 +380,18 @@ fn a_million_tokens_of_constant_values_by_prefill() {
 fn the_mean_of_a_million_values() {
     for setup in [direct(2), direct(2).window(8, 1)] {
         let attention = build::<f32>(&setup);
-        let (mut state, mut workspace) = (attention.empty(), attention.scratch());
+        let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
         let zeros = Array2::zeros((1, 2));
         let values = [Array2::from_elem((1, setup.e), 0.0), Array2::from_elem((1, setup.e), 1.0)];
         let mut out = Array2::zeros((1, setup.e));
         for i in 0..MILLION {
             attention
-                .step(&mut state, &zeros, &zeros, &values[i % 2], &mut out, &mut workspace)
+                .step(
+                    &mut state,
+                    Qkv::token(&zeros, &zeros, &values[i % 2]),
+                    &mut out,
+                    &mut workspace,
+                )
                 .unwrap();
         }
         assert!(out.iter().all(|&o| (o - 0.5f32).abs() <= 1e-5), "{setup:?}: {out}");

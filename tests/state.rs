@@ -8,7 +8,7 @@ use common::linear::Setup;
 use common::stream::Stream;
 use common::{Inputs, Random, assert_close, assert_same_bits, to_f64};
 use dijiang::Real;
-use dijiang::attention::KeyMask;
+use dijiang::attention::{KeyMask, Operator, Qkv, SequenceState};
 use ndarray::{Array2, Array3, Axis, concatenate, s};
 
 fn setups() -> Vec<Setup> {
@@ -81,7 +81,7 @@ fn prefill_equals_any_pieces_equals_steps() {
         let (n, more) = (150, 20);
         let all: Inputs<T> = setup.inputs(n + more, n + more).cast();
         let (inputs, next) = (all.part(0..n), all.part(n..n + more));
-        let mut state = attention.empty();
+        let mut state = attention.new_state();
         let whole = to_f64(&attention.prefill_of(&mut state, &inputs, KeyMask::All).unwrap());
         let after = to_f64(&attention.prefill_of(&mut state, &next, KeyMask::All).unwrap());
         assert_close(
@@ -92,7 +92,7 @@ fn prefill_equals_any_pieces_equals_steps() {
         );
         for split in 1..n {
             let context = format!("{setup:?}, split at {split}");
-            let mut state = attention.empty();
+            let mut state = attention.new_state();
             assert_close(
                 &context,
                 &pieces(attention, &mut state, &inputs, None, &[split, n]),
@@ -104,7 +104,7 @@ fn prefill_equals_any_pieces_equals_steps() {
                 assert_close(format!("{context}, after"), &out, &after, tolerance::<T>());
             }
         }
-        let mut state = attention.empty();
+        let mut state = attention.new_state();
         assert_close(
             format!("{setup:?}, steps"),
             &attention.steps(&mut state, &inputs),
@@ -117,9 +117,9 @@ fn prefill_equals_any_pieces_equals_steps() {
             &after,
             tolerance::<T>(),
         );
-        assert_eq!(A::position(&state), n + more);
+        assert_eq!(state.position(), n + more);
         // Prefill after steps, and steps after prefill.
-        let mut state = attention.empty();
+        let mut state = attention.new_state();
         attention.steps(&mut state, &inputs.part(0..21));
         let out = attention.prefill_of(&mut state, &inputs.part(21..90), KeyMask::All).unwrap();
         assert_close(
@@ -154,7 +154,7 @@ fn random_pieces_with_masks() {
                 (0..random.below(12)).map(|_| 1 + random.below(n - 1)).chain([n]).collect();
             ends.sort_unstable();
             ends.dedup();
-            let out = pieces(attention, &mut attention.empty(), &inputs, Some(&valid), &ends);
+            let out = pieces(attention, &mut attention.new_state(), &inputs, Some(&valid), &ends);
             assert_close(
                 format!("{setup:?}, pieces {ends:?}, seed {seed}"),
                 &out,
@@ -162,7 +162,7 @@ fn random_pieces_with_masks() {
                 tolerance::<T>(),
             );
             let single: Vec<usize> = (1..=n).collect();
-            let out = pieces(attention, &mut attention.empty(), &inputs, Some(&valid), &single);
+            let out = pieces(attention, &mut attention.new_state(), &inputs, Some(&valid), &single);
             assert_close(
                 format!("{setup:?}, pieces of one, seed {seed}"),
                 &out,
@@ -181,13 +181,13 @@ fn a_clone_is_a_snapshot() {
         for prefix in [1, 16, 37, 64, 100] {
             let inputs: Inputs<T> = setup.inputs(prefix + 60, prefix + 60).cast();
             let (head, tail) = (inputs.part(0..prefix), inputs.part(prefix..prefix + 60));
-            let mut state = attention.empty();
+            let mut state = attention.new_state();
             attention.prefill_of(&mut state, &head, KeyMask::All).unwrap();
             let snapshot = state.clone();
             assert!(snapshot == state);
             let expected = attention.prefill_of(&mut state, &tail, KeyMask::All).unwrap();
             assert!(snapshot != state, "{setup:?}: a longer state is another one");
-            assert_eq!((A::position(&snapshot), A::position(&state)), (prefix, prefix + 60));
+            assert_eq!((snapshot.position(), state.position()), (prefix, prefix + 60));
             // A draft that is thrown away, then the real continuation; twice.
             let draft: Inputs<T> = Setup { seed: 77, ..setup.clone() }.inputs(50, 50).cast();
             for _ in 0..2 {
@@ -221,23 +221,23 @@ fn a_reset_state_is_a_fresh_one() {
             large.v *= 1e6;
             large.cast()
         };
-        let mut fresh = attention.empty();
+        let mut fresh = attention.new_state();
         let expected = attention.prefill_of(&mut fresh, &inputs, KeyMask::All).unwrap();
-        let mut used = attention.empty();
+        let mut used = attention.new_state();
         attention.prefill_of(&mut used, &large, KeyMask::All).unwrap();
         attention.steps(&mut used, &large.part(0..3));
-        A::reset(&mut used);
-        assert_eq!(A::position(&used), 0);
-        assert!(used == attention.empty(), "{setup:?}");
+        used.reset();
+        assert_eq!(used.position(), 0);
+        assert!(used == attention.new_state(), "{setup:?}");
         let out = attention.prefill_of(&mut used, &inputs, KeyMask::All).unwrap();
         assert_same_bits(setup, &out, &expected);
         assert!(used == fresh, "{setup:?}");
-        A::reset(&mut used);
-        A::reset(&mut fresh);
+        used.reset();
+        fresh.reset();
         assert_same_bits(
             setup,
             &attention.steps(&mut used, &inputs),
-            &attention.steps(&mut attention.empty(), &inputs),
+            &attention.steps(&mut attention.new_state(), &inputs),
         );
     }
     for_all!(check);
@@ -249,7 +249,7 @@ fn masked_tokens_leave_the_sums_alone() {
     let setup = Setup::new(1);
     let attention = setup.build::<f64>();
     let (inputs, masked) = (setup.inputs(50, 50), Setup::new(2).inputs(30, 30));
-    let (mut plain, mut interrupted) = (attention.empty(), attention.empty());
+    let (mut plain, mut interrupted) = (attention.new_state(), attention.new_state());
     let mut expected = Vec::new();
     let mut got = Vec::new();
     for half in [0..25, 25..50] {
@@ -293,7 +293,7 @@ fn the_state_has_a_constant_size() {
     }
     let setup = Setup::new(1);
     let attention = setup.build_exact::<f32>();
-    let mut cache = attention.new_cache();
+    let mut cache = attention.new_state();
     attention.prefill_of(&mut cache, &setup.inputs(1000, 1000).cast(), KeyMask::All).unwrap();
     assert!(cache.bytes() >= 1000 * (setup.d + setup.e) * size_of::<f32>());
     cache.reset();
@@ -307,15 +307,17 @@ fn states_are_independent() {
     let attention = setup.build::<f32>();
     let sequences: Vec<Inputs<f32>> =
         (0..3).map(|seed| Setup { seed, ..setup.clone() }.inputs(60, 60).cast()).collect();
-    let expected: Vec<_> =
-        sequences.iter().map(|inputs| attention.steps(&mut attention.empty(), inputs)).collect();
-    let mut states: Vec<_> = sequences.iter().map(|_| attention.empty()).collect();
+    let expected: Vec<_> = sequences
+        .iter()
+        .map(|inputs| attention.steps(&mut attention.new_state(), inputs))
+        .collect();
+    let mut states: Vec<_> = sequences.iter().map(|_| attention.new_state()).collect();
     let mut workspace = attention.workspace();
     let mut out = Array2::zeros((setup.heads, setup.e));
     for i in 0..60 {
         for (s, (state, inputs)) in states.iter_mut().zip(&sequences).enumerate() {
             let [q, k, v] = inputs.token(i);
-            attention.step(state, &q, &k, &v, &mut out, &mut workspace).unwrap();
+            attention.step(state, Qkv::token(&q, &k, &v), &mut out, &mut workspace).unwrap();
             assert_same_bits(
                 format!("sequence {s}, token {i}"),
                 &out,
@@ -334,8 +336,14 @@ fn pieces_against_the_reference() {
         let inputs = setup.inputs(n, n);
         let expected = setup.causal(&inputs, KeyMask::All);
         let attention = setup.build::<f64>();
-        let out = pieces(&attention, &mut attention.empty(), &inputs, None, &[5, 6, 70, 71, 133]);
+        let out =
+            pieces(&attention, &mut attention.new_state(), &inputs, None, &[5, 6, 70, 71, 133]);
         assert_close(&setup, &out, &expected, 1e-12);
-        assert_close(&setup, &attention.steps(&mut attention.empty(), &inputs), &expected, 1e-12);
+        assert_close(
+            &setup,
+            &attention.steps(&mut attention.new_state(), &inputs),
+            &expected,
+            1e-12,
+        );
     }
 }

@@ -6,6 +6,7 @@ mod common;
 use common::linear::Setup;
 use common::stream::Stream;
 use common::{assert_close, assert_same_bits};
+use dijiang::attention::Operator;
 use dijiang::attention::{CausalState, KeyMask, Storage};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
@@ -16,7 +17,7 @@ use ndarray::{Array1, Array2, s};
 
 /// The empty state, one with pending keys, one after a prefill.
 fn states<T: Real, A: Stream<T>>(attention: &A, setup: &Setup) -> Vec<A::State> {
-    let (inputs, mut state) = (setup.inputs(83, 83).cast(), attention.empty());
+    let (inputs, mut state) = (setup.inputs(83, 83).cast(), attention.new_state());
     let mut states = vec![state.clone()];
     attention.prefill_of(&mut state, &inputs.part(0..70), KeyMask::All).unwrap();
     states.push(state.clone());
@@ -92,7 +93,7 @@ fn short_numbers_of_large_ones() {
         inputs.k.slice_mut(s![.., 0, ..]).fill(0.0);
         let far = inputs.k.slice(s![.., 1.., ..]).iter().fold(0.0_f64, |top, x| top.max(x.abs()));
         inputs.k.slice_mut(s![.., 1.., ..]).mapv_inplace(|x| x * size / far);
-        let (mut state, later) = (attention.empty(), setup.inputs(9, 9));
+        let (mut state, later) = (attention.new_state(), setup.inputs(9, 9));
         attention.prefill_of(&mut state, &inputs, KeyMask::All).unwrap();
         let mut read = attention.state_from_bytes(&state.to_bytes(*storage)).unwrap();
         let expected = attention.steps(&mut state.clone(), &later);
@@ -104,7 +105,7 @@ fn short_numbers_of_large_ones() {
         );
 
         // Values near the end of the range, whatever their weights.
-        let (mut state, mut large) = (attention.empty(), inputs.clone());
+        let (mut state, mut large) = (attention.new_state(), inputs.clone());
         large.v *= 1e30;
         attention.prefill_of(&mut state, &large, KeyMask::All).unwrap();
         let mut read = attention.state_from_bytes(&state.to_bytes(*storage)).unwrap();

@@ -5,7 +5,7 @@
 mod common;
 
 use common::{Inputs, Random, assert_close, assert_same_bits};
-use dijiang::attention::{KeyMask, LinearConfig, SoftmaxConfig, Window};
+use dijiang::attention::{LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, FavorConfig, FeatureMap, InputScales};
 use dijiang::layer::{
     AttentionConfig, AttentionWeights, CalibrateOptions, ChooseOptions, DijiangAttention,
@@ -32,11 +32,8 @@ fn scales_and_sizes() {
         let Inputs { q, k, v } = inputs(1, 1, n, 16);
         attention
             .prefill_into(
-                &mut attention.new_state(),
-                &q,
-                &k,
-                &v,
-                KeyMask::All,
+                &mut [&mut attention.new_state()],
+                Qkv::new(&q, &k, &v),
                 &mut q.clone(),
                 &mut workspace,
             )
@@ -72,9 +69,8 @@ fn gradients_add_up() {
     let map = DctMapConfig::new(4).build::<f64>().unwrap();
     let Inputs { q, k, v } = inputs(2, 1, 20, 4);
     let attention = LinearConfig::new().build(vec![map.clone()]).unwrap();
-    let once = attention.causal_backward(&q, &k, &v, KeyMask::All, &v).unwrap().maps.remove(0);
-    let twice =
-        attention.causal_backward(&q, &k, &v, KeyMask::All, &(&v * 2.0)).unwrap().maps.remove(0);
+    let once = attention.backward(Qkv::new(&q, &k, &v), &v).unwrap().maps.remove(0);
+    let twice = attention.backward(Qkv::new(&q, &k, &v), &(&v * 2.0)).unwrap().maps.remove(0);
     let mut sum = DctGradients::zeros(map.params());
     sum.add(&once);
     sum.add(&once);
@@ -93,8 +89,8 @@ fn favor_maps_have_gradients() {
     let favor = LinearConfig::new().build(vec![favor]).unwrap();
     let dense = LinearConfig::new().build(vec![dense]).unwrap();
     let [got, expected] = [
-        favor.causal_backward(&q, &k, &v, KeyMask::All, &v).unwrap(),
-        dense.causal_backward(&q, &k, &v, KeyMask::All, &v).unwrap(),
+        favor.backward(Qkv::new(&q, &k, &v), &v).unwrap(),
+        dense.backward(Qkv::new(&q, &k, &v), &v).unwrap(),
     ];
     assert_same_bits("q", &got.q, &expected.q);
     assert_same_bits("k", &got.k, &expected.k);
@@ -109,13 +105,18 @@ fn tokens_of_wide_heads() {
     assert_eq!(map.features(), d);
     let attention = LinearConfig::new().build(vec![map]).unwrap();
     let Inputs { q, k, v } = inputs(4, 1, 21, d);
-    let expected = attention.causal(&q, &k, &v, KeyMask::All).unwrap();
+    let expected = attention.forward(Qkv::new(&q, &k, &v)).unwrap();
     let (mut state, mut workspace) = (attention.new_state(), attention.step_workspace());
     let mut out = Array3::zeros((1, 21, d));
     for i in 0..21 {
         let [q, k, v] = [&q, &k, &v].map(|x| x.index_axis(Axis(1), i));
         attention
-            .step(&mut state, &q, &k, &v, &mut out.index_axis_mut(Axis(1), i), &mut workspace)
+            .step(
+                &mut state,
+                Qkv::token(&q, &k, &v),
+                &mut out.index_axis_mut(Axis(1), i),
+                &mut workspace,
+            )
             .unwrap();
     }
     assert_close("steps", &out, &expected, 1e-11);
@@ -125,20 +126,20 @@ fn tokens_of_wide_heads() {
 fn packed_caches_are_those_of_each_sequence() {
     let exact = SoftmaxConfig::new(2, 4).build::<f64>().unwrap();
     let Inputs { q, k, v } = inputs(5, 2, 40, 4);
-    let mut caches = [exact.new_cache(), exact.new_cache(), exact.new_cache()];
+    let mut caches = [exact.new_state(), exact.new_state(), exact.new_state()];
     let offsets = [0, 13, 13, 40];
     let mut all: Vec<_> = caches.iter_mut().collect();
-    let out = exact.prefill_packed(&mut all, &q, &k, &v, &offsets, KeyMask::All).unwrap();
+    let out = exact.prefill_packed(&mut all, Qkv::new(&q, &k, &v).with_offsets(&offsets)).unwrap();
     assert_same_bits(
         "all",
         &out,
-        &exact.causal_packed(&q, &k, &v, &offsets, KeyMask::All).unwrap(),
+        &exact.forward(Qkv::new(&q, &k, &v).with_offsets(&offsets)).unwrap(),
     );
     for (cache, own) in caches.iter().zip([0..13, 13..13, 13..40]) {
-        let mut alone = exact.new_cache();
+        let mut alone = exact.new_state();
         if !own.is_empty() {
             let [q, k, v] = [&q, &k, &v].map(|x| x.slice(s![.., own.clone(), ..]).to_owned());
-            let expected = exact.prefill(&mut alone, &q, &k, &v, KeyMask::All).unwrap();
+            let expected = exact.prefill(&mut alone, Qkv::new(&q, &k, &v)).unwrap();
             assert_same_bits("own", &out.slice(s![.., own, ..]).to_owned(), &expected);
         }
         assert!(*cache == alone);

@@ -97,7 +97,7 @@ fn log_sum(terms: impl Iterator<Item = f64> + Clone) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use dijiang::attention::{KeyMask, LinearConfig, SoftmaxConfig};
+    use dijiang::attention::{LinearConfig, Operator, Qkv, SoftmaxConfig};
     use dijiang::kernel::{DctMapConfig, FeatureMap};
     use dijiang::reference;
 
@@ -148,11 +148,11 @@ mod tests {
         let [q, k, v] = [q, k, v].map(|rows| rows.insert_axis(Axis(0)));
         let softmax = SoftmaxConfig::new(1, d)
             .build()?
-            .causal(&q, &k, &v, KeyMask::All)?
+            .forward(Qkv::new(&q, &k, &v))?
             .index_axis_move(Axis(0), 0);
         let linear = LinearConfig::new()
             .build(vec![map])?
-            .causal(&q, &k, &v, KeyMask::All)?
+            .forward(Qkv::new(&q, &k, &v))?
             .index_axis_move(Axis(0), 0);
         assert!((&softmax - exact.outputs()).iter().all(|difference| difference.abs() < 1e-12));
         let squared = (&linear - &softmax).mapv(|difference| difference * difference).sum();

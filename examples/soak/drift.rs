@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use dijiang::Real;
-use dijiang::attention::{CausalState, LinearAttention, LinearConfig, Workspace};
+use dijiang::attention::{CausalState, LinearAttention, LinearConfig, Operator, Qkv, Workspace};
 use dijiang::kernel::{DctMap, DctMapConfig};
 use ndarray::{Array2, Axis};
 use serde::Serialize;
@@ -56,7 +56,12 @@ impl<T: Real> Side<T> {
     /// One token; the same numbers for either type.
     fn step(&mut self, token: &[Array2<f64>; 3]) -> dijiang::Result<()> {
         let [q, k, v] = token.each_ref().map(|x| x.mapv(T::from_f64));
-        self.attention.step(&mut self.state, &q, &k, &v, &mut self.out, &mut self.workspace)
+        self.attention.step(
+            &mut self.state,
+            Qkv::token(&q, &k, &v),
+            &mut self.out,
+            &mut self.workspace,
+        )
     }
 }
 

@@ -4,7 +4,9 @@ use std::error::Error;
 use std::time::{Duration, Instant};
 
 use dijiang::Real;
-use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, Softmax, SoftmaxConfig, Window};
+use dijiang::attention::{
+    KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Softmax, SoftmaxConfig, Window,
+};
 use dijiang::kernel::{DctMap, DctMapConfig, FeatureMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use ndarray::{Array, Array2, Array3, Axis};
@@ -252,7 +254,8 @@ impl<T: Gemm> Bench<T> {
         let mut state = self.pure.new_state();
         let pure = shortest(self.turn(), || {
             state.reset();
-            check = self.pure.prefill_into(&mut state, &q, &k, &v, KeyMask::All, &mut out, &mut ws);
+            check =
+                self.pure.prefill_into(&mut [&mut state], Qkv::new(&q, &k, &v), &mut out, &mut ws);
         });
         check?;
         let mut window_state = self.window.new_state();
@@ -260,11 +263,8 @@ impl<T: Gemm> Bench<T> {
         let window = shortest(self.turn(), || {
             window_state.reset();
             check = self.window.prefill_into(
-                &mut window_state,
-                &q,
-                &k,
-                &v,
-                KeyMask::All,
+                &mut [&mut window_state],
+                Qkv::new(&q, &k, &v),
                 &mut out,
                 &mut window_ws,
             );
@@ -272,19 +272,19 @@ impl<T: Gemm> Bench<T> {
         check?;
         let mut check = Ok(());
         let full = shortest(self.turn(), || {
-            check = self.pure.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut ws)
+            check = self.pure.forward_into(Qkv::new(&q, &k, &v), &mut out, &mut ws)
         });
         check?;
         let mut check = Ok(());
         let causal_exact = softmax.then(|| {
             shortest(self.turn(), || {
-                check = self.exact.causal_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)
+                check = self.exact.forward_into(Qkv::new(&q, &k, &v), &mut out, &mut exact_ws)
             }) * per_token
         });
         let mut check_full = Ok(());
         let full_exact = softmax.then(|| {
             shortest(self.turn(), || {
-                check_full = self.exact.full_into(&q, &k, &v, KeyMask::All, &mut out, &mut exact_ws)
+                check_full = self.exact.forward_into(Qkv::new(&q, &k, &v), &mut out, &mut exact_ws)
             }) * per_token
         });
         check.and(check_full)?;
@@ -320,9 +320,9 @@ impl<T: Gemm> Bench<T> {
     ) -> Result<(f64, f64), dijiang::Error> {
         let n = k.shape()[1];
         let mut state = self.pure.new_state();
-        self.pure.prefill(&mut state, q, k, v, KeyMask::All)?;
-        let mut cache = self.exact.new_cache();
-        self.exact.extend(&mut cache, k, v, KeyMask::All, &mut self.exact.workspace())?;
+        self.pure.prefill(&mut state, Qkv::new(q, k, v))?;
+        let mut cache = self.exact.new_state();
+        self.exact.extend(&mut cache, (k, v), KeyMask::All, &mut self.exact.workspace())?;
         let token = |x: &Array3<T>, i: usize| x.index_axis(Axis(1), i % n).to_owned();
         let tokens: Vec<_> = (0..CHUNK).map(|i| (token(q, i), token(k, i), token(v, i))).collect();
         let mut out = Array2::<T>::zeros((self.heads, self.dim));
@@ -331,7 +331,7 @@ impl<T: Gemm> Bench<T> {
         let mut check = Ok(());
         let linear = shortest(self.turn(), || {
             for (q, k, v) in &tokens {
-                check = self.pure.step(&mut state, q, k, v, &mut out, &mut ws);
+                check = self.pure.step(&mut state, Qkv::token(q, k, v), &mut out, &mut ws);
             }
         });
         check?;
@@ -343,7 +343,7 @@ impl<T: Gemm> Bench<T> {
             cache.clone_from(&snapshot);
             let start = Instant::now();
             for (q, k, v) in &tokens {
-                check = self.exact.step(&mut cache, q, k, v, &mut out, &mut exact_ws);
+                check = self.exact.step(&mut cache, Qkv::token(q, k, v), &mut out, &mut exact_ws);
             }
             exact = exact.min(start.elapsed().as_secs_f64());
         }

@@ -36,7 +36,7 @@ pub trait SequenceState: Debug + Clone + PartialEq + Send {
 /// - [`Error::NonFinite`](crate::Error::NonFinite) for elements beyond
 ///   [`Real::LIMIT`]. Keys that the mask hides, and their values, are not looked at. States are
 ///   unchanged after it; what an output argument holds means nothing.
-pub trait Operator<T: Real>: Debug + Clone + Send + Sync {
+pub trait Operator<T: Real>: Debug + Send + Sync {
     /// What one sequence leaves behind. A clone is a snapshot to return to.
     type State: SequenceState;
 

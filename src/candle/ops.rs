@@ -13,10 +13,10 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Device, Layout, Resul
 
 use super::maps::{MapTensors, packed_gradients};
 use super::tensors::{Element, HeadLayout, Reading, Sizes, check_dtype, mask_rows, working_dtype};
-use crate::attention::{KeyMask, LinearAttention, LinearConfig, Window};
+use crate::attention::Causality;
+use crate::attention::{KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window};
 use crate::error::Error;
 use crate::kernel::DctMap;
-use crate::layer::Causality;
 
 /// The choices of [`causal`] and [`full`].
 #[derive(Debug, Clone, Copy, Default)]
@@ -244,18 +244,17 @@ impl<T: Element> Problem<T> {
                 Causality::Causal => {
                     state.reset();
                     self.attention.prefill_into(
-                        &mut state,
-                        &q,
-                        &k,
-                        &v,
-                        self.mask(i),
+                        &mut [&mut state],
+                        Qkv::new(&q, &k, &v).with_mask(self.mask(i)),
                         &mut out,
                         &mut workspace,
                     )?;
                 }
-                Causality::Bidirectional => {
-                    self.attention.full_into(&q, &k, &v, self.mask(i), &mut out, &mut workspace)?
-                }
+                Causality::Bidirectional => self.attention.forward_into(
+                    Qkv::new(&q, &k, &v).with_mask(self.mask(i)),
+                    &mut out,
+                    &mut workspace,
+                )?,
             }
         }
         Ok((out, self.layout.shape([batch, heads, tokens, value_dim])))
@@ -272,10 +271,10 @@ impl<T: Element> Problem<T> {
                 (q.sequence(i)?, k.sequence(i)?, v.sequence(i)?, grad.sequence(i)?);
             let gradients = match self.causality {
                 Causality::Causal => {
-                    self.attention.causal_backward(&q, &k, &v, self.mask(i), &grad)
+                    self.attention.backward(Qkv::new(&q, &k, &v).with_mask(self.mask(i)), &grad)
                 }
                 Causality::Bidirectional => {
-                    self.attention.full_backward(&q, &k, &v, self.mask(i), &grad)
+                    self.attention.backward(Qkv::new(&q, &k, &v).with_mask(self.mask(i)), &grad)
                 }
             }?;
             for ((all, shape), one) in

@@ -7,7 +7,7 @@ use candle_core::{DType, Device, Result, Tensor};
 use ndarray::Axis;
 
 use super::tensors::{Element, HeadLayout, Reading, check_dtype, mask_rows};
-use crate::attention::{CausalState, KeyMask, LinearAttention, Workspace};
+use crate::attention::{CausalState, KeyMask, LinearAttention, Operator, Qkv, Workspace};
 use crate::check::check_elements;
 use crate::error::Error;
 use crate::kernel::DctMap;
@@ -178,16 +178,19 @@ impl<T: Element> Sequences<T> {
                     let [q, k, v] = [q, k, v].map(|x| x.index_axis_move(Axis(1), 0));
                     self.attention.step(
                         state,
-                        &q,
-                        &k,
-                        &v,
+                        Qkv::token(&q, &k, &v),
                         &mut out.index_axis_mut(Axis(1), 0),
                         &mut self.workspace,
                     )
                 }
                 Some(workspace) => {
                     let mask = valid.map_or(KeyMask::All, |valid| KeyMask::Valid(&valid[i]));
-                    self.attention.prefill_into(state, &q, &k, &v, mask, &mut out, workspace)
+                    self.attention.prefill_into(
+                        &mut [state],
+                        Qkv::new(&q, &k, &v).with_mask(mask),
+                        &mut out,
+                        workspace,
+                    )
                 }
             };
             if let Err(error) = result {

@@ -62,6 +62,7 @@ mod saving;
 mod softmax;
 mod weights;
 
+pub use crate::attention::Causality;
 pub use backward::LayerGradients;
 pub use calibrate::{
     CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport, ProjectionFit,
@@ -82,7 +83,7 @@ pub use weights::AttentionWeights;
 
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3};
 
-use crate::attention::{Causality, KeyMask, check_offsets, check_offsets_of};
+use crate::attention::{KeyMask, check_offsets, check_offsets_of};
 use crate::check::{check_elements, check_len, check_room, check_shape};
 use crate::error::{Error, Result};
 use crate::real::Real;

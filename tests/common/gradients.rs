@@ -2,7 +2,9 @@
 //! golden.
 
 use dijiang::Real;
-use dijiang::attention::{AttentionGradients, KeyMask, LinearAttention, LinearConfig, Window};
+use dijiang::attention::{
+    AttentionGradients, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window,
+};
 use dijiang::kernel::{DctGradients, DctMap, DctParams, Envelope, Pairing, Projection};
 use ndarray::{Array3, Axis};
 
@@ -43,9 +45,13 @@ impl Problem {
     pub fn loss(&self) -> f64 {
         let (attention, Inputs { q, k, v }) = (self.attention::<f64>(), &self.inputs);
         let out = if self.causal {
-            attention.causal(q, k, v, self.mask())
+            attention.forward(Qkv::new(q, k, v).with_mask(self.mask()))
         } else {
-            attention.full(q, k, v, self.mask())
+            attention
+                .clone()
+                .with_causality(Causality::Bidirectional)
+                .unwrap()
+                .forward(Qkv::new(q, k, v).with_mask(self.mask()))
         };
         (out.unwrap() * &self.cotangent).sum()
     }
@@ -54,9 +60,13 @@ impl Problem {
         let (attention, Inputs { q, k, v }, grad) =
             (self.attention::<T>(), self.inputs.cast(), cast(&self.cotangent));
         let gradients = if self.causal {
-            attention.causal_backward(&q, &k, &v, self.mask(), &grad)
+            attention.backward(Qkv::new(&q, &k, &v).with_mask(self.mask()), &grad)
         } else {
-            attention.full_backward(&q, &k, &v, self.mask(), &grad)
+            attention
+                .clone()
+                .with_causality(Causality::Bidirectional)
+                .unwrap()
+                .backward(Qkv::new(&q, &k, &v).with_mask(self.mask()), &grad)
         };
         gradients.unwrap()
     }

@@ -14,6 +14,7 @@ use std::collections::HashMap;
 use std::fmt::Debug;
 use std::path::Path;
 
+use dijiang::attention::Qkv;
 use dijiang::{Error, Real};
 use ndarray::{
     Array, Array1, Array2, Array3, ArrayD, ArrayRef, Axis, Dimension, IxDyn, ShapeBuilder,
@@ -224,6 +225,11 @@ pub struct Inputs<T> {
 }
 
 impl<T: Real> Inputs<T> {
+    /// One sequence, without a mask.
+    pub fn qkv(&self) -> Qkv<'_, T> {
+        Qkv::new(&self.q, &self.k, &self.v)
+    }
+
     pub fn tokens(&self) -> usize {
         self.k.shape()[1]
     }

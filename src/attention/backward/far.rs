@@ -154,7 +154,7 @@ mod tests {
     use rand_distr::{Distribution, StandardNormal};
 
     use super::*;
-    use crate::attention::{KeyMask, LinearConfig};
+    use crate::attention::{KeyMask, LinearConfig, Operator, Qkv};
     use crate::kernel::{DctMap, DctMapConfig, DctParams};
 
     pub(super) fn random(rng: &mut ChaCha12Rng, shape: (usize, usize, usize)) -> Array3<f64> {
@@ -175,15 +175,16 @@ mod tests {
     #[test]
     fn equals_the_general_pass() {
         let mut rng = ChaCha12Rng::seed_from_u64(1);
-        let orders = [
-            Order::Full,
-            Order::Causal,
-            Order::Window(Window::new(16, 1)),
-            Order::Window(Window::new(100, 0)),
-            Order::Window(Window::new(8, 2)),
+        let window = |chunk, back| (Causality::Causal, Some(Window::new(chunk, back)));
+        let cases = [
+            (Causality::Bidirectional, None),
+            (Causality::Causal, None),
+            window(16, 1),
+            window(100, 0),
+            window(8, 2),
         ];
-        for (order, masked) in orders.into_iter().flat_map(|order| [(order, false), (order, true)])
-        {
+        for (case, masked) in cases.into_iter().flat_map(|case| [(case, false), (case, true)]) {
+            let (causality, window) = case;
             let (group, n, d, e) = (2, 210, 8, 5);
             let params = map(&mut rng, d);
             let map = DctMap::<f64>::from_params(params).unwrap();
@@ -195,32 +196,31 @@ mod tests {
             let target = random(&mut rng, (group, n, e));
             let valid: Vec<bool> = (0..n).map(|j| j % 3 != 1).collect();
             let mask = if masked { KeyMask::Valid(&valid) } else { KeyMask::All };
-            let log_decay = if order == Order::Full { 0.0 } else { -0.02 };
+            let full = causality == Causality::Bidirectional;
+            let log_decay = if full { 0.0 } else { -0.02 };
 
             let mut config = LinearConfig::new()
                 .with_heads(group)
                 .with_value_dim(e)
                 .with_scale(1.0)
-                .with_log_decay(vec![log_decay]);
-            config.window = if let Order::Window(window) = order { Some(window) } else { None };
+                .with_log_decay(vec![log_decay])
+                .with_causality(causality);
+            config.window = window;
             let attention = config.build(vec![map.clone()]).unwrap();
-            let full = order == Order::Full;
-            let out = if full {
-                attention.full(&x, &y, &v, mask)
-            } else {
-                attention.causal(&x, &y, &v, mask)
-            }
-            .unwrap();
+            let qkv = Qkv::new(&x, &y, &v).with_mask(mask);
+            let out = attention.forward(qkv).unwrap();
             let grad = &out - &target;
-            let general = if full {
-                attention.full_backward(&x, &y, &v, mask, &grad)
-            } else {
-                attention.causal_backward(&x, &y, &v, mask, &grad)
-            }
-            .unwrap();
+            let general = attention.backward(qkv, &grad).unwrap();
 
-            let (y, v) = (y.index_axis(Axis(0), 0), v.index_axis(Axis(0), 0));
-            let part = FarPart::new(order, x.view(), y, v, masked.then_some(&valid[..]));
+            let qkv = HeadQkv {
+                head: 0,
+                position: 0,
+                q: x.view(),
+                k: y.index_axis(Axis(0), 0),
+                v: v.index_axis(Axis(0), 0),
+                valid: masked.then_some(&valid[..]),
+            };
+            let part = FarPart::new(qkv, causality, window);
             assert_eq!((part.group(), part.queries()), (group, n));
             let stride = part.value_stride();
             let mut tape = part.tape(&map);
@@ -230,7 +230,7 @@ mod tests {
                     (0..e).for_each(|j| seen[[h, i, j]] = row[j]);
                 }
             });
-            assert!((&seen - &out).iter().all(|error| error.abs() < 1e-12), "{order:?}");
+            assert!((&seen - &out).iter().all(|error| error.abs() < 1e-12), "{case:?}");
             for _ in 0..2 {
                 let mut sums = map.new_sums();
                 let loss = |h: usize, queries: Range<usize>, rows: &[f64], grad: &mut [f64]| {
@@ -247,7 +247,7 @@ mod tests {
                     let top = expected.iter().fold(0.0_f64, |top, x| top.max(x.abs()));
                     assert!(
                         got.iter().zip(expected).all(|(a, b)| (a - b).abs() <= 1e-10 * top),
-                        "{order:?} {name}"
+                        "{case:?} {name}"
                     );
                 };
                 close("radii", &got.query.radii, &expected.query.radii);

@@ -82,7 +82,7 @@ struct HeadGradients<T, G> {
     state: Option<StateGradients<T>>,
 }
 
-impl<T: Real, M: DifferentiableMap<T> + Clone> LinearAttention<T, M> {
+impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// Gradients of a scalar through [`forward`](Operator::forward), from its gradient with respect to
     /// the output.
     ///
@@ -390,10 +390,7 @@ mod tests {
             attention
                 .prefill(
                     &mut state,
-                    &random((h, 50, d)),
-                    &random((1, 50, d)),
-                    &random((1, 50, e)),
-                    KeyMask::All,
+                    Qkv::new(&random((h, 50, d)), &random((1, 50, d)), &random((1, 50, e))),
                 )
                 .unwrap();
             // Keys that leave the frame.
@@ -404,10 +401,9 @@ mod tests {
                 random((h, n, e)),
             );
             let (_, gradients) =
-                attention.prefill_backward(&state, &q, &k, &v, KeyMask::All, &grad).unwrap();
+                attention.prefill_backward(&state, Qkv::new(&q, &k, &v), &grad).unwrap();
             let loss = |state: &CausalState<f64>| {
-                (attention.prefill(&mut state.clone(), &q, &k, &v, KeyMask::All).unwrap() * &grad)
-                    .sum()
+                (attention.prefill(&mut state.clone(), Qkv::new(&q, &k, &v)).unwrap() * &grad).sum()
             };
             let check = |got: f64, change: &dyn Fn(&mut CausalState<f64>, f64)| {
                 let at = |step: f64| {
@@ -422,10 +418,10 @@ mod tests {
                 );
             };
             for f in 0..d {
-                check(gradients[0].norm[f], &|state, step| state.heads[0].norm[f] += step);
+                check(gradients[0].norm[f], &|state, step| state.heads[0].sums.norm[f] += step);
                 (0..e).for_each(|i| {
                     check(gradients[0].sums[[f, i]], &|state, step| {
-                        state.heads[0].sums[f * padded(e) + i] += step
+                        state.heads[0].sums.numerator[f * padded(e) + i] += step
                     })
                 });
             }

@@ -3,7 +3,7 @@
 use std::marker::PhantomData;
 
 use crate::Real;
-use crate::attention::check::{bidirectional, check_scale, check_size, check_state_size};
+use crate::attention::check::{check_scale, check_size, check_state_size};
 use crate::attention::linear::LinearAttention;
 use crate::attention::scratch::{BLOCK, Sizes};
 use crate::attention::{Causality, Window};
@@ -115,20 +115,13 @@ impl LinearConfig {
         check_size("value_dim", value_dim)?;
         let scale = self.scale.unwrap_or(1.0 / (dim as f64).sqrt());
         check_scale(scale, dim)?;
-        let causal = self.causality == Causality::Causal;
         if let Some(window) = self.window {
             window.check()?;
-            if !causal {
-                return Err(bidirectional("window"));
-            }
         }
         check_state_size(kv_heads, dim, features, value_dim, self.window)?;
         let log_decay =
             if self.log_decay.is_empty() { vec![0.0; kv_heads] } else { self.log_decay };
         check_len("log_decay", kv_heads, log_decay.len())?;
-        if !causal && log_decay.iter().any(|&decay| decay != 0.0) {
-            return Err(bidirectional("log_decay"));
-        }
         for &decay in &log_decay {
             check_finite("log_decay", decay)?;
             if decay > 0.0 {
@@ -157,14 +150,15 @@ impl LinearConfig {
                 .max()
                 .unwrap_or(0),
         };
-        Ok(LinearAttention {
+        let attention = LinearAttention {
             maps,
             heads,
-            causality: self.causality,
+            causality: Causality::Causal,
             scale,
             log_decay,
             sizes,
             element: PhantomData,
-        })
+        };
+        attention.with_causality(self.causality)
     }
 }

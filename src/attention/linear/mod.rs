@@ -89,9 +89,31 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         self.heads
     }
 
+    /// Value dimension e.
+    pub fn value_dim(&self) -> usize {
+        self.sizes.value_dim
+    }
+
     /// Which keys a query sees.
     pub fn causality(&self) -> Causality {
         self.causality
+    }
+
+    /// The same maps for queries that see other keys.
+    ///
+    /// # Errors
+    /// [`Error::Conflict`](crate::Error::Conflict) for bidirectional attention with a local window or
+    /// decay.
+    pub fn with_causality(self, causality: Causality) -> Result<Self> {
+        if causality == Causality::Bidirectional {
+            if self.sizes.window.is_some() {
+                return Err(bidirectional("window"));
+            }
+            if self.log_decay.iter().any(|&decay| decay != 0.0) {
+                return Err(bidirectional("log_decay"));
+            }
+        }
+        Ok(Self { causality, ..self })
     }
 
     /// The local window.
@@ -283,7 +305,7 @@ impl<T: Real> SequenceState for CausalState<T> {
     }
 }
 
-impl<T: Real, M: FeatureMap<T> + Clone> Operator<T> for LinearAttention<T, M> {
+impl<T: Real, M: FeatureMap<T>> Operator<T> for LinearAttention<T, M> {
     type State = CausalState<T>;
 
     fn new_state(&self) -> CausalState<T> {

@@ -16,10 +16,11 @@ mod write;
 
 use safetensors::tensor::Dtype;
 
+use crate::attention::Causality;
 use crate::error::{Error, Result};
 use crate::files::fault;
 use crate::kernel::{Envelope, Pairing, Sides};
-use crate::layer::config::{AttentionConfig, Causality};
+use crate::layer::config::AttentionConfig;
 use crate::layer::dijiang::DijiangAttention;
 use crate::layer::rotary::{RotaryPairing, RotaryScaling};
 use crate::real::Real;

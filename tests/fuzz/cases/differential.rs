@@ -8,7 +8,8 @@ use std::fmt::Debug;
 
 use dijiang::Real;
 use dijiang::attention::{
-    KeyMask, LinearAttention, LinearConfig, SoftmaxConfig, Storage, Window, Workspace,
+    Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, SoftmaxConfig, Storage,
+    Window, Workspace,
 };
 use dijiang::kernel::{DctMap, DctParams, Envelope, FavorConfig, Pairing, Projection};
 use dijiang::reference::{self, Pairs, PlainMap};
@@ -194,7 +195,13 @@ impl Case {
         self.compare("streamed", &out, causal);
         if let Some(full) = full {
             let mut out = Array3::from_elem(out.raw_dim(), T::from_f64(f64::NAN));
-            tally.record(attention.full_into(&q, &k, &v, self.mask(), &mut out, &mut workspace));
+            tally.record(
+                attention.clone().with_causality(Causality::Bidirectional).unwrap().forward_into(
+                    Qkv::new(&q, &k, &v).with_mask(self.mask()),
+                    &mut out,
+                    &mut workspace,
+                ),
+            );
             self.compare("full", &out, full);
         }
         let (kv_heads, dim) = (self.maps.len(), self.maps[0].dim());
@@ -205,7 +212,7 @@ impl Case {
         config.window = self.window;
         let softmax = config.build::<T>().unwrap_or_else(|error| panic!("{error}: {self:?}"));
         let out = tally
-            .record(softmax.causal(&q, &k, &v, self.mask()))
+            .record(softmax.forward(Qkv::new(&q, &k, &v).with_mask(self.mask())))
             .unwrap_or_else(|| panic!("refused: {self:?}"));
         self.compare("softmax", &out, exact);
     }
@@ -233,9 +240,7 @@ impl Case {
                     let token = |x: &ArrayRef3<T>| x.index_axis(Axis(1), start).to_owned();
                     attention.step(
                         &mut state,
-                        &token(q),
-                        &token(k),
-                        &token(v),
+                        Qkv::token(&token(q), &token(k), &token(v)),
                         &mut out.index_axis_mut(Axis(1), 0),
                         workspace,
                     )
@@ -243,11 +248,9 @@ impl Case {
                 _ => {
                     let mask = valid.map_or(KeyMask::All, KeyMask::Valid);
                     attention.prefill_into(
-                        &mut state,
-                        &q.slice(tokens),
-                        &k.slice(tokens),
-                        &v.slice(tokens),
-                        mask,
+                        &mut [&mut state],
+                        Qkv::new(&q.slice(tokens), &k.slice(tokens), &v.slice(tokens))
+                            .with_mask(mask),
                         &mut out,
                         workspace,
                     )

@@ -3,14 +3,14 @@
 
 use std::ops::ControlFlow;
 
-use dijiang::attention::{KeyMask, LinearConfig, SoftmaxConfig, Window};
+use dijiang::attention::{Causality, KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, FeatureMap, Mixing, Pairing,
     Projection, Radial,
 };
 use dijiang::kernel::{InputScales, Points, published_features};
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, Causality, ChooseOptions,
+    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, ChooseOptions,
     DijiangAttention, DijiangOptions, Fit, PublishedAttention, PublishedWeights, Rotary,
     RotaryScaling, SoftmaxAttention, StatePool,
 };
@@ -275,7 +275,9 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let (mut state, mut foreign) = (attention.new_state(), other.new_state());
     for _ in 0..2 {
         let before = state.clone();
-        match tally.record(attention.prefill(&mut state, &q, &k, &v, key_mask(&valid))) {
+        match tally
+            .record(attention.prefill(&mut state, Qkv::new(&q, &k, &v).with_mask(key_mask(&valid))))
+        {
             Some(out) if tame => assert_finite(&out),
             Some(_) => {}
             None => assert!(state == before || !tame, "a refused call changed the state"),
@@ -286,9 +288,7 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
             let mut out = Array2::zeros((axis(source, h), axis(source, e)));
             match tally.record(attention.step(
                 &mut state,
-                &flat(&q, 0),
-                &flat(&k, 0),
-                &flat(&v, 0),
+                Qkv::token(&flat(&q, 0), &flat(&k, 0), &flat(&v, 0)),
                 &mut out,
                 &mut attention.step_workspace(),
             )) {
@@ -298,51 +298,47 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
             }
         }
     }
-    tally.record(attention.prefill(&mut foreign, &q, &k, &v, key_mask(&valid)));
+    tally.record(attention.prefill(&mut foreign, Qkv::new(&q, &k, &v).with_mask(key_mask(&valid))));
     tally.record(state.copy_from(&foreign));
     let mut out = Array3::zeros((h, n, e));
     tally.record(attention.prefill_into(
-        &mut state,
-        &q,
-        &k,
-        &v,
-        key_mask(&valid),
+        &mut [&mut state],
+        Qkv::new(&q, &k, &v).with_mask(key_mask(&valid)),
         &mut out,
         &mut other.workspace(),
     ));
-    if let Some(out) = tally.record(attention.full(&q, &k, &v, key_mask(&valid))) {
+    let full = attention.clone().with_causality(Causality::Bidirectional);
+    let qkv = Qkv::new(&q, &k, &v).with_mask(key_mask(&valid));
+    if let Some(out) = tally.record(full.clone().and_then(|full| full.forward(qkv))) {
         assert_finite(&out);
     }
     let width = axis(source, e);
     let grad = tensor::<T, _, _>(source, (h, q.shape()[1], width));
     tally.record(
         attention
-            .prefill_backward(&attention.new_state(), &q, &k, &v, key_mask(&valid), &grad)
+            .prefill_backward(
+                &attention.new_state(),
+                Qkv::new(&q, &k, &v).with_mask(key_mask(&valid)),
+                &grad,
+            )
             .map(|_| ()),
     );
-    tally.record(attention.full_backward(&q, &k, &v, key_mask(&valid), &grad).map(|_| ()));
+    tally.record(full.clone().and_then(|full| full.backward(qkv, &grad)).map(|_| ()));
     if let Some(mut gradients) = tally.record(attention.new_gradients(source.upto(9), k.shape()[1]))
     {
         let (mut ws, mut foreign) = (attention.backward_workspace(), other.backward_workspace());
         for ws in [&mut ws, &mut foreign] {
-            tally.record(attention.causal_backward_into(
-                &q,
-                &k,
-                &v,
-                key_mask(&valid),
+            tally.record(attention.backward_into(
+                Qkv::new(&q, &k, &v).with_mask(key_mask(&valid)),
                 &grad,
                 &mut gradients,
                 ws,
             ));
-            tally.record(attention.full_backward_into(
-                &q,
-                &k,
-                &v,
-                key_mask(&valid),
-                &grad,
-                &mut gradients,
-                ws,
-            ));
+            let result = full
+                .as_ref()
+                .map_err(Clone::clone)
+                .and_then(|full| full.backward_into(qkv, &grad, &mut gradients, ws));
+            tally.record(result);
         }
     }
     state.reset();
@@ -355,7 +351,7 @@ fn softmax<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let mut config =
         SoftmaxConfig::new(kv_heads * group, d).with_kv_heads(kv_heads).with_value_dim(e);
     config.window = source.chance(0.3).then(|| Window::new(source.upto(9), source.below(3)));
-    let attention = config.build::<T>().unwrap_or_else(|error| panic!("{error}"));
+    let attention = config.clone().build::<T>().unwrap_or_else(|error| panic!("{error}"));
     let (n, h) = (source.choose(&[0, 1, 2, 7, 20, 65]), kv_heads * group);
     let shape = |source: &mut Source<'_>, heads: usize, width: usize| {
         (axis(source, heads), axis(source, n), axis(source, width))
@@ -364,24 +360,28 @@ fn softmax<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let (q, k, v) =
         (tensor::<T, _, _>(source, q), tensor::<T, _, _>(source, k), tensor::<T, _, _>(source, v));
     let valid = mask(source, k.shape()[1]);
-    let mut cache = attention.new_cache();
+    let mut cache = attention.new_state();
     for _ in 0..2 {
         let before = cache.clone();
-        match tally.record(attention.prefill(&mut cache, &q, &k, &v, key_mask(&valid))) {
+        match tally
+            .record(attention.prefill(&mut cache, Qkv::new(&q, &k, &v).with_mask(key_mask(&valid))))
+        {
             Some(out) => assert_finite(&out),
             None => assert!(cache == before, "a refused call changed the cache"),
         }
     }
     tally.record(attention.extend(
         &mut cache,
-        &k,
-        &v,
+        (&k, &v),
         key_mask(&valid),
         &mut attention.workspace(),
     ));
     for out in [
-        attention.full(&q, &k, &v, key_mask(&valid)),
-        attention.causal(&q, &k, &v, key_mask(&valid)),
+        config
+            .with_causality(Causality::Bidirectional)
+            .build::<T>()
+            .and_then(|full| full.forward(Qkv::new(&q, &k, &v).with_mask(key_mask(&valid)))),
+        attention.forward(Qkv::new(&q, &k, &v).with_mask(key_mask(&valid))),
     ] {
         if let Some(out) = tally.record(out) {
             assert_finite(&out);

@@ -1,7 +1,7 @@
 //! Bytes that say they are a state.
 
 use dijiang::Real;
-use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, Storage, Window};
+use dijiang::attention::{LinearAttention, LinearConfig, Operator, Qkv, Storage, Window};
 use dijiang::kernel::{DctMap, DctMapConfig};
 use ndarray::{Array2, Array3};
 
@@ -34,19 +34,13 @@ fn check<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let (token, mut out) = (Array2::from_elem((1, dim), T::ONE), Array2::zeros((1, dim)));
     tally.record(attention.step(
         &mut state,
-        &token,
-        &token,
-        &token,
+        Qkv::token(&token, &token, &token),
         &mut out,
         &mut attention.workspace(),
     ));
-    tally.record(attention.prefill(
-        &mut state,
-        &text(5, dim),
-        &text(5, dim),
-        &text(5, dim),
-        KeyMask::All,
-    ));
+    tally.record(
+        attention.prefill(&mut state, Qkv::new(&text(5, dim), &text(5, dim), &text(5, dim))),
+    );
     assert_eq!(state.position(), position + 6);
 }
 
@@ -68,13 +62,8 @@ fn forged<T: Real>(source: &mut Source<'_>, attention: &LinearAttention<T, DctMa
     let (mut state, dim, n) =
         (attention.new_state(), attention.maps()[0].params().dim(), source.below(20));
     if n > 0 {
-        let fed = attention.prefill(
-            &mut state,
-            &text(n, dim),
-            &text(n, dim),
-            &text(n, dim),
-            KeyMask::All,
-        );
+        let fed =
+            attention.prefill(&mut state, Qkv::new(&text(n, dim), &text(n, dim), &text(n, dim)));
         fed.unwrap_or_else(|error| panic!("{error}"));
     }
     let mut bytes = state.to_bytes(source.choose(&[Storage::Exact, Storage::F32, Storage::Bf16]));
