@@ -369,7 +369,7 @@ mod tests {
     use rand_distr::{Distribution, StandardNormal};
 
     use super::*;
-    use crate::attention::{LinearConfig, Window};
+    use crate::attention::{LinearConfig, Operator, Qkv, Window};
     use crate::kernel::DctMapConfig;
 
     /// The gradient with respect to S and z, by moving every one of them.
