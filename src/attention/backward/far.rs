@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use super::tape::{Stretch, Tape, Targets, Upstream, WindowSums};
+use super::pass::{GradientSinks, OutputGradient, Pass};
+use super::tape::Tape;
+use super::window_keys::WindowSums;
 use crate::Real;
 use crate::attention::qkv::HeadQkv;
 use crate::attention::{Causality, Window};
@@ -30,9 +32,9 @@ impl<'a, T: Real> FarPart<'a, T> {
     pub(crate) fn new(qkv: HeadQkv<'a, T>, causality: Causality, window: Option<Window>) -> Self {
         let mut part = Self { qkv, causality, window, in_window: None };
         if let Some(window) = window {
-            let stretch = part.stretch(&(), 0.0);
+            let pass = part.pass(&(), 0.0);
             let heads = 0..part.group();
-            let sums = heads.map(|h| WindowSums::new(&stretch, window, h)).collect();
+            let sums = heads.map(|h| WindowSums::new(&pass, window, h)).collect();
             part.in_window = Some(sums);
         }
         part
@@ -99,7 +101,7 @@ impl<'a, T: Real> FarPart<'a, T> {
     ) {
         let mut loss =
             |h: usize, queries: Range<usize>, out: &[T], _: &mut [T]| visit(h, queries, out);
-        tape.run(&self.stretch(map, log_decay), None, Upstream::Loss(&mut loss), None);
+        tape.run(&self.pass(map, log_decay), None, OutputGradient::Loss(&mut loss), None);
     }
 
     /// Adds the gradients of a loss with respect to the map's parameters to `sums`, and returns
@@ -121,13 +123,13 @@ impl<'a, T: Real> FarPart<'a, T> {
         sums: &mut M::Sums,
     ) -> f64 {
         let mut gradient = 0.0;
-        let targets = Targets { sums, log_decay: &mut gradient, inputs: None };
-        tape.run(&self.stretch(map, log_decay), None, Upstream::Loss(&mut loss), Some(targets));
+        let sinks = GradientSinks { sums, log_decay: &mut gradient, inputs: None };
+        tape.run(&self.pass(map, log_decay), None, OutputGradient::Loss(&mut loss), Some(sinks));
         gradient
     }
 
-    fn stretch<'s, M>(&'s self, map: &'s M, log_decay: f64) -> Stretch<'s, T, M> {
-        Stretch {
+    fn pass<'s, M>(&'s self, map: &'s M, log_decay: f64) -> Pass<'s, T, M> {
+        Pass {
             map,
             log_decay,
             causality: self.causality,

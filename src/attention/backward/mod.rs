@@ -3,8 +3,13 @@
 //!
 //! The equations are in the engine, `tape.rs`.
 
+mod buffers;
 mod far;
+mod forward;
+mod pass;
+mod reverse;
 mod tape;
+mod window_keys;
 
 use ndarray::{
     Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, Axis, concatenate,
@@ -23,8 +28,8 @@ use crate::low::simd::padded;
 use crate::threads::{max_threads, try_each};
 
 pub(crate) use far::FarPart;
+use pass::{GradientSinks, InputGradients, OutputGradient, Pass};
 pub(crate) use tape::Tape;
-use tape::{InputGradients, Stretch, Targets, Upstream};
 
 /// The gradients of a scalar with respect to everything linear attention is computed from.
 #[derive(Debug, Clone, PartialEq)]
@@ -290,7 +295,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         });
         let lead = ring.as_ref().map_or(0, |(_, keys, ..)| keys.nrows());
         let (mut sums, mut log_decay) = (map.new_sums(), 0.0);
-        let stretch = Stretch {
+        let pass = Pass {
             map,
             log_decay: head.log_decay,
             causality: self.causality(),
@@ -307,9 +312,10 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         };
         let InputGradients { q: grad_q, k: mut grad_k, v: mut grad_v } = outputs;
         let inputs = InputGradients { q: grad_q, k: grad_k.view_mut(), v: grad_v.view_mut() };
-        let targets = Targets { sums: &mut sums, log_decay: &mut log_decay, inputs: Some(inputs) };
+        let sinks =
+            GradientSinks { sums: &mut sums, log_decay: &mut log_decay, inputs: Some(inputs) };
         let start = state.map(|state| &state.sums);
-        tape.run(&stretch, start, Upstream::Rows(grad_out), Some(targets));
+        tape.run(&pass, start, OutputGradient::Rows(grad_out), Some(sinks));
 
         let (key_stride, value_stride) = (padded(head.dim), padded(value_dim));
         let (lead_keys, keys) = tape.keys.split_at(lead * key_stride);

@@ -1,0 +1,585 @@
+//! From the sums' beginning to their end.
+
+use std::ops::Range;
+
+use ndarray::Axis;
+
+use super::buffers::Buffers;
+use super::pass::{GradientSinks, KEYS, OutputGradient, Pass, bands, position_moment};
+use super::tape::{Event, Kind, Tape};
+use super::window_keys::{WindowBuffers, load_window, window_block, window_scores};
+use crate::Real;
+use crate::attention::Causality;
+use crate::attention::linear::state::Sums;
+use crate::attention::rows::{Rows, put_row};
+use crate::attention::scratch::{BLOCK, CAUSAL_BLOCK};
+use crate::kernel::DifferentiableMap;
+use crate::low::mat::{Accum, MatMut, MatRef};
+use crate::low::simd::{Ahead, padded, transpose};
+
+/// From the sums' beginning to their end.
+pub(crate) struct Forward<'p, 'a, 'u, 'g, T: Real, M: DifferentiableMap<T>> {
+    pub(crate) tape: &'p mut Tape<T>,
+    pub(crate) pass: &'p Pass<'a, T, M>,
+    pub(crate) state: &'p mut Sums<T>,
+    pub(crate) output_gradient: &'p mut OutputGradient<'u, T>,
+    pub(crate) sinks: Option<&'p mut GradientSinks<'g, T, M::Sums>>,
+    /// Position that positions are counted from.
+    pub(crate) origin: usize,
+    pub(crate) ahead: Ahead<T>,
+}
+
+impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
+    pub(crate) fn run(&mut self) {
+        let (queries, keys) = (self.pass.q.shape()[1], self.pass.k.nrows());
+        let mut start = 0;
+        match (self.pass.causality, self.pass.window) {
+            (Causality::Bidirectional, _) => {
+                for start in (0..keys).step_by(BLOCK) {
+                    self.ahead.aim_some(0..KEYS, start + BLOCK, BLOCK);
+                    self.absorb(start..keys.min(start + BLOCK));
+                }
+                for start in (0..queries).step_by(BLOCK) {
+                    self.ahead.aim_some(KEYS..usize::MAX, start + BLOCK, BLOCK);
+                    self.read(start..queries.min(start + BLOCK), 0..0);
+                }
+            }
+            (Causality::Causal, None) => {
+                while start < queries {
+                    start = self.both(start..queries.min(start + CAUSAL_BLOCK));
+                }
+            }
+            (Causality::Causal, Some(window)) => {
+                let mut absorbed = 0;
+                while start < queries {
+                    let (end, first) = window_block(self.pass, window, start);
+                    self.ahead.aim(end, BLOCK);
+                    self.absorb(absorbed..first.max(absorbed));
+                    absorbed = first.max(absorbed);
+                    self.read(start..end, first..self.pass.lead + end);
+                    start = end;
+                }
+            }
+        }
+    }
+
+    /// The keys' weights in the sums' frame, into `b`, their values into `v_rows`; moves the frame
+    /// where they leave it. Returns how many of them keep to it: all, unless `causal`, when the
+    /// frame must not depend on later tokens.
+    fn weigh(&mut self, keys: Range<usize>, causal: bool) -> usize {
+        let (ops, pass) = (T::ops(), self.pass);
+        let (start, width, mut tokens) = (keys.start, padded(keys.len()), keys.len());
+        let dim = pass.k.ncols();
+        let Buffers { x, b, v_rows, column, top, feature, zeros, map, .. } = &mut self.tape.block;
+        let b = &mut b[..feature.len() * width];
+        let (column, top) = (&mut column[..width], &mut top[..width]);
+        _ = Rows { array: pass.k, tokens: keys.clone(), valid: pass.valid }.gather(
+            ops,
+            pass.key_scale,
+            x,
+            zeros,
+        );
+        _ = Rows { array: pass.v, tokens: keys, valid: pass.valid }.copy(ops, v_rows);
+        pass.map.key_panel(width, &x[..dim * width], b, map);
+
+        let position = pass.position + start;
+        let exponents = |state: &Sums<T>, column: &mut [T]| {
+            state.exponents(pass.log_decay, position, tokens, |j| pass.is_valid(start + j), column);
+        };
+        exponents(self.state, column);
+        let mut above = self.state.first_above(ops, b, column, top, feature);
+        let moved = if causal { above == Some(0) } else { above.is_some() };
+        if moved {
+            if causal {
+                feature
+                    .iter_mut()
+                    .zip(b.chunks_exact(width))
+                    .for_each(|(candidate, b)| *candidate = b[0]);
+            } else {
+                for (j, exponent) in column
+                    .iter_mut()
+                    .enumerate()
+                    .filter(|(_, exponent)| **exponent > T::NEG_INFINITY)
+                {
+                    *exponent = T::from_f64(-pass.log_decay * j as f64);
+                }
+                (ops.row_max)(b, column, feature);
+            }
+            self.state.rebase(ops, pass.log_decay, position, feature);
+            exponents(self.state, column);
+            above = self.state.first_above(ops, b, column, top, feature);
+        }
+        if causal {
+            tokens = above.unwrap_or(tokens);
+            column[tokens..].fill(T::NEG_INFINITY);
+        }
+        if self.state.started {
+            feature.iter_mut().zip(&self.state.reference).for_each(|(negated, &c)| *negated = -c);
+            (ops.exp_panel)(b, feature, column);
+        }
+        if moved {
+            self.tape.push_frame(self.state);
+        }
+        tokens
+    }
+
+    fn push_event(&mut self, kind: Kind, tokens: Range<usize>) {
+        if self.state.started && self.sinks.is_some() {
+            self.tape.events.push(Event { kind, tokens, frame: self.tape.positions.len() - 1 });
+        }
+    }
+
+    /// Keys join the sums.
+    fn absorb(&mut self, keys: Range<usize>) {
+        for start in keys.clone().step_by(BLOCK) {
+            let end = keys.end.min(start + BLOCK);
+            self.weigh(start..end, false);
+            self.push_event(Kind::Absorb, start..end);
+            self.join(end - start, padded(end - start));
+        }
+    }
+
+    /// The weighed keys of a block join the sums.
+    fn join(&mut self, tokens: usize, width: usize) {
+        if self.state.started {
+            let Buffers { b, v_rows, feature, .. } = &mut self.tape.block;
+            let b = &b[..feature.len() * width];
+            feature.fill(T::ZERO);
+            (T::ops().add_row_sums)(b, feature);
+            let weights = MatRef::new(b, feature.len(), tokens, width);
+            let values = MatRef::packed(v_rows, tokens, self.state.stride());
+            self.state.accumulate(T::ops(), weights, feature, values, &mut self.ahead);
+        }
+    }
+
+    /// Queries read the sums, and the near `keys`.
+    fn read(&mut self, queries: Range<usize>, keys: Range<usize>) {
+        let keys = if self.pass.given.is_some() { 0..0 } else { keys };
+        if !keys.is_empty() {
+            load_window(self.pass, keys.clone(), &mut self.tape.window, &self.tape.block.zeros);
+        }
+        self.push_event(Kind::Read, queries.clone());
+        for h in 0..self.pass.q.shape()[0] {
+            self.query(h, queries.clone(), keys.clone(), 0);
+        }
+    }
+
+    /// Queries read the sums and the keys of their own block; returns where the block ends.
+    fn both(&mut self, block: Range<usize>) -> usize {
+        let width = padded(block.len());
+        let tokens = self.weigh(block.clone(), true);
+        let block = block.start..block.start + tokens;
+        self.ahead.aim(block.end, CAUSAL_BLOCK);
+        self.push_event(Kind::Both, block.clone());
+        for h in 0..self.pass.q.shape()[0] {
+            self.query(h, block.clone(), 0..0, width);
+        }
+        // Nobody reads the last block's keys.
+        if block.end < self.pass.q.shape()[1] {
+            self.join(tokens, width);
+        }
+        block.end
+    }
+
+    /// One query head's queries of a block; `own` is the width of the panel of the block's own
+    /// keys, 0 for none.
+    fn query(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
+        let own = if self.state.started { own } else { 0 };
+        self.weights(h, queries.clone(), keys.clone(), own);
+        let width = padded(queries.len());
+        if let OutputGradient::Loss(_) = self.output_gradient {
+            self.output(h, queries.clone(), keys.clone(), own);
+        }
+        let stride = padded(self.pass.v.ncols());
+        let Buffers { g_rows, o, .. } = &mut self.tape.block;
+        match &mut self.output_gradient {
+            OutputGradient::Rows(rows) => {
+                _ = Rows {
+                    array: rows.index_axis(Axis(0), h),
+                    tokens: queries.clone(),
+                    valid: None,
+                }
+                .copy(T::ops(), g_rows);
+            }
+            OutputGradient::Loss(loss) => {
+                loss(
+                    h,
+                    queries.clone(),
+                    &o[..queries.len() * stride],
+                    &mut g_rows[..queries.len() * stride],
+                );
+            }
+        }
+        if self.sinks.is_none() {
+            return;
+        }
+        g_rows[queries.len() * stride..width * stride].fill(T::ZERO);
+        if !self.tape.output_gradient.is_empty() {
+            let at = (h * self.pass.q.shape()[1] + queries.start) * stride;
+            self.tape.output_gradient[at..at + queries.len() * stride]
+                .copy_from_slice(&g_rows[..queries.len() * stride]);
+        }
+        self.deltas(h, queries.clone(), keys.clone(), own);
+        self.feature_gradients(queries.clone(), own);
+        if self.sinks.as_ref().is_some_and(|sinks| sinks.inputs.is_some()) {
+            self.window_gradients(&queries, keys);
+            self.write_queries(h, queries);
+        }
+    }
+
+    /// Weights of the far part into `a`, of the window keys into `near.p`, of the block's own keys
+    /// into `s`, and their sum into `total`; all of them scaled by e^−top.
+    fn weights(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
+        let (ops, pass, state, ahead) = (T::ops(), self.pass, &*self.state, &mut self.ahead);
+        let (tokens, width, dim) = (queries.len(), padded(queries.len()), pass.q.shape()[2]);
+        let position = pass.position + pass.lead + queries.start;
+        let window = &mut self.tape.window;
+        let Buffers {
+            x,
+            a,
+            b,
+            s,
+            top,
+            shift,
+            total,
+            inverse,
+            column,
+            feature,
+            ones,
+            zeros,
+            map,
+            ..
+        } = &mut self.tape.block;
+        let (top, shift, total, column) =
+            (&mut top[..width], &mut shift[..width], &mut total[..width], &mut column[..width]);
+        _ = Rows { array: pass.q.index_axis(Axis(0), h), tokens: queries.clone(), valid: None }
+            .gather(ops, pass.query_scale, x, zeros);
+        x[dim * width..padded(dim) * width].fill(T::ZERO);
+        let a = &mut a[..feature.len() * width];
+        total.fill(T::ZERO);
+        top.fill(T::NEG_INFINITY);
+        if state.started {
+            pass.map.query_panel(width, &x[..dim * width], a, map);
+            (ops.column_max)(a, &state.reference, top);
+            for (i, (top, shift)) in top.iter_mut().zip(shift.iter_mut()).enumerate() {
+                *shift = state.decay(pass.log_decay, position + i);
+                *top += *shift;
+            }
+        } else {
+            shift.fill(T::ZERO);
+        }
+        if !keys.is_empty() {
+            window_scores(
+                ops,
+                pass,
+                keys.clone(),
+                pass.lead + queries.start,
+                width,
+                x,
+                window,
+                ahead,
+            );
+            (ops.column_max)(&window.p[..keys.len() * width], &window.zeros[..keys.len()], column);
+            top.iter_mut().zip(column.iter()).for_each(|(top, &window)| *top = top.max(window));
+        }
+        let given = pass.given.map(|given| &given[h]);
+        if let Some(given) = given {
+            top.iter_mut()
+                .zip(&given.top[queries.clone()])
+                .for_each(|(top, &window)| *top = top.max(window));
+        }
+        for (top, shift) in top.iter_mut().zip(shift.iter_mut()) {
+            *top = if *top > T::NEG_INFINITY { *top } else { T::ZERO };
+            *shift -= *top;
+        }
+        if state.started {
+            (ops.exp_dot)(a, &state.reference, shift, &state.norm, total);
+        }
+        if !keys.is_empty() {
+            column.iter_mut().zip(top.iter()).for_each(|(column, &top)| *column = -top);
+            let (p, zeros, ones) = (
+                &mut window.p[..keys.len() * width],
+                &window.zeros[..keys.len()],
+                &window.ones[..keys.len()],
+            );
+            // `inverse` is not needed yet.
+            let sums = &mut inverse[..width];
+            (ops.exp_dot)(p, zeros, column, ones, sums);
+            total.iter_mut().zip(sums.iter()).for_each(|(total, &sum)| *total += sum);
+        }
+        if let Some(given) = given {
+            for (i, query) in queries.enumerate() {
+                total[i] += given.total[query] * (given.top[query] - top[i]).exp();
+            }
+        }
+        if own > 0 {
+            for (band, keys) in bands(tokens) {
+                let (a, s) = (&a[band..], &mut s[band * width + band..]);
+                (ops.matmul_ahead)(
+                    MatMut::new(s, keys, width - band, width),
+                    Accum::Replace,
+                    MatRef::new(&b[band..], feature.len(), keys, own).t(),
+                    MatRef::new(a, feature.len(), width - band, width),
+                    Some(ahead),
+                );
+            }
+            (ops.upper_less)(&mut s[..tokens * width], &zeros[..width]);
+            (ops.matmul_ahead)(
+                MatMut::new(total, 1, width, width),
+                Accum::Add,
+                MatRef::new(ones, 1, tokens, tokens),
+                MatRef::new(s, tokens, width, width),
+                Some(ahead),
+            );
+        }
+    }
+
+    /// Outputs of the block, into `o`.
+    fn output(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
+        let (ops, pass, ahead) = (T::ops(), self.pass, &mut self.ahead);
+        let (tokens, width, stride) =
+            (queries.len(), padded(queries.len()), padded(pass.v.ncols()));
+        let window = &self.tape.window;
+        let Buffers { a, s, o, v_rows, top, total, feature, .. } = &mut self.tape.block;
+        let o = &mut o[..tokens * stride];
+        if self.state.started {
+            (ops.matmul_ahead)(
+                MatMut::new(o, tokens, stride, stride),
+                Accum::Replace,
+                MatRef::new(a, feature.len(), tokens, width).t(),
+                MatRef::new(&self.state.numerator, feature.len(), stride, stride),
+                Some(ahead),
+            );
+        } else {
+            o.fill(T::ZERO);
+        }
+        if own > 0 {
+            for (band, keys) in bands(tokens) {
+                let (s, v, rows) =
+                    (&s[band * width + band..], &v_rows[band * stride..], &mut o[band * stride..]);
+                (ops.matmul_ahead)(
+                    MatMut::new(rows, tokens - band, stride, stride),
+                    Accum::Add,
+                    MatRef::new(s, keys, tokens - band, width).t(),
+                    MatRef::new(v, keys, stride, stride),
+                    Some(ahead),
+                );
+            }
+        }
+        if !keys.is_empty() {
+            (ops.matmul_ahead)(
+                MatMut::new(o, tokens, stride, stride),
+                Accum::Add,
+                MatRef::new(&window.p, keys.len(), tokens, width).t(),
+                MatRef::new(&window.v, keys.len(), stride, stride),
+                Some(ahead),
+            );
+        }
+        for (i, (o, query)) in o.chunks_exact_mut(stride).zip(queries).enumerate() {
+            if let Some(given) = pass.given.map(|given| &given[h]) {
+                let factor = (given.top[query] - top[i]).exp();
+                let row = &given.numerator[query * stride..(query + 1) * stride];
+                (ops.matmul_ahead)(
+                    MatMut::new(o, 1, stride, stride),
+                    Accum::Add,
+                    MatRef::new(&[factor], 1, 1, 1),
+                    MatRef::new(row, 1, stride, stride),
+                    Some(ahead),
+                );
+            }
+            (ops.scale)(if total[i] > T::ZERO { T::ONE / total[i] } else { T::ZERO }, o);
+        }
+    }
+
+    /// δ, and what is kept of the queries for the pass back. Leaves S·ȯ in `df`, ȯ·v in `near.dp`
+    /// and `h`.
+    fn deltas(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
+        let (ops, pass, state, ahead) = (T::ops(), self.pass, &*self.state, &mut self.ahead);
+        let (tokens, width, stride) =
+            (queries.len(), padded(queries.len()), padded(pass.v.ncols()));
+        let window = &mut self.tape.window;
+        let Buffers {
+            a,
+            df,
+            s,
+            h: products,
+            v_rows,
+            v,
+            g_rows,
+            top,
+            shift,
+            total,
+            inverse,
+            delta,
+            feature,
+            zeros,
+            ..
+        } = &mut self.tape.block;
+        let (delta, inverse) = (&mut delta[..width], &mut inverse[..width]);
+        transpose(ops, stride, &g_rows[..width * stride], T::ONE, v);
+        delta.fill(T::ZERO);
+        if state.started {
+            let df = &mut df[..feature.len() * width];
+            if state.is_empty() {
+                df.fill(T::ZERO);
+            } else {
+                (ops.matmul_ahead)(
+                    MatMut::new(df, feature.len(), width, width),
+                    Accum::Replace,
+                    MatRef::new(&state.numerator, feature.len(), stride, stride),
+                    MatRef::new(v, stride, width, width),
+                    Some(ahead),
+                );
+                (ops.column_dot)(&a[..feature.len() * width], df, delta);
+            }
+        }
+        if own > 0 {
+            for (band, keys) in bands(tokens) {
+                let (rows, to) = (&v_rows[band * stride..], &mut products[band * width + band..]);
+                (ops.matmul_ahead)(
+                    MatMut::new(to, keys, width - band, width),
+                    Accum::Replace,
+                    MatRef::new(rows, keys, stride, stride),
+                    MatRef::new(&v[band..], stride, width - band, width),
+                    Some(ahead),
+                );
+            }
+            (ops.upper_less)(&mut products[..tokens * width], &zeros[..width]);
+            (ops.column_dot)(&s[..tokens * width], &products[..tokens * width], delta);
+        }
+        if !keys.is_empty() {
+            let dp = &mut window.dp[..keys.len() * width];
+            (ops.matmul_ahead)(
+                MatMut::new(dp, keys.len(), width, width),
+                Accum::Replace,
+                MatRef::new(&window.v, keys.len(), stride, stride),
+                MatRef::new(v, stride, width, width),
+                Some(ahead),
+            );
+            (ops.column_dot)(&window.p[..keys.len() * width], dp, delta);
+        }
+        for (i, query) in queries.clone().enumerate() {
+            if let Some(given) = pass.given.map(|given| &given[h]) {
+                let numerator = &given.numerator[query * stride..(query + 1) * stride];
+                let mut dot = [T::ZERO];
+                (ops.matvec)(numerator, stride, &g_rows[i * stride..(i + 1) * stride], &mut dot);
+                delta[i] += dot[0] * (given.top[query] - top[i]).exp();
+            }
+        }
+        let at = h * pass.q.shape()[1] + queries.start;
+        for i in 0..width {
+            inverse[i] = if total[i] > T::ZERO { T::ONE / total[i] } else { T::ZERO };
+            delta[i] *= inverse[i];
+            if i < tokens && total[i] > T::ZERO {
+                self.tape.shifts[at + i] = shift[i] - total[i].ln();
+                self.tape.deltas[at + i] = delta[i];
+            }
+        }
+    }
+
+    /// From the gradient of the features to those of the map, λ and (into `dx`) the queries.
+    fn feature_gradients(&mut self, queries: Range<usize>, own: usize) {
+        let (ops, pass, state, ahead) = (T::ops(), self.pass, &*self.state, &mut self.ahead);
+        let (tokens, width, dim) = (queries.len(), padded(queries.len()), pass.q.shape()[2]);
+        let Some(sinks) = &mut self.sinks else { return };
+        let Buffers { x, dx, a, b, df, h, inverse, delta, column, feature, map, .. } =
+            &mut self.tape.block;
+        dx[..padded(dim) * width].fill(T::ZERO);
+        if !state.started {
+            return;
+        }
+        let df = &mut df[..feature.len() * width];
+        if own > 0 {
+            (ops.upper_less)(&mut h[..tokens * width], &delta[..width]);
+            for (band, keys) in bands(tokens) {
+                let (h, df) = (&h[band * width + band..], &mut df[band..]);
+                (ops.matmul_ahead)(
+                    MatMut::new(df, feature.len(), width - band, width),
+                    Accum::Add,
+                    MatRef::new(&b[band..], feature.len(), keys, own),
+                    MatRef::new(h, keys, width - band, width),
+                    Some(ahead),
+                );
+            }
+        }
+        let (inverse, delta, column) = (&inverse[..width], &delta[..width], &mut column[..width]);
+        (ops.log_weight_vjp)(df, &a[..feature.len() * width], inverse, &state.norm, delta, column);
+        let position = pass.position + pass.lead + queries.start;
+        *sinks.log_decay +=
+            position_moment(position as f64 - self.origin as f64, &column[..tokens]);
+        let dx = sinks.inputs.is_some().then(|| &mut dx[..dim * width]);
+        pass.map.query_vjp(width, &x[..dim * width], df, dx, sinks.sums, map);
+    }
+
+    /// The window keys' part of the gradients of queries, keys and values.
+    fn window_gradients(&mut self, queries: &Range<usize>, keys: Range<usize>) {
+        if keys.is_empty() {
+            return;
+        }
+        let (ops, pass, ahead) = (T::ops(), self.pass, &mut self.ahead);
+        let (tokens, width, dim, stride) =
+            (queries.len(), padded(queries.len()), pass.k.ncols(), padded(pass.v.ncols()));
+        let dim_stride = padded(dim);
+        let WindowBuffers { y, p, dp, ones, .. } = &mut self.tape.window;
+        let Buffers { x, x_rows, dx, g_rows, o, inverse, delta, column, .. } = &mut self.tape.block;
+        let (p, dp) = (&p[..keys.len() * width], &mut dp[..keys.len() * width]);
+        (ops.log_weight_vjp)(
+            dp,
+            p,
+            &inverse[..width],
+            &ones[..keys.len()],
+            &delta[..width],
+            &mut column[..width],
+        );
+        for (tile, (start, y)) in
+            (0..keys.len()).step_by(BLOCK).zip(y.chunks(dim * BLOCK)).enumerate()
+        {
+            let (count, y_width) =
+                (BLOCK.min(keys.len() - start), padded(BLOCK.min(keys.len() - start)));
+            debug_assert_eq!(start, tile * BLOCK);
+            (ops.matmul_ahead)(
+                MatMut::new(&mut dx[..], dim, width, width),
+                Accum::Add,
+                MatRef::new(y, dim, count, y_width),
+                MatRef::new(&dp[start * width..], count, width, width),
+                Some(ahead),
+            );
+        }
+        transpose(ops, width, &x[..dim_stride * width], T::ONE, x_rows);
+        let rows = &mut self.tape.keys[keys.start * dim_stride..];
+        (ops.matmul_ahead)(
+            MatMut::new(rows, keys.len(), dim_stride, dim_stride),
+            Accum::Add,
+            MatRef::new(dp, keys.len(), tokens, width),
+            MatRef::new(x_rows, tokens, dim_stride, dim_stride),
+            Some(ahead),
+        );
+        for ((to, from), &inverse) in
+            o.chunks_exact_mut(stride).zip(g_rows.chunks_exact(stride)).zip(&inverse[..tokens])
+        {
+            to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * inverse);
+        }
+        let rows = &mut self.tape.values[keys.start * stride..];
+        (ops.matmul_ahead)(
+            MatMut::new(rows, keys.len(), stride, stride),
+            Accum::Add,
+            MatRef::new(p, keys.len(), tokens, width),
+            MatRef::new(o, tokens, stride, stride),
+            Some(ahead),
+        );
+    }
+
+    /// `dx` becomes rows of the queries' gradient.
+    fn write_queries(&mut self, h: usize, queries: Range<usize>) {
+        let (width, dim) = (padded(queries.len()), self.pass.q.shape()[2]);
+        let stride = padded(dim);
+        let Buffers { dx, x_rows, .. } = &mut self.tape.block;
+        transpose(T::ops(), width, &dx[..stride * width], T::ONE, x_rows);
+        if let Some(inputs) = self.sinks.as_mut().and_then(|sinks| sinks.inputs.as_mut()) {
+            let mut out = inputs.q.index_axis_mut(Axis(0), h);
+            for (query, row) in queries.zip(x_rows.chunks_exact(stride)) {
+                put_row(row, self.pass.query_scale, out.row_mut(query));
+            }
+        }
+    }
+}
