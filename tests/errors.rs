@@ -700,7 +700,7 @@ fn full_attention_with_a_window_part_or_decay() {
         let error = attention.full_of(&inputs, KeyMask::All).unwrap_err();
         let other = if setup.window.is_some() { "window" } else { "decay" };
         assert!(
-            matches!(error, Error::Conflict { other: name, .. } if name.contains(other)),
+            matches!(error, Error::Conflict { argument, .. } if argument.contains(other)),
             "{error:?}"
         );
         let mut out = Array3::from_elem((1, 5, setup.e), 7.0);

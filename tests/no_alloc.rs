@@ -161,32 +161,28 @@ fn prefill_into_and_full_into_do_not_allocate() {
             });
             assert_eq!(calls, 0, "{setup:?}, {}: prefill_into", T::NAME);
             if setup.is_pure() {
+                let full = linear.bidirectional().unwrap();
                 let (calls, _) = measure(|| {
-                    linear
-                        .bidirectional()
-                        .unwrap()
-                        .forward_into(
-                            Qkv::new(&q, &k, &v).with_mask(mask),
-                            &mut out,
-                            &mut workspace,
-                        )
-                        .unwrap()
+                    full.forward_into(
+                        Qkv::new(&q, &k, &v).with_mask(mask),
+                        &mut out,
+                        &mut workspace,
+                    )
+                    .unwrap()
                 });
                 assert_eq!(calls, 0, "{setup:?}, {}: full_into", T::NAME);
             }
         }
         if setup.is_pure() {
             let mut workspace = exact.workspace();
+            let full = exact.bidirectional().unwrap();
             let (calls, _) = measure(|| {
-                exact
-                    .bidirectional()
-                    .unwrap()
-                    .forward_into(
-                        Qkv::new(&q, &k, &v).with_mask(KeyMask::Valid(&valid)),
-                        &mut out,
-                        &mut workspace,
-                    )
-                    .unwrap()
+                full.forward_into(
+                    Qkv::new(&q, &k, &v).with_mask(KeyMask::Valid(&valid)),
+                    &mut out,
+                    &mut workspace,
+                )
+                .unwrap()
             });
             assert_eq!(calls, 0, "{setup:?}, {}: exact full_into", T::NAME);
         }
@@ -223,11 +219,9 @@ fn packed_sequences_and_merging_do_not_allocate() {
                 .unwrap();
         });
         if setup.is_pure() {
+            let full = linear.bidirectional().unwrap();
             calls("full_packed_into", &mut |out| {
-                linear
-                    .bidirectional()
-                    .unwrap()
-                    .forward_into(Qkv::new(&q, &k, &v).with_offsets(&offsets), out, &mut workspace)
+                full.forward_into(Qkv::new(&q, &k, &v).with_offsets(&offsets), out, &mut workspace)
                     .unwrap();
             });
         }

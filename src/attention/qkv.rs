@@ -144,16 +144,14 @@ pub(crate) struct Dims {
 impl<T: Real> Qkv<'_, T> {
     /// Everything but the elements: shapes, mask and offsets, and the outputs' shape.
     pub(crate) fn check(&self, dims: Dims, out: &ArrayRef3<T>) -> Result<()> {
-        let (n, keys) = (self.queries(), self.keys());
+        let n = self.queries();
         check_shape("q", &self.q, &[dims.heads, n, dims.dim])?;
         check_shape("out", out, &[dims.heads, n, dims.value_dim])?;
-        self.check_keys(dims)?;
-        if dims.causal {
-            check_shape("k", &self.k, &[dims.kv_heads, n, dims.dim])?;
-        }
         if n == 0 {
             return Err(Error::Empty { argument: "q" });
         }
+        let keys = if dims.causal { n } else { self.keys() };
+        self.check_keys(dims, keys)?;
         match (self.offsets, self.key_offsets) {
             (None, None) => Ok(()),
             (None, Some(key_offsets)) => check_len("key_offsets", 0, key_offsets.len()),
@@ -178,15 +176,14 @@ impl<T: Real> Qkv<'_, T> {
         }
     }
 
-    /// As [`check`](Self::check), for keys and values without queries.
-    pub(crate) fn check_keys(&self, dims: Dims) -> Result<()> {
-        let keys = self.keys();
-        check_shape("k", &self.k, &[dims.kv_heads, keys, dims.dim])?;
-        check_shape("v", &self.v, &[dims.kv_heads, keys, dims.value_dim])?;
-        if keys == 0 {
+    /// As [`check`](Self::check), for `n` keys and values without queries.
+    pub(crate) fn check_keys(&self, dims: Dims, n: usize) -> Result<()> {
+        check_shape("k", &self.k, &[dims.kv_heads, n, dims.dim])?;
+        check_shape("v", &self.v, &[dims.kv_heads, n, dims.value_dim])?;
+        if n == 0 {
             return Err(Error::Empty { argument: "k" });
         }
-        self.mask.valid().map_or(Ok(()), |valid| check_len("mask", keys, valid.len()))
+        self.mask.valid().map_or(Ok(()), |valid| check_len("mask", n, valid.len()))
     }
 
     /// Whether there is room for the outputs, `[h, n_q, e]`; returns their shape.

@@ -397,7 +397,7 @@ impl<T: Real, M: FeatureMap<T>> Operator<T> for LinearAttention<T, M> {
         let nobody = |dim: usize| Array3::zeros((0, n, dim));
         let (queries, mut out) = (nobody(self.sizes.dim), nobody(self.sizes.value_dim));
         let qkv = Qkv::new(&queries, k, v).with_mask(mask);
-        qkv.check_keys(self.dims())?;
+        qkv.check_keys(self.dims(), n)?;
         self.begin(state, qkv, workspace)?;
         let position = state.position;
         let heads = qkv.heads(out.view_mut()).zip(state.change());

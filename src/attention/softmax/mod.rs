@@ -434,7 +434,7 @@ impl<T: Real> Operator<T> for Softmax<T> {
         let nobody = |dim: usize| Array3::zeros((0, n, dim));
         let (queries, mut out) = (nobody(dim), nobody(value_dim));
         let qkv = Qkv::new(&queries, k, v).with_mask(mask);
-        qkv.check_keys(self.dims())?;
+        qkv.check_keys(self.dims(), n)?;
         check_room::<T>("the cache", &[kv_heads, n, dim + padded(value_dim)])?;
         qkv.check_elements()?;
         let (position, scale) = (cache.position, self.root_scale());
