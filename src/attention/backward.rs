@@ -21,7 +21,7 @@ use crate::real::Real;
 use crate::simd::padded;
 use crate::threads;
 
-/// The gradients of a scalar with respect to everything liwindow attention is computed from.
+/// The gradients of a scalar with respect to everything linear attention is computed from.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct AttentionGradients<T, G> {

@@ -1,4 +1,4 @@
-//! Causal liwindow attention by blocks: everything before the block through the state, the block
+//! Causal linear attention by blocks: everything before the block through the state, the block
 //! itself through the products of its features.
 
 use std::ops::Range;

@@ -1,4 +1,4 @@
-//! Full liwindow attention: every query sees every key.
+//! Full linear attention: every query sees every key.
 //!
 //! Keys are cut into at most [`PARTS`] parts, whose sums are computed by themselves and joined in
 //! order, on one thread as on many: where the cuts are depends on the number of keys only, and so

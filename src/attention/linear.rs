@@ -1,4 +1,4 @@
-//! [`LinearAttention`]: the door to liwindow attention over all heads of a layer.
+//! [`LinearAttention`]: the door to linear attention over all heads of a layer.
 
 use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -181,7 +181,7 @@ impl Window {
     }
 }
 
-/// DCT-kernelized liwindow attention over all heads of a layer.
+/// DCT-kernelized linear attention over all heads of a layer.
 ///
 /// O(n) time, a state of constant size, the same results whichever way the tokens arrive: at once,
 /// in pieces, or one by one. Immutable and shared freely between threads; what changes lives in

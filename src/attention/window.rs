@@ -1,4 +1,4 @@
-//! Causal liwindow attention with an exact local window: the last chunks of keys as they are, everything
+//! Causal linear attention with an exact local window: the last chunks of keys as they are, everything
 //! older through the state.
 
 use ndarray::{Array2, ArrayView2, ArrayView3, ArrayViewMut3, s};

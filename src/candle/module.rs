@@ -20,7 +20,7 @@ use crate::layer::{
 };
 use crate::real::Real;
 
-/// A liwindow attention layer on candle's tensors: [`DijiangAttention`] as a module.
+/// A linear attention layer on candle's tensors: [`DijiangAttention`] as a module.
 ///
 /// Names below the [`VarBuilder`]'s prefix, usually `model.layers.{l}.self_attn`:
 /// `{q,k,v,o}_proj.weight`, `{q,k,v,o}_proj.bias` where there are any, and `dijiang.{h}.*` for the

@@ -64,7 +64,7 @@ impl<'a> AttentionOptions<'a> {
     }
 }
 
-/// Causal liwindow attention: [`LinearAttention::causal`] of every sequence of a batch.
+/// Causal linear attention: [`LinearAttention::causal`] of every sequence of a batch.
 ///
 /// # Shapes
 /// In the order of [`HeadLayout`], here `[b, h, n, d]`:
@@ -95,7 +95,7 @@ pub fn causal(
     attention(Causality::Causal, q, k, v, maps, options)
 }
 
-/// Full liwindow attention, bidirectional or cross: [`LinearAttention::full`] of every sequence of a
+/// Full linear attention, bidirectional or cross: [`LinearAttention::full`] of every sequence of a
 /// batch.
 ///
 /// # Shapes

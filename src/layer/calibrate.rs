@@ -299,7 +299,7 @@ impl<T: Real> DijiangAttention<T> {
     ///   positions from 0.
     ///
     /// # Cost
-    /// Softmax attention once (twice on the held-out samples), then liwindow attention's far part 12
+    /// Softmax attention once (twice on the held-out samples), then linear attention's far part 12
     /// times over the samples for the closed form, forward and backward once per step over
     /// [`batch`](CalibrateOptions::batch) of them, and 12 times over the samples again; with no
     /// local window, where the mix cancels, the steps alone. Fitting decay adds 12 times. Heads and

@@ -1,4 +1,4 @@
-//! [`DijiangAttention`]: the same layer with liwindow attention in place of softmax.
+//! [`DijiangAttention`]: the same layer with linear attention in place of softmax.
 //!
 //! ```text
 //! A_ij = exp(x_i·y_j) where window(i,j), otherwise γ^(i−j) · e^g · Σ_f exp(a_f(x_i) + b_f(y_j)),   x = √σ·q, y = √σ·k
@@ -181,7 +181,7 @@ pub(super) fn mixed(mut z: u64) -> u64 {
     z ^ (z >> 31)
 }
 
-/// A DCT-kernelized liwindow attention layer: O(n) time, and a state of constant size.
+/// A DCT-kernelized linear attention layer: O(n) time, and a state of constant size.
 ///
 /// One map, one state per key-value head; the query heads that share a key-value head share both.
 ///
@@ -558,7 +558,7 @@ fn check_window<T: Real>(projections: &QkvProj<T>, window: Option<Window>) -> Re
     Ok(())
 }
 
-/// The liwindow attention of a layer.
+/// The linear attention of a layer.
 fn linear<T: Real>(
     projections: &QkvProj<T>,
     maps: Vec<DctMap<T>>,

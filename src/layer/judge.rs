@@ -192,7 +192,7 @@ impl<T: Real> Part<'_, T> {
     }
 }
 
-/// Measures how far heads' liwindow attention is from softmax attention, on some of the samples.
+/// Measures how far heads' linear attention is from softmax attention, on some of the samples.
 pub(super) struct Judge<'a, T> {
     /// `[heads][samples]`.
     parts: Vec<Vec<Part<'a, T>>>,
