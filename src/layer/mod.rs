@@ -55,6 +55,7 @@ mod judge;
 mod packed;
 mod pool;
 mod published;
+mod qk_norm;
 mod qkv_proj;
 mod rotary;
 #[cfg(feature = "safetensors")]
@@ -67,6 +68,8 @@ pub use calibrate::{
     CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport, ProjectionFit,
 };
 pub use choose::{ChooseOptions, ChooseProgress, ChooseReport, Trial};
+#[cfg(feature = "candle")]
+pub(crate) use config::check_no_sliding;
 pub use config::{AttentionConfig, Causality};
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use packed::Padding;
