@@ -45,7 +45,7 @@ fn main() -> dijiang::Result<()> {
     let mut hidden = || &normal(N, D, 1.0) + &mean;
     let (samples, unseen) = ([hidden(), hidden()], hidden());
 
-    // 2. The exchange: same weights, liwindow attention.
+    // 2. The exchange: same weights, linear attention.
     let mut linear = DijiangAttention::from_softmax(&softmax, DijiangOptions::new())?;
     let exchanged = linear.forward(&unseen, KeyMask::All)?;
 

@@ -1168,7 +1168,7 @@ fn outputs_are_weighted_means() {
     }
 }
 
-/// With the kernel being a constant, liwindow attention is the running mean.
+/// With the kernel being a constant, linear attention is the running mean.
 #[test]
 fn a_constant_kernel_gives_the_running_mean() {
     let (n, d) = (150, 3);

@@ -676,7 +676,7 @@ fn workspaces_of_another_layer() {
         }
     }
     for_all!(check);
-    // One that is larger in what only liwindow attention needs: refused, or of no consequence.
+    // One that is larger in what only linear attention needs: refused, or of no consequence.
     let setup = Setup::new(1).window(300, 3);
     let attention = setup.build::<f32>();
     let mut small = Setup::new(1).window(8, 1).build::<f32>().workspace();

@@ -279,6 +279,102 @@ fn projected_heads_are_what_attention_is_computed_from() {
     ));
 }
 
+/// With norms of queries and keys and a sliding window of 9 tokens.
+fn normed() -> SoftmaxAttention<f64> {
+    let (plain, mut random) = (softmax(grouped(), 3), Random::new(19));
+    let mut norm = || random.normals(6, 0.4) + 1.0;
+    let weights = AttentionWeights::clone(plain.weights()).with_qk_norms(norm(), norm());
+    let config = grouped().with_qk_norm(0.01).with_sliding_window(Some(9));
+    SoftmaxAttention::new(config, weights).unwrap()
+}
+
+#[test]
+fn norms_and_sliding_windows() {
+    let layer = normed();
+    let (x, weights) = (hidden(70, layer.config(), 7), layer.weights());
+    let (q, k, v) = layer.project(&x).unwrap();
+    for (what, heads, weight, bias, norm) in [
+        ("q", &q, &weights.q, &weights.q_bias, &weights.q_norm),
+        ("k", &k, &weights.k, &weights.k_bias, &weights.k_norm),
+    ] {
+        let norm = norm.as_ref().unwrap();
+        // The norm of a head is a linear map of its own for every row, and so can be taken to the
+        // weights of that row.
+        for (h, head) in heads.outer_iter().enumerate() {
+            for (p, row) in head.outer_iter().enumerate() {
+                let own = s![h * 6..(h + 1) * 6, ..];
+                let bias = bias.as_ref().unwrap().slice(s![h * 6..(h + 1) * 6]);
+                let raw = weight.slice(own).dot(&x.row(p)) + bias;
+                let root = (raw.dot(&raw) / 6.0 + 0.01).sqrt();
+                let normed = &raw / root * norm;
+                for i in 0..2 {
+                    let angle = p as f64 * 500f64.powf(-2.0 * i as f64 / 4.0);
+                    let (sin, cos) = angle.sin_cos();
+                    let (a, b) = (normed[i], normed[i + 2]);
+                    let difference = (row[i] - (a * cos - b * sin)).abs()
+                        + (row[i + 2] - (b * cos + a * sin)).abs()
+                        + (row[i + 4] - normed[i + 4]).abs();
+                    assert!(difference < 1e-12, "{what} of head {h} at {p}: {difference}");
+                }
+            }
+        }
+    }
+    // Keys of the last 9 tokens.
+    let heads: Vec<_> = (0..6)
+        .map(|h| {
+            let root = layer.config().scale.unwrap().sqrt();
+            let of = |heads: &Array3<f64>, h: usize| heads.index_axis(Axis(0), h).to_owned() * root;
+            let scores = reference::scores(&of(&q, h), &of(&k, h / 2)).unwrap();
+            let v = v.index_axis(Axis(0), h / 2).to_owned();
+            let seen = |i: usize, j: usize| j <= i && i < j + 9;
+            let e = Array2::from_shape_fn(scores.dim(), |(i, j)| {
+                if seen(i, j) { scores[[i, j]].exp() } else { 0.0 }
+            });
+            let totals = e.sum_axis(Axis(1)).insert_axis(Axis(1));
+            e.dot(&v) / totals
+        })
+        .collect();
+    let views: Vec<_> = heads.iter().map(|head| head.view()).collect();
+    let expected = concatenate(Axis(1), &views).unwrap().dot(&weights.o.t())
+        + weights.o_bias.as_ref().unwrap();
+    assert_close("outputs", &layer.forward(&x, KeyMask::All).unwrap(), &expected, 1e-12);
+    streams_like_forward("normed", &layer);
+    batches_are_sequences(&layer);
+
+    // A linear layer has the norms, and no sliding window.
+    let conflict = |argument, other| Error::Conflict { argument, other };
+    let error = DijiangAttention::from_softmax(&layer, rich()).map(|_| ()).unwrap_err();
+    assert_eq!(error, conflict("sliding_window", "linear attention"));
+    let error = layer.clone().with_window(Some(Window::new(8, 1))).map(|_| ()).unwrap_err();
+    assert_eq!(error, conflict("window", "a sliding window"));
+    let config = layer.config().clone();
+    assert_eq!(
+        config.clone().with_causality(Causality::Bidirectional).check().unwrap_err(),
+        conflict("sliding_window", "bidirectional attention")
+    );
+    let whole =
+        SoftmaxAttention::new(config.with_sliding_window(None), layer.weights().clone()).unwrap();
+    let linear = DijiangAttention::from_softmax(&whole, DijiangOptions::new()).unwrap();
+    let (near, far) = (hidden(60, linear.config(), 8), hidden(150, linear.config(), 8));
+    let softmax = whole.forward(&near, KeyMask::All).unwrap();
+    assert_close(
+        "within the window",
+        &linear.forward(&near, KeyMask::All).unwrap(),
+        &softmax,
+        1e-12,
+    );
+    streams_like_forward("normed, linear", &linear);
+    let mut states = [linear.new_state(), linear.new_state()];
+    let mut out = Array2::zeros((2, 24));
+    let [first, second] = &mut states;
+    linear.step_batch(&mut [first, second], &far.slice(s![..2, ..]), &mut out).unwrap();
+    for i in 0..2 {
+        let mut alone = Array1::zeros(24);
+        linear.step(&mut linear.new_state(), &far.row(i), &mut alone).unwrap();
+        assert_same_bits("a batched step", &out.row(i), &alone);
+    }
+}
+
 #[test]
 fn single_precision_follows_double() {
     let (config, layer) = (grouped(), softmax(grouped(), 3));
@@ -888,6 +984,24 @@ fn impossible_configs() {
             RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context };
         rotary(Rotary::new(1e4).with_scaling(scaling))
     };
+    let scaled = |base, scaling| rotary(Rotary::new(base).with_scaling(scaling));
+    let dynamic = |factor, original_context, length| {
+        scaled(1e4, RotaryScaling::Dynamic { factor, original_context, length })
+    };
+    let yarn = |base, factor, beta_fast, beta_slow, attention_factor| {
+        let original_context = 16;
+        let scaling = RotaryScaling::Yarn {
+            factor,
+            original_context,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+        };
+        scaled(base, scaling)
+    };
+    let longrope = |factors, attention_factor| {
+        scaled(1e4, RotaryScaling::LongRope { factors, attention_factor })
+    };
     let value = |argument, got: f64| (argument, "value", got);
     let cases = [
         (config(0, 4), value("model_dim", 0.0)),
@@ -920,6 +1034,36 @@ fn impossible_configs() {
         (llama3(8.0, 1.0, 0.0, 8192), value("rotary.high_freq_factor", 0.0)),
         (llama3(8.0, 4.0, 4.0, 8192), value("rotary.high_freq_factor", 4.0)),
         (llama3(8.0, 1.0, 4.0, 0), value("rotary.original_context", 0.0)),
+        (
+            rotary(Rotary::new(1e4).with_scaling(RotaryScaling::Linear { factor: 1e-320 })),
+            value("rotary.frequencies", f64::INFINITY),
+        ),
+        (rotary(Rotary::new(1e-30)), value("rotary.frequencies", 1e-30f64.powf(-2.0 / 6.0))),
+        (dynamic(0.5, 16, 20), value("rotary.factor", 0.5)),
+        (dynamic(f64::INFINITY, 16, 20), value("rotary.factor", f64::INFINITY)),
+        (dynamic(2.0, 0, 20), value("rotary.original_context", 0.0)),
+        (dynamic(2.0, 16, 0), value("rotary.length", 0.0)),
+        (
+            dynamic(2.0, 16, 20).with_rotary(Rotary::new(1e4).with_dims(2).with_scaling(
+                RotaryScaling::Dynamic { factor: 2.0, original_context: 16, length: 20 },
+            )),
+            value("rotary.dims", 2.0),
+        ),
+        (yarn(1e4, 0.0, 32.0, 1.0, 1.0), value("rotary.factor", 0.0)),
+        (yarn(1e4, 4.0, 0.5, 1.0, 1.0), value("rotary.beta_fast", 0.5)),
+        (yarn(1e4, 4.0, 32.0, 0.0, 1.0), value("rotary.beta_slow", 0.0)),
+        (yarn(1.0, 4.0, 32.0, 1.0, 1.0), value("rotary.base", 1.0)),
+        (yarn(1e4, 4.0, 32.0, 1.0, 0.0), value("rotary.attention_factor", 0.0)),
+        (yarn(1e4, 4.0, 32.0, 1.0, f64::NAN), value("rotary.attention_factor", f64::NAN)),
+        (longrope(vec![1.0, 0.0, 1.0], 1.0), value("rotary.factors", 0.0)),
+        (
+            longrope(vec![1.0, 1e-30, 1.0], 1.0),
+            value("rotary.frequencies", 1e4f64.powf(-2.0 / 6.0) / 1e-30),
+        ),
+        (longrope(vec![1.0; 3], 1e7), value("rotary.attention_factor", 1e7)),
+        (config(24, 4).with_qk_norm(-1e-6), value("qk_norm", -1e-6)),
+        (config(24, 4).with_qk_norm(f64::NAN), value("qk_norm", f64::NAN)),
+        (config(24, 4).with_sliding_window(Some(0)), value("sliding_window", 0.0)),
     ];
     let good = softmax(AttentionConfig::new(24, 4), 1);
     for (config, (name, kind, wrong)) in cases {
@@ -965,6 +1109,23 @@ fn impossible_weights() {
     assert_eq!(refused(&|w| w.k_bias = Some(Array1::zeros(36))), length("k_bias", 18, 36));
     assert_eq!(refused(&|w| w.v_bias = Some(Array1::zeros(0))), length("v_bias", 18, 0));
     assert_eq!(refused(&|w| w.o_bias = Some(Array1::zeros(36))), length("o_bias", 24, 36));
+    let conflict = |argument, other| Error::Conflict { argument, other };
+    assert_eq!(
+        refused(&|w| w.k_norm = Some(Array1::zeros(6))),
+        conflict("k_norm", "a config without qk_norm")
+    );
+    let (normed, config) = (good.clone(), config.clone().with_qk_norm(1e-6));
+    assert_eq!(
+        normed.check(&config).unwrap_err(),
+        conflict("qk_norm", "weights without q_norm and k_norm")
+    );
+    let ones = || Array1::ones(6);
+    assert_eq!(
+        normed.clone().with_qk_norms(Array1::ones(5), ones()).check(&config).unwrap_err(),
+        length("q_norm", 6, 5)
+    );
+    let nan = normed.with_qk_norms(ones(), Array1::from_elem(6, f64::NAN)).check(&config);
+    assert!(matches!(nan, Err(Error::NonFinite { argument: "k_norm", .. })));
     let elements: [(&str, &dyn Fn(&mut AttentionWeights<f64>)); 8] = [
         ("q", &|w| w.q[[1, 2]] = f64::NAN),
         ("k", &|w| w.k[[1, 2]] = f64::INFINITY),

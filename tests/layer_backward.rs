@@ -9,7 +9,7 @@ use dijiang::attention::{KeyMask, Window};
 use dijiang::kernel::DctMap;
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
-    LayerGradients, Rotary, RotaryPairing, SoftmaxAttention,
+    LayerGradients, Rotary, RotaryPairing, RotaryScaling, SoftmaxAttention,
 };
 use ndarray::{Array1, Array2};
 
@@ -37,6 +37,10 @@ fn layer(
         weights.with_biases(bias(16), bias(kv), bias(kv), bias(MODEL))
     } else {
         weights
+    };
+    let weights = match config.qk_norm {
+        Some(_) => weights.with_qk_norms(bias(4) + 1.0, bias(4) + 1.0),
+        None => weights,
     };
     let softmax = SoftmaxAttention::new(config.with_head_dim(4), weights).unwrap();
     DijiangAttention::from_softmax(&softmax, options).unwrap()
@@ -67,6 +71,25 @@ fn cases() -> Vec<(&'static str, DijiangAttention<f64>, bool)> {
                 pure().with_log_decay(-0.1),
             ),
             false,
+        ),
+        (
+            "norms, YaRN",
+            layer(
+                6,
+                config()
+                    .with_kv_heads(2)
+                    .with_rotary(Rotary::new(100.0).with_scaling(RotaryScaling::Yarn {
+                        factor: 4.0,
+                        original_context: 16,
+                        beta_fast: 8.0,
+                        beta_slow: 1.0,
+                        attention_factor: 1.2,
+                    }))
+                    .with_qk_norm(0.1),
+                true,
+                window(),
+            ),
+            true,
         ),
         ("pure, masked", layer(4, config(), false, pure().with_blocks(2)), true),
         (
@@ -114,7 +137,9 @@ fn numbers(layer: &DijiangAttention<f64>, gradients: &LayerGradients<f64>) -> Ve
             numbers.push((format!("{name} {at:?}"), Box::new(moved), matrix(&mut found)[at]));
         }
     }
-    let biases: [(&str, Bias); 4] = [
+    let biases: [(&str, Bias); 6] = [
+        ("q_norm", |w| &mut w.q_norm),
+        ("k_norm", |w| &mut w.k_norm),
         ("q_bias", |w| &mut w.q_bias),
         ("k_bias", |w| &mut w.k_bias),
         ("v_bias", |w| &mut w.v_bias),
@@ -122,7 +147,8 @@ fn numbers(layer: &DijiangAttention<f64>, gradients: &LayerGradients<f64>) -> Ve
     ];
     for (name, bias) in biases {
         let mut found = gradients.weights.clone();
-        assert_eq!(bias(&mut found).is_some(), layer.weights().q_bias.is_some(), "{name}");
+        let own = &mut AttentionWeights::clone(layer.weights());
+        assert_eq!(bias(&mut found).is_some(), bias(own).is_some(), "{name}");
         let Some(found) = bias(&mut found).clone() else { continue };
         for at in [0, 3] {
             let moved = move |layer: &DijiangAttention<f64>, x: &Array2<f64>, by: f64| {

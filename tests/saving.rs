@@ -130,6 +130,19 @@ fn grouped() -> AttentionConfig {
     AttentionConfig::new(24, 6).with_kv_heads(3)
 }
 
+/// With norms of queries and keys.
+fn normed<T: Real>(config: AttentionConfig, options: DijiangOptions) -> DijiangAttention<T> {
+    let mut plain = config.clone();
+    plain.qk_norm = None;
+    let weights =
+        AttentionWeights::clone(layer::<T>(plain, Biases::Qkv, options.clone(), 14).weights());
+    let mut random = Random::new(15);
+    let mut norm = || (0..4).map(|_| T::from_f64(1.0 + 0.3 * random.normal())).collect();
+    let weights = weights.with_qk_norms(norm(), norm());
+    DijiangAttention::from_softmax(&SoftmaxAttention::new(config, weights).unwrap(), options)
+        .unwrap()
+}
+
 /// D = 4, one head: small enough to damage every byte.
 fn small() -> DijiangAttention<f32> {
     calibrated(
@@ -172,6 +185,41 @@ fn kinds<T: Real>() -> Vec<(&'static str, DijiangAttention<T>)> {
             ),
         ),
         ("llama 3", plain(grouped().with_rotary(rotary().with_scaling(llama3)), options())),
+        (
+            "dynamic",
+            plain(
+                grouped().with_rotary(rotary().with_scaling(RotaryScaling::Dynamic {
+                    factor: 4.1,
+                    original_context: 16,
+                    length: 40,
+                })),
+                options(),
+            ),
+        ),
+        (
+            "YaRN",
+            plain(
+                grouped().with_rotary(rotary().with_scaling(RotaryScaling::Yarn {
+                    factor: 4.1,
+                    original_context: 16,
+                    beta_fast: 31.9,
+                    beta_slow: 1.1,
+                    attention_factor: 1.1 + 0.1,
+                })),
+                options(),
+            ),
+        ),
+        (
+            "LongRoPE",
+            plain(
+                grouped().with_rotary(rotary().with_scaling(RotaryScaling::LongRope {
+                    factors: vec![1.1, 1.0 / 3.0],
+                    attention_factor: 1.1,
+                })),
+                options(),
+            ),
+        ),
+        ("norms", normed(grouped().with_rotary(rotary()).with_qk_norm(1e-6 / 3.0), options())),
         ("no local window", plain(grouped(), options().with_window(None))),
         (
             "decay",
@@ -326,14 +374,15 @@ fn the_format_in_full() {
         ("self_attn.dijiang.heads", "2"),
         ("self_attn.dijiang.kv_heads", "1"),
         ("self_attn.dijiang.model_dim", "4"),
-        ("self_attn.dijiang.near", "chunks"),
-        ("self_attn.dijiang.near.back", "1"),
-        ("self_attn.dijiang.near.chunk", "8"),
+        ("self_attn.dijiang.qk_norm", "none"),
         ("self_attn.dijiang.rotary", "halves"),
         ("self_attn.dijiang.rotary.base", "10000.0"),
         ("self_attn.dijiang.rotary.dims", "all"),
         ("self_attn.dijiang.rotary.scaling", "none"),
         ("self_attn.dijiang.scale", "0.1"),
+        ("self_attn.dijiang.window", "chunks"),
+        ("self_attn.dijiang.window.back", "1"),
+        ("self_attn.dijiang.window.chunk", "8"),
     ];
     assert_eq!(notes.into_iter().collect::<Vec<_>>(), expected);
     let tensors: Vec<_> = parts
@@ -633,7 +682,7 @@ fn absurd_sizes() {
     // Counts in the metadata are compared with tensors before memory is taken.
     let parts = Parts::open(&small().to_safetensors().unwrap());
     for name in
-        ["model_dim", "heads", "kv_heads", "head_dim", "rotary.dims", "near.chunk", "near.back"]
+        ["model_dim", "heads", "kv_heads", "head_dim", "rotary.dims", "window.chunk", "window.back"]
     {
         for value in [
             "0",
@@ -648,7 +697,7 @@ fn absurd_sizes() {
             let mut parts = parts.clone();
             parts.notes.insert(format!("self_attn.dijiang.{name}"), value.to_owned());
             let result = DijiangAttention::<f32>::from_safetensors(&parts.bytes());
-            let fits = name == "near.back" && value == "0";
+            let fits = name == "window.back" && value == "0";
             assert_eq!(result.is_ok(), fits, "{name} = {value}");
             result
                 .err()
@@ -825,9 +874,9 @@ fn parts_that_do_not_fit_each_other() {
             "causality",
             "bidirectional",
             "self_attn.dijiang",
-            "near cannot be combined with bidirectional",
+            "window cannot be combined with bidirectional",
         ),
-        ("near.chunk", "0", "self_attn.dijiang", "window chunk"),
+        ("window.chunk", "0", "self_attn.dijiang", "window chunk"),
         ("0.sides", "tied", "self_attn.dijiang.0", "Sides::Tied"),
         ("0.pairing", "antithetic", "self_attn.dijiang.0.log_weight", "F64 [8]"),
         ("0.projection", "mixed", "self_attn.dijiang.0.signs", "F64 [1, 3, 4]"),

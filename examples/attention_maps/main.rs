@@ -30,7 +30,7 @@ use crate::lm::llama::Llama;
 use crate::lm::text::Text;
 use crate::plot::Maps;
 
-/// Draws one head's softmax and liwindow attention weights.
+/// Draws one head's softmax and linear attention weights.
 #[derive(Debug, Parser)]
 struct Args {
     /// Directory of a byte-level LLaMA-format model with valid.txt and calibration.txt

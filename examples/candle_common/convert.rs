@@ -1,4 +1,4 @@
-//! From the directory of a softmax model to a candle model with liwindow attention.
+//! From the directory of a softmax model to a candle model with linear attention.
 
 use std::ops::ControlFlow;
 use std::path::Path;

@@ -32,7 +32,7 @@ use crate::lm::text::Text;
 use crate::lm::{generate, llama};
 use crate::softmax::Softmax;
 
-/// Generate text from a byte-level LLaMA-format model in candle, with liwindow attention in place of
+/// Generate text from a byte-level LLaMA-format model in candle, with linear attention in place of
 /// softmax.
 #[derive(Debug, Parser)]
 #[command(version)]

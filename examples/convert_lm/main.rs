@@ -1,5 +1,5 @@
 //! Takes a trained byte-level language model of the LLaMA format, exchanges its softmax attention
-//! for DCT-kernelized liwindow attention, and shows on real text what that costs.
+//! for DCT-kernelized linear attention, and shows on real text what that costs.
 //!
 //! ```sh
 //! cargo run --release --example convert_lm
@@ -105,7 +105,7 @@ fn measure(args: &Args) -> Result<Report> {
     })?;
     let window_only_bpb =
         measured("window alone", &|| bits_per_byte(&converted.window_only, &text, windows, tick))?;
-    let pure_bpb = measured("liwindow alone, calibrated", &|| {
+    let pure_bpb = measured("linear alone, calibrated", &|| {
         bits_per_byte(&converted.pure, &text, windows, tick)
     })?;
 

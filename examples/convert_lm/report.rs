@@ -170,7 +170,7 @@ impl Report {
                 self.calibrated_bpb,
             ),
             (format!("{window} alone"), self.window_only_bpb),
-            ("liwindow alone with decay, calibrated".to_owned(), self.pure_bpb),
+            ("linear alone with decay, calibrated".to_owned(), self.pure_bpb),
         ] {
             table.add_row([name, format!("{bits:.4}"), format!("{:+.4}", bits - self.softmax_bpb)]);
         }

@@ -4,12 +4,12 @@
 //! cargo run --release --example error_table [-- --seeds 5 --steps 60 --json --svg FILE]
 //! ```
 //!
-//! For every feature map and m features, liwindow attention without a local window, causal, next to
+//! For every feature map and m features, linear attention without a local window, causal, next to
 //! softmax attention:
 //!
 //! ```text
 //! error = Σ |ô − o|² / Σ |o − ō|²             o: a head's softmax outputs, ō: their mean, ô: its linear outputs
-//! KL    = mean_i Σ_j p_ij ln(p_ij / r_ij)     p, r: the weights of softmax and of liwindow attention, in nats
+//! KL    = mean_i Σ_j p_ij ln(p_ij / r_ij)     p, r: the weights of softmax and of linear attention, in nats
 //! ```
 //!
 //! both averaged over heads, on queries, keys and values of a language model (after the rotary
@@ -30,7 +30,7 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
-/// Measures how far the liwindow attention of each feature map is from softmax attention.
+/// Measures how far the linear attention of each feature map is from softmax attention.
 #[derive(Debug, Parser)]
 struct Args {
     /// Directory of a byte-level LLaMA-format model with valid.txt and calibration.txt.

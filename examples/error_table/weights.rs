@@ -14,7 +14,7 @@ pub(crate) struct Exact {
     outputs: Array2<f64>,
 }
 
-/// How far the liwindow attention of a window is from softmax attention: sums over its queries.
+/// How far the linear attention of a window is from softmax attention: sums over its queries.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Distance {
     /// Σ |ô − o|².
@@ -40,7 +40,7 @@ impl Exact {
         &self.outputs
     }
 
-    /// To liwindow attention with the kernel e^`log_kernel`, `[n, n]`.
+    /// To linear attention with the kernel e^`log_kernel`, `[n, n]`.
     pub(crate) fn distance(&self, log_kernel: Array2<f64>) -> Distance {
         let log_weights = causal_log_softmax(log_kernel);
         let cross = Zip::from(&self.weights)

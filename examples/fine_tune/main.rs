@@ -61,7 +61,7 @@ struct Args {
     /// Length of the first steps of fine-tuning, relative to the size of a matrix's elements
     #[arg(long, value_name = "X", default_value_t = 0.02)]
     learning_rate: f64,
-    /// No exact local window, but decay: liwindow attention alone
+    /// No exact local window, but decay: linear attention alone
     #[arg(long)]
     pure: bool,
     /// Print one JSON object instead of text

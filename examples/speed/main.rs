@@ -19,7 +19,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 
-/// Measures liwindow attention against softmax attention.
+/// Measures linear attention against softmax attention.
 #[derive(Debug, Parser)]
 struct Args {
     /// Threads to run on.

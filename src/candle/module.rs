@@ -16,7 +16,7 @@ use crate::error::Error;
 use crate::kernel::{DctMap, Mixing, Pairing};
 use crate::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
-    RotaryTable, SoftmaxAttention,
+    RotaryTable, SoftmaxAttention, check_no_sliding,
 };
 use crate::real::Real;
 
@@ -77,7 +77,8 @@ impl CandleAttention {
     ///
     /// # Errors
     /// Those of the `VarBuilder` for missing tensors and other shapes; what
-    /// [`AttentionConfig::check`] finds.
+    /// [`AttentionConfig::check`] finds; [`Error::Conflict`] for a sliding window and for norms of
+    /// queries and keys.
     pub fn new(
         config: &AttentionConfig,
         options: &DijiangOptions,
@@ -98,7 +99,8 @@ impl CandleAttention {
     /// The same layer: its weights as constants of type `dtype`, its maps in f64.
     ///
     /// # Errors
-    /// [`Error::Tensor`] unless `dtype` is f32, f64, f16 or bf16.
+    /// [`Error::Tensor`] unless `dtype` is f32, f64, f16 or bf16; [`Error::Conflict`] for norms of
+    /// queries and keys.
     pub fn from_layer<T: Real + WithDType>(
         layer: &DijiangAttention<T>,
         dtype: DType,
@@ -169,6 +171,10 @@ impl CandleAttention {
         maps: Vec<MapTensors>,
     ) -> Result<Self> {
         let (config, head_dim) = config.resolved()?;
+        if config.qk_norm.is_some() {
+            return Err(Error::Conflict { argument: "qk_norm", other: "candle's layer" }.into());
+        }
+        check_no_sliding(&config)?;
         let window = window.filter(|_| config.causality == Causality::Causal);
         let rotary =
             config.rotary.as_ref().map(|rotary| Arc::new(RotaryTable::new(rotary, head_dim)));

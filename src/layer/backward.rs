@@ -8,7 +8,8 @@
 //! ```
 //!
 //! R turns pairs of coordinates (rotary embedding), so Rᵀ turns them back; a dot marks the
-//! gradient.
+//! gradient. Where queries and keys have a norm, q̂ goes through it before anything else is made of
+//! it.
 
 use ndarray::{Array1, Array2, ArrayRef2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2};
 
@@ -29,7 +30,7 @@ use crate::threads::{for_each, max_threads};
 pub struct LayerGradients<T> {
     /// Of the hidden states, `[n, D]`.
     pub x: Array2<T>,
-    /// Of the projections, and of those biases the layer has.
+    /// Of the projections, and of those biases and norms the layer has.
     pub weights: AttentionWeights<T>,
     /// Of the maps' parameters, one per key-value head.
     pub maps: Vec<DctGradients>,
@@ -142,6 +143,7 @@ impl<T: Real> DijiangAttention<T> {
             });
         projections.unrotate(&mut grad_q);
         projections.unrotate(&mut grad_k);
+        let grad_norms = projections.unnorm(x, &mut grad_q, &mut grad_k);
 
         let mut grad_x = Array2::zeros(x.raw_dim());
         for (grad, weight) in [(&grad_q, &weights.q), (&grad_k, &weights.k), (&grad_v, &weights.v)]
@@ -176,6 +178,7 @@ impl<T: Real> DijiangAttention<T> {
         of_weights.k_bias = sum(&weights.k_bias, grad_k.view());
         of_weights.v_bias = sum(&weights.v_bias, grad_v.view());
         of_weights.o_bias = sum(&weights.o_bias, grad_out.view());
+        (of_weights.q_norm, of_weights.k_norm) = grad_norms.unzip();
         Ok(LayerGradients {
             x: grad_x,
             weights: of_weights,

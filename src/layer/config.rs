@@ -44,6 +44,20 @@ pub struct AttentionConfig {
     /// Softmax scale σ. Default: 1/√d. A layer's own [`config`](crate::layer::Attention::config)
     /// has it filled in.
     pub scale: Option<f64>,
+    /// ε of an RMS norm of every head's query and key before the rotary embedding, `q_norm` and
+    /// `k_norm` of [`AttentionWeights`](crate::layer::AttentionWeights): Qwen 3, Gemma 3. Default:
+    /// no norm.
+    ///
+    /// ```text
+    /// q → w ⊙ q / √(|q|²/d + ε)
+    /// ```
+    pub qk_norm: Option<f64>,
+    /// A causal query sees the last w tokens only, its own one included (Mistral, the local layers
+    /// of Gemma 3): token j from token i if i − w < j ≤ i. Default: all before it.
+    ///
+    /// Softmax attention alone has it: a linear layer is there to see what is further away, and
+    /// refuses to be made of such a layer. Leave it as it is, or set this to `None` first.
+    pub sliding_window: Option<usize>,
 }
 
 impl AttentionConfig {
@@ -58,6 +72,8 @@ impl AttentionConfig {
             rotary: None,
             causality: Causality::Causal,
             scale: None,
+            qk_norm: None,
+            sliding_window: None,
         }
     }
 
@@ -91,11 +107,24 @@ impl AttentionConfig {
         Self { scale: Some(scale), ..self }
     }
 
+    /// An RMS norm of every head's query and key, with this ε.
+    #[must_use]
+    pub fn with_qk_norm(self, epsilon: f64) -> Self {
+        Self { qk_norm: Some(epsilon), ..self }
+    }
+
+    /// The last `tokens` tokens only, or all.
+    #[must_use]
+    pub fn with_sliding_window(self, tokens: Option<usize>) -> Self {
+        Self { sliding_window: tokens, ..self }
+    }
+
     /// Checks everything that can be checked without weights.
     ///
     /// # Errors
-    /// - [`Error::Value`]: a size of zero; a scale that is not finite and positive; a rotary
-    ///   embedding that is impossible (see [`Rotary`]).
+    /// - [`Error::Value`]: a size of zero; a scale that is not finite and positive; an ε that is not
+    ///   from 0 to 1; a rotary embedding that is impossible (see [`Rotary`]).
+    /// - [`Error::Conflict`]: a sliding window in bidirectional attention.
     /// - [`Error::NotDivisible`]: `heads` by `kv_heads`; `model_dim` by `heads` when no head
     ///   dimension is given.
     /// - [`Error::TooLarge`]: a weight matrix of this shape could not exist, or more coordinates
@@ -139,7 +168,27 @@ impl AttentionConfig {
         if let Some(rotary) = &self.rotary {
             rotary.check(head_dim)?;
         }
+        if let Some(got) = self.qk_norm.filter(|epsilon| !(0.0..=1.0).contains(epsilon)) {
+            return Err(Error::Value { argument: "qk_norm", expected: "from 0 to 1", got });
+        }
+        if let Some(tokens) = self.sliding_window {
+            check_positive("sliding_window", tokens)?;
+            if self.causality == Causality::Bidirectional {
+                return Err(Error::Conflict {
+                    argument: "sliding_window",
+                    other: "bidirectional attention",
+                });
+            }
+        }
         Ok((Self { head_dim: Some(head_dim), scale: Some(scale), ..self.clone() }, head_dim))
+    }
+}
+
+/// Layers without a softmax have no sliding window.
+pub(crate) fn check_no_sliding(config: &AttentionConfig) -> Result<()> {
+    match config.sliding_window {
+        Some(_) => Err(Error::Conflict { argument: "sliding_window", other: "linear attention" }),
+        None => Ok(()),
     }
 }
 

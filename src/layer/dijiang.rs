@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::kernel::{
     DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides,
 };
-use crate::layer::config::AttentionConfig;
+use crate::layer::config::{AttentionConfig, check_no_sliding};
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, Runs, StepScratch};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
@@ -287,9 +287,11 @@ impl<T: Real> DijiangAttention<T> {
     /// # Errors
     /// - [`Error::Value`], [`Error::TooLarge`]: impossible `options`, see [`DctMapConfig::build`]
     ///   and [`LinearConfig::build`];
-    /// - [`Error::Conflict`]: a decay in a bidirectional layer.
+    /// - [`Error::Conflict`]: a decay in a bidirectional layer; a layer with a
+    ///   [sliding window](AttentionConfig::sliding_window).
     pub fn from_softmax(layer: &SoftmaxAttention<T>, options: DijiangOptions) -> Result<Self> {
         let projections = layer.projections().clone();
+        check_no_sliding(projections.config())?;
         let heads = projections.config().kv_heads;
         let window = options.window.filter(|_| projections.config().causality == Causality::Causal);
         let log_decay = vec![options.log_decay; heads];

@@ -55,6 +55,7 @@ mod judge;
 mod packed;
 mod pool;
 mod published;
+mod qk_norm;
 mod qkv_proj;
 mod rotary;
 #[cfg(feature = "safetensors")]
@@ -69,6 +70,8 @@ pub use calibrate::{
 };
 pub use choose::{ChooseOptions, ChooseProgress, ChooseReport, Trial};
 pub use config::AttentionConfig;
+#[cfg(feature = "candle")]
+pub(crate) use config::check_no_sliding;
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use packed::Padding;
 pub use pool::{Slot, StatePool};

@@ -18,7 +18,7 @@ use crate::check::{check_elements, check_finite, check_len, check_shape};
 use crate::error::{Error, Result};
 use crate::kernel::{published_projection, softmax_rows};
 use crate::layer::Attention;
-use crate::layer::config::AttentionConfig;
+use crate::layer::config::{AttentionConfig, check_no_sliding};
 use crate::layer::qkv_proj::{QkvProj, StepScratch};
 use crate::layer::weights::AttentionWeights;
 use crate::real::Real;
@@ -207,7 +207,7 @@ impl<T: Real> PublishedAttention<T> {
     /// Whatever [`AttentionConfig::check`] and [`AttentionWeights::check`] find; [`Error::Value`]
     /// for grouped queries, heads whose dimensions do not add up to the model's, groups that do not
     /// divide it, positive decays; [`Error::Shape`], [`Error::Length`] and [`Error::NonFinite`] for
-    /// `published`; [`Error::Conflict`] for bidirectional attention.
+    /// `published`; [`Error::Conflict`] for bidirectional attention and sliding windows.
     pub fn new(
         config: AttentionConfig,
         weights: impl Into<Arc<AttentionWeights<T>>>,
@@ -215,6 +215,7 @@ impl<T: Real> PublishedAttention<T> {
     ) -> Result<Self> {
         let (projections, published) = (QkvProj::new(config, weights.into())?, published.into());
         let (config, d) = (projections.config(), projections.head_dim());
+        check_no_sliding(config)?;
         if config.causality == Causality::Bidirectional {
             return Err(Error::Conflict {
                 argument: "the published layer",

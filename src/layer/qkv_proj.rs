@@ -1,5 +1,5 @@
-//! What both layers have in common: hidden states → rotated queries, keys and values → (attention)
-//! → hidden states.
+//! What both layers have in common: hidden states → normed and rotated queries, keys and values →
+//! (attention) → hidden states.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use crate::attention::KeyMask;
 use crate::check::{check_elements, check_len, check_room, check_shape};
 use crate::error::{Error, Result};
 use crate::layer::config::AttentionConfig;
+use crate::layer::qk_norm::RmsNorm;
 use crate::layer::rotary::{Angles, RotaryTable};
 use crate::layer::weights::AttentionWeights;
 use crate::real::Real;
@@ -134,9 +135,7 @@ impl<T: Real> QkvProj<T> {
     /// The layer's outputs `[n, D]` from those of the heads, `[n, h·d]`.
     pub(crate) fn output(&self, o: &Array2<T>) -> Array2<T> {
         let mut y = Array2::zeros((o.nrows(), self.config.model_dim));
-        let output =
-            Linear { weight: &self.weights.o, bias: self.weights.o_bias.as_ref(), rotary: None };
-        apply(Runs { offsets: &[], starts: &[] }, o.view(), &mut [(output, &mut y)]);
+        apply(Runs { offsets: &[], starts: &[] }, o.view(), &mut [(self.out_proj(), &mut y)]);
         y
     }
 
@@ -162,16 +161,12 @@ impl<T: Real> QkvProj<T> {
         let StepScratch { x: input, y, q, k, v, o, angles } = scratch;
         input.assign(x);
         let weights = &*self.weights;
-        for (weight, bias, rows, rotated) in [
-            (&weights.q, &weights.q_bias, &mut *q, true),
-            (&weights.k, &weights.k_bias, &mut *k, true),
-            (&weights.v, &weights.v_bias, &mut *v, false),
-        ] {
+        for (linear, rows) in
+            [(self.q_proj(), &mut *q), (self.k_proj(), &mut *k), (self.v_proj(), &mut *v)]
+        {
             let row = slice_mut(rows);
-            matrix_vector(slice(weight), slice(input), bias.as_ref(), row);
-            if let (true, Some(rotary), Some(angles)) = (rotated, &self.rotary, angles.as_mut()) {
-                rotary.rotate(row, row.len(), position, angles);
-            }
+            matrix_vector(slice(linear.weight), slice(input), linear.bias, row);
+            linear.finish(row, position, angles.as_mut());
         }
         attend(q, k, v, o)?;
         matrix_vector(slice(&weights.o), slice(o), weights.o_bias.as_ref(), slice_mut(y));
@@ -195,21 +190,18 @@ impl<T: Real> QkvProj<T> {
         check_elements("x", x)?;
         let (input, weights) = (x.as_standard_layout(), &*self.weights);
         let mut angles = self.rotary.as_ref().map(RotaryTable::angles);
-        let mut project = |weight: &Array2<T>, bias: &Option<Array1<T>>, rotated: bool| {
-            let mut rows = matrix_vectors(weight, input.view(), bias.as_ref());
-            if let (true, Some(rotary), Some(angles)) = (rotated, &self.rotary, angles.as_mut()) {
-                for (row, &position) in
-                    slice_mut(&mut rows).chunks_exact_mut(weight.nrows()).zip(positions)
-                {
-                    rotary.rotate(row, row.len(), position, angles);
-                }
+        let mut project = |linear: Linear<'_, T>| {
+            let mut rows = matrix_vectors(linear.weight, input.view(), linear.bias);
+            let width = linear.weight.nrows();
+            for (row, &position) in slice_mut(&mut rows).chunks_exact_mut(width).zip(positions) {
+                linear.finish(row, position, angles.as_mut());
             }
             rows
         };
         let projected = ProjectedQkv {
-            q: project(&weights.q, &weights.q_bias, true),
-            k: project(&weights.k, &weights.k_bias, true),
-            v: project(&weights.v, &weights.v_bias, false),
+            q: project(self.q_proj()),
+            k: project(self.k_proj()),
+            v: project(self.v_proj()),
         };
         let mut o = Array2::zeros(projected.q.raw_dim());
         attend(&projected, &mut o)?;
@@ -279,26 +271,13 @@ impl<T: Real> QkvProj<T> {
         let zeros = |weight: &Array2<T>| Array2::zeros((x.nrows(), weight.nrows()));
         let mut projected =
             ProjectedQkv { q: zeros(&weights.q), k: zeros(&weights.k), v: zeros(&weights.v) };
-        let rotary = self.rotary.as_ref();
         let x = x.as_standard_layout();
-        apply(
-            runs,
-            x.view(),
-            &mut [
-                (
-                    Linear { weight: &weights.q, bias: weights.q_bias.as_ref(), rotary },
-                    &mut projected.q,
-                ),
-                (
-                    Linear { weight: &weights.k, bias: weights.k_bias.as_ref(), rotary },
-                    &mut projected.k,
-                ),
-                (
-                    Linear { weight: &weights.v, bias: weights.v_bias.as_ref(), rotary: None },
-                    &mut projected.v,
-                ),
-            ],
-        );
+        let outputs = &mut [
+            (self.q_proj(), &mut projected.q),
+            (self.k_proj(), &mut projected.k),
+            (self.v_proj(), &mut projected.v),
+        ];
+        apply(runs, x.view(), outputs);
         projected
     }
 
@@ -308,21 +287,63 @@ impl<T: Real> QkvProj<T> {
         let (weights, x) = (&*self.weights, x.as_standard_layout());
         let zeros = |weight: &Array2<T>| Array2::zeros((x.nrows(), weight.nrows()));
         let (mut k, mut v) = (zeros(&weights.k), zeros(&weights.v));
-        let key = Linear {
-            weight: &weights.k,
-            bias: weights.k_bias.as_ref(),
-            rotary: self.rotary.as_ref(),
-        };
-        let value = Linear { weight: &weights.v, bias: weights.v_bias.as_ref(), rotary: None };
         apply(
             Runs { offsets: &[0, x.nrows()], starts: &[start] },
             x.view(),
-            &mut [(key, &mut k), (value, &mut v)],
+            &mut [(self.k_proj(), &mut k), (self.v_proj(), &mut v)],
         );
         (k, v)
     }
 
-    /// Turns rows `[n, h·d]` of a whole sequence back by the rotary embedding.
+    /// Takes the gradients of normed queries and keys `[n, h·d]` of the sequence `x` back through
+    /// the norms, and returns those of the norms' weights, `[d]` each. None without norms.
+    pub(super) fn unnorm(
+        &self,
+        x: &ArrayRef2<T>,
+        grad_q: &mut Array2<T>,
+        grad_k: &mut Array2<T>,
+    ) -> Option<(Array1<T>, Array1<T>)> {
+        let x = x.as_standard_layout();
+        let back = |linear: Linear<'_, T>, grad: &mut Array2<T>| {
+            let (norm, mut raw) = (linear.norm?, Array2::zeros(grad.raw_dim()));
+            let plain = Linear { norm: None, rotary: None, ..linear };
+            apply(Runs { offsets: &[], starts: &[] }, x.view(), &mut [(plain, &mut raw)]);
+            let mut grad_weight = vec![0.0; norm.weight.len()];
+            norm.backward(slice(&raw), slice_mut(grad), &mut grad_weight);
+            Some(grad_weight.into_iter().map(T::from_f64).collect())
+        };
+        Some((back(self.q_proj(), grad_q)?, back(self.k_proj(), grad_k)?))
+    }
+
+    fn q_proj(&self) -> Linear<'_, T> {
+        let weights = &*self.weights;
+        let (bias, norm) = (weights.q_bias.as_ref(), self.norm(&weights.q_norm));
+        Linear { weight: &weights.q, bias, norm, rotary: self.rotary.as_ref() }
+    }
+
+    fn k_proj(&self) -> Linear<'_, T> {
+        let weights = &*self.weights;
+        let (bias, norm) = (weights.k_bias.as_ref(), self.norm(&weights.k_norm));
+        Linear { weight: &weights.k, bias, norm, rotary: self.rotary.as_ref() }
+    }
+
+    fn v_proj(&self) -> Linear<'_, T> {
+        let bias = self.weights.v_bias.as_ref();
+        Linear { weight: &self.weights.v, bias, norm: None, rotary: None }
+    }
+
+    fn out_proj(&self) -> Linear<'_, T> {
+        let bias = self.weights.o_bias.as_ref();
+        Linear { weight: &self.weights.o, bias, norm: None, rotary: None }
+    }
+
+    /// The norm with these weights, if the layer has one.
+    fn norm<'a>(&self, weight: &'a Option<Array1<T>>) -> Option<RmsNorm<'a, T>> {
+        let weight = weight.as_ref()?.as_slice()?;
+        Some(RmsNorm { weight, epsilon: self.config.qk_norm? })
+    }
+
+    /// The transpose of the rotary embedding of a whole sequence, on rows `[n, h·d]`.
     pub(crate) fn unrotate(&self, rows: &mut Array2<T>) {
         let width = rows.ncols();
         if let Some(rotary) = &self.rotary {
@@ -349,14 +370,26 @@ impl<T: Real> QkvProj<T> {
     }
 }
 
-/// y = x Wᵀ + b, then rotated.
+/// y = x Wᵀ + b, then normed and rotated.
+#[derive(Clone, Copy)]
 struct Linear<'a, T> {
     weight: &'a Array2<T>,
     bias: Option<&'a Array1<T>>,
+    norm: Option<RmsNorm<'a, T>>,
     rotary: Option<&'a RotaryTable>,
 }
 
 impl<T: Real> Linear<'_, T> {
+    /// Norms and rotates one row, of the token at `position`.
+    fn finish(&self, row: &mut [T], position: usize, angles: Option<&mut Angles<T>>) {
+        if let Some(norm) = self.norm {
+            norm.apply(row);
+        }
+        if let (Some(rotary), Some(angles)) = (self.rotary, angles) {
+            rotary.rotate(row, row.len(), position, angles);
+        }
+    }
+
     /// At most [`ROWS`] of the rows of `runs`, the first of them being row `first`.
     fn block(
         &self,
@@ -377,6 +410,9 @@ impl<T: Real> Linear<'_, T> {
         }
         if let Some(bias) = self.bias {
             y += bias;
+        }
+        if let (Some(norm), Some(rows)) = (self.norm, y.as_slice_mut()) {
+            norm.apply(rows);
         }
         if let (Some(rotary), width, Some(rows)) = (self.rotary, y.ncols(), y.as_slice_mut()) {
             let mut angles = rotary.angles();

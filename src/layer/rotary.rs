@@ -11,7 +11,7 @@
 
 use std::f64::consts::TAU;
 
-use crate::check::check_positive;
+use crate::check::{check_len, check_positive};
 use crate::error::{Error, Result};
 use crate::real::Real;
 
@@ -26,8 +26,9 @@ pub enum RotaryPairing {
     Interleaved,
 }
 
-/// How the frequencies are stretched for contexts longer than the training one.
-#[derive(Debug, Clone, Copy, PartialEq, Default)]
+/// How the frequencies are stretched for contexts longer than the training one. The rules are those
+/// of Hugging Face transformers 5, whose names stand at the variants.
+#[derive(Debug, Clone, PartialEq, Default)]
 #[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
 #[non_exhaustive]
 pub enum RotaryScaling {
@@ -52,11 +53,46 @@ pub enum RotaryScaling {
         /// Context the model was trained with first. Llama 3.1: 8192.
         original_context: usize,
     },
+    /// The NTK-aware rule (`dynamic`) for sequences of one length: the base grows by
+    /// `(factor·length/original_context − factor + 1)^(r/(r−2))`, and stays as it is where `length`
+    /// is at most `original_context`. transformers takes the longest sequence so far for `length`,
+    /// so that keys it has cached keep frequencies that are no longer in force; here there is one.
+    Dynamic {
+        /// How much longer the context becomes.
+        factor: f64,
+        /// Context the model was trained with.
+        original_context: usize,
+        /// Length of the sequences, in tokens.
+        length: usize,
+    },
+    /// YaRN [Peng et al. 2023, equations 22 to 25] (`yarn`): pair i stays if it turns more than
+    /// `beta_fast` times in the original context, is stretched by `factor` if it turns less than
+    /// `beta_slow` times, and moves from one to the other linearly in i, between whole numbers.
+    Yarn {
+        /// How much longer the context becomes.
+        factor: f64,
+        /// Context the model was trained with first.
+        original_context: usize,
+        /// At least the slow one. Usual: 32.
+        beta_fast: f64,
+        /// At most the fast one. Usual: 1.
+        beta_slow: f64,
+        /// Every rotated coordinate is multiplied by it. Usual: 0.1·ln(factor) + 1.
+        attention_factor: f64,
+    },
+    /// LongRoPE (`longrope`): every frequency is divided by a factor of its own.
+    LongRope {
+        /// `[r/2]`: the model's short or long factors, as the length of its sequences asks for.
+        factors: Vec<f64>,
+        /// Every rotated coordinate is multiplied by it. Usual: √(1 + ln s / ln n) for a context s
+        /// times as long as the original n.
+        attention_factor: f64,
+    },
 }
 
 /// Rotary position embedding of queries and keys. Checked with the
 /// [`AttentionConfig`](crate::layer::AttentionConfig) it belongs to: `dims` even, at least 2 and at
-/// most d; `base` and every factor finite and positive.
+/// most d; `base` and every factor finite and positive, and no frequency above 10⁹.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -119,50 +155,139 @@ impl Rotary {
             return Err(Error::TooLarge { argument: "rotary.dims", limit: head_dim, got: dims });
         }
         check_factor("rotary.base", self.base)?;
-        match self.scaling {
-            RotaryScaling::None => Ok(()),
-            RotaryScaling::Linear { factor } => check_factor("rotary.factor", factor),
-            RotaryScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_context,
-            } => {
-                check_factor("rotary.factor", factor)?;
-                check_factor("rotary.low_freq_factor", low_freq_factor)?;
-                check_factor("rotary.high_freq_factor", high_freq_factor)?;
-                check_positive("rotary.original_context", original_context)?;
-                if high_freq_factor > low_freq_factor {
-                    return Ok(());
-                }
-                Err(Error::Value {
-                    argument: "rotary.high_freq_factor",
-                    expected: "above low_freq_factor",
-                    got: high_freq_factor,
-                })
-            }
+        self.scaling.check(dims, self.base)?;
+        // Beyond it the angle of a token far out is a number of no meaning, or of no end.
+        match self.frequencies(dims).into_iter().find(|theta| !(0.0..=1e9).contains(theta)) {
+            None => Ok(()),
+            Some(got) => Err(Error::Value {
+                argument: "rotary.frequencies",
+                expected: "at most 10⁹ each",
+                got,
+            }),
         }
     }
 
     /// θ_i, stretched.
     fn frequencies(&self, dims: usize) -> Vec<f64> {
-        let stretched = |theta: f64| match self.scaling {
-            RotaryScaling::None => theta,
-            RotaryScaling::Linear { factor } => theta / factor,
-            RotaryScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_context,
-            } => {
-                let turns = original_context as f64 * theta / TAU; // in the original context
+        let base = self.base * self.scaling.base_growth(dims);
+        let plain = (0..dims / 2).map(|i| base.powf(-2.0 * i as f64 / dims as f64));
+        plain
+            .enumerate()
+            .map(|(i, theta)| self.scaling.stretched(i, theta, dims, self.base))
+            .collect()
+    }
+}
+
+impl RotaryScaling {
+    /// `dims` is even and at least 2, `base` finite and positive.
+    fn check(&self, dims: usize, base: f64) -> Result<()> {
+        match self {
+            Self::None => Ok(()),
+            Self::Linear { factor } => check_factor("rotary.factor", *factor),
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                check_factor("rotary.factor", *factor)?;
+                check_factor("rotary.low_freq_factor", *low_freq_factor)?;
+                check_factor("rotary.high_freq_factor", *high_freq_factor)?;
+                check_positive("rotary.original_context", *original_context)?;
+                check_value(
+                    high_freq_factor > low_freq_factor,
+                    "rotary.high_freq_factor",
+                    "above low_freq_factor",
+                    *high_freq_factor,
+                )
+            }
+            Self::Dynamic { factor, original_context, length } => {
+                check_value(*factor >= 1.0, "rotary.factor", "at least 1", *factor)?;
+                check_factor("rotary.factor", *factor)?;
+                check_positive("rotary.original_context", *original_context)?;
+                check_positive("rotary.length", *length)?;
+                check_value(dims > 2, "rotary.dims", "above 2 where it is dynamic", dims as f64)
+            }
+            Self::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor } => {
+                check_factor("rotary.factor", *factor)?;
+                check_positive("rotary.original_context", *original_context)?;
+                check_factor("rotary.beta_slow", *beta_slow)?;
+                check_factor("rotary.beta_fast", *beta_fast)?;
+                check_value(
+                    beta_fast >= beta_slow,
+                    "rotary.beta_fast",
+                    "at least beta_slow",
+                    *beta_fast,
+                )?;
+                check_value(base > 1.0, "rotary.base", "above 1 for YaRN", base)?;
+                check_attention_factor(*attention_factor)
+            }
+            Self::LongRope { factors, attention_factor } => {
+                check_len("rotary.factors", dims / 2, factors.len())?;
+                factors.iter().try_for_each(|&factor| check_factor("rotary.factors", factor))?;
+                check_attention_factor(*attention_factor)
+            }
+        }
+    }
+
+    /// What the base is multiplied by.
+    fn base_growth(&self, dims: usize) -> f64 {
+        match self {
+            Self::Dynamic { factor, original_context, length } => {
+                let (context, r) = (*original_context as f64, dims as f64);
+                let longer = (*length as f64).max(context) / context;
+                (factor * longer - (factor - 1.0)).powf(r / (r - 2.0))
+            }
+            _ => 1.0,
+        }
+    }
+
+    /// The frequency of pair i, which is `theta` without this.
+    fn stretched(&self, i: usize, theta: f64, dims: usize, base: f64) -> f64 {
+        match self {
+            Self::None | Self::Dynamic { .. } => theta,
+            Self::Linear { factor } => theta / factor,
+            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
+                let turns = *original_context as f64 * theta / TAU; // in the original context
                 let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor))
                     .clamp(0.0, 1.0);
                 theta * (kept + (1.0 - kept) / factor)
             }
-        };
-        (0..dims / 2).map(|i| stretched(self.base.powf(-2.0 * i as f64 / dims as f64))).collect()
+            Self::Yarn { factor, original_context, beta_fast, beta_slow, .. } => {
+                // The pair, as a real number, that turns so often in the original context.
+                let pair = |turns: f64| {
+                    let wavelength = *original_context as f64 / (turns * TAU);
+                    dims as f64 * wavelength.ln() / (2.0 * base.ln())
+                };
+                let low = pair(*beta_fast).floor().max(0.0);
+                let high = pair(*beta_slow).ceil().min(dims as f64 - 1.0);
+                let high = if high == low { low + 0.001 } else { high };
+                let kept = 1.0 - ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                theta * (kept + (1.0 - kept) / factor)
+            }
+            Self::LongRope { factors, .. } => theta / factors[i],
+        }
     }
+
+    /// What every rotated coordinate is multiplied by.
+    fn attention_factor(&self) -> f64 {
+        match self {
+            Self::Yarn { attention_factor, .. } | Self::LongRope { attention_factor, .. } => {
+                *attention_factor
+            }
+            _ => 1.0,
+        }
+    }
+}
+
+fn check_value(
+    holds: bool,
+    argument: &'static str,
+    expected: &'static str,
+    got: f64,
+) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::Value { argument, expected, got }) }
+}
+
+/// It multiplies queries and keys, which must stay numbers that can be worked with.
+fn check_attention_factor(got: f64) -> Result<()> {
+    let holds = (1e-6..=1e6).contains(&got);
+    check_value(holds, "rotary.attention_factor", "from 10⁻⁶ to 10⁶", got)
 }
 
 fn check_factor(argument: &'static str, got: f64) -> Result<()> {
@@ -185,6 +310,8 @@ pub(crate) struct RotaryTable {
     pairing: RotaryPairing,
     /// θ, `[r/2]`.
     frequencies: Vec<f64>,
+    /// What every rotated coordinate is multiplied by.
+    attention_factor: f64,
     /// (cos bθ, sin bθ), `[64, r/2]`.
     fine: Vec<(f64, f64)>,
 }
@@ -214,7 +341,8 @@ impl RotaryTable {
         let frequencies = rotary.frequencies(rotary.dims.unwrap_or(head_dim));
         let fine =
             (0..SPAN).flat_map(|b| frequencies.iter().map(move |&theta| turn(b, theta))).collect();
-        Self { head_dim, pairing: rotary.pairing, frequencies, fine }
+        let attention_factor = rotary.scaling.attention_factor();
+        Self { head_dim, pairing: rotary.pairing, frequencies, attention_factor, fine }
     }
 
     pub(crate) fn angles<T: Real>(&self) -> Angles<T> {
@@ -233,7 +361,7 @@ impl RotaryTable {
         self.turn_rows(rows, row_len, start, angles, 1.0);
     }
 
-    /// Turns everything back that [`rotate`](Self::rotate) turned: its transpose.
+    /// The transpose of [`rotate`](Self::rotate), which turns back everything it turned.
     pub(crate) fn unrotate<T: Real>(&self, rows: &mut [T], row_len: usize, start: usize) {
         self.turn_rows(rows, row_len, start, &mut self.angles(), -1.0);
     }
@@ -259,6 +387,12 @@ impl RotaryTable {
                 angles.whole.iter_mut().zip(&angles.coarse).zip(fine)
             {
                 *whole = (T::from_f64(c * cb - s * sb), T::from_f64(direction * (s * cb + c * sb)));
+            }
+            if self.attention_factor != 1.0 {
+                let factor = T::from_f64(self.attention_factor);
+                for (c, s) in &mut angles.whole {
+                    (*c, *s) = (*c * factor, *s * factor);
+                }
             }
             for head in row.chunks_exact_mut(self.head_dim) {
                 self.rotate_head(head, &angles.whole);

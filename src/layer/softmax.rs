@@ -86,7 +86,8 @@ impl<T: Real> SoftmaxAttention<T> {
         weights: impl Into<Arc<AttentionWeights<T>>>,
     ) -> Result<Self> {
         let projections = QkvProj::new(config, weights.into())?;
-        let exact = exact(&projections, None)?;
+        let window = projections.config().sliding_window.map(|tokens| Window::new(1, tokens - 1));
+        let exact = exact(&projections, window)?;
         Ok(Self { projections, exact })
     }
 
@@ -95,7 +96,8 @@ impl<T: Real> SoftmaxAttention<T> {
         self.projections.weights()
     }
 
-    /// The sliding window, if any.
+    /// The local window, if any: that of [`with_window`](Self::with_window), or the config's sliding
+    /// window as one of chunks of one token.
     pub fn window(&self) -> Option<Window> {
         self.exact.config().window
     }
@@ -105,9 +107,12 @@ impl<T: Real> SoftmaxAttention<T> {
     /// baseline.
     ///
     /// # Errors
-    /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of
-    /// zero.
+    /// [`Error::Conflict`] if the layer is bidirectional or has a sliding window of its own,
+    /// [`Error::Value`] for a chunk length of zero.
     pub fn with_window(self, window: Option<Window>) -> Result<Self> {
+        if self.projections.config().sliding_window.is_some() {
+            return Err(Error::Conflict { argument: "window", other: "a sliding window" });
+        }
         if window.is_some() && self.projections.config().causality == Causality::Bidirectional {
             return Err(Error::Conflict { argument: "window", other: "bidirectional attention" });
         }

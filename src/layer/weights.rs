@@ -3,7 +3,7 @@
 use ndarray::{Array1, Array2};
 
 use crate::check::{check_elements, check_len, check_shape};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::layer::config::AttentionConfig;
 use crate::real::Real;
 
@@ -32,6 +32,11 @@ pub struct AttentionWeights<T> {
     pub v_bias: Option<Array1<T>>,
     /// Output bias, `[D]`. Default: none.
     pub o_bias: Option<Array1<T>>,
+    /// Weights of the queries' RMS norm, `[d]`, the same for every head. There if
+    /// [`AttentionConfig::qk_norm`] is, and only then. Default: none.
+    pub q_norm: Option<Array1<T>>,
+    /// Weights of the keys' RMS norm, `[d]`, as [`q_norm`](Self::q_norm). Default: none.
+    pub k_norm: Option<Array1<T>>,
 }
 
 impl<T: Real> AttentionWeights<T> {
@@ -40,7 +45,8 @@ impl<T: Real> AttentionWeights<T> {
     /// # Shapes
     /// - `q`: `[h·d, D]`, `k` and `v`: `[h_kv·d, D]`, `o`: `[D, h·d]`
     pub fn new(q: Array2<T>, k: Array2<T>, v: Array2<T>, o: Array2<T>) -> Self {
-        Self { q, k, v, o, q_bias: None, k_bias: None, v_bias: None, o_bias: None }
+        let (q_bias, k_bias, v_bias, o_bias) = (None, None, None, None);
+        Self { q, k, v, o, q_bias, k_bias, v_bias, o_bias, q_norm: None, k_norm: None }
     }
 
     /// Biases of queries, keys and values.
@@ -61,12 +67,23 @@ impl<T: Real> AttentionWeights<T> {
         Self { o_bias: Some(o), ..self.with_qkv_biases(q, k, v) }
     }
 
+    /// Weights of the norms of queries and keys, for [`AttentionConfig::with_qk_norm`].
+    ///
+    /// # Shapes
+    /// - `q`, `k`: `[d]`
+    #[must_use]
+    pub fn with_qk_norms(self, q: Array1<T>, k: Array1<T>) -> Self {
+        Self { q_norm: Some(q), k_norm: Some(k), ..self }
+    }
+
     /// Every shape fits `config`, and every element is a number a layer can work with.
     ///
     /// # Errors
     /// - whatever [`AttentionConfig::check`] says;
     /// - [`Error::Shape`](crate::Error::Shape) and [`Error::Length`](crate::Error::Length) for
-    ///   matrices and biases that do not fit;
+    ///   matrices, biases and norms that do not fit;
+    /// - [`Error::Conflict`](crate::Error::Conflict) for norms that `config` does not have, or has
+    ///   and these weights do not;
     /// - [`Error::NonFinite`](crate::Error::NonFinite) for NaN, infinity and elements beyond
     ///   [`Real::LIMIT`].
     pub fn check(&self, config: &AttentionConfig) -> Result<()> {
@@ -93,22 +110,48 @@ impl<T: Real> AttentionWeights<T> {
                 check_elements(argument, bias)?;
             }
         }
+        for (argument, norm) in [("q_norm", &self.q_norm), ("k_norm", &self.k_norm)] {
+            match (norm, config.qk_norm) {
+                (Some(norm), Some(_)) => {
+                    check_len(argument, head_dim, norm.len())?;
+                    check_elements(argument, norm)?;
+                }
+                (None, None) => {}
+                (Some(_), None) => {
+                    return Err(Error::Conflict { argument, other: "a config without qk_norm" });
+                }
+                (None, Some(_)) => {
+                    return Err(Error::Conflict {
+                        argument: "qk_norm",
+                        other: "weights without q_norm and k_norm",
+                    });
+                }
+            }
+        }
         Ok(())
     }
 
     /// Rows one after another, as the projections read them.
     pub(crate) fn is_standard(&self) -> bool {
         [&self.q, &self.k, &self.v, &self.o].iter().all(|matrix| matrix.is_standard_layout())
+            && [&self.q_norm, &self.k_norm]
+                .into_iter()
+                .flatten()
+                .all(|norm| norm.is_standard_layout())
     }
 
     /// A copy with rows one after another.
     pub(crate) fn to_standard(&self) -> Self {
         let standard = |matrix: &Array2<T>| matrix.as_standard_layout().into_owned();
+        let in_order =
+            |norm: &Option<Array1<T>>| norm.as_ref().map(|norm| norm.iter().copied().collect());
         Self {
             q: standard(&self.q),
             k: standard(&self.k),
             v: standard(&self.v),
             o: standard(&self.o),
+            q_norm: in_order(&self.q_norm),
+            k_norm: in_order(&self.k_norm),
             ..self.clone()
         }
     }

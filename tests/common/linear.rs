@@ -1,4 +1,4 @@
-//! Literal feature maps, random configurations of liwindow attention, and what the reference says
+//! Literal feature maps, random configurations of linear attention, and what the reference says
 //! about them.
 
 use std::fmt::Debug;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! __metadata__   dijiang.version = 1, dijiang.layers (files of several layers)
-//! per layer      self_attn.{q,k,v,o}_proj.{weight,bias}                        the layer's own type
+//! per layer      self_attn.{q,k,v,o}_proj.{weight,bias}, .{q,k}_norm.weight    the layer's own type
 //! per kv head    self_attn.dijiang.{h}.{query,key}.{center,scale,radii}        F64
 //!                self_attn.dijiang.{h}.{log_weight,log_mix,log_decay}, and .signs or .{deep,dense}.{query,key}
 //! ```
@@ -272,6 +272,7 @@ fn config_notes(
         ("head_dim", head_dim.to_string()),
         ("scale", format!("{scale:?}")),
         ("causality", config.causality.word().to_owned()),
+        ("qk_norm", config.qk_norm.map_or("none".to_owned(), |epsilon| format!("{epsilon:?}"))),
     ];
     let Some(rotary) = &config.rotary else {
         notes.push(("rotary", "none".to_owned()));
@@ -283,7 +284,7 @@ fn config_notes(
         ("rotary.base", format!("{:?}", rotary.base)),
         ("rotary.dims", dims.map_or("all".to_owned(), |dims| dims.to_string())),
     ]);
-    match rotary.scaling {
+    match &rotary.scaling {
         RotaryScaling::None => notes.push(("rotary.scaling", "none".to_owned())),
         RotaryScaling::Linear { factor } => {
             notes.extend([
@@ -299,6 +300,34 @@ fn config_notes(
                 ("rotary.high_freq_factor", format!("{high_freq_factor:?}")),
                 ("rotary.original_context", original_context.to_string()),
             ])
+        }
+        RotaryScaling::Dynamic { factor, original_context, length } => notes.extend([
+            ("rotary.scaling", "dynamic".to_owned()),
+            ("rotary.factor", format!("{factor:?}")),
+            ("rotary.original_context", original_context.to_string()),
+            ("rotary.length", length.to_string()),
+        ]),
+        RotaryScaling::Yarn {
+            factor,
+            original_context,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+        } => notes.extend([
+            ("rotary.scaling", "yarn".to_owned()),
+            ("rotary.factor", format!("{factor:?}")),
+            ("rotary.original_context", original_context.to_string()),
+            ("rotary.beta_fast", format!("{beta_fast:?}")),
+            ("rotary.beta_slow", format!("{beta_slow:?}")),
+            ("rotary.attention_factor", format!("{attention_factor:?}")),
+        ]),
+        RotaryScaling::LongRope { factors, attention_factor } => {
+            let factors: Vec<String> = factors.iter().map(|factor| format!("{factor:?}")).collect();
+            notes.extend([
+                ("rotary.scaling", "longrope".to_owned()),
+                ("rotary.factors", factors.join(" ")),
+                ("rotary.attention_factor", format!("{attention_factor:?}")),
+            ]);
         }
     }
     notes

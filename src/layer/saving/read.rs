@@ -143,12 +143,15 @@ impl<'a> File<'a> {
 
     fn config(&self, place: &str) -> Result<AttentionConfig> {
         let name = |name: &str| format!("{place}{name}");
-        let config =
+        let mut config =
             AttentionConfig::new(self.count(&name("model_dim"))?, self.count(&name("heads"))?)
                 .with_kv_heads(self.count(&name("kv_heads"))?)
                 .with_head_dim(self.count(&name("head_dim"))?)
                 .with_scale(self.float(&name("scale"))?)
                 .with_causality(self.choice(&name("causality"))?);
+        if self.note(&name("qk_norm"))? != "none" {
+            config.qk_norm = Some(self.float(&name("qk_norm"))?);
+        }
         if self.note(&name("rotary"))? == "none" {
             return Ok(config);
         }
@@ -166,8 +169,31 @@ impl<'a> File<'a> {
                 high_freq_factor: factor("rotary.high_freq_factor")?,
                 original_context: self.count(&name("rotary.original_context"))?,
             },
+            "dynamic" => RotaryScaling::Dynamic {
+                factor: factor("rotary.factor")?,
+                original_context: self.count(&name("rotary.original_context"))?,
+                length: self.count(&name("rotary.length"))?,
+            },
+            "yarn" => RotaryScaling::Yarn {
+                factor: factor("rotary.factor")?,
+                original_context: self.count(&name("rotary.original_context"))?,
+                beta_fast: factor("rotary.beta_fast")?,
+                beta_slow: factor("rotary.beta_slow")?,
+                attention_factor: factor("rotary.attention_factor")?,
+            },
+            "longrope" => {
+                let note = name("rotary.factors");
+                let factors = self.note(&note)?.split(' ').map(str::parse);
+                RotaryScaling::LongRope {
+                    factors: factors
+                        .collect::<Result<_, _>>()
+                        .map_err(|error| fault(note, "numbers with spaces between them", error))?,
+                    attention_factor: factor("rotary.attention_factor")?,
+                }
+            }
             other => {
-                return Err(fault(name("rotary.scaling"), "none, linear or llama3", quoted(other)));
+                let words = "none, linear, llama3, dynamic, yarn or longrope";
+                return Err(fault(name("rotary.scaling"), words, quoted(other)));
             }
         };
         let (base, pairing) = (factor("rotary.base")?, self.choice(&name("rotary"))?);
@@ -203,7 +229,16 @@ impl<'a> File<'a> {
             };
             biases.contains(which).then(bias).transpose().map(|bias| bias.map(Array1::from))
         };
+        let norm = |which: char| {
+            let norm = || {
+                let shape = config.head_dim.as_slice();
+                self.tensor(&format!("{place}{which}_norm.weight"), shape, T::LIMIT)
+            };
+            config.qk_norm.map(|_| norm()).transpose().map(|norm| norm.map(Array1::from))
+        };
         Ok(AttentionWeights {
+            q_norm: norm('q')?,
+            k_norm: norm('k')?,
             q_bias: bias('q')?,
             k_bias: bias('k')?,
             v_bias: bias('v')?,
@@ -216,9 +251,10 @@ impl<'a> File<'a> {
         let name = |name: &str| format!("{place}dijiang.{name}");
         let window = match self.note(&name("window"))? {
             "none" => None,
-            "chunks" => {
-                Some(Window::new(self.count(&name("near.chunk"))?, self.count(&name("near.back"))?))
-            }
+            "chunks" => Some(Window::new(
+                self.count(&name("window.chunk"))?,
+                self.count(&name("window.back"))?,
+            )),
             other => return Err(fault(name("window"), "none or chunks", quoted(other))),
         };
         let dim = projections.head_dim();

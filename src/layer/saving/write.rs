@@ -79,12 +79,12 @@ impl<'a, T: Real> Writer<'a, T> {
             self.note(format!("{place}dijiang.{name}"), value);
         }
         self.note(
-            format!("{place}dijiang.near"),
+            format!("{place}dijiang.window"),
             if layer.window().is_some() { "chunks" } else { "none" },
         );
         if let Some(window) = layer.window() {
-            self.note(format!("{place}dijiang.near.chunk"), window.chunk);
-            self.note(format!("{place}dijiang.near.back"), window.back);
+            self.note(format!("{place}dijiang.window.chunk"), window.chunk);
+            self.note(format!("{place}dijiang.window.back"), window.back);
         }
         for (h, (map, log_decay)) in layer.maps().iter().zip(layer.log_decay()).enumerate() {
             let place = format!("{place}dijiang.{h}.");
@@ -149,6 +149,13 @@ impl<'a, T: Real> Writer<'a, T> {
             }
         }
         self.note(format!("{place}dijiang.biases"), biases);
+        for (name, norm) in [('q', &weights.q_norm), ('k', &weights.k_norm)] {
+            if let Some(norm) = norm {
+                let name = format!("{place}{name}_norm.weight");
+                let numbers = Numbers::Weights(norm.view().into_dyn());
+                self.tensors.push((name, norm.shape().to_vec(), numbers));
+            }
+        }
     }
 
     /// The bytes. Wide numbers lie first, so that every tensor is aligned.
