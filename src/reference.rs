@@ -378,7 +378,7 @@ impl<'a> Pairs<'a> {
     }
 }
 
-/// Liwindow attention with its optional exact local window.
+/// Linear attention with its optional exact local window.
 ///
 /// ```text
 /// A_ij = exp(S_ij)                        if window(i,j)

@@ -7,7 +7,8 @@ use ndarray::ArrayRef3;
 use crate::Real;
 use crate::attention::Window;
 use crate::attention::rows::{Rows, Valid};
-use crate::check::{check_positive, within};
+use crate::attention::scratch::BLOCK;
+use crate::check::{check_len, check_positive, within};
 use crate::error::{Error, Result};
 use crate::low::simd::LANES;
 use crate::threads::{for_each, max_threads};
@@ -59,6 +60,32 @@ pub(crate) fn check_state_size(
         Err(Error::TooLarge { argument: "elements of a state", limit, got })
     } else {
         Ok(())
+    }
+}
+
+/// One window for each head: those given, or the one given for all.
+pub(crate) fn each_head(
+    argument: &'static str,
+    windows: Vec<Window>,
+    heads: usize,
+) -> Result<Vec<Window>> {
+    match windows.as_slice() {
+        [] => Ok(windows),
+        [window] => Ok(vec![*window; heads]),
+        _ => check_len(argument, heads, windows.len()).map(|()| windows),
+    }
+}
+
+/// Windows are possible, and sinks fit beside each of them.
+pub(crate) fn check_exact_part(windows: &[Window], sinks: usize) -> Result<()> {
+    windows.iter().try_for_each(|window| window.check())?;
+    match windows.iter().map(|window| window.chunk).min() {
+        None if sinks > 0 => Err(Error::Conflict { argument: "sinks", other: "no local window" }),
+        Some(chunk) if sinks > chunk.min(BLOCK) => {
+            let limit = chunk.min(BLOCK);
+            Err(Error::TooLarge { argument: "sinks", limit, got: sinks })
+        }
+        _ => Ok(()),
     }
 }
 

@@ -43,6 +43,13 @@ pub trait Operator<T: Real>: Debug + Send + Sync {
     /// The empty state of a new sequence.
     fn new_state(&self) -> Self::State;
 
+    /// Whether a state can go on here.
+    ///
+    /// # Errors
+    /// [`Error::Foreign`](crate::Error::Foreign) for a state of an operator of another shape,
+    /// [`Error::Poisoned`](crate::Error::Poisoned) for one that a panic left half changed.
+    fn check_state(&self, state: &Self::State) -> Result<()>;
+
     /// Scratch for every method, for as many threads as the current pool has.
     fn workspace(&self) -> Workspace<T>;
 

@@ -2,7 +2,7 @@
 
 use crate::Real;
 use crate::attention::Window;
-use crate::attention::linear::state::{HeadState, PENDING, Ring, Shape, Sums};
+use crate::attention::linear::state::{HeadShape, HeadState, PENDING, Ring, Sums};
 use crate::error::{Error, Result};
 use crate::low::simd::{Ahead, LANES, padded};
 
@@ -26,8 +26,9 @@ pub(crate) struct Sizes {
     pub(crate) features: usize,
     /// Value dimension e.
     pub(crate) value_dim: usize,
-    /// The local window of linear attention.
+    /// As large as the largest local window of linear attention.
     pub(crate) window: Option<Window>,
+    pub(crate) sinks: usize,
     /// Scratch of the largest map.
     pub(crate) map: usize,
 }
@@ -43,6 +44,7 @@ impl Sizes {
             ("value dimension", self.value_dim, got.value_dim),
             ("window chunk", window(self).0, window(got).0),
             ("window back", window(self).1, window(got).1),
+            ("number of sinks", self.sinks, got.sinks),
             ("map scratch", self.map, got.map),
         ];
         match pairs.into_iter().find(|(_, expected, got)| expected != got) {
@@ -66,10 +68,10 @@ pub(crate) struct Worker<T> {
 
 impl<T: Real> Worker<T> {
     pub(crate) fn new(sizes: Sizes) -> Self {
-        let Sizes { dim, features, value_dim, window, .. } = sizes;
+        let Sizes { dim, features, value_dim, window, sinks, .. } = sizes;
         Self {
             scratch: Scratch::new(sizes),
-            state: HeadState::new(Shape { heads: 1, dim, features, value_dim, window }),
+            state: HeadState::new(HeadShape { dim, features, value_dim, window, sinks }),
             part: Sums::new(features, value_dim, PENDING),
         }
     }
@@ -121,9 +123,10 @@ pub(crate) struct FeatureScratch<T> {
 
 impl<T: Real> Scratch<T> {
     pub(crate) fn new(sizes: Sizes) -> Self {
-        let Sizes { dim, features, value_dim, window, map } = sizes;
+        let Sizes { dim, features, value_dim, window, sinks, map } = sizes;
         let zeros = |len| vec![T::zero(); len];
         let scores = window.map_or(BLOCK, |window| Ring::<T>::scores(window).max(BLOCK));
+        let scores = scores + padded(sinks);
         Self {
             x: zeros(dim * BLOCK),
             y: zeros(dim * BLOCK),

@@ -43,8 +43,8 @@ impl<T: Real> Workspace<T> {
 
     /// Room for a state of this shape to go back to.
     #[must_use]
-    pub(crate) fn with_snapshot(mut self, shape: Shape) -> Self {
-        self.snapshot = vec![HeadState::new(shape); shape.heads];
+    pub(crate) fn with_snapshot(mut self, shape: &Shape) -> Self {
+        self.snapshot = (0..shape.heads).map(|h| HeadState::new(shape.head(h))).collect();
         self
     }
 
@@ -57,9 +57,10 @@ impl<T: Real> Workspace<T> {
     }
 
     /// Makes room for every head to be worked on by several threads.
-    pub(crate) fn share_heads(&mut self, shape: Shape) {
+    pub(crate) fn share_heads(&mut self, shape: &Shape) {
         if self.pipelines.len() != shape.heads {
-            self.pipelines = vec![Pipeline::new(self.sizes, shape); shape.heads];
+            let heads = 0..shape.heads;
+            self.pipelines = heads.map(|h| Pipeline::new(self.sizes, shape, h)).collect();
         }
     }
 

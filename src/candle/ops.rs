@@ -1,4 +1,4 @@
-//! Liwindow attention on tensors, with gradients.
+//! Linear attention on tensors, with gradients.
 //!
 //! An operation of candle may have three inputs; attention has four, q, k, v and the numbers of its
 //! maps. So it is two nodes of the graph: `Bind` takes q, k and v and yields one number, `Attend`

@@ -97,7 +97,7 @@ impl<T: Real> DijiangAttention<T> {
         mask: KeyMask<'_>,
         loss: impl FnOnce(Array2<T>) -> Array2<T>,
     ) -> Result<LayerGradients<T>> {
-        self.vjp(x, mask, |o| loss(self.projections.output(o)).into())
+        self.vjp(x, mask, |o| loss(self.proj.output(o)).into())
     }
 
     /// The gradients from that with respect to the outputs, which `upstream` makes of the heads'
@@ -108,7 +108,7 @@ impl<T: Real> DijiangAttention<T> {
         mask: KeyMask<'_>,
         upstream: impl FnOnce(&Array2<T>) -> CowArray<'g, T, Ix2>,
     ) -> Result<LayerGradients<T>> {
-        let projections = &self.projections;
+        let projections = &self.proj;
         projections.check_sequence("x", x)?;
         if let KeyMask::Valid(valid) = mask {
             check_len("mask", x.nrows(), valid.len())?;
@@ -119,10 +119,10 @@ impl<T: Real> DijiangAttention<T> {
         let (q_heads, k_heads, v_heads) = (heads(&q), heads(&k), heads(&v));
 
         let mut o = Array2::zeros(q.raw_dim());
-        let mut workspace = self.linear.workspace();
+        let mut workspace = self.attention.workspace();
         let o_heads = &mut projections.heads_mut(&mut o);
         let qkv = Qkv::new(&q_heads, &k_heads, &v_heads).with_mask(mask);
-        self.linear.forward_into(qkv, o_heads, &mut workspace)?;
+        self.attention.forward_into(qkv, o_heads, &mut workspace)?;
         let grad_out = upstream(&o);
         check_shape("grad_out", &grad_out, &[x.nrows(), x.ncols()])?;
         check_elements("grad_out", &grad_out)?;
@@ -131,7 +131,7 @@ impl<T: Real> DijiangAttention<T> {
             product(grad_out, weights.o.view(), grad_o, false)
         });
         let grad_heads = projections.heads(&grad_o);
-        let gradients = self.linear.backward(qkv, &grad_heads)?;
+        let gradients = self.attention.backward(qkv, &grad_heads)?;
         drop((q, k, v, grad_o));
 
         let [mut grad_q, mut grad_k, grad_v] =

@@ -31,6 +31,7 @@ use std::time::{Duration, Instant};
 use ndarray::ArrayView2;
 
 use crate::attention::Causality;
+use crate::attention::Window;
 use crate::check::check_positive;
 use crate::error::{Error, Result};
 use crate::kernel::{DctMap, DctParams};
@@ -309,7 +310,7 @@ impl<T: Real> DijiangAttention<T> {
     /// # Errors
     /// [`Error::Empty`] without samples or for an empty one, [`Error::Shape`] for one of another
     /// width, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`], [`Error::Value`] if no
-    /// sample is longer than the local window, [`Error::Value`] and [`Error::TooLarge`] for impossible
+    /// sample is longer than the shortest local window, [`Error::Value`] and [`Error::TooLarge`] for impossible
     /// options, [`Error::Conflict`] for fitting the decay of a bidirectional layer,
     /// [`Error::Cancelled`] after `Break`. After an error the layer is unchanged.
     ///
@@ -344,7 +345,7 @@ impl<T: Real> DijiangAttention<T> {
     ) -> Result<CalibrateReport> {
         let start = Instant::now();
         options.check()?;
-        let causal = self.projections().config().causality == Causality::Causal;
+        let causal = self.proj.config().causality == Causality::Causal;
         if options.decay == Fit::Train && !causal {
             return Err(Error::Conflict { argument: "decay", other: "bidirectional attention" });
         }
@@ -367,10 +368,17 @@ impl<T: Real> DijiangAttention<T> {
         let tokens = |set: &Range<usize>| samples[set.clone()].iter().map(Sample::len).sum();
         let (trained_on, held_out) = (tokens(&train), if apart { tokens(&held) } else { 0 });
 
-        let mut judge = Judge::new(self.projections(), self.window(), &samples);
+        let mut judge = Judge::new(&self.proj, (self.windows(), self.sinks()), &samples);
         let far_mass = judge.far_mass(held.clone());
-        let run =
-            Run { options, start, window: self.window().is_some(), train, held, done: 0, progress };
+        let run = Run {
+            options,
+            start,
+            window: !self.windows().is_empty(),
+            train,
+            held,
+            done: 0,
+            progress,
+        };
         let found = run.run(&mut judge, old)?;
         let heads = found.iter().zip(far_mass).map(|(found, far_mass)| HeadReport {
             before: found.before,
@@ -399,17 +407,16 @@ fn capture<T: Real>(
     if samples.is_empty() {
         return Err(Error::Empty { argument: "samples" });
     }
-    let window = layer
-        .window()
-        .map_or(0, |window| window.chunk.saturating_mul(window.back.saturating_add(1)));
+    let reach = |window: &Window| window.chunk.saturating_mul(window.back.saturating_add(1));
+    let window = layer.windows().iter().map(reach).min().unwrap_or(0);
     let longest = samples.iter().map(|x| x.nrows()).max().unwrap_or(0);
     let samples =
-        samples.iter().map(|x| Sample::new(layer.projections(), x)).collect::<Result<Vec<_>>>()?;
+        samples.iter().map(|x| Sample::new(&layer.proj, x)).collect::<Result<Vec<_>>>()?;
     let samples: Vec<_> = samples.into_iter().filter(|sample| sample.len() > window).collect();
     if samples.is_empty() {
         return Err(Error::Value {
             argument: "samples",
-            expected: "longer than the local window",
+            expected: "longer than the shortest local window",
             got: longest as f64,
         });
     }

@@ -7,24 +7,23 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayRef1, ArrayRef2, Axis};
+use ndarray::ArrayRef2;
 
+use crate::Real;
 use crate::attention::{
-    CausalState, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window,
-    Workspace, check_offsets, check_offsets_of, check_state_size,
+    CausalState, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Window,
+    check_state_size,
 };
-use crate::check::{check_elements, check_len};
+use crate::check::check_len;
 use crate::error::{Error, Result};
 use crate::kernel::{
     DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides,
 };
-use crate::layer::config::{AttentionConfig, check_no_sliding};
-use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, Runs, StepScratch};
+use crate::layer::config::check_no_sliding;
+use crate::layer::layer::{Layer, LayerState};
+use crate::layer::qkv_proj::QkvProj;
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
-use crate::layer::{Attention, check_causal};
-use crate::real::Real;
-use crate::threads::{for_each, max_threads};
 
 /// How [`DijiangAttention::from_softmax`] sets up its maps. The defaults are those of
 /// [`DctMapConfig`].
@@ -55,9 +54,12 @@ pub struct DijiangOptions {
     pub mixing: Mixing,
     /// Seed of points and signs; every head gets one of its own, derived from it. Default: 0.
     pub seed: u64,
-    /// The exact local window. Default: 64 tokens a chunk, one chunk back. A bidirectional layer has
-    /// none and ignores it.
-    pub window: Option<Window>,
+    /// Local windows: none, one for all key-value heads, or one for each. Default: 64 tokens a chunk,
+    /// one chunk back. A bidirectional layer has none and ignores them.
+    pub windows: Vec<Window>,
+    /// Sinks: the first tokens of a sequence, which stay exact for every later query. Without a
+    /// window there are none. Default: 4.
+    pub sinks: usize,
     /// log γ ≤ 0 of every head. Default: 0. Causal layers only.
     pub log_decay: f64,
 }
@@ -75,7 +77,8 @@ impl Default for DijiangOptions {
             scales: map.scales,
             mixing: map.mixing,
             seed: map.seed,
-            window: Some(Window::new(64, 1)),
+            windows: vec![Window::new(64, 1)],
+            sinks: 4,
             log_decay: 0.0,
         }
     }
@@ -141,10 +144,22 @@ impl DijiangOptions {
         Self { seed, ..self }
     }
 
-    /// The exact local window, or none.
+    /// One local window for all heads, or none.
     #[must_use]
-    pub fn with_window(self, window: Option<Window>) -> Self {
-        Self { window, ..self }
+    pub fn with_window(self, window: impl Into<Option<Window>>) -> Self {
+        self.with_windows(window.into().into_iter().collect())
+    }
+
+    /// A local window for each key-value head.
+    #[must_use]
+    pub fn with_windows(self, windows: Vec<Window>) -> Self {
+        Self { windows, ..self }
+    }
+
+    /// Sinks.
+    #[must_use]
+    pub fn with_sinks(self, sinks: usize) -> Self {
+        Self { sinks, ..self }
     }
 
     /// log γ of every head.
@@ -212,45 +227,18 @@ pub(super) fn mixed(mut z: u64) -> u64 {
 /// assert!(bytes.iter().all(|&b| b == bytes[0]));
 /// # Ok::<(), dijiang::Error>(())
 /// ```
-#[derive(Debug, Clone)]
-pub struct DijiangAttention<T> {
-    pub(super) projections: QkvProj<T>,
-    pub(super) linear: LinearAttention<T, DctMap<T>>,
-}
+pub type DijiangAttention<T> = Layer<T, LinearAttention<T, DctMap<T>>>;
 
 /// What one sequence leaves behind for its next tokens, at constant size, with the scratch memory
 /// of a step.
-#[derive(Debug, Clone)]
-pub struct DijiangState<T> {
-    causal: CausalState<T>,
-    workspace: Workspace<T>,
-    scratch: StepScratch<T>,
-}
+pub type DijiangState<T> = LayerState<T, CausalState<T>>;
 
 impl<T: Real> DijiangState<T> {
-    /// Position of the next token: but for segments made by
-    /// [`new_state_at`](DijiangAttention::new_state_at), the number of tokens seen so far, masked
-    /// ones included.
-    pub fn position(&self) -> usize {
-        self.causal.position()
-    }
-
-    /// The attention's state, without the scratch memory: what is worth keeping.
-    /// [`DijiangAttention::resume`] takes it back.
-    pub fn causal(&self) -> &CausalState<T> {
-        &self.causal
-    }
-
-    /// Bytes of state, the same at any position. The scratch memory beside it is not counted.
-    pub fn bytes(&self) -> usize {
-        self.causal.bytes()
-    }
-
     /// The state as bytes, which [`DijiangAttention::state_from_bytes`] reads: see
     /// [`CausalState::to_bytes`].
     #[cfg(feature = "states")]
     pub fn to_bytes(&self, storage: crate::attention::Storage) -> Vec<u8> {
-        self.causal.to_bytes(storage)
+        self.attention.to_bytes(storage)
     }
 
     /// Takes over another state of the same layer, without allocating: back to a snapshot, or on
@@ -259,26 +247,14 @@ impl<T: Real> DijiangState<T> {
     /// # Errors
     /// [`Error::Foreign`] for a state of a layer of another shape; this one is unchanged then.
     pub fn copy_from(&mut self, from: &Self) -> Result<()> {
-        self.causal.copy_from(&from.causal)
-    }
-
-    /// Back to the empty state, without allocating.
-    pub fn reset(&mut self) {
-        self.causal.reset();
-    }
-}
-
-/// Equal attention states; the scratch memory means nothing.
-impl<T: Real> PartialEq for DijiangState<T> {
-    fn eq(&self, other: &Self) -> bool {
-        self.causal == other.causal
+        self.attention.copy_from(&from.attention)
     }
 }
 
 impl<T: Real> DijiangAttention<T> {
     /// Exchanges the attention of `layer` and keeps its weights (shared, not copied), rotary
-    /// embedding, heads and scale. A [`window`](SoftmaxAttention::with_window) restriction of `layer`
-    /// is not taken over: `options` has its own.
+    /// embedding, heads and scale. [Windows](SoftmaxAttention::with_windows) of `layer` are not taken
+    /// over: `options` has its own.
     ///
     /// # Cost
     /// Draws and tabulates the maps, O(m·d) a key-value head at most. Nothing is measured on data:
@@ -290,19 +266,38 @@ impl<T: Real> DijiangAttention<T> {
     /// - [`Error::Conflict`]: a decay in a bidirectional layer; a layer with a
     ///   [sliding window](AttentionConfig::sliding_window).
     pub fn from_softmax(layer: &SoftmaxAttention<T>, options: DijiangOptions) -> Result<Self> {
-        let projections = layer.projections().clone();
-        check_no_sliding(projections.config())?;
-        let heads = projections.config().kv_heads;
-        let window = options.window.filter(|_| projections.config().causality == Causality::Causal);
-        let log_decay = vec![options.log_decay; heads];
-        let d = projections.head_dim();
+        let proj = layer.proj.clone();
+        check_no_sliding(proj.config())?;
+        let (heads, d) = (proj.config().kv_heads, proj.head_dim());
+        let bidirectional = proj.config().causality == Causality::Bidirectional;
+        let windows = if bidirectional { Vec::new() } else { options.windows.clone() };
+        let sinks = if windows.is_empty() { 0 } else { options.sinks };
         options.map(d, 0).check()?;
         let features =
             options.blocks * d * if options.pairing == Pairing::Antithetic { 2 } else { 1 };
-        check_state_size(heads, d, features, d, window)?;
+        check_state_size(heads, d, features, d, windows.first().copied())?;
         let maps = (0..heads).map(|head| options.map(d, head).build()).collect::<Result<_>>()?;
-        let linear = linear(&projections, maps, window, log_decay)?;
-        Ok(Self { projections, linear })
+        let config = LinearConfig::new()
+            .with_windows(windows)
+            .with_sinks(sinks)
+            .with_log_decay(vec![options.log_decay; heads]);
+        Self::from_parts(proj, config, maps)
+    }
+
+    /// A layer of its parts: as many maps and decays as key-value heads, of the head dimension. Of
+    /// `config`, windows, sinks and decay count.
+    pub(crate) fn from_parts(
+        proj: QkvProj<T>,
+        config: LinearConfig,
+        maps: Vec<DctMap<T>>,
+    ) -> Result<Self> {
+        let of_layer = proj.config();
+        let attention = config
+            .with_heads(of_layer.heads)
+            .with_scale(proj.scale())
+            .with_causality(of_layer.causality)
+            .build(maps)?;
+        Ok(Self { proj, attention })
     }
 
     /// The state that [`DijiangState::to_bytes`] wrote, for a layer of this shape: see
@@ -312,17 +307,16 @@ impl<T: Real> DijiangAttention<T> {
     /// As [`LinearAttention::state_from_bytes`].
     #[cfg(feature = "states")]
     pub fn state_from_bytes(&self, bytes: &[u8]) -> Result<DijiangState<T>> {
-        Ok(DijiangState { causal: self.linear.state_from_bytes(bytes)?, ..self.new_state() })
+        Ok(self.state_of(self.attention.state_from_bytes(bytes)?))
     }
 
-    /// The layer's state with this state of its attention, put aside by [`DijiangState::causal`].
+    /// The layer's state with this state of its attention, put aside by [`LayerState::attention`].
     ///
     /// # Errors
     /// [`Error::Foreign`] for a state of a layer of another shape.
-    pub fn resume(&self, causal: CausalState<T>) -> Result<DijiangState<T>> {
-        let state = self.new_state();
-        self.linear.check_state(&causal)?;
-        Ok(DijiangState { causal, ..state })
+    pub fn resume(&self, state: CausalState<T>) -> Result<DijiangState<T>> {
+        self.attention.check_state(&state)?;
+        Ok(self.state_of(state))
     }
 
     /// The empty state of a segment that begins at `position` of its sequence: see
@@ -331,7 +325,7 @@ impl<T: Real> DijiangAttention<T> {
     /// # Errors
     /// As [`LinearAttention::new_state_at`].
     pub fn new_state_at(&self, position: usize) -> Result<DijiangState<T>> {
-        self.resume(self.linear.new_state_at(position)?)
+        Ok(self.state_of(self.attention.new_state_at(position)?))
     }
 
     /// Tokens that nobody queries join a state: [`prefill`](Attention::prefill) without outputs, at
@@ -348,11 +342,11 @@ impl<T: Real> DijiangAttention<T> {
         x: &ArrayRef2<T>,
         mask: KeyMask<'_>,
     ) -> Result<()> {
-        check_causal(self.config(), "extend")?;
-        self.projections.check_sequence("x", x)?;
-        let (k, v) = self.projections.project_keys(x, state.position());
-        let (k, v) = (self.projections.heads(&k), self.projections.heads(&v));
-        self.linear.extend(&mut state.causal, (&k, &v), mask, &mut self.linear.workspace())
+        self.proj.check_sequence("x", x)?;
+        let (k, v) = self.proj.project_keys(x, state.position());
+        let (k, v) = (self.proj.heads(&k), self.proj.heads(&v));
+        let workspace = &mut self.attention.workspace();
+        self.attention.extend(&mut state.attention, (&k, &v), mask, workspace)
     }
 
     /// `state` becomes that of its own segment and the next one: see [`LinearAttention::merge`].
@@ -360,27 +354,27 @@ impl<T: Real> DijiangAttention<T> {
     /// # Errors
     /// As [`LinearAttention::merge`].
     pub fn merge(&self, state: &mut DijiangState<T>, next: &DijiangState<T>) -> Result<()> {
-        self.linear.merge(&mut state.causal, &next.causal, &mut state.workspace)
-    }
-
-    /// The projection weights.
-    pub fn weights(&self) -> &Arc<AttentionWeights<T>> {
-        self.projections.weights()
+        self.attention.merge(&mut state.attention, &next.attention, &mut state.workspace)
     }
 
     /// The maps, one per key-value head.
     pub fn maps(&self) -> &[DctMap<T>] {
-        self.linear.maps()
+        self.attention.maps()
     }
 
-    /// The exact local window. None in a bidirectional layer.
-    pub fn window(&self) -> Option<Window> {
-        self.linear.window()
+    /// The local windows, one for each key-value head, if there are any.
+    pub fn windows(&self) -> &[Window] {
+        self.attention.windows()
+    }
+
+    /// Sinks.
+    pub fn sinks(&self) -> usize {
+        self.attention.sinks()
     }
 
     /// log γ, one per key-value head.
     pub fn log_decay(&self) -> &[f64] {
-        self.linear.log_decay()
+        self.attention.log_decay()
     }
 
     /// Replaces the maps, one per key-value head: calibrated elsewhere, or loaded from a file.
@@ -393,8 +387,8 @@ impl<T: Real> DijiangAttention<T> {
     /// [`Error::Length`] for another number of maps, [`Error::Foreign`] for a map of another head
     /// dimension. After an error the layer is unchanged.
     pub fn set_maps(&mut self, maps: Vec<DctMap<T>>) -> Result<()> {
-        check_len("maps", self.projections.config().kv_heads, maps.len())?;
-        let expected = self.projections.head_dim();
+        check_len("maps", self.proj.config().kv_heads, maps.len())?;
+        let expected = self.proj.head_dim();
         if let Some(map) = maps.iter().find(|map| map.dim() != expected) {
             return Err(Error::Foreign {
                 argument: "map",
@@ -403,8 +397,7 @@ impl<T: Real> DijiangAttention<T> {
                 got: map.dim(),
             });
         }
-        self.linear = linear(&self.projections, maps, self.window(), self.log_decay().to_vec())?;
-        Ok(())
+        self.rebuild(self.attention.config(), maps)
     }
 
     /// [`set_maps`](Self::set_maps) as a constructor. Weights are shared, not copied, here and
@@ -417,16 +410,15 @@ impl<T: Real> DijiangAttention<T> {
         Ok(self)
     }
 
-    /// Another local window, or none. States made before belong to another layer then.
+    /// Other local windows, one for all key-value heads or one for each, or none; and sinks. States
+    /// made before belong to another layer then.
     ///
     /// # Errors
-    /// [`Error::Conflict`] if the layer is bidirectional, [`Error::Value`] for a chunk length of
-    /// zero.
-    pub fn with_window(self, window: Option<Window>) -> Result<Self> {
-        check_window(&self.projections, window)?;
-        let linear =
-            linear(&self.projections, self.maps().to_vec(), window, self.log_decay().to_vec())?;
-        Ok(Self { linear, ..self })
+    /// [`Error::Conflict`] if the layer is bidirectional, and those of [`LinearConfig::build`].
+    pub fn with_windows(mut self, windows: Vec<Window>, sinks: usize) -> Result<Self> {
+        let config = self.attention.config().with_windows(windows).with_sinks(sinks);
+        self.rebuild(config, self.maps().to_vec())?;
+        Ok(self)
     }
 
     /// log γ ≤ 0, one per key-value head.
@@ -435,227 +427,30 @@ impl<T: Real> DijiangAttention<T> {
     /// [`Error::Length`] for another number of heads, [`Error::Value`] or [`Error::NonFinite`] for
     /// numbers that are no decay, [`Error::Conflict`] if the layer is bidirectional and a number is
     /// not zero.
-    pub fn with_log_decay(self, log_decay: Vec<f64>) -> Result<Self> {
-        check_len("log_decay", self.projections.config().kv_heads, log_decay.len())?;
-        let linear = linear(&self.projections, self.maps().to_vec(), self.window(), log_decay)?;
-        Ok(Self { linear, ..self })
+    pub fn with_log_decay(mut self, log_decay: Vec<f64>) -> Result<Self> {
+        check_len("log_decay", self.proj.config().kv_heads, log_decay.len())?;
+        let config = self.attention.config().with_log_decay(log_decay);
+        self.rebuild(config, self.maps().to_vec())?;
+        Ok(self)
     }
 
-    /// Other projection weights, of the same shapes: those of a step of training, say. Maps, near
-    /// part and decay stay.
+    /// Other projection weights, of the same shapes: those of a step of training, say. Maps, windows
+    /// and decay stay.
     ///
     /// # Errors
     /// As [`AttentionWeights::check`].
     pub fn with_weights(self, weights: AttentionWeights<T>) -> Result<Self> {
-        let projections = QkvProj::new(self.projections.config().clone(), Arc::new(weights))?;
-        Ok(Self { projections, ..self })
+        let proj = QkvProj::new(self.proj.config().clone(), Arc::new(weights))?;
+        Ok(Self { proj, ..self })
     }
 
     /// Maps and decays at once, of the lengths and dimensions there were.
-    pub(super) fn set_heads(&mut self, maps: Vec<DctMap<T>>, log_decay: Vec<f64>) -> Result<()> {
-        self.linear = linear(&self.projections, maps, self.window(), log_decay)?;
+    pub(crate) fn set_heads(&mut self, maps: Vec<DctMap<T>>, log_decay: Vec<f64>) -> Result<()> {
+        self.rebuild(self.attention.config().with_log_decay(log_decay), maps)
+    }
+
+    fn rebuild(&mut self, config: LinearConfig, maps: Vec<DctMap<T>>) -> Result<()> {
+        self.attention = config.build(maps)?;
         Ok(())
-    }
-
-    /// A layer of its parts: as many maps and decays as key-value heads, of the head dimension.
-    #[cfg(feature = "safetensors")]
-    pub(super) fn from_parts(
-        projections: QkvProj<T>,
-        maps: Vec<DctMap<T>>,
-        window: Option<Window>,
-        log_decay: Vec<f64>,
-    ) -> Result<Self> {
-        check_window(&projections, window)?;
-        let linear = linear(&projections, maps, window, log_decay)?;
-        Ok(Self { projections, linear })
-    }
-
-    /// The next token of each of several sequences: what [`step`](Attention::step) gives for each
-    /// alone, bit for bit, but every weight is read once for all of them.
-    ///
-    /// # Shapes
-    /// - `states`: b of them; `x` and `out`: `[b, D]`, a row per state.
-    ///
-    /// # Cost
-    /// The matrix products of b tokens by the projections, one thread; attention of the sequences
-    /// on all threads. Allocates for the batch.
-    ///
-    /// # Errors
-    /// As [`step`](Attention::step), for any of the tokens and states. After an error no state is
-    /// changed, nor `out`.
-    ///
-    /// # Examples
-    /// ```
-    /// use dijiang::attention::KeyMask;
-    /// use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
-    /// use ndarray::Array2;
-    ///
-    /// let eye = || Array2::<f32>::eye(8);
-    /// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), AttentionWeights::new(eye(), eye(), eye(), eye()))?;
-    /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new())?;
-    ///
-    /// // Two sequences of different lengths go on together.
-    /// let mut states = [layer.new_state(), layer.new_state()];
-    /// layer.prefill(&mut states[1], &Array2::ones((5, 8)), KeyMask::All)?;
-    /// let (x, mut out) = (Array2::ones((2, 8)), Array2::zeros((2, 8)));
-    /// layer.step_batch(&mut states.each_mut(), &x, &mut out)?;
-    /// assert_eq!((states[0].position(), states[1].position()), (1, 6));
-    /// # Ok::<(), dijiang::Error>(())
-    /// ```
-    pub fn step_batch(
-        &self,
-        states: &mut [&mut DijiangState<T>],
-        x: &ArrayRef2<T>,
-        out: &mut ArrayRef2<T>,
-    ) -> Result<()> {
-        check_causal(self.config(), "step")?;
-        if states.is_empty() {
-            return Err(Error::Empty { argument: "states" });
-        }
-        for state in states.iter() {
-            self.linear.check_state(&state.causal)?;
-        }
-        let positions: Vec<usize> = states.iter().map(|state| state.position()).collect();
-        self.projections.steps(x, &positions, out, |projected, o| {
-            let ProjectedQkv { q, k, v } = projected;
-            for (argument, rows) in [("q", q), ("k", k), ("v", v)] {
-                check_elements(argument, rows)?;
-            }
-            let [q, k, v] = [q, k, v].map(|rows| self.projections.heads(rows));
-            let mut o = self.projections.heads_mut(o);
-            let tokens = q
-                .axis_iter(Axis(1))
-                .zip(k.axis_iter(Axis(1)).zip(v.axis_iter(Axis(1))))
-                .zip(o.axis_iter_mut(Axis(1)));
-            let threads = max_threads().min(positions.len());
-            let mut results = vec![Ok(()); positions.len()];
-            let sequences = states.iter_mut().zip(tokens).zip(&mut results);
-            for_each(
-                &mut vec![(); threads],
-                sequences,
-                |(), ((state, ((q, (k, v)), mut out)), result)| {
-                    *result = self.linear.step(
-                        &mut state.causal,
-                        Qkv::token(&q, &k, &v),
-                        &mut out,
-                        &mut state.workspace,
-                    );
-                },
-            );
-            results.into_iter().collect()
-        })
-    }
-
-    pub(crate) fn projections(&self) -> &QkvProj<T> {
-        &self.projections
-    }
-}
-
-/// A local window needs a direction.
-fn check_window<T: Real>(projections: &QkvProj<T>, window: Option<Window>) -> Result<()> {
-    if window.is_some() && projections.config().causality == Causality::Bidirectional {
-        return Err(Error::Conflict { argument: "window", other: "bidirectional attention" });
-    }
-    Ok(())
-}
-
-/// The linear attention of a layer.
-fn linear<T: Real>(
-    projections: &QkvProj<T>,
-    maps: Vec<DctMap<T>>,
-    window: Option<Window>,
-    log_decay: Vec<f64>,
-) -> Result<LinearAttention<T, DctMap<T>>> {
-    let config = projections.config();
-    if config.causality == Causality::Bidirectional && log_decay.iter().any(|&decay| decay != 0.0) {
-        return Err(Error::Conflict { argument: "log_decay", other: "bidirectional attention" });
-    }
-    let linear = LinearConfig::new()
-        .with_heads(config.heads)
-        .with_scale(projections.scale())
-        .with_log_decay(log_decay)
-        .with_causality(config.causality);
-    LinearConfig { window, ..linear }.build(maps)
-}
-
-impl<T: Real> Attention<T> for DijiangAttention<T> {
-    type State = DijiangState<T>;
-
-    fn config(&self) -> &AttentionConfig {
-        self.projections.config()
-    }
-
-    fn new_state(&self) -> DijiangState<T> {
-        DijiangState {
-            causal: self.linear.new_state(),
-            workspace: self.linear.step_workspace(),
-            scratch: self.projections.step_scratch(),
-        }
-    }
-
-    fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
-        let mut workspace = self.linear.workspace();
-        self.projections.run(x, mask, 0, |q, k, v, out| {
-            self.linear.forward_into(Qkv::new(q, k, v).with_mask(mask), out, &mut workspace)
-        })
-    }
-
-    fn prefill(
-        &self,
-        state: &mut DijiangState<T>,
-        x: &ArrayRef2<T>,
-        mask: KeyMask<'_>,
-    ) -> Result<Array2<T>> {
-        check_causal(self.config(), "prefill")?;
-        self.projections.run(x, mask, state.position(), |q, k, v, out| {
-            let qkv = Qkv::new(q, k, v).with_mask(mask);
-            let workspace = &mut self.linear.workspace();
-            self.linear.prefill_into(&mut [&mut state.causal], qkv, out, workspace)
-        })
-    }
-
-    fn forward_packed(
-        &self,
-        x: &ArrayRef2<T>,
-        offsets: &[usize],
-        mask: KeyMask<'_>,
-    ) -> Result<Array2<T>> {
-        check_offsets("offsets", offsets, x.nrows())?;
-        let (starts, mut workspace) = (vec![0; offsets.len() - 1], self.linear.workspace());
-        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
-            let qkv = Qkv::new(q, k, v).with_mask(mask).with_offsets(offsets);
-            self.linear.forward_into(qkv, out, &mut workspace)
-        })
-    }
-
-    fn prefill_packed(
-        &self,
-        states: &mut [&mut DijiangState<T>],
-        x: &ArrayRef2<T>,
-        offsets: &[usize],
-        mask: KeyMask<'_>,
-    ) -> Result<Array2<T>> {
-        check_causal(self.config(), "prefill")?;
-        check_offsets_of(states.len(), offsets, x.nrows())?;
-        let starts: Vec<_> = states.iter().map(|state| state.position()).collect();
-        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
-            let mut states: Vec<_> = states.iter_mut().map(|state| &mut state.causal).collect();
-            let qkv = Qkv::new(q, k, v).with_mask(mask).with_offsets(offsets);
-            self.linear.prefill_into(&mut states, qkv, out, &mut self.linear.workspace())
-        })
-    }
-
-    /// As [`Attention::step`]. Never allocates.
-    fn step(
-        &self,
-        state: &mut DijiangState<T>,
-        x: &ArrayRef1<T>,
-        out: &mut ArrayRef1<T>,
-    ) -> Result<()> {
-        check_causal(self.config(), "step")?;
-        let DijiangState { causal, workspace, scratch } = state;
-        self.projections.step(x, causal.position(), scratch, out, |q, k, v, out| {
-            self.linear.step(causal, Qkv::token(q, k, v), out, workspace)
-        })
     }
 }

@@ -9,7 +9,7 @@ use crate::attention::{FarPart, HeadQkv, Operator, Qkv, Tape, Window};
 use crate::error::Result;
 use crate::kernel::{DctGradients, DctMap, DctParams, DctSums, DifferentiableMap};
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj};
-use crate::layer::softmax::exact;
+use crate::layer::softmax::softmax_of;
 use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 
@@ -40,7 +40,7 @@ impl<T: Real> Sample<T> {
     pub(super) fn new(projections: &QkvProj<T>, hidden: &ArrayView2<'_, T>) -> Result<Self> {
         projections.check_sequence("samples", hidden)?;
         let ProjectedQkv { mut q, mut k, v } = projections.project(hidden, 0);
-        let exact = exact(projections, None)?;
+        let exact = softmax_of(projections, Vec::new(), 0)?;
         let mut teacher = Array2::zeros(q.raw_dim());
         {
             let (q, k, v) = (projections.heads(&q), projections.heads(&k), projections.heads(&v));
@@ -194,10 +194,10 @@ pub(super) struct Judge<'a, T> {
 impl<'a, T: Real> Judge<'a, T> {
     pub(super) fn new(
         projections: &QkvProj<T>,
-        window: Option<Window>,
+        exact_keys: (&[Window], usize),
         samples: &'a [Sample<T>],
     ) -> Self {
-        let config = projections.config();
+        let (config, (windows, sinks)) = (projections.config(), exact_keys);
         let (heads, group, d) =
             (config.kv_heads, config.heads / config.kv_heads, projections.head_dim());
         let mut slots: Vec<Option<Part<'a, T>>> =
@@ -212,7 +212,7 @@ impl<'a, T: Real> Judge<'a, T> {
                     |rows: &'a Array2<T>| heads_of(rows, d, head * group..(head + 1) * group);
                 let (x, y, v) = (queries(&sample.x), sample.y.slice(own), sample.v.slice(own));
                 let qkv = HeadQkv { head, position: 0, q: x, k: y, v, valid: None };
-                let far = FarPart::new(qkv, config.causality, window);
+                let far = FarPart::new(qkv, config.causality, (windows.get(head).copied(), sinks));
                 *slot = Some(Part { far, x, y, teacher: queries(&sample.teacher) });
             },
         );

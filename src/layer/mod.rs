@@ -47,11 +47,11 @@
 
 mod backward;
 mod calibrate;
-mod choose;
 mod config;
 mod descent;
 mod dijiang;
 mod judge;
+mod layer;
 mod packed;
 mod pool;
 mod published;
@@ -68,11 +68,11 @@ pub use backward::LayerGradients;
 pub use calibrate::{
     CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport, ProjectionFit,
 };
-pub use choose::{ChooseOptions, ChooseProgress, ChooseReport, Trial};
 pub use config::AttentionConfig;
 #[cfg(feature = "candle")]
 pub(crate) use config::check_no_sliding;
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
+pub use layer::{Layer, LayerState};
 pub use packed::Padding;
 pub use pool::{Slot, StatePool};
 pub use published::{PublishedAttention, PublishedState, PublishedWeights};

@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::kernel::{published_projection, softmax_rows};
 use crate::layer::Attention;
 use crate::layer::config::{AttentionConfig, check_no_sliding};
-use crate::layer::qkv_proj::{QkvProj, StepScratch};
+use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, StepScratch};
 use crate::layer::weights::AttentionWeights;
 use crate::real::Real;
 use crate::simd::product;
@@ -156,7 +156,7 @@ impl<T: Real> PublishedWeights<T> {
 /// O(n·d²) per head, a state of d² numbers per head.
 #[derive(Debug, Clone)]
 pub struct PublishedAttention<T> {
-    projections: QkvProj<T>,
+    proj: QkvProj<T>,
     weights: Arc<PublishedWeights<T>>,
     /// diag(t)·C, transposed: features are the softmax of z·P, `[d, d]`.
     projection: Arc<Array2<T>>,
@@ -213,8 +213,8 @@ impl<T: Real> PublishedAttention<T> {
         weights: impl Into<Arc<AttentionWeights<T>>>,
         published: impl Into<Arc<PublishedWeights<T>>>,
     ) -> Result<Self> {
-        let (projections, published) = (QkvProj::new(config, weights.into())?, published.into());
-        let (config, d) = (projections.config(), projections.head_dim());
+        let (proj, published) = (QkvProj::new(config, weights.into())?, published.into());
+        let (config, d) = (proj.config(), proj.head_dim());
         check_no_sliding(config)?;
         if config.causality == Causality::Bidirectional {
             return Err(Error::Conflict {
@@ -238,12 +238,12 @@ impl<T: Real> PublishedAttention<T> {
         }
         published.check(config, d)?;
         let projection = Arc::new(published_projection(&published.radii));
-        Ok(Self { projections, weights: published, projection })
+        Ok(Self { proj, weights: published, projection })
     }
 
     /// The projection weights.
     pub fn weights(&self) -> &Arc<AttentionWeights<T>> {
-        self.projections.weights()
+        self.proj.weights()
     }
 
     /// Everything else that is trained.
@@ -366,7 +366,7 @@ impl<T: Real> PublishedAttention<T> {
     }
 
     fn check_state(&self, state: &PublishedState<T>) -> Result<()> {
-        let (config, d) = (self.projections.config(), self.projections.head_dim());
+        let (config, d) = (self.proj.config(), self.proj.head_dim());
         let (heads, dim, _) = state.sums.dim();
         for (what, expected, got) in
             [("number of heads", config.heads, heads), ("head dimension", d, dim)]
@@ -383,15 +383,15 @@ impl<T: Real> Attention<T> for PublishedAttention<T> {
     type State = PublishedState<T>;
 
     fn config(&self) -> &AttentionConfig {
-        self.projections.config()
+        self.proj.config()
     }
 
     fn new_state(&self) -> PublishedState<T> {
-        let (heads, d) = (self.projections.config().heads, self.projections.head_dim());
+        let (heads, d) = (self.proj.config().heads, self.proj.head_dim());
         PublishedState {
             sums: Array3::zeros((heads, d, d)),
             position: 0,
-            scratch: self.projections.step_scratch(),
+            scratch: self.proj.step_scratch(),
         }
     }
 
@@ -406,19 +406,24 @@ impl<T: Real> Attention<T> for PublishedAttention<T> {
         mask: KeyMask<'_>,
     ) -> Result<Array2<T>> {
         self.check_state(state)?;
-        let out = self.projections.run(x, mask, state.position, |q, k, v, out| {
-            for (argument, rows) in [("q", q), ("k", k), ("v", v)] {
-                check_elements(argument, rows)?;
-            }
-            let mut sums = state.sums.clone();
-            self.attend(&mut sums, q, k, v, mask, out);
-            self.normalise(x.view(), out);
-            check_elements("gated outputs", out)?;
-            state.sums = sums;
-            Ok(())
-        })?;
+        self.proj.check_sequence("x", x)?;
+        if let KeyMask::Valid(valid) = mask {
+            check_len("mask", x.nrows(), valid.len())?;
+        }
+        let ProjectedQkv { q, k, v } = self.proj.project(x, state.position);
+        let [q, k, v] = [&q, &k, &v].map(|rows| self.proj.heads(rows));
+        let mut o = Array2::zeros((x.nrows(), q.shape()[0] * q.shape()[2]));
+        let mut out = self.proj.heads_mut(&mut o);
+        let mut sums = state.sums.clone();
+        for (argument, rows) in [("q", &q), ("k", &k), ("v", &v)] {
+            check_elements(argument, rows)?;
+        }
+        self.attend(&mut sums, &q, &k, &v, mask, &mut out);
+        self.normalise(x.view(), &mut out);
+        check_elements("gated outputs", &out)?;
+        state.sums = sums;
         state.position += x.nrows();
-        Ok(out)
+        Ok(self.proj.output(&o))
     }
 
     fn step(
@@ -429,20 +434,21 @@ impl<T: Real> Attention<T> for PublishedAttention<T> {
     ) -> Result<()> {
         self.check_state(state)?;
         let PublishedState { sums, position, scratch } = state;
-        self.projections.step(x, *position, scratch, out, |q, k, v, o| {
-            for (argument, rows) in [("q", q), ("k", k), ("v", v)] {
-                check_elements(argument, rows)?;
-            }
-            let token = |rows: &ArrayRef2<T>| rows.view().insert_axis(Axis(1)).into_owned();
-            let mut o = o.view_mut().insert_axis(Axis(1));
-            let mut next = sums.clone();
-            self.attend(&mut next, &token(q), &token(k), &token(v), KeyMask::All, &mut o);
-            self.normalise(x.view().insert_axis(Axis(0)), &mut o);
-            check_elements("gated outputs", &o)?;
-            *sums = next;
-            Ok(())
-        })?;
+        check_len("out", self.config().model_dim, out.len())?;
+        self.proj.project_token(x, *position, scratch)?;
+        let StepScratch { q, k, v, o, .. } = &mut *scratch;
+        for (argument, rows) in [("q", &*q), ("k", k), ("v", v)] {
+            check_elements(argument, rows)?;
+        }
+        let token = |rows: &ArrayRef2<T>| rows.view().insert_axis(Axis(1)).into_owned();
+        let mut o = o.view_mut().insert_axis(Axis(1));
+        let mut next = sums.clone();
+        self.attend(&mut next, &token(q), &token(k), &token(v), KeyMask::All, &mut o);
+        self.normalise(x.view().insert_axis(Axis(0)), &mut o);
+        check_elements("gated outputs", &o)?;
+        *sums = next;
         *position += 1;
+        self.proj.output_token(scratch, out);
         Ok(())
     }
 }

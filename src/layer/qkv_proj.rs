@@ -5,11 +5,10 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use ndarray::{
-    Array, Array1, Array2, ArrayRef1, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2,
+    Array, Array1, Array2, ArrayRef1, ArrayRef2, ArrayView2, ArrayView3, ArrayViewMut2,
     ArrayViewMut3, Axis, Dimension, s,
 };
 
-use crate::attention::KeyMask;
 use crate::check::{check_elements, check_len, check_room, check_shape};
 use crate::error::{Error, Result};
 use crate::layer::config::AttentionConfig;
@@ -50,16 +49,19 @@ pub(crate) struct Runs<'a> {
     pub(crate) starts: &'a [usize],
 }
 
-/// Everything [`QkvProj::step`] writes to besides its output. Contents are garbage before and
-/// after.
+/// What a step writes to besides its output. Contents are garbage before and after.
 #[derive(Debug, Clone)]
 pub(crate) struct StepScratch<T> {
     x: Array1<T>,
     y: Array1<T>,
-    q: Array2<T>,
-    k: Array2<T>,
-    v: Array2<T>,
-    o: Array2<T>,
+    /// `[h, d]`
+    pub(crate) q: Array2<T>,
+    /// `[h_kv, d]`
+    pub(crate) k: Array2<T>,
+    /// `[h_kv, d]`
+    pub(crate) v: Array2<T>,
+    /// `[h, d]`
+    pub(crate) o: Array2<T>,
     angles: Option<Angles<T>>,
 }
 
@@ -90,48 +92,6 @@ impl<T: Real> QkvProj<T> {
         self.scale
     }
 
-    /// Attention over a run of tokens whose first one is at position `start`; `attend` gets q `[h,
-    /// n, d]`, k and v `[h_kv, n, d]` and the output `[h, n, d]`, all of them views with the
-    /// tokens' rows interleaved.
-    pub(crate) fn run(
-        &self,
-        x: &ArrayRef2<T>,
-        mask: KeyMask<'_>,
-        start: usize,
-        attend: impl FnOnce(
-            &ArrayRef3<T>,
-            &ArrayRef3<T>,
-            &ArrayRef3<T>,
-            &mut ArrayRef3<T>,
-        ) -> Result<()>,
-    ) -> Result<Array2<T>> {
-        self.run_packed(x, mask, Runs { offsets: &[0, x.nrows()], starts: &[start] }, attend)
-    }
-
-    /// [`run`](Self::run) over several sequences at once.
-    pub(crate) fn run_packed(
-        &self,
-        x: &ArrayRef2<T>,
-        mask: KeyMask<'_>,
-        runs: Runs<'_>,
-        attend: impl FnOnce(
-            &ArrayRef3<T>,
-            &ArrayRef3<T>,
-            &ArrayRef3<T>,
-            &mut ArrayRef3<T>,
-        ) -> Result<()>,
-    ) -> Result<Array2<T>> {
-        self.check_sequence("x", x)?;
-        if let KeyMask::Valid(valid) = mask {
-            check_len("mask", x.nrows(), valid.len())?;
-        }
-        let ProjectedQkv { q, k, v } = self.project_packed(x, runs);
-        let mut o = Array2::zeros(q.raw_dim());
-        attend(&self.heads(&q), &self.heads(&k), &self.heads(&v), &mut self.heads_mut(&mut o))?;
-        drop((q, k, v));
-        Ok(self.output(&o))
-    }
-
     /// The layer's outputs `[n, D]` from those of the heads, `[n, h·d]`.
     pub(crate) fn output(&self, o: &Array2<T>) -> Array2<T> {
         let mut y = Array2::zeros((o.nrows(), self.config.model_dim));
@@ -139,28 +99,18 @@ impl<T: Real> QkvProj<T> {
         y
     }
 
-    /// Attention of one token at `position`; `attend` gets q `[h, d]`, k and v `[h_kv, d]` and the
-    /// output `[h, d]`. Allocates nothing. `out` is written only if `attend` succeeds.
-    pub(crate) fn step(
+    /// Queries, keys and values of one token at `position`, into `scratch`. Allocates nothing.
+    pub(crate) fn project_token(
         &self,
         x: &ArrayRef1<T>,
         position: usize,
         scratch: &mut StepScratch<T>,
-        out: &mut ArrayRef1<T>,
-        attend: impl FnOnce(
-            &ArrayRef2<T>,
-            &ArrayRef2<T>,
-            &ArrayRef2<T>,
-            &mut ArrayRef2<T>,
-        ) -> Result<()>,
     ) -> Result<()> {
         check_len("x", self.config.model_dim, x.len())?;
-        check_len("out", self.config.model_dim, out.len())?;
         check_elements("x", x)?;
         self.check_scratch(scratch)?;
-        let StepScratch { x: input, y, q, k, v, o, angles } = scratch;
+        let StepScratch { x: input, q, k, v, angles, .. } = scratch;
         input.assign(x);
-        let weights = &*self.weights;
         for (linear, rows) in
             [(self.q_proj(), &mut *q), (self.k_proj(), &mut *k), (self.v_proj(), &mut *v)]
         {
@@ -168,27 +118,26 @@ impl<T: Real> QkvProj<T> {
             matrix_vector(slice(linear.weight), slice(input), linear.bias, row);
             linear.finish(row, position, angles.as_mut());
         }
-        attend(q, k, v, o)?;
-        matrix_vector(slice(&weights.o), slice(o), weights.o_bias.as_ref(), slice_mut(y));
-        out.assign(y);
         Ok(())
     }
 
-    /// Attention of one token of each of several sequences, at `positions`; `attend` gets q `[b,
-    /// h·d]`, k and v `[b, h_kv·d]` and the output `[b, h·d]`. Row i is what [`step`](Self::step)
-    /// gives for it alone, bit for bit. `out` is written only if `attend` succeeds.
-    pub(crate) fn steps(
+    /// The layer's output from those of the heads in `scratch`. Allocates nothing.
+    pub(crate) fn output_token(&self, scratch: &mut StepScratch<T>, out: &mut ArrayRef1<T>) {
+        let (weights, StepScratch { y, o, .. }) = (&*self.weights, scratch);
+        matrix_vector(slice(&weights.o), slice(o), weights.o_bias.as_ref(), slice_mut(y));
+        out.assign(y);
+    }
+
+    /// One token of each of several sequences, at `positions`: q `[b, h·d]`, k and v `[b, h_kv·d]`.
+    /// Row i is what [`project_token`](Self::project_token) gives for it alone, bit for bit.
+    pub(crate) fn project_tokens(
         &self,
         x: &ArrayRef2<T>,
         positions: &[usize],
-        out: &mut ArrayRef2<T>,
-        attend: impl FnOnce(&ProjectedQkv<T>, &mut Array2<T>) -> Result<()>,
-    ) -> Result<()> {
-        let tokens = positions.len();
-        check_shape("x", x, &[tokens, self.config.model_dim])?;
-        check_shape("out", out, &[tokens, self.config.model_dim])?;
+    ) -> Result<ProjectedQkv<T>> {
+        check_shape("x", x, &[positions.len(), self.config.model_dim])?;
         check_elements("x", x)?;
-        let (input, weights) = (x.as_standard_layout(), &*self.weights);
+        let input = x.as_standard_layout();
         let mut angles = self.rotary.as_ref().map(RotaryTable::angles);
         let mut project = |linear: Linear<'_, T>| {
             let mut rows = matrix_vectors(linear.weight, input.view(), linear.bias);
@@ -198,15 +147,13 @@ impl<T: Real> QkvProj<T> {
             }
             rows
         };
-        let projected = ProjectedQkv {
-            q: project(self.q_proj()),
-            k: project(self.k_proj()),
-            v: project(self.v_proj()),
-        };
-        let mut o = Array2::zeros(projected.q.raw_dim());
-        attend(&projected, &mut o)?;
-        out.assign(&matrix_vectors(&weights.o, o.view(), weights.o_bias.as_ref()));
-        Ok(())
+        let (q, k, v) = (project(self.q_proj()), project(self.k_proj()), project(self.v_proj()));
+        Ok(ProjectedQkv { q, k, v })
+    }
+
+    /// As [`output_token`](Self::output_token), for a row per token.
+    pub(crate) fn output_tokens(&self, o: &Array2<T>) -> Array2<T> {
+        matrix_vectors(&self.weights.o, o.view(), self.weights.o_bias.as_ref())
     }
 
     pub(crate) fn step_scratch(&self) -> StepScratch<T> {
@@ -224,7 +171,7 @@ impl<T: Real> QkvProj<T> {
     }
 
     /// The scratch was made by a layer of this shape.
-    fn check_scratch(&self, scratch: &StepScratch<T>) -> Result<()> {
+    pub(crate) fn check_scratch(&self, scratch: &StepScratch<T>) -> Result<()> {
         let rotated = scratch.angles.as_ref().map_or(0, Angles::dims);
         for (what, expected, got) in [
             ("model dimension", self.config.model_dim, scratch.x.len()),
@@ -266,7 +213,7 @@ impl<T: Real> QkvProj<T> {
     }
 
     /// [`project`](Self::project) of several sequences at once.
-    fn project_packed(&self, x: &ArrayRef2<T>, runs: Runs<'_>) -> ProjectedQkv<T> {
+    pub(crate) fn project_packed(&self, x: &ArrayRef2<T>, runs: Runs<'_>) -> ProjectedQkv<T> {
         let weights = &*self.weights;
         let zeros = |weight: &Array2<T>| Array2::zeros((x.nrows(), weight.nrows()));
         let mut projected =

@@ -6,19 +6,16 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2};
+use ndarray::{Array2, Array3, ArrayRef2};
 
-use crate::attention::{
-    Causality, KeyMask, KvCache, Operator, Qkv, Softmax, SoftmaxConfig, Window, Workspace,
-    check_offsets, check_offsets_of,
-};
+use crate::Real;
+use crate::attention::{KvCache, Softmax, SoftmaxConfig, Window};
 use crate::check::check_elements;
 use crate::error::{Error, Result};
 use crate::layer::config::AttentionConfig;
-use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, Runs, StepScratch};
+use crate::layer::layer::{Layer, LayerState};
+use crate::layer::qkv_proj::{ProjectedQkv, QkvProj};
 use crate::layer::weights::AttentionWeights;
-use crate::layer::{Attention, check_causal};
-use crate::real::Real;
 
 /// A softmax attention layer: O(n²) time, and a cache that grows with every token.
 ///
@@ -36,44 +33,10 @@ use crate::real::Real;
 /// assert_eq!(y, array![[2.0, 4.0], [3.0, 2.0]]);
 /// # Ok::<(), dijiang::Error>(())
 /// ```
-#[derive(Debug, Clone)]
-pub struct SoftmaxAttention<T> {
-    projections: QkvProj<T>,
-    exact: Softmax<T>,
-}
+pub type SoftmaxAttention<T> = Layer<T, Softmax<T>>;
 
 /// Keys and values of every token of one sequence so far, with the scratch memory of a step.
-#[derive(Debug, Clone)]
-pub struct SoftmaxState<T> {
-    cache: KvCache<T>,
-    workspace: Workspace<T>,
-    scratch: StepScratch<T>,
-}
-
-impl<T: Real> SoftmaxState<T> {
-    /// Tokens seen so far, masked ones included.
-    pub fn position(&self) -> usize {
-        self.cache.position()
-    }
-
-    /// Bytes of keys and values held. The scratch memory beside it does not grow and is not
-    /// counted.
-    pub fn bytes(&self) -> usize {
-        self.cache.bytes()
-    }
-
-    /// Back to the empty state; keeps its memory.
-    pub fn reset(&mut self) {
-        self.cache.reset();
-    }
-}
-
-/// Equal keys and values; the scratch memory means nothing.
-impl<T: Real> PartialEq for SoftmaxState<T> {
-    fn eq(&self, other: &Self) -> bool {
-        self.cache == other.cache
-    }
-}
+pub type SoftmaxState<T> = LayerState<T, KvCache<T>>;
 
 impl<T: Real> SoftmaxAttention<T> {
     /// Checks config and weights. Weights may be given as they are or behind an `Arc`, which is
@@ -85,39 +48,32 @@ impl<T: Real> SoftmaxAttention<T> {
         config: AttentionConfig,
         weights: impl Into<Arc<AttentionWeights<T>>>,
     ) -> Result<Self> {
-        let projections = QkvProj::new(config, weights.into())?;
-        let window = projections.config().sliding_window.map(|tokens| Window::new(1, tokens - 1));
-        let exact = exact(&projections, window)?;
-        Ok(Self { projections, exact })
+        let proj = QkvProj::new(config, weights.into())?;
+        let window = proj.config().sliding_window.map(|tokens| Window::new(1, tokens - 1));
+        let attention = softmax_of(&proj, window.into_iter().collect(), 0)?;
+        Ok(Self { proj, attention })
     }
 
-    /// The projection weights.
-    pub fn weights(&self) -> &Arc<AttentionWeights<T>> {
-        self.projections.weights()
+    /// The local windows, one for each key-value head, if there are any: those of
+    /// [`with_windows`](Self::with_windows), or the config's sliding window as one of chunks of one
+    /// token.
+    pub fn windows(&self) -> &[Window] {
+        &self.attention.config().windows
     }
 
-    /// The local window, if any: that of [`with_window`](Self::with_window), or the config's sliding
-    /// window as one of chunks of one token.
-    pub fn window(&self) -> Option<Window> {
-        self.exact.config().window
-    }
-
-    /// Restricts attention to the query's own chunk and the chunks right before it: what the near
-    /// part of [`DijiangAttention`](crate::layer::DijiangAttention) sees, without the kernel. A
-    /// baseline.
+    /// Restricts attention to local windows, one for all key-value heads or one for each, and
+    /// `sinks` sinks: what [`DijiangAttention`](crate::layer::DijiangAttention) computes exactly,
+    /// without the kernel. A baseline.
     ///
     /// # Errors
-    /// [`Error::Conflict`] if the layer is bidirectional or has a sliding window of its own,
-    /// [`Error::Value`] for a chunk length of zero.
-    pub fn with_window(self, window: Option<Window>) -> Result<Self> {
-        if self.projections.config().sliding_window.is_some() {
-            return Err(Error::Conflict { argument: "window", other: "a sliding window" });
+    /// [`Error::Conflict`] if the layer is bidirectional or has a sliding window of its own, and
+    /// those of [`SoftmaxConfig::build`].
+    pub fn with_windows(self, windows: Vec<Window>, sinks: usize) -> Result<Self> {
+        if self.proj.config().sliding_window.is_some() {
+            return Err(Error::Conflict { argument: "windows", other: "a sliding window" });
         }
-        if window.is_some() && self.projections.config().causality == Causality::Bidirectional {
-            return Err(Error::Conflict { argument: "window", other: "bidirectional attention" });
-        }
-        let exact = exact(&self.projections, window)?;
-        Ok(Self { exact, ..self })
+        let attention = softmax_of(&self.proj, windows, sinks)?;
+        Ok(Self { attention, ..self })
     }
 
     /// Queries, keys and values of every head, after the rotary embedding: what the layer's
@@ -131,113 +87,28 @@ impl<T: Real> SoftmaxAttention<T> {
     /// [`Error::Shape`], [`Error::Empty`] and [`Error::NonFinite`], as
     /// [`forward`](Attention::forward).
     pub fn project(&self, x: &ArrayRef2<T>) -> Result<(Array3<T>, Array3<T>, Array3<T>)> {
-        self.projections.check_sequence("x", x)?;
-        let ProjectedQkv { q, k, v } = self.projections.project(x, 0);
+        self.proj.check_sequence("x", x)?;
+        let ProjectedQkv { q, k, v } = self.proj.project(x, 0);
         for (argument, rows) in [("q", &q), ("k", &k), ("v", &v)] {
             check_elements(argument, rows)?;
         }
-        let heads =
-            |rows: Array2<T>| self.projections.heads(&rows).as_standard_layout().into_owned();
+        let heads = |rows: Array2<T>| self.proj.heads(&rows).as_standard_layout().into_owned();
         Ok((heads(q), heads(k), heads(v)))
     }
-
-    pub(crate) fn projections(&self) -> &QkvProj<T> {
-        &self.projections
-    }
 }
 
-/// The exact attention of a layer.
-pub(crate) fn exact<T: Real>(
-    projections: &QkvProj<T>,
-    window: Option<Window>,
+/// The softmax attention of a layer.
+pub(crate) fn softmax_of<T: Real>(
+    proj: &QkvProj<T>,
+    windows: Vec<Window>,
+    sinks: usize,
 ) -> Result<Softmax<T>> {
-    let config = projections.config();
-    let mut exact =
-        SoftmaxConfig::new(config.heads, projections.head_dim()).with_kv_heads(config.kv_heads);
-    exact.scale = projections.scale();
-    exact.window = window;
-    exact.causality = config.causality;
-    exact.build()
-}
-
-impl<T: Real> Attention<T> for SoftmaxAttention<T> {
-    type State = SoftmaxState<T>;
-
-    fn config(&self) -> &AttentionConfig {
-        self.projections.config()
-    }
-
-    fn new_state(&self) -> SoftmaxState<T> {
-        SoftmaxState {
-            cache: self.exact.new_state(),
-            workspace: self.exact.workspace(),
-            scratch: self.projections.step_scratch(),
-        }
-    }
-
-    fn forward(&self, x: &ArrayRef2<T>, mask: KeyMask<'_>) -> Result<Array2<T>> {
-        let mut workspace = self.exact.workspace();
-        self.projections.run(x, mask, 0, |q, k, v, out| {
-            self.exact.forward_into(Qkv::new(q, k, v).with_mask(mask), out, &mut workspace)
-        })
-    }
-
-    fn prefill(
-        &self,
-        state: &mut SoftmaxState<T>,
-        x: &ArrayRef2<T>,
-        mask: KeyMask<'_>,
-    ) -> Result<Array2<T>> {
-        check_causal(self.config(), "prefill")?;
-        self.projections.run(x, mask, state.position(), |q, k, v, out| {
-            let qkv = Qkv::new(q, k, v).with_mask(mask);
-            let workspace = &mut self.exact.workspace();
-            self.exact.prefill_into(&mut [&mut state.cache], qkv, out, workspace)
-        })
-    }
-
-    fn forward_packed(
-        &self,
-        x: &ArrayRef2<T>,
-        offsets: &[usize],
-        mask: KeyMask<'_>,
-    ) -> Result<Array2<T>> {
-        check_offsets("offsets", offsets, x.nrows())?;
-        let (starts, mut workspace) = (vec![0; offsets.len() - 1], self.exact.workspace());
-        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
-            let qkv = Qkv::new(q, k, v).with_mask(mask).with_offsets(offsets);
-            self.exact.forward_into(qkv, out, &mut workspace)
-        })
-    }
-
-    fn prefill_packed(
-        &self,
-        states: &mut [&mut SoftmaxState<T>],
-        x: &ArrayRef2<T>,
-        offsets: &[usize],
-        mask: KeyMask<'_>,
-    ) -> Result<Array2<T>> {
-        check_causal(self.config(), "prefill")?;
-        check_offsets_of(states.len(), offsets, x.nrows())?;
-        let starts: Vec<_> = states.iter().map(|state| state.position()).collect();
-        self.projections.run_packed(x, mask, Runs { offsets, starts: &starts }, |q, k, v, out| {
-            let mut states: Vec<_> = states.iter_mut().map(|state| &mut state.cache).collect();
-            let qkv = Qkv::new(q, k, v).with_mask(mask).with_offsets(offsets);
-            self.exact.prefill_into(&mut states, qkv, out, &mut self.exact.workspace())
-        })
-    }
-
-    /// As [`Attention::step`]. Allocates nothing itself, but the cache grows now and then.
-    fn step(
-        &self,
-        state: &mut SoftmaxState<T>,
-        x: &ArrayRef1<T>,
-        out: &mut ArrayRef1<T>,
-    ) -> Result<()> {
-        check_causal(self.config(), "step")?;
-        let SoftmaxState { cache, workspace, scratch } = state;
-        self.projections.step(x, cache.position(), scratch, out, |q, k, v, out| {
-            self.exact.step(cache, Qkv::token(q, k, v), out, workspace)
-        })
-    }
+    let config = proj.config();
+    SoftmaxConfig::new(config.heads, proj.head_dim())
+        .with_kv_heads(config.kv_heads)
+        .with_scale(proj.scale())
+        .with_causality(config.causality)
+        .with_windows(windows)
+        .with_sinks(sinks)
+        .build()
 }

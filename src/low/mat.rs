@@ -7,7 +7,7 @@ use std::ops::Range;
 pub(crate) struct MatRef<'a, T> {
     pub(super) data: &'a [T],
     pub(crate) rows: usize,
-    pub(super) cols: usize,
+    pub(crate) cols: usize,
     pub(super) row_stride: usize,
     pub(super) col_stride: usize,
 }
@@ -50,6 +50,14 @@ impl<'a, T> MatRef<'a, T> {
             col_stride: self.row_stride,
             ..self
         }
+    }
+
+    /// One element.
+    pub(crate) fn at(self, row: usize, col: usize) -> T
+    where
+        T: Copy,
+    {
+        self.data[row * self.row_stride + col * self.col_stride]
     }
 
     /// Some of the columns.

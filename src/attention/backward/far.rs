@@ -21,6 +21,7 @@ pub(crate) struct FarPart<'a, T> {
     qkv: HeadQkv<'a, T>,
     causality: Causality,
     window: Option<Window>,
+    sinks: Vec<usize>,
     in_window: Option<Vec<WindowSums<T>>>,
 }
 
@@ -29,8 +30,13 @@ impl<'a, T: Real> FarPart<'a, T> {
     ///
     /// `qkv` holds scaled queries and keys. Bidirectional attention allows another number of queries
     /// than of keys.
-    pub(crate) fn new(qkv: HeadQkv<'a, T>, causality: Causality, window: Option<Window>) -> Self {
-        let mut part = Self { qkv, causality, window, in_window: None };
+    pub(crate) fn new(
+        qkv: HeadQkv<'a, T>,
+        causality: Causality,
+        (window, sinks): (Option<Window>, usize),
+    ) -> Self {
+        let sinks = (0..qkv.k.nrows()).filter(|&j| qkv.is_valid(j)).take(sinks).collect();
+        let mut part = Self { qkv, causality, window, sinks, in_window: None };
         if let Some(window) = window {
             let pass = part.pass(&(), 0.0);
             let heads = 0..part.group();
@@ -66,7 +72,7 @@ impl<'a, T: Real> FarPart<'a, T> {
             return (self.group() * self.queries()) as f64;
         };
         let everything = Window::new(self.queries().max(1), 0);
-        let all = FarPart::new(self.qkv, self.causality, Some(everything));
+        let all = FarPart::new(self.qkv, self.causality, (Some(everything), 0));
         let heads = in_window.iter().zip(all.in_window.iter().flatten());
         let queries = heads.flat_map(|(window, all)| {
             window.total.iter().zip(&window.top).zip(all.total.iter().zip(&all.top))
@@ -138,6 +144,7 @@ impl<'a, T: Real> FarPart<'a, T> {
             k: self.qkv.k,
             v: self.qkv.v,
             valid: self.qkv.valid,
+            sinks: &self.sinks,
             query_scale: T::ONE,
             key_scale: T::ONE,
             position: 0,
@@ -207,7 +214,7 @@ mod tests {
                 .with_scale(1.0)
                 .with_log_decay(vec![log_decay])
                 .with_causality(causality);
-            config.window = window;
+            config.windows = window.into_iter().collect();
             let attention = config.build(vec![map.clone()]).unwrap();
             let qkv = Qkv::new(&x, &y, &v).with_mask(mask);
             let out = attention.forward(qkv).unwrap();
@@ -222,7 +229,7 @@ mod tests {
                 v: v.index_axis(Axis(0), 0),
                 valid: masked.then_some(&valid[..]),
             };
-            let part = FarPart::new(qkv, causality, window);
+            let part = FarPart::new(qkv, causality, (window, 0));
             assert_eq!((part.group(), part.queries()), (group, n));
             let stride = part.value_stride();
             let mut tape = part.tape(&map);

@@ -7,7 +7,7 @@ use ndarray::Axis;
 use super::buffers::Buffers;
 use super::pass::{GradientSinks, KEYS, OutputGradient, Pass, bands, position_moment};
 use super::tape::{Event, Kind, Tape};
-use super::window_keys::{WindowBuffers, load_window, window_block, window_scores};
+use super::window_keys::window_block;
 use crate::Real;
 use crate::attention::Causality;
 use crate::attention::linear::state::Sums;
@@ -84,7 +84,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
 
         let position = pass.position + start;
         let exponents = |state: &Sums<T>, column: &mut [T]| {
-            state.exponents(pass.log_decay, position, tokens, |j| pass.is_valid(start + j), column);
+            state.exponents(pass.log_decay, position, tokens, |j| pass.joins(start + j), column);
         };
         exponents(self.state, column);
         let mut above = self.state.first_above(ops, b, column, top, feature);
@@ -152,27 +152,29 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
     }
 
-    /// Queries read the sums, and the near `keys`.
+    /// Queries read the sums, sinks, and the `keys` in the window.
     fn read(&mut self, queries: Range<usize>, keys: Range<usize>) {
-        let keys = if self.pass.given.is_some() { 0..0 } else { keys };
-        if !keys.is_empty() {
-            load_window(self.pass, keys.clone(), &mut self.tape.window, &self.tape.block.zeros);
+        if keys.is_empty() || self.pass.given.is_some() {
+            self.tape.window.clear();
+        } else {
+            self.tape.window.load(self.pass, keys, &self.tape.block.zeros);
         }
         self.push_event(Kind::Read, queries.clone());
         for h in 0..self.pass.q.shape()[0] {
-            self.query(h, queries.clone(), keys.clone(), 0);
+            self.query(h, queries.clone(), 0);
         }
     }
 
     /// Queries read the sums and the keys of their own block; returns where the block ends.
     fn both(&mut self, block: Range<usize>) -> usize {
         let width = padded(block.len());
+        self.tape.window.clear();
         let tokens = self.weigh(block.clone(), true);
         let block = block.start..block.start + tokens;
         self.ahead.aim(block.end, CAUSAL_BLOCK);
         self.push_event(Kind::Both, block.clone());
         for h in 0..self.pass.q.shape()[0] {
-            self.query(h, block.clone(), 0..0, width);
+            self.query(h, block.clone(), width);
         }
         // Nobody reads the last block's keys.
         if block.end < self.pass.q.shape()[1] {
@@ -183,12 +185,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
 
     /// One query head's queries of a block; `own` is the width of the panel of the block's own
     /// keys, 0 for none.
-    fn query(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
+    fn query(&mut self, h: usize, queries: Range<usize>, own: usize) {
         let own = if self.state.started { own } else { 0 };
-        self.weights(h, queries.clone(), keys.clone(), own);
+        self.weights(h, queries.clone(), own);
         let width = padded(queries.len());
         if let OutputGradient::Loss(_) = self.output_gradient {
-            self.output(h, queries.clone(), keys.clone(), own);
+            self.output(h, queries.clone(), own);
         }
         let stride = padded(self.pass.v.ncols());
         let Buffers { g_rows, o, .. } = &mut self.tape.block;
@@ -219,17 +221,17 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             self.tape.output_gradient[at..at + queries.len() * stride]
                 .copy_from_slice(&g_rows[..queries.len() * stride]);
         }
-        self.deltas(h, queries.clone(), keys.clone(), own);
+        self.deltas(h, queries.clone(), own);
         self.feature_gradients(queries.clone(), own);
         if self.sinks.as_ref().is_some_and(|sinks| sinks.inputs.is_some()) {
-            self.window_gradients(&queries, keys);
+            self.window_gradients(queries.len());
             self.write_queries(h, queries);
         }
     }
 
-    /// Weights of the far part into `a`, of the window keys into `near.p`, of the block's own keys
+    /// Weights of the far part into `a`, of sinks and window into `window.p`, of the block's own keys
     /// into `s`, and their sum into `total`; all of them scaled by e^−top.
-    fn weights(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
+    fn weights(&mut self, h: usize, queries: Range<usize>, own: usize) {
         let (ops, pass, state, ahead) = (T::ops(), self.pass, &*self.state, &mut self.ahead);
         let (tokens, width, dim) = (queries.len(), padded(queries.len()), pass.q.shape()[2]);
         let position = pass.position + pass.lead + queries.start;
@@ -268,18 +270,11 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         } else {
             shift.fill(T::ZERO);
         }
-        if !keys.is_empty() {
-            window_scores(
-                ops,
-                pass,
-                keys.clone(),
-                pass.lead + queries.start,
-                width,
-                x,
-                window,
-                ahead,
-            );
-            (ops.column_max)(&window.p[..keys.len() * width], &window.zeros[..keys.len()], column);
+        let rows = window.rows;
+        if rows > 0 {
+            let x = MatRef::packed(x, dim, width);
+            window.score(pass, pass.lead + queries.start, x, ahead);
+            (ops.column_max)(&window.p[..rows * width], &window.zeros[..rows], column);
             top.iter_mut().zip(column.iter()).for_each(|(top, &window)| *top = top.max(window));
         }
         let given = pass.given.map(|given| &given[h]);
@@ -295,13 +290,10 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         if state.started {
             (ops.exp_dot)(a, &state.reference, shift, &state.norm, total);
         }
-        if !keys.is_empty() {
+        if rows > 0 {
             column.iter_mut().zip(top.iter()).for_each(|(column, &top)| *column = -top);
-            let (p, zeros, ones) = (
-                &mut window.p[..keys.len() * width],
-                &window.zeros[..keys.len()],
-                &window.ones[..keys.len()],
-            );
+            let p = &mut window.p[..rows * width];
+            let (zeros, ones) = (&window.zeros[..rows], &window.ones[..rows]);
             // `inverse` is not needed yet.
             let sums = &mut inverse[..width];
             (ops.exp_dot)(p, zeros, column, ones, sums);
@@ -335,7 +327,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
     }
 
     /// Outputs of the block, into `o`.
-    fn output(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
+    fn output(&mut self, h: usize, queries: Range<usize>, own: usize) {
         let (ops, pass, ahead) = (T::ops(), self.pass, &mut self.ahead);
         let (tokens, width, stride) =
             (queries.len(), padded(queries.len()), padded(pass.v.ncols()));
@@ -366,12 +358,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
                 );
             }
         }
-        if !keys.is_empty() {
+        if window.rows > 0 {
             (ops.matmul_ahead)(
-                MatMut::new(o, tokens, stride, stride),
+                MatMut::packed(o, tokens, stride),
                 Accum::Add,
-                MatRef::new(&window.p, keys.len(), tokens, width).t(),
-                MatRef::new(&window.v, keys.len(), stride, stride),
+                MatRef::new(&window.p, window.rows, tokens, width).t(),
+                MatRef::packed(&window.v, window.rows, stride),
                 Some(ahead),
             );
         }
@@ -391,9 +383,9 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
     }
 
-    /// δ, and what is kept of the queries for the pass back. Leaves S·ȯ in `df`, ȯ·v in `near.dp`
+    /// δ, and what is kept of the queries for the pass back. Leaves S·ȯ in `df`, ȯ·v in `window.dp`
     /// and `h`.
-    fn deltas(&mut self, h: usize, queries: Range<usize>, keys: Range<usize>, own: usize) {
+    fn deltas(&mut self, h: usize, queries: Range<usize>, own: usize) {
         let (ops, pass, state, ahead) = (T::ops(), self.pass, &*self.state, &mut self.ahead);
         let (tokens, width, stride) =
             (queries.len(), padded(queries.len()), padded(pass.v.ncols()));
@@ -447,16 +439,16 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             (ops.upper_less)(&mut products[..tokens * width], &zeros[..width]);
             (ops.column_dot)(&s[..tokens * width], &products[..tokens * width], delta);
         }
-        if !keys.is_empty() {
-            let dp = &mut window.dp[..keys.len() * width];
+        if window.rows > 0 {
+            let dp = &mut window.dp[..window.rows * width];
             (ops.matmul_ahead)(
-                MatMut::new(dp, keys.len(), width, width),
+                MatMut::packed(dp, window.rows, width),
                 Accum::Replace,
-                MatRef::new(&window.v, keys.len(), stride, stride),
-                MatRef::new(v, stride, width, width),
+                MatRef::packed(&window.v, window.rows, stride),
+                MatRef::packed(v, stride, width),
                 Some(ahead),
             );
-            (ops.column_dot)(&window.p[..keys.len() * width], dp, delta);
+            (ops.column_dot)(&window.p[..window.rows * width], dp, delta);
         }
         for (i, query) in queries.clone().enumerate() {
             if let Some(given) = pass.given.map(|given| &given[h]) {
@@ -511,62 +503,59 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         pass.map.query_vjp(width, &x[..dim * width], df, dx, sinks.sums, map);
     }
 
-    /// The window keys' part of the gradients of queries, keys and values.
-    fn window_gradients(&mut self, queries: &Range<usize>, keys: Range<usize>) {
-        if keys.is_empty() {
+    /// The part of sinks and window in the gradients of queries, keys and values.
+    fn window_gradients(&mut self, tokens: usize) {
+        let rows = self.tape.window.rows;
+        if rows == 0 {
             return;
         }
         let (ops, pass, ahead) = (T::ops(), self.pass, &mut self.ahead);
-        let (tokens, width, dim, stride) =
-            (queries.len(), padded(queries.len()), pass.k.ncols(), padded(pass.v.ncols()));
+        let (width, dim, stride) = (padded(tokens), pass.k.ncols(), padded(pass.v.ncols()));
         let dim_stride = padded(dim);
-        let WindowBuffers { y, p, dp, ones, .. } = &mut self.tape.window;
-        let Buffers { x, x_rows, dx, g_rows, o, inverse, delta, column, .. } = &mut self.tape.block;
-        let (p, dp) = (&p[..keys.len() * width], &mut dp[..keys.len() * width]);
+        let Tape { window, block, keys, values, .. } = &mut *self.tape;
+        let Buffers { x, x_rows, dx, g_rows, o, inverse, delta, column, .. } = block;
         (ops.log_weight_vjp)(
-            dp,
-            p,
+            &mut window.dp[..rows * width],
+            &window.p[..rows * width],
             &inverse[..width],
-            &ones[..keys.len()],
+            &window.ones[..rows],
             &delta[..width],
             &mut column[..width],
         );
-        for (tile, (start, y)) in
-            (0..keys.len()).step_by(BLOCK).zip(y.chunks(dim * BLOCK)).enumerate()
-        {
-            let (count, y_width) =
-                (BLOCK.min(keys.len() - start), padded(BLOCK.min(keys.len() - start)));
-            debug_assert_eq!(start, tile * BLOCK);
+        for (row, count, y) in window.panels(dim) {
             (ops.matmul_ahead)(
-                MatMut::new(&mut dx[..], dim, width, width),
+                MatMut::packed(&mut dx[..], dim, width),
                 Accum::Add,
-                MatRef::new(y, dim, count, y_width),
-                MatRef::new(&dp[start * width..], count, width, width),
-                Some(ahead),
+                MatRef::new(y, dim, count, padded(count)),
+                MatRef::packed(&window.dp[row * width..], count, width),
+                Some(&mut *ahead),
             );
         }
         transpose(ops, width, &x[..dim_stride * width], T::ONE, x_rows);
-        let rows = &mut self.tape.keys[keys.start * dim_stride..];
-        (ops.matmul_ahead)(
-            MatMut::new(rows, keys.len(), dim_stride, dim_stride),
-            Accum::Add,
-            MatRef::new(dp, keys.len(), tokens, width),
-            MatRef::new(x_rows, tokens, dim_stride, dim_stride),
-            Some(ahead),
-        );
         for ((to, from), &inverse) in
             o.chunks_exact_mut(stride).zip(g_rows.chunks_exact(stride)).zip(&inverse[..tokens])
         {
             to.iter_mut().zip(from).for_each(|(to, &from)| *to = from * inverse);
         }
-        let rows = &mut self.tape.values[keys.start * stride..];
-        (ops.matmul_ahead)(
-            MatMut::new(rows, keys.len(), stride, stride),
-            Accum::Add,
-            MatRef::new(p, keys.len(), tokens, width),
-            MatRef::new(o, tokens, stride, stride),
-            Some(ahead),
-        );
+        let mut row = 0;
+        for run in &window.runs {
+            let weights = row * width;
+            (ops.matmul_ahead)(
+                MatMut::packed(&mut keys[run.start * dim_stride..], run.len(), dim_stride),
+                Accum::Add,
+                MatRef::new(&window.dp[weights..], run.len(), tokens, width),
+                MatRef::packed(x_rows, tokens, dim_stride),
+                Some(&mut *ahead),
+            );
+            (ops.matmul_ahead)(
+                MatMut::packed(&mut values[run.start * stride..], run.len(), stride),
+                Accum::Add,
+                MatRef::new(&window.p[weights..], run.len(), tokens, width),
+                MatRef::packed(o, tokens, stride),
+                Some(&mut *ahead),
+            );
+            row += run.len();
+        }
     }
 
     /// `dx` becomes rows of the queries' gradient.

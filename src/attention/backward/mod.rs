@@ -176,7 +176,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         grad_out: &ArrayRef3<T>,
     ) -> Result<(AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>)> {
         self.check_direction("prefill_backward")?;
-        state.check(self.shape())?;
+        state.check(&self.shape())?;
         self.check_backward(qkv, grad_out)?;
         let mut gradients = self.new_gradients(qkv.queries(), qkv.keys())?;
         let mut workspace = self.backward_workspace();
@@ -283,27 +283,39 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         let HeadQkv { position, q, k, v, valid, .. } = qkv;
         let (head, map) = (self.head(qkv.head), &self.maps()[qkv.head]);
         let value_dim = self.sizes().value_dim;
-        // The local window that the state holds comes first, as tokens like the others.
-        let ring = state.and_then(|state| state.ring.as_ref());
-        let ring = ring.map(|ring| ring.tokens(position, value_dim));
-        let ring = ring.filter(|(_, keys, ..)| keys.nrows() > 0);
-        let joined = ring.as_ref().map(|(_, keys, values, earlier)| {
+        // The sinks and the window that the state holds come first, as tokens like the others.
+        let earlier = state.and_then(|state| Earlier::of(state, position, value_dim));
+        let joined = earlier.as_ref().map(|earlier| {
             let scaled = k.mapv(|x| x * head.scale);
-            let valid = earlier.iter().copied().chain((0..k.nrows()).map(|j| qkv.is_valid(j)));
+            let later = (0..k.nrows()).map(|j| qkv.is_valid(j));
+            let valid = earlier.valid.iter().copied().chain(later);
             let join = |a: &Array2<T>, b: ArrayView2<'_, T>| concatenate![Axis(0), a.view(), b];
-            (join(keys, scaled.view()), join(values, v), valid.collect::<Vec<bool>>())
+            (
+                join(&earlier.keys, scaled.view()),
+                join(&earlier.values, v),
+                valid.collect::<Vec<bool>>(),
+            )
         });
-        let lead = ring.as_ref().map_or(0, |(_, keys, ..)| keys.nrows());
+        let lead = earlier.as_ref().map_or(0, |earlier| earlier.keys.nrows());
+        let mut sinks = earlier.map_or(Vec::new(), |earlier| earlier.sinks);
+        let limit = state.map_or(self.sinks(), |state| state.sinks.limit);
+        for j in (0..k.nrows()).filter(|&j| qkv.is_valid(j)) {
+            if sinks.len() >= limit {
+                break;
+            }
+            sinks.push(lead + j);
+        }
         let (mut sums, mut log_decay) = (map.new_sums(), 0.0);
         let pass = Pass {
             map,
             log_decay: head.log_decay,
             causality: self.causality(),
-            window: self.window(),
+            window: self.windows().get(qkv.head).copied(),
             q,
             k: joined.as_ref().map_or(k, |(k, ..)| k.view()),
             v: joined.as_ref().map_or(v, |(_, v, _)| v.view()),
             valid: joined.as_ref().map_or(valid, |(.., valid)| Some(valid)),
+            sinks: &sinks,
             query_scale: head.scale,
             key_scale: if joined.is_some() { T::ONE } else { head.scale },
             position: position - lead,
@@ -320,7 +332,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         let (key_stride, value_stride) = (padded(head.dim), padded(value_dim));
         let (lead_keys, keys) = tape.keys.split_at(lead * key_stride);
         let (lead_values, values) = tape.values.split_at(lead * value_stride);
-        if self.window().is_some() {
+        if !self.windows().is_empty() {
             copy_scaled(keys, head.scale, grad_k);
             copy_scaled(values, T::ONE, grad_v);
         }
@@ -341,6 +353,36 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
                 values: rows(lead_values, value_dim, T::ONE),
             }),
         }
+    }
+}
+
+/// Tokens that a state remembers as they are: sinks that have left the window, then the window.
+struct Earlier<T> {
+    /// Scaled, `[tokens, d]`.
+    keys: Array2<T>,
+    /// `[tokens, e]`
+    values: Array2<T>,
+    valid: Vec<bool>,
+    /// Which of them are sinks.
+    sinks: Vec<usize>,
+}
+
+impl<T: Real> Earlier<T> {
+    /// `None` if there are none.
+    fn of(state: &HeadState<T>, position: usize, value_dim: usize) -> Option<Self> {
+        let (first, keys, values, valid) = state.ring.as_ref()?.tokens(position, value_dim);
+        let outside = state.sinks.before(first);
+        let (sink_keys, sink_values) = state.sinks.rows(outside, keys.ncols(), value_dim);
+        let valid: Vec<bool> = std::iter::repeat_n(true, outside).chain(valid).collect();
+        let inside = &state.sinks.positions[outside..];
+        let inside = inside.iter().map(|&position| outside + position - first);
+        let sinks = (0..outside).chain(inside).collect();
+        (!valid.is_empty()).then(|| Self {
+            keys: concatenate![Axis(0), sink_keys, keys],
+            values: concatenate![Axis(0), sink_values, values],
+            valid,
+            sinks,
+        })
     }
 }
 

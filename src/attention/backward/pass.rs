@@ -7,7 +7,6 @@ use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, s};
 use super::window_keys::WindowSums;
 use crate::Real;
 use crate::attention::rows::Valid;
-
 use crate::attention::{Causality, Window};
 use crate::low::simd::{Ahead, LANES};
 
@@ -25,11 +24,13 @@ pub(crate) struct Pass<'a, T: 'static, M> {
     /// `[n_k, e]`.
     pub(crate) v: ArrayView2<'a, T>,
     pub(crate) valid: Valid<'a>,
+    /// Which keys are sinks, in ascending order.
+    pub(crate) sinks: &'a [usize],
     /// x = query_scale·q.
     pub(crate) query_scale: T,
     /// y = key_scale·k.
     pub(crate) key_scale: T,
-    /// Position of the first key.
+    /// Position of the first key, as far as keys are not sinks from before the window.
     pub(crate) position: usize,
     /// Keys before that of the first query: ones in the window of an earlier state.
     pub(crate) lead: usize,
@@ -44,6 +45,11 @@ impl<T: Real, M> Pass<'_, T, M> {
     /// Whether key `j` may be attended to.
     pub(crate) fn is_valid(&self, j: usize) -> bool {
         self.valid.is_none_or(|valid| valid[j])
+    }
+
+    /// Whether key `j` joins the sums once it has left the window.
+    pub(crate) fn joins(&self, j: usize) -> bool {
+        self.is_valid(j) && self.sinks.binary_search(&j).is_err()
     }
 
     /// Keys, values and their gradients, then queries and the gradients of their outputs, and in

@@ -104,7 +104,7 @@ impl<T: Real, M: DifferentiableMap<T>> Reverse<'_, '_, '_, T, M> {
         let reference = &self.tape.references[self.frame * feature.len()..][..feature.len()];
         feature.iter_mut().zip(reference).for_each(|(negated, &c)| *negated = -c);
         column.fill(T::NEG_INFINITY);
-        for (exponent, j) in column.iter_mut().zip(keys).filter(|(_, j)| pass.is_valid(*j)) {
+        for (exponent, j) in column.iter_mut().zip(keys).filter(|(_, j)| pass.joins(*j)) {
             *exponent = T::from_f64(-decay(pass, j, self.tape.positions[self.frame]));
         }
         (ops.exp_panel)(b, feature, column);

@@ -1,4 +1,4 @@
-//! The keys in the window of a block of queries, as they are.
+//! The keys that a block of queries sees as they are.
 
 use std::ops::Range;
 
@@ -10,9 +10,9 @@ use crate::attention::Window;
 use crate::attention::rows::Rows;
 use crate::attention::scratch::BLOCK;
 use crate::low::mat::{Accum, MatMut, MatRef};
-use crate::low::simd::{Ahead, LANES, Ops, padded};
+use crate::low::simd::{Ahead, LANES, padded};
 
-/// exp(x·y)-weighted sums over the window keys of every query.
+/// exp(x·y)-weighted sums over the sinks and the window of every query.
 #[derive(Debug, Clone)]
 pub(crate) struct WindowSums<T> {
     /// Σ_j exp(x_i·y_j − top_i) v_j, `[n, e_padded]`.
@@ -23,10 +23,14 @@ pub(crate) struct WindowSums<T> {
     pub(crate) top: Vec<T>,
 }
 
-/// The window keys of a block.
+/// The keys that a block of queries sees as they are: sinks, and those in the window.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct WindowBuffers<T> {
-    /// Scaled keys: panels `[d, BLOCK]`, one after the other.
+    /// Which ones, in ascending order.
+    pub(crate) runs: Vec<Range<usize>>,
+    /// How many, 0 for none.
+    pub(crate) rows: usize,
+    /// Scaled keys: panels `[d, BLOCK]`, one after the other; every run begins one.
     pub(crate) y: Vec<T>,
     /// Values `[keys, e_padded]`.
     pub(crate) v: Vec<T>,
@@ -50,56 +54,91 @@ pub(crate) fn window_block<T, M>(
     (end, (chunk.saturating_sub(window.back) * window.chunk).saturating_sub(pass.position))
 }
 
-/// The window keys of a block of queries, whichever query head they are for.
-pub(crate) fn load_window<T: Real, M>(
-    pass: &Pass<'_, T, M>,
-    keys: Range<usize>,
-    window: &mut WindowBuffers<T>,
-    zeros: &[T],
-) {
-    let (dim, stride, count) = (pass.k.ncols(), padded(pass.v.ncols()), keys.len());
-    if window.ones.len() < count {
-        window.y.resize(count.next_multiple_of(BLOCK) * dim, T::ZERO);
-        window.v.resize(count * stride, T::ZERO);
-        window.p.resize(count * BLOCK, T::ZERO);
-        window.dp.resize(count * BLOCK, T::ZERO);
-        window.ones.resize(count, T::ONE);
-        window.zeros.resize(count, T::ZERO);
+impl<T: Real> WindowBuffers<T> {
+    /// The window's `keys` and the sinks before it, whichever query head they are for.
+    pub(crate) fn load<M>(&mut self, pass: &Pass<'_, T, M>, keys: Range<usize>, zeros: &[T]) {
+        self.runs.clear();
+        for &sink in pass.sinks.iter().take_while(|&&sink| sink < keys.start) {
+            match self.runs.last_mut() {
+                Some(run) if run.end == sink => run.end += 1,
+                _ => self.runs.push(sink..sink + 1),
+            }
+        }
+        self.runs.push(keys);
+        self.rows = self.runs.iter().map(ExactSizeIterator::len).sum();
+        let (dim, stride) = (pass.k.ncols(), padded(pass.v.ncols()));
+        let panels: usize = self.runs.iter().map(|run| run.len().div_ceil(BLOCK)).sum();
+        if self.ones.len() < self.rows || self.y.len() < panels * BLOCK * dim {
+            self.y.resize(panels * BLOCK * dim, T::ZERO);
+            self.v.resize(self.rows * stride, T::ZERO);
+            self.p.resize(self.rows * BLOCK, T::ZERO);
+            self.dp.resize(self.rows * BLOCK, T::ZERO);
+            self.ones.resize(self.rows, T::ONE);
+            self.zeros.resize(self.rows, T::ZERO);
+        }
+        let mut panels = self.y.chunks_exact_mut(dim * BLOCK);
+        let mut row = 0;
+        for run in &self.runs {
+            for (start, panel) in run.clone().step_by(BLOCK).zip(&mut panels) {
+                let tokens = start..run.end.min(start + BLOCK);
+                _ = Rows { array: pass.k, tokens, valid: pass.valid }.gather(
+                    T::ops(),
+                    pass.key_scale,
+                    panel,
+                    zeros,
+                );
+            }
+            _ = Rows { array: pass.v, tokens: run.clone(), valid: pass.valid }
+                .copy(T::ops(), &mut self.v[row * stride..]);
+            row += run.len();
+        }
     }
-    for (start, panel) in keys.clone().step_by(BLOCK).zip(window.y.chunks_exact_mut(dim * BLOCK)) {
-        _ = Rows { array: pass.k, tokens: start..keys.end.min(start + BLOCK), valid: pass.valid }
-            .gather(T::ops(), pass.key_scale, panel, zeros);
-    }
-    _ = Rows { array: pass.v, tokens: keys, valid: pass.valid }.copy(T::ops(), &mut window.v);
-}
 
-/// Scores of the window keys (rows) for the queries (columns) of the panel `x`, whose first one
-/// belongs to key `query`; −∞ where a query must not look.
-pub(crate) fn window_scores<T: Real, M>(
-    ops: &Ops<T>,
-    pass: &Pass<'_, T, M>,
-    keys: Range<usize>,
-    query: usize,
-    width: usize,
-    x: &[T],
-    window: &mut WindowBuffers<T>,
-    ahead: &mut Ahead<T>,
-) {
-    let dim = pass.k.ncols();
-    for (start, y) in (0..keys.len()).step_by(BLOCK).zip(window.y.chunks_exact(dim * BLOCK)) {
-        let count = BLOCK.min(keys.len() - start);
-        let p = &mut window.p[start * width..];
-        (ops.matmul_ahead)(
-            MatMut::new(p, count, width, width),
-            Accum::Replace,
-            MatRef::new(y, dim, count, padded(count)).t(),
-            MatRef::new(x, dim, width, width),
-            Some(ahead),
-        );
+    /// Nothing but the sums is seen.
+    pub(crate) fn clear(&mut self) {
+        self.runs.clear();
+        self.rows = 0;
     }
-    for (key, row) in keys.zip(window.p.chunks_exact_mut(width)) {
-        let hidden = if pass.is_valid(key) { key.saturating_sub(query).min(width) } else { width };
-        row[..hidden].fill(T::NEG_INFINITY);
+
+    /// The panels of scaled keys: the first row, how many rows, and the panel.
+    pub(crate) fn panels(&self, dim: usize) -> impl Iterator<Item = (usize, usize, &[T])> {
+        let blocks = self.runs.iter().scan(0, |row, run| {
+            let first = *row;
+            *row += run.len();
+            let starts = (0..run.len()).step_by(BLOCK);
+            Some(starts.map(move |start| (first + start, BLOCK.min(run.len() - start))))
+        });
+        blocks
+            .flatten()
+            .zip(self.y.chunks_exact(dim * BLOCK))
+            .map(|((row, count), y)| (row, count, y))
+    }
+
+    /// Scores of the keys (rows) for the queries (columns) of the panel `x`, whose first one belongs
+    /// to key `query`; −∞ where a query must not look.
+    pub(crate) fn score<M>(
+        &mut self,
+        pass: &Pass<'_, T, M>,
+        query: usize,
+        x: MatRef<'_, T>,
+        ahead: &mut Ahead<T>,
+    ) {
+        let (width, mut p) = (x.cols, std::mem::take(&mut self.p));
+        for (row, count, y) in self.panels(x.rows) {
+            (T::ops().matmul_ahead)(
+                MatMut::packed(&mut p[row * width..], count, width),
+                Accum::Replace,
+                MatRef::new(y, x.rows, count, padded(count)).t(),
+                x,
+                Some(&mut *ahead),
+            );
+        }
+        for (key, row) in self.runs.iter().cloned().flatten().zip(p.chunks_exact_mut(width)) {
+            let hidden =
+                if pass.is_valid(key) { key.saturating_sub(query).min(width) } else { width };
+            row[..hidden].fill(T::NEG_INFINITY);
+        }
+        self.p = p;
     }
 }
 
@@ -122,37 +161,27 @@ impl<T: Real> WindowSums<T> {
         while start < queries {
             let (end, first) = window_block(pass, window, start);
             ahead.aim(end, BLOCK);
-            let keys = first..pass.lead + end;
             let (tokens, width) = (end - start, padded(end - start));
             let (column, total) = (&mut column[..width], &mut total[..width]);
-            load_window(pass, keys.clone(), &mut buffers, &no_token);
+            buffers.load(pass, first..pass.lead + end, &no_token);
             _ = Rows { array: pass.q.index_axis(Axis(0), h), tokens: start..end, valid: None }
                 .gather(ops, pass.query_scale, &mut x, &no_token);
-            window_scores(
-                ops,
-                pass,
-                keys.clone(),
-                pass.lead + start,
-                width,
-                &x,
-                &mut buffers,
-                &mut ahead,
-            );
-            let WindowBuffers { v, p, ones, zeros, .. } = &mut buffers;
-            let p = &mut p[..keys.len() * width];
-            (ops.column_max)(p, &zeros[..keys.len()], column);
+            buffers.score(pass, pass.lead + start, MatRef::packed(&x, dim, width), &mut ahead);
+            let WindowBuffers { v, p, ones, zeros, rows, .. } = &mut buffers;
+            let (rows, p) = (*rows, &mut p[..*rows * width]);
+            (ops.column_max)(p, &zeros[..rows], column);
             sums.top[start..end].copy_from_slice(&column[..tokens]);
             column
                 .iter_mut()
                 .for_each(|top| *top = if *top > T::NEG_INFINITY { -*top } else { T::ZERO });
-            (ops.exp_dot)(p, &zeros[..keys.len()], column, &ones[..keys.len()], total);
+            (ops.exp_dot)(p, &zeros[..rows], column, &ones[..rows], total);
             sums.total[start..end].copy_from_slice(&total[..tokens]);
             let out = &mut sums.numerator[start * stride..end * stride];
             (ops.matmul_ahead)(
-                MatMut::new(out, tokens, stride, stride),
+                MatMut::packed(out, tokens, stride),
                 Accum::Replace,
-                MatRef::new(p, keys.len(), tokens, width).t(),
-                MatRef::new(v, keys.len(), stride, stride),
+                MatRef::new(p, rows, tokens, width).t(),
+                MatRef::packed(v, rows, stride),
                 Some(&mut ahead),
             );
             start = end;

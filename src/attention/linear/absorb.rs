@@ -71,14 +71,14 @@ pub(crate) fn retire<T: Real>(
     }
 }
 
-/// The keys of a chunk in the window join the sums.
+/// The keys of a chunk in the window join the sums, but for sinks.
 pub(crate) fn absorb_chunk<T: Real>(
     head: &Head<'_, T>,
     state: &mut HeadState<T>,
     chunk: usize,
     scratch: &mut Scratch<T>,
 ) {
-    let HeadState { sums, ring: Some(ring) } = state else { return };
+    let HeadState { sums, ring: Some(ring), sinks } = state else { return };
     let Scratch { y, features, .. } = scratch;
     let (length, slot, stride) = (ring.chunk(), ring.slot(chunk), padded(ring.chunk()));
     for start in (0..length).step_by(BLOCK) {
@@ -88,10 +88,15 @@ pub(crate) fn absorb_chunk<T: Real>(
             y[..tokens].copy_from_slice(&keys[start..start + tokens]);
             y[tokens..].fill(T::zero());
         }
+        let position = chunk * length + start;
+        let mut valid = [false; BLOCK];
+        for (j, valid) in valid[..tokens].iter_mut().enumerate() {
+            *valid = slot.valid[start + j] && !sinks.contain(position + j);
+        }
         let block = KeyBlock {
-            position: chunk * length + start,
+            position,
             tokens,
-            valid: Some(&slot.valid[start..start + tokens]),
+            valid: Some(&valid[..tokens]),
             keys: y,
             values: &slot.values[start * head.value_stride..][..tokens * head.value_stride],
         };

@@ -3,7 +3,9 @@
 use std::marker::PhantomData;
 
 use crate::Real;
-use crate::attention::check::{check_scale, check_size, check_state_size};
+use crate::attention::check::{
+    check_exact_part, check_scale, check_size, check_state_size, each_head,
+};
 use crate::attention::linear::LinearAttention;
 use crate::attention::scratch::{BLOCK, Sizes};
 use crate::attention::{Causality, Window};
@@ -29,8 +31,12 @@ pub struct LinearConfig {
     pub scale: Option<f64>,
     /// Which keys a query sees. Default: [`Causality::Causal`].
     pub causality: Causality,
-    /// The local window of causal attention. Default: none.
-    pub window: Option<Window>,
+    /// Local windows of causal attention: none, one for all key-value heads, or one for each.
+    /// Default: none.
+    pub windows: Vec<Window>,
+    /// Sinks s: the first s unmasked tokens of a sequence stay exact for every later query. At most
+    /// 64, no more than a chunk, and only beside a local window. Default: 0.
+    pub sinks: usize,
     /// log γ ≤ 0 per token (and at least −[`Real::LIMIT`]), one per map, causal attention only.
     /// Default: empty, which stands for zeros (γ = 1).
     pub log_decay: Vec<f64>,
@@ -66,10 +72,22 @@ impl LinearConfig {
         Self { causality, ..self }
     }
 
-    /// The local window.
+    /// One local window for all heads.
     #[must_use]
     pub fn with_window(self, window: Window) -> Self {
-        Self { window: Some(window), ..self }
+        self.with_windows(vec![window])
+    }
+
+    /// A local window for each key-value head.
+    #[must_use]
+    pub fn with_windows(self, windows: Vec<Window>) -> Self {
+        Self { windows, ..self }
+    }
+
+    /// Sinks s.
+    #[must_use]
+    pub fn with_sinks(self, sinks: usize) -> Self {
+        Self { sinks, ..self }
     }
 
     /// log γ per map.
@@ -115,10 +133,10 @@ impl LinearConfig {
         check_size("value_dim", value_dim)?;
         let scale = self.scale.unwrap_or(1.0 / (dim as f64).sqrt());
         check_scale(scale, dim)?;
-        if let Some(window) = self.window {
-            window.check()?;
-        }
-        check_state_size(kv_heads, dim, features, value_dim, self.window)?;
+        let windows = each_head("windows", self.windows, kv_heads)?;
+        check_exact_part(&windows, self.sinks)?;
+        let largest = largest(&windows);
+        check_state_size(kv_heads, dim, features, value_dim, largest)?;
         let log_decay =
             if self.log_decay.is_empty() { vec![0.0; kv_heads] } else { self.log_decay };
         check_len("log_decay", kv_heads, log_decay.len())?;
@@ -143,7 +161,8 @@ impl LinearConfig {
             dim,
             features,
             value_dim,
-            window: self.window,
+            window: largest,
+            sinks: self.sinks,
             map: maps
                 .iter()
                 .map(|map| map.scratch_len(BLOCK).max(map.token_scratch_len()))
@@ -155,10 +174,17 @@ impl LinearConfig {
             heads,
             causality: Causality::Causal,
             scale,
+            windows: windows.into(),
             log_decay,
             sizes,
             element: PhantomData,
         };
         attention.with_causality(self.causality)
     }
+}
+
+/// The window that every ring of these windows fits in.
+fn largest(windows: &[Window]) -> Option<Window> {
+    let largest = |a: Window, b: &Window| Window::new(a.chunk.max(b.chunk), a.back.max(b.back));
+    windows.split_first().map(|(first, rest)| rest.iter().fold(*first, largest))
 }

@@ -17,6 +17,7 @@ use crate::attention::scratch::{Scratch, Worker};
 use crate::attention::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
+use crate::low::mat::MatRef;
 
 impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// `state` becomes that of its own segment and the next one, `next`: what feeding it the next
@@ -44,7 +45,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// thread, no allocation.
     ///
     /// # Errors
-    /// [`Error::Value`] unless `next` begins where `state` ends, [`Error::Foreign`] for states and
+    /// [`Error::Value`] unless `next` begins where `state` ends; if `state` has fewer tokens than there
+    /// are sinks, and the missing ones have left the window of `next`; [`Error::Foreign`] for states and
     /// a workspace of another shape; nothing is changed then.
     ///
     /// # Examples
@@ -71,9 +73,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         next: &CausalState<T>,
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
-        state.check(self.shape())?;
+        state.check(&self.shape())?;
         workspace.check(self.sizes())?;
-        next.check(self.shape())?;
+        next.check(&self.shape())?;
         if next.start() != state.position {
             return Err(Error::Value {
                 argument: "the next segment",
@@ -84,10 +86,21 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         if next.position == next.start() {
             return Ok(());
         }
+        // Sinks that this segment lacks must still be among the tokens of the next one's window.
+        let lacks = state.heads.iter().map(|head| head.sinks.limit - head.sinks.positions.len());
+        let absorbed = next.heads.iter().map(|next| next.sums.started);
+        if let Some((lacking, _)) = lacks.zip(absorbed).find(|&(lacks, gone)| lacks > 0 && gone) {
+            return Err(Error::Value {
+                argument: "the first segment",
+                expected: "one that holds all sinks, or followed by one no longer than a window",
+                got: lacking as f64,
+            });
+        }
         let Worker { scratch, part, .. } = workspace.first();
         let (cut, end) = (state.position, next.position);
         for (h, (own, next)) in state.change().iter_mut().zip(&next.heads).enumerate() {
             let head = self.head(h);
+            fill_sinks(&head, own, cut, (next, end));
             hand_over(&head, own, cut, (next, end), scratch);
             part.copy(&next.sums);
             part.settle(head.ops);
@@ -95,6 +108,28 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         }
         state.changed(end - cut);
         Ok(())
+    }
+}
+
+/// The first tokens after `cut`, which lie in the ring of `next`, become sinks where some are missing.
+fn fill_sinks<T: Real>(
+    head: &Head<'_, T>,
+    state: &mut HeadState<T>,
+    cut: usize,
+    (next, end): (&HeadState<T>, usize),
+) {
+    let Some(ring) = &next.ring else { return };
+    for position in cut.max(ring.first(end))..end {
+        let (slot, at) = (ring.slot(position / ring.chunk()), position % ring.chunk());
+        if !state.sinks.wants_more() {
+            return;
+        }
+        if slot.valid[at] {
+            let stride = slot.keys.len() / head.dim;
+            let panel = MatRef::packed(&slot.keys, head.dim, stride);
+            let value = &slot.values[at * head.value_stride..][..head.value_stride];
+            state.sinks.push(position, panel, at, value);
+        }
     }
 }
 

@@ -21,6 +21,7 @@ mod step;
 mod window;
 
 use std::marker::PhantomData;
+use std::sync::Arc;
 
 use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayViewMut3, Axis};
 
@@ -73,6 +74,7 @@ pub struct LinearAttention<T, M> {
     heads: usize,
     causality: Causality,
     scale: f64,
+    windows: Arc<[Window]>,
     log_decay: Vec<f64>,
     sizes: Sizes,
     element: PhantomData<T>,
@@ -106,7 +108,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// decay.
     pub fn with_causality(self, causality: Causality) -> Result<Self> {
         if causality == Causality::Bidirectional {
-            if self.sizes.window.is_some() {
+            if !self.windows.is_empty() {
                 return Err(bidirectional("window"));
             }
             if self.log_decay.iter().any(|&decay| decay != 0.0) {
@@ -116,9 +118,14 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         Ok(Self { causality, ..self })
     }
 
-    /// The local window.
-    pub fn window(&self) -> Option<Window> {
-        self.sizes.window
+    /// The local windows, one for each key-value head, or none.
+    pub fn windows(&self) -> &[Window] {
+        &self.windows
+    }
+
+    /// Sinks s.
+    pub fn sinks(&self) -> usize {
+        self.sizes.sinks
     }
 
     /// log γ, one per map.
@@ -129,6 +136,19 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// Softmax scale σ.
     pub fn scale(&self) -> f64 {
         self.scale
+    }
+
+    /// What it was built from, every default filled in.
+    pub fn config(&self) -> LinearConfig {
+        LinearConfig {
+            heads: Some(self.heads),
+            value_dim: Some(self.sizes.value_dim),
+            scale: Some(self.scale),
+            causality: self.causality,
+            windows: self.windows.to_vec(),
+            sinks: self.sizes.sinks,
+            log_decay: self.log_decay.clone(),
+        }
     }
 
     /// The empty state of a segment that begins at `position` of its sequence, to be
@@ -146,8 +166,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     }
 
     pub(crate) fn shape(&self) -> Shape {
-        let Sizes { dim, features, value_dim, window, .. } = self.sizes;
-        Shape { heads: self.maps.len(), dim, features, value_dim, window }
+        let Sizes { dim, features, value_dim, sinks, .. } = self.sizes;
+        let windows = self.windows.clone();
+        Shape { heads: self.maps.len(), dim, features, value_dim, windows, sinks }
     }
 
     pub(crate) fn dims(&self) -> Dims {
@@ -168,15 +189,10 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         }
     }
 
-    /// Whether the state is of this operator, and whole.
-    pub(crate) fn check_state(&self, state: &CausalState<T>) -> Result<()> {
-        state.check(self.shape())
-    }
-
     /// States need a direction, to be of this operator, and whole.
     fn check_states(&self, method: &'static str, states: &[&mut CausalState<T>]) -> Result<()> {
         self.check_direction(method)?;
-        states.iter().try_for_each(|state| state.check(self.shape()))
+        states.iter().try_for_each(|state| state.check(&self.shape()))
     }
 
     /// All heads of causal attention; `states` yields for every sequence and head its state, or
@@ -188,20 +204,20 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         states: impl Iterator<Item = Option<(usize, &'s mut HeadState<T>)>> + Send,
         workspace: &mut Workspace<T>,
     ) -> Result<(), OutOfRange> {
-        let (heads, longest) = (self.maps.len(), qkv.longest());
+        let (heads, longest, shape) = (self.maps.len(), qkv.longest(), self.shape());
         let mut items = qkv.heads(out).zip(states);
         if !Pipeline::<T>::pays(qkv.sequences() * heads) || longest <= SEGMENT {
             return try_each(&mut workspace.workers, items, |worker, ((qkv, out), state)| {
-                let (qkv, state) = continued(qkv, state, &mut worker.state);
+                let (qkv, state) = continued(qkv, state, &mut worker.state, &shape);
                 pipeline::prefill(&self.head(qkv.head), state, qkv, out, &mut worker.scratch)
             });
         }
-        workspace.share_heads(self.shape());
+        workspace.share_heads(&shape);
         let Workspace { workers, pipelines, .. } = workspace;
         for _ in 0..qkv.sequences() {
             let items = items.by_ref().take(heads).zip(&mut *pipelines);
             try_each(workers, items, |worker, (((qkv, out), state), pipeline)| {
-                let (qkv, state) = continued(qkv, state, &mut worker.state);
+                let (qkv, state) = continued(qkv, state, &mut worker.state, &shape);
                 let head = self.head(qkv.head);
                 if qkv.k.nrows() > SEGMENT {
                     pipeline.prefill(&head, state, qkv, out)
@@ -263,12 +279,11 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             state.changed(qkv.keys());
             return Ok(());
         }
-        let fresh = state.is_fresh();
-        let heads = state.change();
-        if fresh {
-            heads.iter_mut().for_each(HeadState::reset);
+        if state.is_fresh() {
+            state.restart();
         } else {
-            heads.iter_mut().zip(&workspace.snapshot).for_each(|(head, kept)| head.copy(kept));
+            let heads = state.change().iter_mut().zip(&workspace.snapshot);
+            heads.for_each(|(head, kept)| head.copy(kept));
         }
         state.changed(0);
         qkv.check_elements()
@@ -281,11 +296,12 @@ fn continued<'q, 's, T: Real>(
     qkv: HeadQkv<'q, T>,
     state: Option<(usize, &'s mut HeadState<T>)>,
     own: &'s mut HeadState<T>,
+    shape: &Shape,
 ) -> (HeadQkv<'q, T>, &'s mut HeadState<T>) {
     match state {
         Some((position, state)) => (HeadQkv { position, ..qkv }, state),
         None => {
-            own.reset();
+            own.reshape(shape.head(qkv.head));
             (qkv, own)
         }
     }
@@ -308,12 +324,16 @@ impl<T: Real> SequenceState for CausalState<T> {
 impl<T: Real, M: FeatureMap<T>> Operator<T> for LinearAttention<T, M> {
     type State = CausalState<T>;
 
+    fn check_state(&self, state: &CausalState<T>) -> Result<()> {
+        state.check(&self.shape())
+    }
+
     fn new_state(&self) -> CausalState<T> {
         CausalState::new(self.shape())
     }
 
     fn workspace(&self) -> Workspace<T> {
-        Workspace::new(self.sizes).with_snapshot(self.shape())
+        Workspace::new(self.sizes).with_snapshot(&self.shape())
     }
 
     fn step_workspace(&self) -> Workspace<T> {

@@ -86,12 +86,12 @@ struct KeyStage<'o, 's, T> {
 }
 
 impl<T: Real> Pipeline<T> {
-    /// For a pool of as many threads as the current one.
-    pub(crate) fn new(sizes: Sizes, shape: Shape) -> Self {
+    /// For head `h` and a pool of as many threads as the current one.
+    pub(crate) fn new(sizes: Sizes, shape: &Shape, h: usize) -> Self {
         let workers = (max_threads() / shape.heads).clamp(2, WORKERS);
         Self {
             scratches: vec![Scratch::new(sizes); workers],
-            snapshots: vec![HeadState::new(shape); 2 * workers - 1],
+            snapshots: vec![HeadState::new(shape.head(h)); 2 * workers - 1],
         }
     }
 

@@ -10,6 +10,7 @@ use crate::attention::linear::state::{HeadState, PENDING, Pending, Ring, Sums, c
 use crate::attention::qkv::HeadQkv;
 use crate::attention::rows::normalise;
 use crate::attention::scratch::{FeatureScratch, Scratch};
+use crate::low::mat::MatRef;
 use crate::low::simd::padded;
 
 /// The next token of one key-value head and its group of query heads, `qkv` being of that token. It
@@ -30,16 +31,21 @@ pub(crate) fn step<T: Real>(
     let values = &mut scratch.v[..head.value_stride];
     values.fill(T::ZERO);
     scaled(qkv.v.row(0), T::ONE, values);
-    let HeadState { sums, ring } = state;
-    match ring {
-        Some(ring) => ring.push(position, &scratch.y[..head.dim], values),
-        None => add_key(head, sums, position, scratch),
+    match &mut state.ring {
+        Some(ring) => {
+            let key = &scratch.y[..head.dim];
+            ring.push(position, key, values);
+            if state.sinks.wants_more() {
+                state.sinks.push(position, MatRef::packed(key, head.dim, 1), 0, values);
+            }
+        }
+        None => add_key(head, &mut state.sums, position, scratch),
     }
     for h in 0..qkv.q.shape()[0] {
         scaled(qkv.q.slice(s![h, 0, ..]), head.scale, &mut scratch.x);
-        let total = match ring {
-            Some(ring) => read_window(head, (sums, ring), position, scratch),
-            None => read(head, sums, scratch),
+        let total = match &state.ring {
+            Some(ring) => read_window(head, state, ring, position, scratch),
+            None => read(head, &state.sums, scratch),
         };
         normalise(&scratch.o, total, out.slice_mut(s![h, 0, ..]));
     }
@@ -102,17 +108,22 @@ fn read<T: Real>(head: &Head<'_, T>, sums: &Sums<T>, scratch: &mut Scratch<T>) -
     scores.iter().fold(total, |sum, &score| sum + score)
 }
 
-/// Weighted values of the query `x` over the window's keys and the sums into `o`; returns their
-/// normaliser.
+/// Weighted values of the query `x` over sinks, window and sums into `o`; returns their normaliser.
 fn read_window<T: Real>(
     head: &Head<'_, T>,
-    (sums, ring): (&Sums<T>, &Ring<T>),
+    state: &HeadState<T>,
+    ring: &Ring<T>,
     position: usize,
     scratch: &mut Scratch<T>,
 ) -> T {
+    let HeadState { sums, sinks, .. } = state;
     let (m, stride) = (head.features, head.value_stride);
     let Scratch { x, p, .. } = scratch;
-    let width = ring.scores_of(head.ops, position, &x[..head.dim], p);
+    let x = &x[..head.dim];
+    let (count, row) = (sinks.before(ring.first_seen(position)), MatRef::packed(x, 1, head.dim));
+    let sink_width = padded(count);
+    sinks.score(head.ops, count, row, (&mut *p, sink_width.max(1)), None);
+    let width = sink_width + ring.scores_of(head.ops, position, x, &mut p[sink_width..]);
     let mut top = (head.ops.slice_max)(&p[..width]);
     let mut far_total = T::ZERO;
     if sums.started {
@@ -128,7 +139,8 @@ fn read_window<T: Real>(
     // The token's own key is always there, so `top` is a number.
     let Scratch { p, o, .. } = scratch;
     let total = (head.ops.exp_sum)(&mut p[..width], -top) + far_total;
-    ring.add_values(head.ops, position, stride, p, o);
+    sinks.add_values(head.ops, count, MatRef::packed(p, 1, count), o, None);
+    ring.add_values(head.ops, position, stride, &p[sink_width..], o);
     total
 }
 

@@ -8,7 +8,7 @@ use ndarray::{ArrayViewMut3, s};
 use crate::Real;
 use crate::attention::linear::absorb::retire;
 use crate::attention::linear::head::Head;
-use crate::attention::linear::state::{HeadState, Outputs, Ring, Sums};
+use crate::attention::linear::state::{HeadState, Outputs, Ring, Sinks};
 use crate::attention::qkv::HeadQkv;
 use crate::attention::rows::{OutOfRange, normalise};
 use crate::attention::scratch::{BLOCK, FeatureScratch, SEGMENT, Scratch};
@@ -33,8 +33,7 @@ pub(crate) fn prefill<T: Real>(
     while start < n {
         let end = keys(head, state, &qkv, start, scratch)?;
         scratch.features.ahead.aim(end, BLOCK);
-        let HeadState { sums, ring: Some(ring) } = &*state else { return Ok(()) };
-        queries(head, (sums, ring), &qkv, start..end, out.view_mut(), scratch)?;
+        queries(head, state, &qkv, start..end, out.view_mut(), scratch)?;
         start = end;
     }
     Ok(())
@@ -56,7 +55,7 @@ fn keys<T: Real>(
     if within == 0 {
         retire(head, state, chunk, scratch);
     }
-    let Some(ring) = &mut state.ring else { return Ok(n) };
+    let HeadState { ring: Some(ring), sinks, .. } = state else { return Ok(n) };
     let slot = ring.slot_mut(chunk);
     let values = &mut slot.values[within * head.value_stride..];
     qkv.key_rows(start..end).gather(head.ops, head.scale, &mut scratch.y, &scratch.zeros)?;
@@ -67,7 +66,13 @@ fn keys<T: Real>(
         keys[within..within + tokens].copy_from_slice(&y[..tokens]);
     }
     for j in start..end {
-        slot.valid[within + j - start] = qkv.is_valid(j);
+        let at = within + j - start;
+        slot.valid[at] = qkv.is_valid(j);
+        if slot.valid[at] && sinks.wants_more() {
+            let panel = MatRef::packed(&slot.keys, head.dim, stride);
+            let value = &slot.values[at * head.value_stride..][..head.value_stride];
+            sinks.push(qkv.position + j, panel, at, value);
+        }
     }
     Ok(end)
 }
@@ -75,7 +80,7 @@ fn keys<T: Real>(
 /// Outputs of a block's queries over the window's keys and the sums.
 fn queries<T: Real>(
     head: &Head<'_, T>,
-    keys: (&Sums<T>, &Ring<T>),
+    state: &HeadState<T>,
     qkv: &HeadQkv<'_, T>,
     block: Range<usize>,
     mut out: ArrayViewMut3<'_, T>,
@@ -84,7 +89,7 @@ fn queries<T: Real>(
     for h in 0..qkv.q.shape()[0] {
         let Scratch { x, zeros, .. } = scratch;
         qkv.query_rows(h, block.clone()).gather(head.ops, head.scale, x, zeros)?;
-        weigh(head, keys, qkv.position + block.start, block.len(), scratch);
+        weigh(head, state, qkv.position + block.start, block.len(), scratch);
         for (i, row) in block.clone().enumerate() {
             let sums = &scratch.o[i * head.value_stride..];
             normalise(sums, scratch.total[i], out.slice_mut(s![h, row, ..]));
@@ -93,10 +98,14 @@ fn queries<T: Real>(
     Ok(())
 }
 
-/// The chunks that a block of queries sees, and how their scores lie: a row per query, a column
-/// group per chunk, the oldest chunk first.
+/// The sinks and chunks that a block of queries sees, and how their scores lie: a row per query, a
+/// column group for the sinks that have left the window and one per chunk, the oldest chunk first.
 struct Seen<'r, T> {
     ring: &'r Ring<T>,
+    sinks: &'r Sinks<T>,
+    /// Sinks that have left the window, and the columns of their scores.
+    sink_count: usize,
+    sink_width: usize,
     /// The queries' own chunk, and the first query's place in it.
     chunk: usize,
     within: usize,
@@ -109,29 +118,48 @@ struct Seen<'r, T> {
 }
 
 impl<'r, T: Real> Seen<'r, T> {
-    fn new(ring: &'r Ring<T>, position: usize, tokens: usize) -> Self {
+    fn new(ring: &'r Ring<T>, sinks: &'r Sinks<T>, position: usize, tokens: usize) -> Self {
         let (chunk, within) = (position / ring.chunk(), position % ring.chunk());
         let back = (ring.slots() - 1).min(chunk);
-        let slot_width = padded(ring.chunk());
-        let stride = (back + 1) * slot_width;
-        Self { ring, chunk, within, back, tokens, slot_width, stride }
+        let sink_count = sinks.before((chunk - back) * ring.chunk());
+        let (sink_width, slot_width) = (padded(sink_count), padded(ring.chunk()));
+        let stride = sink_width + (back + 1) * slot_width;
+        Self {
+            ring,
+            sinks,
+            sink_count,
+            sink_width,
+            chunk,
+            within,
+            back,
+            tokens,
+            slot_width,
+            stride,
+        }
+    }
+
+    /// First column of the chunk of this age.
+    fn column(&self, age: usize) -> usize {
+        self.sink_width + (self.back - age) * self.slot_width
     }
 
     /// Where the scores of query `i` lie, up to the last one that any query of its band sees: the own
     /// chunk comes last.
     fn scores(&self, i: usize) -> Range<usize> {
         let band_end = self.tokens.min(i / LANES * LANES + LANES);
-        let end = self.back * self.slot_width + padded(self.within + band_end);
+        let end = self.column(0) + padded(self.within + band_end);
         i * self.stride..i * self.stride + end
     }
 
-    /// Scores of the older chunks, then of the queries' own up to the diagonal; −∞ where no key may
+    /// Scores of the sinks and the older chunks, then of the queries' own up to the diagonal; −∞ where no key may
     /// be looked at.
     fn score(&self, ops: &Ops<T>, x: MatRef<'_, T>, p: &mut [T], ahead: &mut Ahead<T>) {
         let (length, stride, slot_width) = (self.ring.chunk(), self.stride, self.slot_width);
+        let rows = x.cols(0..self.tokens).t();
+        self.sinks.score(ops, self.sink_count, rows, (&mut *p, stride), Some(&mut *ahead));
         for age in (0..=self.back).rev() {
             let slot = self.ring.slot(self.chunk - age);
-            let at = (self.back - age) * slot_width;
+            let at = self.column(age);
             let last = if age == 0 { self.within + self.tokens } else { length };
             let masked = slot.valid[..last].contains(&false);
             for band in (0..self.tokens).step_by(LANES) {
@@ -163,9 +191,11 @@ impl<'r, T: Real> Seen<'r, T> {
     /// Adds the values, weighted by `p`, to `o` `[tokens, e_padded]`.
     fn add_values(&self, ops: &Ops<T>, p: &[T], o: &mut [T], ahead: &mut Ahead<T>) {
         let length = self.ring.chunk();
+        let sink_scores = MatRef::new(p, self.tokens, self.sink_count, self.stride);
+        self.sinks.add_values(ops, self.sink_count, sink_scores, o, Some(&mut *ahead));
         for age in (0..=self.back).rev() {
             let slot = self.ring.slot(self.chunk - age);
-            let (at, e) = ((self.back - age) * self.slot_width, slot.values.len() / length);
+            let (at, e) = (self.column(age), slot.values.len() / length);
             for band in (0..self.tokens).step_by(LANES) {
                 let rows = LANES.min(self.tokens - band);
                 let keys = if age == 0 { self.within + band + rows } else { length };
@@ -181,21 +211,22 @@ impl<'r, T: Real> Seen<'r, T> {
     }
 }
 
-/// Sums and normalisers of the queries `x`, the first at `position`, over the window's keys and the
-/// sums, into `o` and `total`.
+/// Sums and normalisers of the queries `x`, the first at `position`, over sinks, window and sums,
+/// into `o` and `total`.
 fn weigh<T: Real>(
     head: &Head<'_, T>,
-    (sums, ring): (&Sums<T>, &Ring<T>),
+    state: &HeadState<T>,
     position: usize,
     tokens: usize,
     scratch: &mut Scratch<T>,
 ) {
+    let HeadState { sums, ring: Some(ring), sinks } = state else { return };
     let Scratch { x, p, o, total, features, .. } = scratch;
     let FeatureScratch { a, column, top, map, ahead, .. } = features;
     let width = padded(tokens);
     let x = &x[..head.dim * width];
     let (column, top, total) = (&mut column[..width], &mut top[..width], &mut total[..width]);
-    let seen = Seen::new(ring, position, tokens);
+    let seen = Seen::new(ring, sinks, position, tokens);
     seen.score(head.ops, MatRef::packed(x, head.dim, width), p, ahead);
     for (i, top) in top.iter_mut().enumerate() {
         *top = if i < tokens { (head.ops.slice_max)(&p[seen.scores(i)]) } else { T::zero() };

@@ -39,7 +39,7 @@ pub(crate) struct HeadCache<T> {
     /// Values, `[blocks, BLOCK, e_padded]`.
     values: Vec<T>,
     /// Tokens that may be attended to, `[blocks, BLOCK]`.
-    valid: Vec<bool>,
+    pub(crate) valid: Vec<bool>,
 }
 
 impl<T: Real> KvCache<T> {

@@ -9,7 +9,9 @@ use std::ops::Range;
 use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayViewMut2, ArrayViewMut3, Axis};
 
 use crate::Real;
-use crate::attention::check::{bidirectional, check_scale, check_size};
+use crate::attention::check::{
+    bidirectional, check_exact_part, check_scale, check_size, each_head,
+};
 use crate::attention::operator::Operator;
 use crate::attention::qkv::{Dims, HeadQkv, Qkv};
 use crate::attention::rows::{OutOfRange, Rows, Valid, normalise};
@@ -46,9 +48,12 @@ pub struct SoftmaxConfig {
     pub scale: f64,
     /// Which keys a query sees. Default: [`Causality::Causal`].
     pub causality: Causality,
-    /// Causal attention sees the local window alone: the query's own chunk and `back` chunks before
-    /// it. Default: none.
-    pub window: Option<Window>,
+    /// Causal attention sees local windows alone, and sinks: one window for all key-value heads, or
+    /// one for each. Default: none, it sees everything.
+    pub windows: Vec<Window>,
+    /// The first s unmasked tokens of a sequence, which every later query sees beside the window. As
+    /// [`LinearConfig::sinks`](crate::attention::LinearConfig::sinks). Default: 0.
+    pub sinks: usize,
 }
 
 impl SoftmaxConfig {
@@ -61,7 +66,8 @@ impl SoftmaxConfig {
             value_dim: dim,
             scale: 1.0 / (dim as f64).sqrt(),
             causality: Causality::Causal,
-            window: None,
+            windows: Vec::new(),
+            sinks: 0,
         }
     }
 
@@ -89,10 +95,22 @@ impl SoftmaxConfig {
         Self { causality, ..self }
     }
 
-    /// Causal attention sees the local window alone.
+    /// Causal attention sees one local window alone.
     #[must_use]
     pub fn with_window(self, window: Window) -> Self {
-        Self { window: Some(window), ..self }
+        self.with_windows(vec![window])
+    }
+
+    /// A local window for each key-value head.
+    #[must_use]
+    pub fn with_windows(self, windows: Vec<Window>) -> Self {
+        Self { windows, ..self }
+    }
+
+    /// Sinks s.
+    #[must_use]
+    pub fn with_sinks(self, sinks: usize) -> Self {
+        Self { sinks, ..self }
     }
 
     /// Checks everything.
@@ -118,13 +136,13 @@ impl SoftmaxConfig {
             });
         }
         check_scale(self.scale, self.dim)?;
-        if let Some(window) = self.window {
-            window.check()?;
-            if self.causality == Causality::Bidirectional {
-                return Err(bidirectional("window"));
-            }
+        let windows = each_head("windows", self.windows, self.kv_heads)?;
+        check_exact_part(&windows, self.sinks)?;
+        if !windows.is_empty() && self.causality == Causality::Bidirectional {
+            return Err(bidirectional("window"));
         }
-        Ok(Softmax { config: self, element: PhantomData })
+        let config = SoftmaxConfig { windows, ..self };
+        Ok(Softmax { config, element: PhantomData })
     }
 }
 
@@ -142,6 +160,18 @@ pub struct Softmax<T> {
     element: PhantomData<T>,
 }
 
+/// Keys that a query sees: those before `sinks`, and those of the window.
+struct Visible {
+    sinks: usize,
+    window: Range<usize>,
+}
+
+impl Visible {
+    fn contains(&self, key: usize) -> bool {
+        key < self.sinks || self.window.contains(&key)
+    }
+}
+
 /// Where the key blocks of a pass come from: a cache, or the caller's arrays on the fly.
 #[derive(Clone, Copy)]
 enum Keys<'k, 'a, T> {
@@ -157,7 +187,7 @@ impl<T: Real> Softmax<T> {
 
     fn sizes(&self) -> Sizes {
         let SoftmaxConfig { dim, value_dim, .. } = self.config;
-        Sizes { dim, features: 0, value_dim, window: None, map: 0 }
+        Sizes { dim, features: 0, value_dim, window: None, sinks: 0, map: 0 }
     }
 
     fn dims(&self) -> Dims {
@@ -167,23 +197,10 @@ impl<T: Real> Softmax<T> {
 
     /// Caches need a direction, and to be of this operator.
     fn check_caches(&self, method: &'static str, caches: &[&mut KvCache<T>]) -> Result<()> {
-        let SoftmaxConfig { kv_heads, dim, value_dim, causality, .. } = self.config;
-        if causality == Causality::Bidirectional {
+        if self.config.causality == Causality::Bidirectional {
             return Err(bidirectional(method));
         }
-        caches.iter().try_for_each(|cache| {
-            let pairs = [
-                ("number of heads", kv_heads, cache.heads.len()),
-                ("head dimension", dim, cache.dim),
-                ("value dimension", value_dim, cache.value_dim),
-            ];
-            match pairs.into_iter().find(|(_, expected, got)| expected != got) {
-                Some((what, expected, got)) => {
-                    Err(Error::Foreign { argument: "cache", what, expected, got })
-                }
-                None => Ok(()),
-            }
-        })
+        caches.iter().try_for_each(|cache| self.check_state(cache))
     }
 
     /// √σ.
@@ -199,9 +216,10 @@ impl<T: Real> Softmax<T> {
         scratch: &mut Scratch<T>,
     ) -> Result<(), OutOfRange> {
         let (n, keys) = (qkv.q.shape()[1], qkv.k.nrows());
+        let sinks = self.sink_end((0..keys).map(|j| qkv.is_valid(j)));
         let visible = |i: usize| match self.config.causality {
-            Causality::Causal => self.window(i),
-            Causality::Bidirectional => 0..keys,
+            Causality::Causal => self.visible(qkv.head, i, sinks),
+            Causality::Bidirectional => Visible { sinks: 0, window: 0..keys },
         };
         for start in (0..n).step_by(BLOCK) {
             let queries = qkv.query_rows(0, start..n.min(start + BLOCK));
@@ -221,10 +239,11 @@ impl<T: Real> Softmax<T> {
     ) -> Result<(), OutOfRange> {
         cache.append(T::ops(), self.root_scale(), &qkv, scratch)?;
         let n = qkv.k.nrows();
+        let sinks = self.sink_end(cache.valid.iter().copied());
         for h in 0..qkv.q.shape()[0] {
             for start in (0..n).step_by(BLOCK) {
                 let queries = qkv.query_rows(h, start..n.min(start + BLOCK));
-                let visible = |i: usize| self.window(qkv.position + i);
+                let visible = |i: usize| self.visible(qkv.head, qkv.position + i, sinks);
                 self.tiles(Keys::Cached(cache), queries.clone(), visible, scratch)?;
                 self.normalise(queries.tokens, out.index_axis_mut(Axis(0), h), scratch);
             }
@@ -245,23 +264,28 @@ impl<T: Real> Softmax<T> {
         }
     }
 
-    /// Keys that the causal query at position i sees.
-    fn window(&self, i: usize) -> Range<usize> {
-        let first = self
-            .config
-            .window
+    /// Where the sinks of a sequence end.
+    fn sink_end(&self, valid: impl Iterator<Item = bool>) -> usize {
+        let sinks = valid.enumerate().filter(|&(_, valid)| valid).take(self.config.sinks);
+        sinks.last().map_or(0, |(j, _)| j + 1)
+    }
+
+    /// Keys that the causal query at position i sees, the sinks ending at `sinks`.
+    fn visible(&self, head: usize, i: usize, sinks: usize) -> Visible {
+        let window = self.config.windows.get(head);
+        let first = window
             .map_or(0, |window| (i / window.chunk).saturating_sub(window.back) * window.chunk);
-        first..i + 1
+        Visible { sinks: sinks.min(first), window: first..i + 1 }
     }
 
     /// Online softmax of the query rows `rows` of `q` over the key blocks that any of them sees:
-    /// sums into `scratch.o`, normalisers into `scratch.total`. `visible` tells the range of keys
-    /// that a row sees, which only moves upwards.
+    /// sums into `scratch.o`, normalisers into `scratch.total`. `visible` tells the keys that a
+    /// row sees, which only move upwards.
     fn tiles(
         &self,
         keys: Keys<'_, '_, T>,
         queries: Rows<'_, T>,
-        visible: impl Fn(usize) -> Range<usize>,
+        visible: impl Fn(usize) -> Visible,
         scratch: &mut Scratch<T>,
     ) -> Result<(), OutOfRange> {
         let rows = queries.tokens.clone();
@@ -274,8 +298,10 @@ impl<T: Real> Softmax<T> {
         o[..tokens * stride].fill(T::zero());
         top[..tokens].fill(T::NEG_INFINITY);
         total[..tokens].fill(T::zero());
-        let (first, last) = (visible(rows.start).start, visible(rows.end - 1).end);
-        for block in first / BLOCK..last.div_ceil(BLOCK) {
+        let (low, high) = (visible(rows.start), visible(rows.end - 1));
+        let (first, last) = (low.window.start / BLOCK, high.window.end);
+        let sinks = 0..high.sinks.div_ceil(BLOCK).min(first);
+        for block in sinks.chain(first..last.div_ceil(BLOCK)) {
             let base = block * BLOCK;
             // Keys of this block that any row sees; a partial block is as wide as its tokens need.
             let count = (last - base).min(BLOCK);
@@ -293,7 +319,8 @@ impl<T: Real> Softmax<T> {
                 let height = LANES.min(tokens - band);
                 let (low, high) =
                     (visible(rows.start + band), visible(rows.start + band + height - 1));
-                if low.start >= base + BLOCK || high.end <= base {
+                let before = low.window.start >= base + BLOCK && high.sinks <= base;
+                if before || high.window.end <= base {
                     continue;
                 }
                 let scores = &mut p[band * BLOCK..];
@@ -304,8 +331,8 @@ impl<T: Real> Softmax<T> {
                     MatRef::new(keys, d, columns, key_width),
                 );
                 let whole = valid.is_none()
-                    && high.start <= base
-                    && low.end >= base + count
+                    && high.window.start <= base
+                    && low.window.end >= base + count
                     && count == columns;
                 for i in 0..height {
                     let row = &mut scores[i * BLOCK..i * BLOCK + columns];
@@ -313,7 +340,7 @@ impl<T: Real> Softmax<T> {
                     if !whole {
                         let seen = visible(rows.start + row_index);
                         for (j, score) in row.iter_mut().enumerate() {
-                            if !seen.contains(&(base + j))
+                            if !seen.contains(base + j)
                                 || j >= count
                                 || valid.is_some_and(|valid| !valid[j])
                             {
@@ -348,6 +375,21 @@ impl<T: Real> Softmax<T> {
 
 impl<T: Real> Operator<T> for Softmax<T> {
     type State = KvCache<T>;
+
+    fn check_state(&self, cache: &KvCache<T>) -> Result<()> {
+        let SoftmaxConfig { kv_heads, dim, value_dim, .. } = self.config;
+        let pairs = [
+            ("number of heads", kv_heads, cache.heads.len()),
+            ("head dimension", dim, cache.dim),
+            ("value dimension", value_dim, cache.value_dim),
+        ];
+        match pairs.into_iter().find(|(_, expected, got)| expected != got) {
+            Some((what, expected, got)) => {
+                Err(Error::Foreign { argument: "cache", what, expected, got })
+            }
+            None => Ok(()),
+        }
+    }
 
     fn new_state(&self) -> KvCache<T> {
         let SoftmaxConfig { kv_heads, dim, value_dim, .. } = self.config;

@@ -1,7 +1,7 @@
 //! Layers and their maps as safetensors files.
 //!
 //! ```text
-//! __metadata__   dijiang.version = 1, dijiang.layers (files of several layers)
+//! __metadata__   dijiang.version = 2, dijiang.layers (files of several layers)
 //! per layer      self_attn.{q,k,v,o}_proj.{weight,bias}, .{q,k}_norm.weight    the layer's own type
 //! per kv head    self_attn.dijiang.{h}.{query,key}.{center,scale,radii}        F64
 //!                self_attn.dijiang.{h}.{log_weight,log_mix,log_decay}, and .signs or .{deep,dense}.{query,key}
@@ -27,8 +27,10 @@ use crate::real::Real;
 use read::File;
 use write::Writer;
 
-/// What this version writes, and all it reads.
-const VERSION: &str = "1";
+/// What this version writes.
+const VERSION: &str = "2";
+/// What it reads too: one local window for all heads, no sinks, no norms.
+const FIRST_VERSION: &str = "1";
 
 /// Where the only layer of a file lies.
 const ALONE: &str = "self_attn.";

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use ndarray::{Array1, Array2};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
-use super::{VERSION, Word, config_notes, dtype, weights_shape};
-use crate::attention::Window;
+use super::{FIRST_VERSION, VERSION, Word, config_notes, dtype, weights_shape};
+use crate::attention::{LinearConfig, Window};
 use crate::check::within;
 use crate::error::{Error, Result};
 use crate::files::{elements, fault, header, quoted};
@@ -36,9 +36,13 @@ impl<'a> File<'a> {
         let (metadata, start) = header(bytes)?;
         let file = Self { metadata, data: &bytes[start..] };
         match file.note("dijiang.version")? {
-            VERSION => Ok(file),
-            other => Err(fault("dijiang.version", VERSION, quoted(other))),
+            VERSION | FIRST_VERSION => Ok(file),
+            other => Err(fault("dijiang.version", "1 or 2", quoted(other))),
         }
+    }
+
+    fn is_first_version(&self) -> bool {
+        self.note("dijiang.version").is_ok_and(|version| version == FIRST_VERSION)
     }
 
     fn note(&self, name: &str) -> Result<&str> {
@@ -128,11 +132,14 @@ impl<'a> File<'a> {
         place: &str,
         layer: &DijiangAttention<T>,
     ) -> Result<DijiangAttention<T>> {
-        let projections = layer.projections();
+        let projections = &layer.proj;
         for (name, value) in
             config_notes(projections.config(), projections.head_dim(), projections.scale())
         {
             let name = format!("{place}dijiang.{name}");
+            if self.is_first_version() && name.ends_with("qk_norm") && value == "none" {
+                continue;
+            }
             let got = self.note(&name)?;
             if got != value {
                 return Err(fault(name, format!("{value} as in this layer"), quoted(got)));
@@ -149,7 +156,7 @@ impl<'a> File<'a> {
                 .with_head_dim(self.count(&name("head_dim"))?)
                 .with_scale(self.float(&name("scale"))?)
                 .with_causality(self.choice(&name("causality"))?);
-        if self.note(&name("qk_norm"))? != "none" {
+        if !self.is_first_version() && self.note(&name("qk_norm"))? != "none" {
             config.qk_norm = Some(self.float(&name("qk_norm"))?);
         }
         if self.note(&name("rotary"))? == "none" {
@@ -247,17 +254,37 @@ impl<'a> File<'a> {
         })
     }
 
-    fn heads<T: Real>(&self, place: &str, projections: QkvProj<T>) -> Result<DijiangAttention<T>> {
+    /// Windows and sinks.
+    fn exact_part(&self, place: &str) -> Result<LinearConfig> {
         let name = |name: &str| format!("{place}dijiang.{name}");
-        let window = match self.note(&name("window"))? {
-            "none" => None,
-            "chunks" => Some(Window::new(
-                self.count(&name("window.chunk"))?,
-                self.count(&name("window.back"))?,
-            )),
-            other => return Err(fault(name("window"), "none or chunks", quoted(other))),
-        };
-        let dim = projections.head_dim();
+        if self.is_first_version() {
+            let config = LinearConfig::new();
+            return match self.note(&name("near"))? {
+                "none" => Ok(config),
+                "chunks" => {
+                    let chunk = self.count(&name("near.chunk"))?;
+                    Ok(config.with_window(Window::new(chunk, self.count(&name("near.back"))?)))
+                }
+                other => Err(fault(name("near"), "none or chunks", quoted(other))),
+            };
+        }
+        let windows = self.note(&name("windows"))?;
+        let numbers: Vec<usize> =
+            windows.split_terminator(' ').map(str::parse).collect::<Result<_, _>>().map_err(
+                |error| fault(name("windows"), "numbers with spaces between them", error),
+            )?;
+        if numbers.len() % 2 != 0 {
+            return Err(fault(name("windows"), "pairs of chunk and back", quoted(windows)));
+        }
+        let windows = numbers.chunks_exact(2).map(|pair| Window::new(pair[0], pair[1]));
+        let sinks = self.count(&name("sinks"))?;
+        Ok(LinearConfig::new().with_windows(windows.collect()).with_sinks(sinks))
+    }
+
+    fn heads<T: Real>(&self, place: &str, proj: QkvProj<T>) -> Result<DijiangAttention<T>> {
+        let name = |name: &str| format!("{place}dijiang.{name}");
+        let config = self.exact_part(place)?;
+        let dim = proj.head_dim();
         let head = |h: usize| {
             let place = name(&format!("{h}."));
             let log_decay = self.scalar(&format!("{place}log_decay"), f64::MAX)?;
@@ -267,14 +294,11 @@ impl<'a> File<'a> {
                 log_decay,
             ))
         };
-        let (maps, log_decay) = (0..projections.config().kv_heads)
-            .map(head)
-            .collect::<Result<Vec<_>>>()?
-            .into_iter()
-            .unzip();
-        let layer = DijiangAttention::from_parts(projections, maps, window, log_decay);
+        let heads = (0..proj.config().kv_heads).map(head).collect::<Result<Vec<_>>>()?;
+        let (maps, log_decay) = heads.into_iter().unzip();
+        let layer = DijiangAttention::from_parts(proj, config.with_log_decay(log_decay), maps);
         layer.map_err(|error| {
-            fault_at(&name(""), "maps, decays and local window of one layer", error)
+            fault_at(&name(""), "maps, decays and local windows of one layer", error)
         })
     }
 

@@ -72,20 +72,16 @@ impl<'a, T: Real> Writer<'a, T> {
 
     /// Everything but the weights.
     pub(super) fn maps(&mut self, place: &str, layer: &'a DijiangAttention<T>) {
-        let projections = layer.projections();
+        let projections = &layer.proj;
         for (name, value) in
             config_notes(projections.config(), projections.head_dim(), projections.scale())
         {
             self.note(format!("{place}dijiang.{name}"), value);
         }
-        self.note(
-            format!("{place}dijiang.window"),
-            if layer.window().is_some() { "chunks" } else { "none" },
-        );
-        if let Some(window) = layer.window() {
-            self.note(format!("{place}dijiang.window.chunk"), window.chunk);
-            self.note(format!("{place}dijiang.window.back"), window.back);
-        }
+        let windows = layer.windows().iter().flat_map(|window| [window.chunk, window.back]);
+        let windows: Vec<String> = windows.map(|number| number.to_string()).collect();
+        self.note(format!("{place}dijiang.windows"), windows.join(" "));
+        self.note(format!("{place}dijiang.sinks"), layer.sinks());
         for (h, (map, log_decay)) in layer.maps().iter().zip(layer.log_decay()).enumerate() {
             let place = format!("{place}dijiang.{h}.");
             self.map(&place, map.params());

@@ -2,19 +2,25 @@
 //! of a prompt.
 //!
 //! ```text
-//! magic "dijiang\0", then little-endian u32: format version 1, bytes per number of the layer,
+//! magic "dijiang\0", then little-endian u32: format version 2, bytes per number of the layer,
 //!      storage;
-//! u64: heads, d, m, e, window chunk, window back (0, 0 for none), start,
-//!      position
+//! u64: heads, d, m, e, windows (none, or one for each head), sinks s, start, position
+//! per window u64 chunk, u64 back
 //! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of z;
 //!            S, what rounding kept out of S; pending weights and values; the window's keys and values,
-//!            and one byte each for validity
+//!            and one byte each for validity; with sinks u8 whether it takes any, u8 how many there
+//!            are, s times u64 position, keys, values
 //! CRC-32 of everything before it, u32
 //! ```
+//!
+//! Version 1, which is read too, had one window for all heads (its chunk and back, 0 and 0 for none, in
+//! place of windows and sinks) and no sinks.
+
+use std::sync::Arc;
 
 use half::bf16;
 
-use super::{CausalState, HeadState, MAX_POSITION, PENDING, Pending, Ring, Shape, Sums};
+use super::{CausalState, HeadState, MAX_POSITION, PENDING, Pending, Ring, Shape, Sinks, Sums};
 use crate::Real;
 use crate::attention::Window;
 use crate::attention::linear::LinearAttention;
@@ -24,9 +30,11 @@ use crate::kernel::FeatureMap;
 use crate::low::simd::padded;
 
 const MAGIC: &[u8; 8] = b"dijiang\0";
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 /// Bytes of the magic, three u32 and eight u64.
 const HEADER: usize = 8 + 3 * 4 + 8 * 8;
+/// Bytes of a window's chunk and back.
+const WINDOW: usize = 2 * 8;
 const CHECKSUM: usize = 4;
 
 /// In how many bytes a state's sums, keys and values are kept. Normalisers and exponents always
@@ -72,16 +80,16 @@ impl<T: Real> CausalState<T> {
     /// One pass over the state; one allocation of its size, or less of it with another storage than
     /// [`Storage::Exact`].
     pub fn to_bytes(&self, storage: Storage) -> Vec<u8> {
-        let window = self.shape.window.map_or([0, 0], |window| [window.chunk, window.back]);
-        let Shape { heads, dim, features, value_dim, .. } = self.shape;
-        let mut out = Vec::with_capacity(length::<T>(self.shape, storage) as usize);
+        let Shape { heads, dim, features, value_dim, ref windows, sinks } = self.shape;
+        let mut out = Vec::with_capacity(length::<T>(&self.shape, storage, VERSION) as usize);
         out.extend_from_slice(MAGIC);
         for number in [VERSION, size_of::<T>() as u32, storage.code()] {
             out.extend_from_slice(&number.to_le_bytes());
         }
-        for number in
-            [heads, dim, features, value_dim, window[0], window[1], self.start, self.position]
-        {
+        let numbers =
+            [heads, dim, features, value_dim, windows.len(), sinks, self.start, self.position];
+        let windows = windows.iter().flat_map(|window| [window.chunk, window.back]);
+        for number in numbers.into_iter().chain(windows) {
             out.extend_from_slice(&(number as u64).to_le_bytes());
         }
         for head in &self.heads {
@@ -115,10 +123,10 @@ impl<T: Real> CausalState<T> {
     /// element type, cut short, too long or damaged.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let header = Header::read::<T>(bytes)?;
-        let Shape { heads, dim, features, value_dim, window } = header.shape;
-        let window = window.unwrap_or(Window::new(1, 0));
-        let sizes = [heads, dim, features, value_dim, window.chunk, window.back.max(1)];
-        match sizes.into_iter().find(|size| !(1..=bytes.len()).contains(size)) {
+        let Shape { heads, dim, features, value_dim, ref windows, sinks } = header.shape;
+        let windows = windows.iter().flat_map(|window| [window.chunk, window.back.max(1)]);
+        let sizes = [heads, dim, features, value_dim, sinks.max(1)].into_iter().chain(windows);
+        match { sizes }.find(|size| !(1..=bytes.len()).contains(size)) {
             Some(size) => Err(fault("state size", format!("from 1 to {}", bytes.len()), size)),
             None => header.state(bytes),
         }
@@ -139,13 +147,14 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// element type, cut short, too long or damaged.
     pub fn state_from_bytes(&self, bytes: &[u8]) -> Result<CausalState<T>> {
         let header = Header::read::<T>(bytes)?;
-        self.shape().check(header.shape)?;
+        self.shape().check(&header.shape)?;
         header.state(bytes)
     }
 }
 
 /// What bytes say of themselves, not believed yet.
 struct Header {
+    version: u32,
     storage: Storage,
     shape: Shape,
     start: u64,
@@ -160,8 +169,9 @@ impl Header {
             return Err(fault("state", "to begin with \"dijiang\"", "something else"));
         }
         let words: Vec<u32> = elements(&header[8..20], u32::from_le_bytes);
-        if words[0] != VERSION {
-            return Err(fault("state version", VERSION, words[0]));
+        let version = words[0];
+        if !(1..=VERSION).contains(&version) {
+            return Err(fault("state version", format!("1 to {VERSION}"), version));
         }
         if words[1] as usize != size_of::<T>() {
             return Err(fault(
@@ -176,15 +186,25 @@ impl Header {
         let storage = storage.ok_or_else(|| fault("state storage", "0, 1 or 2", words[2]))?;
         let numbers: Vec<u64> = elements(&header[20..], u64::from_le_bytes);
         let size = |i: usize| usize::try_from(numbers[i]).unwrap_or(usize::MAX);
-        let window = (numbers[4..6] != [0, 0]).then(|| Window::new(size(4), size(5)));
-        let shape =
-            Shape { heads: size(0), dim: size(1), features: size(2), value_dim: size(3), window };
-        Ok(Self { storage, shape, start: numbers[6], position: numbers[7] })
+        let (windows, sinks) = match version {
+            1 if numbers[4..6] == [0, 0] => (Vec::new(), 0),
+            // A state takes more bytes than it has heads.
+            1 => (vec![Window::new(size(4), size(5)); size(0).min(bytes.len())], 0),
+            _ => (read_windows(&bytes[HEADER..], size(4))?, size(5)),
+        };
+        let (heads, windows): (_, Arc<[Window]>) = (size(0), windows.into());
+        if !windows.is_empty() && windows.len() != heads {
+            return Err(fault("state windows", format!("none, or {heads}"), windows.len()));
+        }
+        let [dim, features, value_dim] = [1, 2, 3].map(size);
+        let shape = Shape { heads, dim, features, value_dim, windows, sinks };
+        Ok(Self { version, storage, shape, start: numbers[6], position: numbers[7] })
     }
 
     /// The state in `bytes`, of a shape whose sizes are those of something in memory.
     fn state<T: Real>(self, bytes: &[u8]) -> Result<CausalState<T>> {
-        let Self { storage, shape, start, position } = self;
+        let Self { version, storage, shape, start, position } = self;
+        let sinks = shape.sinks;
         let place = |position: u64| {
             usize::try_from(position).ok().filter(|&position| position <= MAX_POSITION)
         };
@@ -197,7 +217,7 @@ impl Header {
                 format!("{start} to {position}"),
             ));
         };
-        let whole = length::<T>(shape, storage);
+        let whole = length::<T>(&shape, storage, version);
         if bytes.len() as u128 != whole {
             return Err(fault("state", format!("{whole} bytes"), bytes.len()));
         }
@@ -205,10 +225,15 @@ impl Header {
         if checksum != crc32fast::hash(body).to_le_bytes() {
             return Err(fault("state checksum", "that of the bytes", "another"));
         }
+        let table = if version == 1 { 0 } else { shape.windows.len() * WINDOW };
         let mut state = CausalState { start, position, ..CausalState::new(shape) };
-        let mut reader = Reader { bytes: &body[HEADER..], storage, sound: true };
+        let mut reader = Reader { bytes: &body[HEADER + table..], storage, sound: true };
         for head in &mut state.heads {
             read_head(head, &mut reader);
+            let Sinks { limit, positions, .. } = &head.sinks;
+            reader.sound &= *limit == if start == 0 { sinks } else { 0 };
+            reader.sound &= positions.len() <= *limit && positions.is_sorted_by(|a, b| a < b);
+            reader.sound &= positions.last().is_none_or(|&sink| sink < position);
             // The next key to join the sums must not lie before the frame.
             let next = head.ring.as_ref().map_or(position, |ring: &Ring<T>| ring.first(position));
             reader.sound &=
@@ -224,25 +249,35 @@ impl Header {
     }
 }
 
+/// The table of `count` windows at the beginning of `bytes`.
+fn read_windows(bytes: &[u8], count: usize) -> Result<Vec<Window>> {
+    let table = count.checked_mul(WINDOW).and_then(|len| bytes.get(..len));
+    let table = table.ok_or_else(|| fault("state windows", "as many as are told", "fewer"))?;
+    let numbers: Vec<u64> = elements(table, u64::from_le_bytes);
+    let size = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
+    Ok(numbers.chunks_exact(2).map(|pair| Window::new(size(pair[0]), size(pair[1]))).collect())
+}
+
 /// Bytes of a state of this shape, whose sizes are those of something in memory.
-fn length<T: Real>(shape: Shape, storage: Storage) -> u128 {
+fn length<T: Real>(shape: &Shape, storage: Storage, version: u32) -> u128 {
     let [heads, dim, features] = [shape.heads, shape.dim, shape.features].map(|size| size as u128);
-    let row = padded(shape.value_dim) as u128;
-    let (mut stored, mut flags) = (2 * features * row, 0);
-    match shape.window {
-        Some(window) => {
-            let (chunk, slots) = (window.chunk as u128, window.back as u128 + 1);
-            stored += slots * (dim * padded(window.chunk) as u128 + chunk * row);
-            flags = slots * chunk;
-        }
-        None => stored += PENDING as u128 * (features + row),
-    }
-    let head = 8
-        + 2
-        + 3 * features * size_of::<T>() as u128
-        + stored * storage.width::<T>() as u128
-        + flags;
-    HEADER as u128 + heads * head + CHECKSUM as u128
+    let (row, sinks) = (padded(shape.value_dim) as u128, shape.sinks as u128);
+    let width = storage.width::<T>() as u128;
+    let sink_bytes = match shape.sinks {
+        0 => 0,
+        _ => 2 + 8 * sinks + (dim * padded(shape.sinks) as u128 + sinks * row) * width,
+    };
+    let window_bytes = |window: &Window| {
+        let (chunk, slots) = (window.chunk as u128, window.back as u128 + 1);
+        slots * ((dim * padded(window.chunk) as u128 + chunk * row) * width + chunk)
+    };
+    let exact = match shape.windows.len() {
+        0 => heads * PENDING as u128 * (features + row) * width,
+        _ => shape.windows.iter().map(window_bytes).sum(),
+    };
+    let sums = 8 + 2 + 3 * features * size_of::<T>() as u128 + 2 * features * row * width;
+    let table = if version == 1 { 0 } else { shape.windows.len() * WINDOW };
+    (HEADER + table + CHECKSUM) as u128 + heads * (sums + sink_bytes) + exact
 }
 
 /// Moves the frame up to where no feature's weights sum up to more than one, which in `f64` may be
@@ -256,7 +291,7 @@ fn raise_frame<T: Real>(sums: &mut Sums<T>) {
 }
 
 fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>) {
-    let HeadState { sums, ring } = head;
+    let HeadState { sums, ring, sinks } = head;
     out.extend_from_slice(&(sums.reference_position as u64).to_le_bytes());
     out.extend([u8::from(sums.started), sums.pending.len as u8]);
     for numbers in [&sums.reference, &sums.norm, &sums.norm_rest] {
@@ -269,6 +304,16 @@ fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>)
     if let Some(ring) = ring {
         ring.numbers().for_each(|numbers| write(numbers, storage, out));
         ring.valid().for_each(|valid| out.extend(valid.iter().map(|&valid| u8::from(valid))));
+    }
+    if !sinks.values.is_empty() {
+        let Sinks { limit, positions, keys, values, .. } = sinks;
+        out.extend([u8::from(*limit > 0), positions.len() as u8]);
+        for i in 0..sinks.room() {
+            let position = positions.get(i).copied().unwrap_or(0);
+            out.extend_from_slice(&(position as u64).to_le_bytes());
+        }
+        write(keys, storage, out);
+        write(values, storage, out);
     }
 }
 
@@ -317,7 +362,7 @@ impl<'a> Reader<'a> {
 }
 
 fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
-    let HeadState { sums, ring } = head;
+    let HeadState { sums, ring, sinks } = head;
     let position: Vec<u64> = elements(reader.take(8), u64::from_le_bytes);
     sums.reference_position =
         position.first().and_then(|&position| usize::try_from(position).ok()).unwrap_or(usize::MAX);
@@ -336,5 +381,18 @@ fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
     if let Some(ring) = ring {
         ring.numbers_mut().for_each(|numbers| reader.numbers(storage, numbers));
         ring.valid_mut().for_each(|valid| reader.flags(valid));
+    }
+    let room = sinks.room();
+    if room > 0 {
+        let mut takes = [false];
+        reader.flags(&mut takes);
+        let count = usize::from(reader.take(1).first().copied().unwrap_or_default());
+        let positions: Vec<u64> = elements(reader.take(8 * room), u64::from_le_bytes);
+        let positions = positions.into_iter().map(|at| usize::try_from(at).unwrap_or(usize::MAX));
+        sinks.limit = if takes[0] { room } else { 0 };
+        sinks.positions = positions.take(count).collect();
+        reader.sound &= count <= room;
+        reader.numbers(storage, &mut sinks.keys);
+        reader.numbers(storage, &mut sinks.values);
     }
 }

@@ -5,12 +5,16 @@ mod bytes;
 mod ring;
 #[cfg(feature = "serde")]
 mod serde;
+mod sinks;
 mod sums;
 
 #[cfg(feature = "states")]
 pub use bytes::Storage;
 pub(crate) use ring::Ring;
+pub(crate) use sinks::Sinks;
 pub(crate) use sums::{Outputs, PENDING, Pending, Sums, ceiling};
+
+use std::sync::Arc;
 
 use crate::Real;
 use crate::attention::Window;
@@ -21,7 +25,7 @@ use crate::error::{Error, Result};
 ///
 /// Per key-value head: the sums S `[m, e]` of φ(k)·v, the normaliser z `[m]`, the reference
 /// exponent c `[m]` they are scaled by, and with a local window the last `back + 1` chunks of keys
-/// and values. Made by [`LinearAttention::new_state`](crate::attention::Operator::new_state), and
+/// and values, and those of the sinks. Made by [`LinearAttention::new_state`](crate::attention::Operator::new_state), and
 /// fed by its `prefill` and `step`; `clone` is a snapshot to roll back to or to continue several
 /// times.
 ///
@@ -42,18 +46,30 @@ pub struct CausalState<T> {
 pub(crate) const MAX_POSITION: usize = 1 << 52;
 
 /// What a state must share with the operator it is used by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Shape {
     pub(crate) heads: usize,
     pub(crate) dim: usize,
     pub(crate) features: usize,
     pub(crate) value_dim: usize,
+    /// One for each head, or none.
+    pub(crate) windows: Arc<[Window]>,
+    pub(crate) sinks: usize,
+}
+
+/// The shape of one head's state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct HeadShape {
+    pub(crate) dim: usize,
+    pub(crate) features: usize,
+    pub(crate) value_dim: usize,
     pub(crate) window: Option<Window>,
+    pub(crate) sinks: usize,
 }
 
 impl<T: Real> CausalState<T> {
     pub(crate) fn new(shape: Shape) -> Self {
-        let heads = vec![HeadState::new(shape); shape.heads];
+        let heads = (0..shape.heads).map(|h| HeadState::new(shape.head(h))).collect();
         Self { heads, start: 0, position: 0, shape, changing: false }
     }
 
@@ -65,7 +81,11 @@ impl<T: Real> CausalState<T> {
                 got: position,
             });
         }
-        Ok(Self { start: position, position, ..Self::new(shape) })
+        let mut state = Self { start: position, position, ..Self::new(shape) };
+        if position > 0 {
+            state.heads.iter_mut().for_each(|head| head.sinks.limit = 0);
+        }
+        Ok(state)
     }
 
     /// Position of the first token seen; 0 but for segments made by
@@ -92,7 +112,7 @@ impl<T: Real> CausalState<T> {
     /// [`Error::Foreign`] for a state of an operator of another shape, [`Error::Poisoned`] for one
     /// that a panic left half changed; this one is unchanged then.
     pub fn copy_from(&mut self, from: &Self) -> Result<()> {
-        from.check(self.shape)?;
+        from.check(&self.shape)?;
         (self.start, self.position) = (from.start, from.position);
         self.heads.iter_mut().zip(&from.heads).for_each(|(head, from)| head.copy(from));
         self.changing = false;
@@ -102,7 +122,13 @@ impl<T: Real> CausalState<T> {
     /// Back to the empty state of a whole sequence, without allocating.
     pub fn reset(&mut self) {
         (self.start, self.position, self.changing) = (0, 0, false);
-        self.heads.iter_mut().for_each(HeadState::reset);
+        self.heads.iter_mut().for_each(|head| head.reset(self.shape.sinks));
+    }
+
+    /// Back to the beginning of its own segment.
+    pub(crate) fn restart(&mut self) {
+        let limit = if self.start == 0 { self.shape.sinks } else { 0 };
+        self.heads.iter_mut().for_each(|head| head.reset(limit));
     }
 
     /// No token has been seen.
@@ -123,17 +149,26 @@ impl<T: Real> CausalState<T> {
     }
 
     /// Whether this state was made by an operator of this shape, and is whole.
-    pub(crate) fn check(&self, shape: Shape) -> Result<()> {
-        shape.check(self.shape)?;
+    pub(crate) fn check(&self, shape: &Shape) -> Result<()> {
+        shape.check(&self.shape)?;
         if self.changing { Err(Error::Poisoned { argument: "state" }) } else { Ok(()) }
     }
 }
 
 impl Shape {
+    /// The shape of head `h`.
+    pub(crate) fn head(&self, h: usize) -> HeadShape {
+        let Self { dim, features, value_dim, sinks, .. } = *self;
+        HeadShape { dim, features, value_dim, window: self.windows.get(h).copied(), sinks }
+    }
+
     /// Whether a state of the other shape is one of this shape.
-    pub(crate) fn check(self, got: Self) -> Result<()> {
-        let window =
-            |shape: Self| shape.window.map_or((0, 0), |window| (window.chunk, window.back));
+    pub(crate) fn check(&self, got: &Self) -> Result<()> {
+        let different = (0..self.heads).find(|&h| self.windows.get(h) != got.windows.get(h));
+        let window = |shape: &Self| {
+            let window = shape.windows.get(different.unwrap_or(0));
+            window.map_or((0, 0), |window| (window.chunk, window.back))
+        };
         let pairs = [
             ("number of heads", self.heads, got.heads),
             ("head dimension", self.dim, got.dim),
@@ -141,6 +176,7 @@ impl Shape {
             ("value dimension", self.value_dim, got.value_dim),
             ("window chunk", window(self).0, window(got).0),
             ("window back", window(self).1, window(got).1),
+            ("number of sinks", self.sinks, got.sinks),
         ];
         match pairs.into_iter().find(|(_, expected, got)| expected != got) {
             Some((what, expected, got)) => {
@@ -151,31 +187,45 @@ impl Shape {
     }
 }
 
-/// The state of one key-value head: two parts that work side by side.
+/// The state of one key-value head: three parts that work side by side.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct HeadState<T> {
     /// Keys older than the local window.
     pub(crate) sums: Sums<T>,
     /// Those in the window.
     pub(crate) ring: Option<Ring<T>>,
+    /// The first ones of the sequence.
+    pub(crate) sinks: Sinks<T>,
 }
 
 impl<T: Real> HeadState<T> {
-    pub(crate) fn new(shape: Shape) -> Self {
-        let Shape { dim, features, value_dim, window, .. } = shape;
+    pub(crate) fn new(shape: HeadShape) -> Self {
+        let HeadShape { dim, features, value_dim, window, sinks } = shape;
         Self {
             sums: Sums::new(features, value_dim, if window.is_some() { 0 } else { PENDING }),
             ring: window.map(|window| Ring::new(window, dim, value_dim)),
+            sinks: Sinks::new(sinks, dim, value_dim),
+        }
+    }
+
+    /// Empty, for another head of the same operator, without allocating if the rings of this one are
+    /// as large.
+    pub(crate) fn reshape(&mut self, shape: HeadShape) {
+        self.reset(shape.sinks);
+        if let (Some(ring), Some(window)) = (&mut self.ring, shape.window) {
+            ring.reshape(window, shape.dim, shape.value_dim);
         }
     }
 
     /// Elements held.
     pub(crate) fn len(&self) -> usize {
-        self.sums.len() + self.ring.as_ref().map_or(0, Ring::len)
+        self.sums.len() + self.ring.as_ref().map_or(0, Ring::len) + self.sinks.len()
     }
 
-    pub(crate) fn reset(&mut self) {
+    /// Empty, with room for `sinks` of the tokens to come.
+    pub(crate) fn reset(&mut self, sinks: usize) {
         self.sums.reset();
+        self.sinks.reset(sinks);
         if let Some(ring) = &mut self.ring {
             ring.clear();
         }
@@ -184,6 +234,7 @@ impl<T: Real> HeadState<T> {
     /// Takes over another state; without allocating if it is of this shape.
     pub(crate) fn copy(&mut self, from: &Self) {
         self.sums.copy(&from.sums);
+        self.sinks.copy(&from.sinks);
         match (&mut self.ring, &from.ring) {
             (Some(ring), Some(from)) => ring.copy(from),
             (ring, from) => ring.clone_from(from),

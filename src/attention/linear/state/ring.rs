@@ -37,6 +37,20 @@ impl<T: Real> Ring<T> {
         Self { chunk, slots: vec![slot; window.back + 1] }
     }
 
+    /// Empty, for another window of at most as many chunks of at most as many tokens, without
+    /// allocating.
+    pub(crate) fn reshape(&mut self, window: Window, dim: usize, value_dim: usize) {
+        let empty = || Slot { keys: Vec::new(), values: Vec::new(), valid: Vec::new() };
+        self.chunk = window.chunk;
+        self.slots.resize_with(window.back + 1, empty);
+        for slot in &mut self.slots {
+            refill(&mut slot.keys, dim * padded(window.chunk), T::zero());
+            refill(&mut slot.values, window.chunk * padded(value_dim), T::zero());
+            refill(&mut slot.valid, window.chunk, false);
+        }
+    }
+
+    /// Elements held.
     pub(crate) fn len(&self) -> usize {
         self.slots.iter().map(|slot| slot.keys.len() + slot.values.len()).sum()
     }
@@ -140,6 +154,11 @@ impl<T: Real> Ring<T> {
         slot.valid[within] = true;
     }
 
+    /// Position of the first token that a query at `position` sees here.
+    pub(crate) fn first_seen(&self, position: usize) -> usize {
+        (position / self.chunk).saturating_sub(self.slots.len() - 1) * self.chunk
+    }
+
     /// Chunks that a query at `position` sees, with the first column of their scores and the keys
     /// they hold.
     fn seen(&self, position: usize) -> impl Iterator<Item = (&Slot<T>, usize, usize)> {
@@ -198,6 +217,12 @@ impl<T: Real> Ring<T> {
     pub(crate) fn scores(window: Window) -> usize {
         (window.back + 1) * padded(window.chunk)
     }
+}
+
+/// Exactly `len` elements of `value`.
+fn refill<E: Copy>(vector: &mut Vec<E>, len: usize, value: E) {
+    vector.clear();
+    vector.resize(len, value);
 }
 
 impl<T: Real> Slot<T> {
