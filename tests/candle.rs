@@ -6,6 +6,7 @@ mod common;
 use candle_core::{DType, Device, Tensor, Var, WithDType};
 use candle_nn::{VarBuilder, VarMap};
 use common::gradients::{CASES, golden_problem};
+use common::stream::Stream;
 use common::{Golden, Random, assert_close, cast, to_f64, tolerance};
 use dijiang::Real;
 use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, Window};

@@ -111,7 +111,7 @@ fn run(args: &Args) -> Result<Vec<Generated>> {
     }
     if args.attention != Which::Linear {
         let (attention, context) = (
-            Checkpoint::open(&args.model)?.attention_config().clone(),
+            Checkpoint::open(&args.model)?.attention_config(0)?,
             args.prompt.len() + args.generate,
         );
         let model = Llama::load(&args.model, softmax.config().clone(), |_, weights| {

@@ -59,7 +59,7 @@ impl Llama<SoftmaxAttention<f32>> {
             });
         }
         let config =
-            LlamaConfig::read(directory, checkpoint.layers(), checkpoint.attention_config())?;
+            LlamaConfig::read(directory, checkpoint.layers(), &checkpoint.attention_config(0)?)?;
         if config.vocabulary != 256 {
             return Err(Error::Vocabulary { found: config.vocabulary });
         }

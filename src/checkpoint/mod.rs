@@ -6,10 +6,23 @@
 //!
 //! | family (`model_type`) | attention |
 //! | --- | --- |
-//! | LLaMA, TinyLLaMA (`llama`) | causal, grouped queries, rotary embedding with its scalings, biases if the config says so |
+//! | LLaMA and its like (`llama`) | causal, grouped queries, rotary embedding, biases if the config says so |
+//! | Mistral (`mistral`) | as LLaMA, with a sliding window if the config has one |
+//! | Qwen 2, 2.5 (`qwen2`) | as LLaMA, with biases of queries, keys and values |
+//! | Qwen 3 (`qwen3`) | as LLaMA, with norms of queries and keys |
+//! | Phi 3, 3.5, 4 mini (`phi3`) | as LLaMA, fused weights, rotary embedding of a part of each head, sliding window |
+//! | Gemma (`gemma`) | as LLaMA |
+//! | Gemma 2 (`gemma2`) | a scale of its own, every other layer with a sliding window; without soft caps only |
+//! | Gemma 3, text (`gemma3_text`) | as Gemma 2, with norms of queries and keys, and two rotary embeddings |
+//! | SmolLM 3 (`smollm3`) | as LLaMA, with layers without rotary embedding |
 //! | GPT-NeoX, Pythia (`gpt_neox`) | causal, rotary embedding of a part of each head, fused weights with biases |
 //! | OPT (`opt`) | causal, biases, no rotary embedding |
-//! | BERT (`bert`) | bidirectional, biases |
+//! | BERT (`bert`) | bidirectional (causal as a decoder), biases |
+//!
+//! What a config says of attention is used, or the directory is refused with an error that names the
+//! key; so are tensors of an attention module that would not be read. The guide lists the
+//! [keys](crate::guide::checkpoints) of each family. Where files of different times disagree, the
+//! reading of Hugging Face transformers 5 counts.
 //!
 //! ```no_run
 //! use dijiang::checkpoint::Checkpoint;
@@ -25,7 +38,11 @@
 
 mod config;
 mod families;
+mod family;
+mod json;
+mod keys;
 mod published;
+mod rope;
 mod tensors;
 
 use std::path::Path;
@@ -35,23 +52,63 @@ use crate::files::fault;
 use crate::layer::{AttentionConfig, AttentionWeights, SoftmaxAttention};
 use crate::real::Real;
 use config::Config;
+pub use family::Family;
 pub use tensors::Tensors;
 
-/// Largest JSON file that is read, in bytes.
-const MAX_JSON: u64 = 100_000_000;
-
-/// The families of models whose attention can be read.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How a model directory is read where its config is not to be taken as it is.
+///
+/// # Examples
+/// ```no_run
+/// use dijiang::checkpoint::CheckpointOptions;
+///
+/// // A model of another name whose attention is that of LLaMA, for sequences of up to 16384 tokens.
+/// let options = CheckpointOptions::new()
+///     .with_config(r#"{ "model_type": "llama", "architectures": null }"#)
+///     .with_length(16_384);
+/// let model = options.open("path/to/model")?;
+/// # Ok::<(), dijiang::Error>(())
+/// ```
+#[derive(Debug, Clone, Default, PartialEq)]
 #[non_exhaustive]
-pub enum Family {
-    /// LLaMA and its like.
-    Llama,
-    /// GPT-NeoX, Pythia.
-    GptNeox,
-    /// OPT.
-    Opt,
-    /// BERT.
-    Bert,
+pub struct CheckpointOptions {
+    /// A JSON object whose keys are put in place of those of `config.json`: for a model that differs
+    /// from a family by name, or a key that is not to count. Default: none.
+    pub config: Option<String>,
+    /// Tokens of the longest sequence, for rotary embeddings that depend on it: `longrope`, which
+    /// cannot be read without where it has two lists of factors, and `dynamic`, which by default is
+    /// fixed for `max_position_embeddings`. Default: none.
+    pub length: Option<usize>,
+}
+
+impl CheckpointOptions {
+    /// All defaults: the config as it is.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Keys in place of those of `config.json`, as a JSON object.
+    #[must_use]
+    pub fn with_config(self, json: impl Into<String>) -> Self {
+        Self { config: Some(json.into()), ..self }
+    }
+
+    /// Tokens of the longest sequence.
+    #[must_use]
+    pub fn with_length(self, tokens: usize) -> Self {
+        Self { length: Some(tokens), ..self }
+    }
+
+    /// Opens `directory`: see [`Checkpoint::open`].
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`]; [`Error::Format`] for a `config` that is no JSON object.
+    pub fn open(&self, directory: impl AsRef<Path>) -> Result<Checkpoint> {
+        let directory = directory.as_ref();
+        let config = Config::read(directory, self)?;
+        let tensors = Tensors::open(directory)?;
+        let prefix = families::prefix(&config, &tensors)?;
+        Ok(Checkpoint { config, tensors, prefix })
+    }
 }
 
 /// A model directory, opened.
@@ -62,22 +119,24 @@ pub enum Family {
 pub struct Checkpoint {
     config: Config,
     tensors: Tensors,
+    /// Of the layers' tensors, before their numbers.
+    prefix: &'static str,
 }
 
 impl Checkpoint {
     /// Opens `directory` and checks its config and the headers of its weight files. No weight is
-    /// read yet.
+    /// read yet. [`CheckpointOptions`] has choices.
     ///
     /// # Cost
     /// Reads the config and the headers, some kilobytes a file; the rest is mapped. Files stay open
     /// as long as this lives.
     ///
     /// # Errors
-    /// [`Error::Io`] for files that cannot be read, [`Error::Format`] for those that are damaged,
-    /// of another family, or say something impossible.
+    /// [`Error::Io`] for files that cannot be read; [`Error::Format`] for those that are damaged, of
+    /// another family, or say something impossible, for keys of the config and tensors of attention
+    /// that this crate does not know how to use, each of them by name.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
-        let directory = directory.as_ref();
-        Ok(Self { config: Config::read(directory)?, tensors: Tensors::open(directory)? })
+        CheckpointOptions::new().open(directory)
     }
 
     /// The model's family.
@@ -90,9 +149,14 @@ impl Checkpoint {
         self.config.layers
     }
 
-    /// What all attention layers of the model have in common.
-    pub fn attention_config(&self) -> &AttentionConfig {
-        &self.config.attention
+    /// The config of the attention layer with index `layer`. Layers of some families differ in
+    /// sliding window and rotary embedding.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a layer that is not there.
+    pub fn attention_config(&self, layer: usize) -> Result<AttentionConfig> {
+        self.check_layer(layer)?;
+        Ok(self.config.of_layer(layer))
     }
 
     /// The projections of the attention layer with index `layer`.
@@ -104,14 +168,8 @@ impl Checkpoint {
     /// [`Error::Value`] for a layer that is not there, [`Error::Format`] for tensors that are
     /// missing, of another shape or type, or not finite in `T`.
     pub fn attention_weights<T: Real>(&self, layer: usize) -> Result<AttentionWeights<T>> {
-        if layer >= self.layers() {
-            return Err(Error::Value {
-                argument: "layer",
-                expected: "below the number of layers",
-                got: layer as f64,
-            });
-        }
-        families::attention_weights(&self.config, &self.tensors, layer)
+        self.check_layer(layer)?;
+        families::attention_weights(&self.config, &self.tensors, self.prefix, layer)
     }
 
     /// The attention layer with index `layer` as it was trained.
@@ -123,12 +181,23 @@ impl Checkpoint {
     /// # Errors
     /// As [`attention_weights`](Self::attention_weights).
     pub fn softmax_attention<T: Real>(&self, layer: usize) -> Result<SoftmaxAttention<T>> {
-        SoftmaxAttention::new(self.attention_config().clone(), self.attention_weights(layer)?)
+        SoftmaxAttention::new(self.attention_config(layer)?, self.attention_weights(layer)?)
     }
 
     /// Every tensor of the model, by name.
     pub fn tensors(&self) -> &Tensors {
         &self.tensors
+    }
+
+    fn check_layer(&self, layer: usize) -> Result<()> {
+        if layer < self.layers() {
+            return Ok(());
+        }
+        Err(Error::Value {
+            argument: "layer",
+            expected: "below the number of layers",
+            got: layer as f64,
+        })
     }
 }
 
@@ -140,19 +209,4 @@ fn fault_in(path: &Path, what: &str, expected: impl ToString, got: impl ToString
 /// The file at `path` cannot be read.
 fn io_error(path: &Path, error: &std::io::Error) -> Error {
     Error::Io { path: path.display().to_string(), kind: error.kind(), message: error.to_string() }
-}
-
-/// The JSON file at `path`.
-fn read_json<J: for<'de> serde::Deserialize<'de>>(path: &Path) -> Result<J> {
-    let metadata = std::fs::metadata(path).map_err(|error| io_error(path, &error))?;
-    if !metadata.is_file() || metadata.len() > MAX_JSON {
-        let got = if metadata.is_file() {
-            format!("{} bytes", metadata.len())
-        } else {
-            "something else".to_owned()
-        };
-        return Err(fault(path.display(), format!("a file of at most {MAX_JSON} bytes"), got));
-    }
-    let text = std::fs::read(path).map_err(|error| io_error(path, &error))?;
-    serde_json::from_slice(&text).map_err(|error| fault(path.display(), "the expected JSON", error))
 }

@@ -1,6 +1,6 @@
 //! The layer of the code published with the paper, from the files that code saves.
 
-use super::families::fused;
+use super::families::by_heads;
 use super::{Tensors, fault};
 use crate::error::Result;
 use crate::kernel::published_radii;
@@ -30,7 +30,8 @@ impl<T: Real> PublishedAttention<T> {
         let name = |name: &str| format!("{place}{name}");
         let (config, d) = config.resolved()?;
         let (channels, heads) = (config.model_dim, config.heads);
-        let weights = fused(&config, d, true, tensors, &name("query_key_value"), &name("dense"))?;
+        let (qkv, out) = (name("query_key_value"), name("dense"));
+        let weights = by_heads(&config, d, true, tensors, &qkv, &out)?;
         let radii = published_radii(&tensors.matrix(&name("proj_matrix"), d, d)?);
         let decays = name("D1");
         let positions = match tensors.shape(&decays) {

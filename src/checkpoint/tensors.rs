@@ -9,7 +9,8 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 use serde::Deserialize;
 
-use super::{fault_in, io_error, read_json};
+use super::json::read;
+use super::{fault_in, io_error};
 use crate::check::within;
 use crate::error::{Error, Result};
 use crate::files::{elements, header};
@@ -46,18 +47,29 @@ struct Index {
 }
 
 impl Tensors {
-    /// Opens the weight files of a model directory: `model.safetensors`, or the shards that
-    /// `model.safetensors.index.json` lists.
+    /// Opens the weight files of a model directory: `model.safetensors`, or without it the shards
+    /// that `model.safetensors.index.json` lists.
     ///
     /// # Errors
-    /// [`Error::Io`] for files that cannot be read, [`Error::Format`] for damaged ones.
+    /// [`Error::Io`] for files that cannot be read, [`Error::Format`] for damaged ones, for a tensor
+    /// that is not in the shard the index names, and for weights in another format alone.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
         let directory = directory.as_ref();
-        let index_path = directory.join(INDEX);
-        if !index_path.exists() {
-            return Self::open_file(directory.join(SINGLE));
+        let (single, index) = (directory.join(SINGLE), directory.join(INDEX));
+        if single.exists() {
+            Self::open_file(single) // an index beside it is of another time
+        } else if index.exists() {
+            Self::open_shards(directory, index)
+        } else {
+            match other_weights(directory) {
+                Some(got) => Err(fault_in(directory, SINGLE, "there, or its index", got)),
+                None => Self::open_file(single),
+            }
         }
-        let index: Index = read_json(&index_path)?;
+    }
+
+    fn open_shards(directory: &Path, index_path: PathBuf) -> Result<Self> {
+        let index: Index = read(&index_path)?;
         let mut names: Vec<&String> = index.weight_map.values().collect();
         names.sort();
         names.dedup();
@@ -73,11 +85,28 @@ impl Tensors {
             }
             shards.push(Shard::open(directory.join(name))?);
         }
-        let shard_of = index
-            .weight_map
-            .iter()
-            .filter_map(|(tensor, file)| Some((tensor.clone(), names.binary_search(&file).ok()?)));
-        Ok(Self { shard_of: shard_of.collect(), shards, root: index_path })
+        // What the shards hold, listed or not: nothing they hold goes unseen.
+        let mut shard_of = HashMap::new();
+        for (i, shard) in shards.iter().enumerate() {
+            for tensor in shard.metadata.offset_keys() {
+                let listed = index.weight_map.contains_key(&tensor);
+                if shard_of.insert(tensor.clone(), i).is_some() && !listed {
+                    let got = "several shards that hold it".to_owned();
+                    return Err(fault_in(&index_path, &tensor, "in weight_map", got));
+                }
+            }
+        }
+        for (tensor, file) in &index.weight_map {
+            let shard = names.binary_search(&file).ok();
+            match shard.filter(|&i| shards[i].metadata.info(tensor).is_some()) {
+                Some(i) => shard_of.insert(tensor.clone(), i),
+                None => {
+                    let expected = format!("a tensor of {file:?}");
+                    return Err(fault_in(&index_path, tensor, expected, "nothing"));
+                }
+            };
+        }
+        Ok(Self { shard_of, shards, root: index_path })
     }
 
     /// Opens one safetensors file.
@@ -88,6 +117,11 @@ impl Tensors {
         let shard = Shard::open(path.as_ref().to_path_buf())?;
         let shard_of = shard.metadata.offset_keys().into_iter().map(|name| (name, 0)).collect();
         Ok(Self { root: shard.path.clone(), shards: vec![shard], shard_of })
+    }
+
+    /// The names of all tensors, in no order.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.shard_of.keys().map(String::as_str)
     }
 
     /// Whether there is a tensor of this name.
@@ -168,6 +202,28 @@ impl Tensors {
             }
         }
     }
+}
+
+/// Weights in other formats in a directory, for a message: some of their names.
+fn other_weights(directory: &Path) -> Option<String> {
+    const ENDS: [&str; 9] = [
+        ".safetensors",
+        ".bin",
+        ".bin.index.json",
+        ".pt",
+        ".pth",
+        ".gguf",
+        ".h5",
+        ".msgpack",
+        ".ckpt",
+    ];
+    let names = std::fs::read_dir(directory).ok()?.flatten();
+    let names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    let mut names: Vec<_> =
+        names.filter(|name| ENDS.iter().any(|end| name.ends_with(end))).collect();
+    names.sort();
+    names.truncate(3);
+    (!names.is_empty()).then(|| format!("{} instead", names.join(", ")))
 }
 
 impl Shard {

@@ -1,5 +1,8 @@
 //! Pages to read beside the reference.
 
+#[doc = include_str!("checkpoints.md")]
+pub mod checkpoints {}
+
 #[doc = include_str!("coming_from_softmax.md")]
 pub mod coming_from_softmax {}
 

@@ -8,6 +8,7 @@
 
 pub mod gradients;
 pub mod linear;
+pub mod models;
 pub mod stream;
 
 use std::collections::HashMap;
