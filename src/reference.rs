@@ -325,6 +325,8 @@ pub struct Pairs<'a> {
     pub order: Order,
     /// (c, r): pair (i, j) is near if ⌊i/c⌋ − ⌊j/c⌋ ≤ r and j ≤ i. Default: none.
     pub window: Option<(usize, usize)>,
+    /// Sinks: the first so many keys that take part are near for every later query. Default: 0.
+    pub sinks: usize,
     /// log γ. Default: 0.
     pub log_decay: f64,
     /// One entry per key, `false` for keys that take no part. Default: none, every key takes part.
@@ -335,7 +337,7 @@ impl<'a> Pairs<'a> {
     /// Every query sees every key.
     #[must_use]
     pub fn full() -> Self {
-        Self { order: Order::Full, window: None, log_decay: 0.0, valid: None }
+        Self { order: Order::Full, window: None, sinks: 0, log_decay: 0.0, valid: None }
     }
 
     /// Every query sees the keys up to its own.
@@ -348,6 +350,12 @@ impl<'a> Pairs<'a> {
     #[must_use]
     pub fn with_window(self, chunk: usize, back: usize) -> Self {
         Self { window: Some((chunk, back)), ..self }
+    }
+
+    /// The first so many keys that take part are near for every later query.
+    #[must_use]
+    pub fn with_sinks(self, sinks: usize) -> Self {
+        Self { sinks, ..self }
     }
 
     /// log γ of the far pairs.
@@ -366,8 +374,11 @@ impl<'a> Pairs<'a> {
         (self.order == Order::Full || j <= i) && self.valid.is_none_or(|valid| valid[j])
     }
 
-    fn is_window(&self, i: usize, j: usize) -> bool {
-        self.window.is_some_and(|(chunk, back)| j <= i && i / chunk - j / chunk <= back)
+    /// exact(i, j) = window(i, j) or sink(j)
+    fn is_exact(&self, i: usize, j: usize) -> bool {
+        let before = (0..j).filter(|&key| self.valid.is_none_or(|valid| valid[key])).count();
+        let sink = before < self.sinks && j <= i;
+        sink || self.window.is_some_and(|(chunk, back)| j <= i && i / chunk - j / chunk <= back)
     }
 
     fn check(&self, n_k: usize) -> Result<()> {
@@ -381,7 +392,7 @@ impl<'a> Pairs<'a> {
 /// Linear attention with its optional exact local window.
 ///
 /// ```text
-/// A_ij = exp(S_ij)                        if window(i,j)
+/// A_ij = exp(S_ij)                        if window(i,j) or sink(j)
 ///      = γ^max(i−j, 0) · exp(L_ij)        otherwise, for every allowed pair
 /// o_i  = Σ_j A_ij v_j / Σ_j A_ij          zeros if no pair is allowed
 /// ```
@@ -429,7 +440,7 @@ pub fn linear_attention(
         (n_q, n_k),
         v,
         |i, j| {
-            if pairs.is_window(i, j) {
+            if pairs.is_exact(i, j) {
                 scores[[i, j]]
             } else {
                 log_kernel[[i, j]] + pairs.log_decay * i.saturating_sub(j) as f64
@@ -476,7 +487,7 @@ pub fn softmax_attention(
     check_shape("v", v, &[n_k, v.ncols()])?;
     pairs.check(n_k)?;
     check_room::<f64>("outputs", &[n_q, v.ncols()])?;
-    let windowed = |i, j| pairs.window.is_none() || pairs.is_window(i, j);
+    let windowed = |i, j| pairs.window.is_none() || pairs.is_exact(i, j);
     Ok(attend((n_q, n_k), v, |i, j| scores[[i, j]], |i, j| pairs.allowed(i, j) && windowed(i, j)))
 }
 

@@ -370,7 +370,9 @@ fn causal_equals_the_reference_on_random_configurations() {
         let mut random = Random::new(seed);
         let mut setup = random_setup(&mut random, seed);
         if random.chance(0.6) {
-            setup = setup.window(random.choose(&CHUNKS), random.below(4));
+            let chunk = random.choose(&CHUNKS);
+            setup = setup.window(chunk, random.below(4)).sinks(random.below(chunk.min(9) + 1));
+            setup.uneven = random.chance(0.5);
         }
         if random.chance(0.5) {
             setup = setup.decay(random.choose(&[-0.001, -0.05, -0.7]));
@@ -446,7 +448,9 @@ fn exact_equals_the_reference_on_random_configurations() {
         let mut setup = random_setup(&mut random, seed);
         setup.m = 0;
         if random.chance(0.4) {
-            setup = setup.window(random.choose(&CHUNKS), random.below(4));
+            let chunk = random.choose(&CHUNKS);
+            setup = setup.window(chunk, random.below(4)).sinks(random.below(chunk.min(9) + 1));
+            setup.uneven = random.chance(0.5);
         }
         let (n_q, n_k) = (random.choose(&LENGTHS), random.choose(&LENGTHS));
         let valid = random_mask(&mut random, n_k);

@@ -112,10 +112,17 @@ fn random_problem(seed: u64) -> Problem {
     let causal = random.chance(0.75);
     let n = random.choose(&[1, 5, 16, 64, 65, 150]);
     let n_k = if causal { n } else { random.choose(&[1, 7, 130]) };
-    let window = (causal && random.chance(0.6)).then(|| {
-        let chunk = random.choose(&[1, 4, 16, 48, 64, 100]);
-        Window::new(chunk, random.choose(&[0, 1, 2]))
-    });
+    let windows: Vec<Window> = if causal && random.chance(0.6) {
+        let mut window = || {
+            let chunk = random.choose(&[1, 4, 16, 48, 64, 100]);
+            Window::new(chunk, random.choose(&[0, 1, 2]))
+        };
+        (0..kv_heads).map(|_| window()).collect()
+    } else {
+        Vec::new()
+    };
+    let shortest = windows.iter().map(|window| window.chunk).min().unwrap_or(0);
+    let sinks = random.below(shortest.min(5) + 1);
     let maps = (0..kv_heads).map(|h| random_map(&mut random, d, seed + h as u64)).collect();
     let log_decay = (0..kv_heads)
         .map(|_| if causal && random.chance(0.5) { -0.2 * random.normal().abs() } else { 0.0 })
@@ -127,7 +134,7 @@ fn random_problem(seed: u64) -> Problem {
         v: random.normals((kv_heads, n_k, e), 1.0),
     };
     let cotangent = random.normals((heads, n, e), 1.0);
-    Problem { maps, heads, window, log_decay, causal, valid, inputs, cotangent }
+    Problem { maps, heads, windows, sinks, log_decay, causal, valid, inputs, cotangent }
 }
 
 fn random_map(random: &mut Random, d: usize, seed: u64) -> DctParams {
@@ -207,7 +214,7 @@ fn finite_differences() {
                     error <= 1e-7 * size + 1e-8,
                     "seed {seed} head {h} {name}: {} is not {slope}, error {error:e}, {shape:?} {:?} decay {:?} causal {} masked {}",
                     gradient.dot(&direction),
-                    problem.window,
+                    problem.windows,
                     problem.log_decay,
                     problem.causal,
                     problem.valid.is_some()
@@ -251,14 +258,22 @@ fn continuing_a_state() {
         let (part, states) = attention
             .prefill_backward(&state, Qkv::new(&second.q, &second.k, &second.v), &grad)
             .unwrap();
-        let context = format!("seed {seed} cut {cut} window {:?}", problem.window);
+        let context = format!("seed {seed} cut {cut} window {:?}", problem.windows);
         assert_close(&context, &part.q, &whole.q.slice(s![.., cut.., ..]), 1e-10);
         assert_close(&context, &part.k, &whole.k.slice(s![.., cut.., ..]), 1e-10);
         assert_close(&context, &part.v, &whole.v.slice(s![.., cut.., ..]), 1e-10);
         for (h, state) in states.iter().enumerate() {
             let kept = state.keys.nrows();
-            assert_eq!(problem.window.is_some() && cut > 0, kept > 0, "{context}");
-            let whole_rows = |x: &Array3<f64>| x.slice(s![h, cut - kept..cut, ..]).to_owned();
+            assert_eq!(!problem.windows.is_empty() && cut > 0, kept > 0, "{context}");
+            // Sinks that have left the window come first.
+            let first = problem.windows.get(h).map_or(cut, |window| {
+                cut.div_ceil(window.chunk).saturating_sub(window.back + 1) * window.chunk
+            });
+            let sinks = problem.sinks.min(first);
+            let whole_rows = |x: &Array3<f64>| {
+                let tokens: Vec<usize> = (0..sinks).chain(cut - (kept - sinks)..cut).collect();
+                x.index_axis(Axis(0), h).select(Axis(0), &tokens)
+            };
             assert_close(&context, &state.keys, &whole_rows(&whole.k), 1e-10);
             assert_close(&context, &state.values, &whole_rows(&whole.v), 1e-10);
         }
@@ -283,7 +298,8 @@ fn extreme_log_features() {
         let problem = Problem {
             maps: vec![map],
             heads: 1,
-            window: (seed % 3 == 1).then(|| Window::new(16, 1)),
+            windows: (seed % 3 == 1).then(|| Window::new(16, 1)).into_iter().collect(),
+            sinks: if seed % 6 == 1 { 3 } else { 0 },
             log_decay: vec![if seed % 2 == 0 { -0.1 } else { 0.0 }],
             causal: true,
             valid: None,
@@ -444,7 +460,8 @@ fn masked_beginnings() {
         let mut problem = Problem {
             maps: vec![random_map(&mut random, d, 1)],
             heads: h,
-            window: None,
+            windows: Vec::new(),
+            sinks: 0,
             log_decay: vec![if causal { -0.02 } else { 0.0 }],
             causal,
             valid: Some((0..n).map(|j| j >= first).collect()),
@@ -534,10 +551,10 @@ fn errors_name_the_argument() {
     bad[[0, n - 1, 0]] = f64::NAN;
     assert_eq!(argument(&run(&bad)), "grad_out");
     let mut decaying = problem.clone();
-    (decaying.window, decaying.log_decay) =
-        (Some(Window::new(4, 0)), vec![0.0; problem.maps.len()]);
+    (decaying.windows, decaying.log_decay) =
+        (vec![Window::new(4, 0)], vec![0.0; problem.maps.len()]);
     let full = |problem: &Problem| problem.attention::<f64>().bidirectional().unwrap_err();
     assert_eq!(argument(&full(&decaying)), "window");
-    (decaying.window, decaying.log_decay) = (None, vec![-0.1; problem.maps.len()]);
+    (decaying.windows, decaying.log_decay) = (Vec::new(), vec![-0.1; problem.maps.len()]);
     assert_eq!(argument(&full(&decaying)), "log_decay");
 }

@@ -5,15 +5,14 @@
 mod common;
 
 use std::ops::ControlFlow;
-use std::time::Duration;
 
 use common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::Window;
 use dijiang::kernel::{DctParams, Pairing, Projection, Sides};
 use dijiang::layer::{
-    AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateReport, Causality, ChooseOptions,
-    ChooseReport, DijiangAttention, DijiangOptions, Fit, ProjectionFit, SoftmaxAttention,
+    AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateReport, Causality,
+    DijiangAttention, DijiangOptions, Fit, ProjectionFit, SoftmaxAttention,
 };
 use ndarray::{Array2, ArrayView2};
 
@@ -98,7 +97,7 @@ fn the_gradient_goes_far_beyond_the_closed_form() {
             (report.held_out, report.tokens),
             (samples[8].nrows(), samples[..8].iter().map(Array2::nrows).sum())
         );
-        let all_far = options.0.window.is_none() || causality == Causality::Bidirectional;
+        let all_far = options.0.windows.is_empty() || causality == Causality::Bidirectional;
         let mass = |mass: f64| if all_far { mass == 1.0 } else { mass > 0.1 && mass < 0.95 };
         assert!(report.heads.iter().all(|head| mass(head.far_mass)), "{report:?}");
         assert!(
@@ -319,97 +318,4 @@ fn impossible_options() {
         result,
         Err(Error::Conflict { argument: "decay", other: "bidirectional attention" })
     );
-}
-
-fn choose(
-    causality: Causality,
-    options: &ChooseOptions,
-) -> dijiang::Result<(DijiangAttention<f64>, ChooseReport)> {
-    let samples = texts();
-    let views: Vec<ArrayView2<'_, f64>> = samples.iter().map(|sample| sample.view()).collect();
-    DijiangAttention::choose(&exact(causality), &views, options, |progress| {
-        assert!(
-            progress.trial <= progress.trials
-                && progress.calibrate.done <= progress.calibrate.total
-        );
-        ControlFlow::Continue(())
-    })
-}
-
-fn choice() -> ChooseOptions {
-    let window = |chunk| Some(Window::new(chunk, 1));
-    // The last local window holds the longest sample whole.
-    ChooseOptions::new().with_window(vec![window(4), window(16), window(97)])
-}
-
-#[test]
-fn a_choice_without_limits_takes_what_lowers_the_error() {
-    let (layer, report) = choose(Causality::Causal, &choice()).unwrap();
-    let trials = &report.trials;
-    assert_eq!(
-        trials.len(),
-        5,
-        "two local windows, two numbers of blocks, three projections: {trials:?}"
-    );
-    assert!(trials[1].error < trials[0].error, "{trials:?}");
-    assert_eq!(
-        (layer.window(), report.window),
-        (Some(Window::new(16, 1)), Some(Window::new(16, 1)))
-    );
-    assert_eq!(layer.maps()[0].params().features(), 8 * report.blocks);
-    for (map, projection) in layer.maps().iter().zip(&report.projections) {
-        let found = match map.params().projection {
-            Projection::Deep { .. } => ProjectionFit::Deep,
-            Projection::Dense { .. } => ProjectionFit::Dense,
-            Projection::Dct | Projection::Mixed { .. } => ProjectionFit::Keep,
-        };
-        assert_eq!(found, *projection, "{report:?}");
-    }
-    assert!(
-        report.projections.iter().any(|&projection| projection != ProjectionFit::Keep),
-        "more numbers on the same samples should have helped: {report:?}"
-    );
-    let best = trials.iter().filter_map(|trial| trial.error).fold(f64::INFINITY, f64::min);
-    assert!(report.calibration.after() <= best, "{report:?}");
-    // Without a budget nothing depends on the clock, nor on threads.
-    let (again, _) = common::on_threads(3, || choose(Causality::Causal, &choice())).unwrap();
-    assert_eq!(numbers(&again), numbers(&layer));
-}
-
-#[test]
-fn a_budget_is_kept() {
-    let options = choice().with_budget(Some(Duration::from_nanos(1)));
-    assert_eq!(argument(&choose(Causality::Causal, &options).unwrap_err()), "budget");
-    let budget = Duration::from_secs(1);
-    let (_, report) = choose(Causality::Causal, &choice().with_budget(Some(budget))).unwrap();
-    assert!(report.time <= budget && report.trials.iter().all(|trial| trial.time > Duration::ZERO));
-}
-
-#[test]
-fn a_choice_for_other_layers() {
-    let (layer, report) = choose(Causality::Bidirectional, &choice()).unwrap();
-    assert_eq!((layer.window(), report.trials.len()), (None, 4));
-    // Without a local window the decay is fitted, whatever the options say.
-    let (layer, _) = choose(Causality::Causal, &choice().with_window(vec![None])).unwrap();
-    assert!(layer.log_decay().iter().any(|&decay| decay < 0.0));
-}
-
-#[test]
-fn impossible_choices_are_errors() {
-    for (options, name) in [
-        (choice().with_window(Vec::new()), "window"),
-        (choice().with_blocks(Vec::new()), "blocks"),
-        (choice().with_projections(Vec::new()), "projections"),
-        (choice().with_window(vec![Some(Window::new(97, 1))]), "samples"),
-        (choice().with_window(vec![Some(Window::new(usize::MAX, 1))]), "samples"),
-        (choice().with_blocks(vec![0]), "blocks"),
-    ] {
-        assert_eq!(argument(&choose(Causality::Causal, &options).unwrap_err()), name);
-    }
-    let sample = text(100, 1);
-    let cancelled =
-        DijiangAttention::choose(&exact(Causality::Causal), &[sample.view()], &choice(), |_| {
-            ControlFlow::Break(())
-        });
-    assert!(matches!(cancelled, Err(Error::Cancelled)));
 }

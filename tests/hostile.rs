@@ -16,9 +16,8 @@ use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, FavorConfig, FeatureMap, published_features,
 };
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, ChooseOptions,
-    DijiangAttention, DijiangOptions, PublishedAttention, PublishedWeights, SoftmaxAttention,
-    StatePool,
+    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, DijiangAttention,
+    DijiangOptions, PublishedAttention, PublishedWeights, SoftmaxAttention, StatePool,
 };
 use dijiang::{Error, reference};
 use ndarray::{Array1, Array2, Array3, ArrayView2, ArrayView3, Axis, arr0, s};
@@ -123,11 +122,6 @@ fn endless_sequences_are_refused_at_once() {
     too_large(
         linear(None).calibrate(&[rows(8)], &CalibrateOptions::new(), |_| ControlFlow::Continue(())),
     );
-    let options = ChooseOptions::new();
-    too_large(DijiangAttention::choose(&softmax(), &[rows(8)], &options, |_| {
-        ControlFlow::Continue(())
-    }));
-
     let wide = Array2::<f64>::zeros((1 << 40, 0));
     too_large(reference::scores(&wide, &wide));
     too_large(reference::log_kernel(&wide, &wide));
@@ -286,17 +280,6 @@ fn callbacks_that_panic() {
         assert_same_bits("after a panic", &layer.forward(&sample, KeyMask::All).unwrap(), &before);
         layer.calibrate(&[sample.view()], &options, |_| ControlFlow::Continue(())).unwrap();
     }
-    let options =
-        ChooseOptions::new().with_window(vec![Some(Window::new(8, 1))]).with_blocks(vec![1]);
-    let softmax = softmax();
-    let run = catch_unwind(AssertUnwindSafe(|| {
-        DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| {
-            panic!("the callback's own")
-        })
-    }));
-    assert!(run.is_err());
-    DijiangAttention::choose(&softmax, &[sample.view()], &options, |_| ControlFlow::Continue(()))
-        .unwrap();
     // So does the panic of a loss, and threads go on working.
     let layer = linear(None);
     let run = catch_unwind(AssertUnwindSafe(|| {

@@ -73,8 +73,7 @@ fn linear(config: AttentionConfig, options: DijiangOptions, seed: u64) -> Dijian
 
 /// Everything at once: local window, decay, antithetic blocks.
 fn rich() -> DijiangOptions {
-    DijiangOptions::new()
-        .with_window(Some(Window::new(8, 1)))
+    DijiangOptions::new().with_window(Window::new(8, 1))
         .with_log_decay(-0.01)
         .with_blocks(2)
         .with_pairing(Pairing::Antithetic)
@@ -199,7 +198,7 @@ fn both_layers_are_their_formulas() {
             let mask = KeyMask::Valid(&valid);
             check("softmax", layer.forward(&x, mask).unwrap(), expected(None, Pairs::causal()));
 
-            let window = layer.clone().with_window(Some(Window::new(8, 1))).unwrap();
+            let window = layer.clone().with_windows(vec![Window::new(8, 1)], 0).unwrap();
             check(
                 "window only",
                 window.forward(&x, mask).unwrap(),
@@ -216,7 +215,7 @@ fn both_layers_are_their_formulas() {
 
             let pure = linear
                 .clone()
-                .with_window(None)
+                .with_windows(Vec::new(), 0)
                 .unwrap()
                 .with_log_decay(vec![-0.02; layer.config().kv_heads])
                 .unwrap();
@@ -231,7 +230,7 @@ fn both_layers_are_their_formulas() {
             let linear =
                 DijiangAttention::from_softmax(&layer, DijiangOptions::new().with_blocks(2))
                     .unwrap();
-            assert_eq!(linear.window(), None);
+            assert!(linear.windows().is_empty());
             check(
                 "full linear",
                 linear.forward(&x, mask).unwrap(),
@@ -345,7 +344,7 @@ fn norms_and_sliding_windows() {
     let conflict = |argument, other| Error::Conflict { argument, other };
     let error = DijiangAttention::from_softmax(&layer, rich()).map(|_| ()).unwrap_err();
     assert_eq!(error, conflict("sliding_window", "linear attention"));
-    let error = layer.clone().with_window(Some(Window::new(8, 1))).map(|_| ()).unwrap_err();
+    let error = layer.clone().with_windows(vec![Window::new(8, 1)], 0).map(|_| ()).unwrap_err();
     assert_eq!(error, conflict("window", "a sliding window"));
     let config = layer.config().clone();
     assert_eq!(
@@ -423,7 +422,7 @@ fn prefill_in_pieces_and_steps_are_forward() {
         streams_like_forward("softmax", &softmax(config.clone(), 1));
         streams_like_forward(
             "window only",
-            &softmax(config.clone(), 1).with_window(Some(Window::new(8, 1))).unwrap(),
+            &softmax(config.clone(), 1).with_windows(vec![Window::new(8, 1)], 0).unwrap(),
         );
         streams_like_forward("linear", &linear(config.clone(), rich(), 1));
         streams_like_forward(
@@ -604,7 +603,7 @@ fn a_window_part_over_everything_is_softmax() {
         let exact = softmax(config.clone(), 1);
         let linear = DijiangAttention::from_softmax(
             &exact,
-            DijiangOptions::new().with_window(Some(Window::new(50, 2))),
+            DijiangOptions::new().with_window(Window::new(50, 2)),
         )
         .unwrap();
         let x = hidden(150, exact.config(), 37);
@@ -858,7 +857,7 @@ fn calibration_reports_what_it_says() {
     let exact = off_centre(Causality::Causal);
     let mut layer = DijiangAttention::from_softmax(
         &exact,
-        DijiangOptions::new().with_window(Some(Window::new(16, 1))),
+        DijiangOptions::new().with_window(Window::new(16, 1)),
     )
     .unwrap();
     let samples = [correlated(60, 1), correlated(90, 2)];
@@ -872,7 +871,7 @@ fn calibration_reports_what_it_says() {
         match maps {
             None => softmax.forward(x, KeyMask::All).unwrap(),
             Some(maps) => {
-                let options = DijiangOptions::new().with_window(Some(Window::new(16, 1)));
+                let options = DijiangOptions::new().with_window(Window::new(16, 1));
                 let layer = DijiangAttention::from_softmax(&softmax, options)
                     .unwrap()
                     .with_maps(maps)
@@ -1157,7 +1156,7 @@ fn impossible_options() {
         Error::TooLarge { argument: "blocks", .. }
     ));
     assert_eq!(
-        argument(&refused(DijiangOptions::new().with_window(Some(Window::new(0, 1))))),
+        argument(&refused(DijiangOptions::new().with_window(Window::new(0, 1)))),
         "window chunk"
     );
     assert!(matches!(
@@ -1176,7 +1175,7 @@ fn impossible_options() {
     assert_eq!(error, conflict("log_decay"));
     let linear = DijiangAttention::from_softmax(&encoder, DijiangOptions::new()).unwrap();
     assert_eq!(
-        linear.clone().with_window(Some(Window::new(8, 1))).map(|_| ()).unwrap_err(),
+        linear.clone().with_windows(vec![Window::new(8, 1)], 0).map(|_| ()).unwrap_err(),
         conflict("window")
     );
     assert_eq!(
@@ -1184,11 +1183,11 @@ fn impossible_options() {
         conflict("log_decay")
     );
     assert_eq!(
-        encoder.with_window(Some(Window::new(8, 1))).map(|_| ()).unwrap_err(),
+        encoder.with_windows(vec![Window::new(8, 1)], 0).map(|_| ()).unwrap_err(),
         conflict("window")
     );
     assert_eq!(
-        argument(&exact.with_window(Some(Window::new(0, 1))).map(|_| ()).unwrap_err()),
+        argument(&exact.with_windows(vec![Window::new(0, 1)], 0).map(|_| ()).unwrap_err()),
         "window chunk"
     );
 }
@@ -1327,7 +1326,7 @@ fn bad_input_is_refused_and_changes_nothing() {
     let (exact, linear_layer) = (softmax(grouped(), 1), linear(grouped(), rich(), 1));
     refuses_and_stays(&exact, softmax(narrow.clone(), 1).new_state());
     refuses_and_stays(&linear_layer, linear(narrow, rich(), 1).new_state());
-    refuses_and_stays(&linear_layer, linear_layer.clone().with_window(None).unwrap().new_state());
+    refuses_and_stays(&linear_layer, linear_layer.clone().with_windows(Vec::new(), 0).unwrap().new_state());
     refuses_and_stays(&linear_layer, linear(grouped().with_kv_heads(6), rich(), 1).new_state());
 }
 

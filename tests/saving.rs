@@ -246,8 +246,8 @@ fn assert_same<T: Real>(name: &str, got: &DijiangAttention<T>, expected: &Dijian
     assert_eq!(got.config(), expected.config(), "{name}");
     assert_eq!(got.weights(), expected.weights(), "{name}");
     assert_eq!(
-        (got.window(), got.log_decay()),
-        (expected.window(), expected.log_decay()),
+        (got.windows(), got.sinks(), got.log_decay()),
+        (expected.windows(), expected.sinks(), expected.log_decay()),
         "{name}"
     );
     let params = |layer: &DijiangAttention<T>| {

@@ -9,8 +9,7 @@ use dijiang::attention::Operator;
 use dijiang::attention::{CausalState, KeyMask, LinearConfig, SoftmaxConfig, Storage, Window};
 use dijiang::kernel::{DctMapConfig, FavorConfig, Mixing};
 use dijiang::layer::{
-    AttentionConfig, CalibrateOptions, Causality, ChooseOptions, DijiangOptions, Padding, Rotary,
-    RotaryScaling,
+    AttentionConfig, CalibrateOptions, Causality, DijiangOptions, Padding, Rotary, RotaryScaling,
 };
 use serde::de::value::{BytesDeserializer, Error as ValueError};
 use serde::de::{Deserialize, DeserializeOwned};
@@ -83,7 +82,6 @@ fn configs_come_back() {
     check(DctMapConfig::new(16).with_blocks(2));
     check(FavorConfig::new(16, 32));
     check(CalibrateOptions::new());
-    check(ChooseOptions::new());
     check(Padding::Left);
     check(Storage::Bf16);
 }

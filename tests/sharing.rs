@@ -63,7 +63,6 @@ fn every_public_type_is_send_and_sync() {
         Slot,
     )>();
     shared::<(CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport)>();
-    shared::<(ChooseOptions, ChooseProgress, ChooseReport, Trial)>();
     shared::<(
         reference::Pairing,
         reference::Envelope,

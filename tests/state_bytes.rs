@@ -253,7 +253,7 @@ fn layers_have_them_too() {
     let other =
         DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_window(None)).unwrap();
     assert!(matches!(
-        other.resume(state.causal().clone()),
+        other.resume(state.attention().clone()),
         Err(Error::Foreign { argument: "state", .. })
     ));
 }

@@ -8,8 +8,8 @@ use common::{Inputs, Random, assert_close, assert_same_bits};
 use dijiang::attention::{LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, FavorConfig, FeatureMap, InputScales};
 use dijiang::layer::{
-    AttentionConfig, AttentionWeights, CalibrateOptions, ChooseOptions, DijiangAttention,
-    DijiangOptions, SoftmaxAttention,
+    AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+    SoftmaxAttention,
 };
 use ndarray::{Array2, Array3, Axis, s};
 
@@ -45,14 +45,6 @@ fn scales_and_sizes() {
 #[test]
 fn options_and_windows() {
     let options = DijiangOptions::new().with_scales(InputScales::Ones);
-    let calibrations =
-        [CalibrateOptions::new().with_steps(3), CalibrateOptions::new().with_steps(4)];
-    let choice = ChooseOptions::new()
-        .with_map(options.clone())
-        .with_trial(calibrations[0].clone())
-        .with_calibrate(calibrations[1].clone());
-    assert_eq!((choice.map, [choice.trial, choice.calibrate]), (options.clone(), calibrations));
-
     let matrix = |p: usize| {
         Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3)
     };
@@ -60,8 +52,9 @@ fn options_and_windows() {
     let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap();
     let layer = DijiangAttention::from_softmax(&softmax, options.with_blocks(3)).unwrap();
     assert!(layer.maps().iter().all(|map| map.params().query.scale == [1.0; 12]));
-    let window = Some(Window::new(4, 1));
-    assert_eq!((softmax.window(), softmax.with_window(window).unwrap().window()), (None, window));
+    let windows = vec![Window::new(4, 1), Window::new(8, 1)];
+    assert!(softmax.windows().is_empty());
+    assert_eq!(softmax.with_windows(windows.clone(), 2).unwrap().windows(), windows);
 }
 
 #[test]

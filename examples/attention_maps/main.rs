@@ -153,9 +153,10 @@ fn weights(
         reference::log_kernel(&map.query_log_features(&x)?, &map.key_log_features(&y)?)?;
     let decay = linear.log_decay()[kv_head];
     for ((i, j), log_weight) in log_weights.indexed_iter_mut() {
-        match linear.window() {
-            Some(window) if j <= i && i / window.chunk - j / window.chunk <= window.back => {
-                *log_weight = scores[[i, j]]
+        let in_window = |window: &Window| i / window.chunk - j / window.chunk <= window.back;
+        match linear.windows().get(kv_head) {
+            Some(window) if j <= i && (j < linear.sinks() || in_window(window)) => {
+                *log_weight = scores[[i, j]];
             }
             _ => *log_weight += decay * (i as f64 - j as f64),
         }

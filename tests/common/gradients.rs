@@ -15,7 +15,8 @@ use super::{Golden, Inputs, cast};
 pub struct Problem {
     pub maps: Vec<DctParams>,
     pub heads: usize,
-    pub window: Option<Window>,
+    pub windows: Vec<Window>,
+    pub sinks: usize,
     pub log_decay: Vec<f64>,
     pub causal: bool,
     pub valid: Option<Vec<bool>>,
@@ -31,7 +32,7 @@ impl Problem {
         let mut config =
             LinearConfig::new().with_heads(self.heads).with_value_dim(self.inputs.v.shape()[2]);
         config = config.with_log_decay(self.log_decay.clone());
-        config.window = self.window;
+        (config.windows, config.sinks) = (self.windows.clone(), self.sinks);
         config
             .build(self.maps.iter().map(|map| DctMap::from_params(map.clone()).unwrap()).collect())
             .unwrap()
@@ -117,10 +118,11 @@ pub fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
     Problem {
         maps: vec![map],
         heads: 1,
-        window: match case {
-            "local" | "local_decay" => Some(Window::new(16, 1)),
-            "local0" => Some(Window::new(8, 0)),
-            _ => None,
+        sinks: 0,
+        windows: match case {
+            "local" | "local_decay" => vec![Window::new(16, 1)],
+            "local0" => vec![Window::new(8, 0)],
+            _ => Vec::new(),
         },
         log_decay: vec![if case.ends_with("decay") { -0.05 } else { 0.0 }],
         causal: !case.starts_with("full"),

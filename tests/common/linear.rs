@@ -164,7 +164,10 @@ pub struct Setup {
     pub e: usize,
     pub m: usize,
     pub scale: Option<f64>,
+    /// Of the first head; the chunks of each further one are longer by half if they are uneven.
     pub window: Option<(usize, usize)>,
+    pub uneven: bool,
+    pub sinks: usize,
     /// log γ of the first head; each further one decays a little faster.
     pub log_decay: f64,
     /// Deviation of the log-features.
@@ -180,6 +183,8 @@ impl Setup {
             Self::new(3).window(3, 2),
             Self::new(4).window(70, 1).decay(-0.1),
             Self::new(5).heads(6, 3).sizes(16, 17, 5),
+            Self::new(6).window(4, 1).sinks(3),
+            Self::new(7).heads(4, 2).window(5, 1).uneven().sinks(2).decay(-0.02),
         ]
     }
 
@@ -194,6 +199,8 @@ impl Setup {
             m: 8,
             scale: None,
             window: None,
+            uneven: false,
+            sinks: 0,
             log_decay: 0.0,
             spread: 1.5,
         }
@@ -209,6 +216,25 @@ impl Setup {
 
     pub fn window(self, chunk: usize, back: usize) -> Self {
         Self { window: Some((chunk, back)), ..self }
+    }
+
+    pub fn uneven(self) -> Self {
+        Self { uneven: true, ..self }
+    }
+
+    pub fn sinks(self, sinks: usize) -> Self {
+        Self { sinks, ..self }
+    }
+
+    /// The window of one kv head.
+    pub fn head_window(&self, h: usize) -> Option<(usize, usize)> {
+        let longer = |chunk: usize| if self.uneven { chunk + h * chunk.div_ceil(2) } else { chunk };
+        self.window.map(|(chunk, back)| (longer(chunk), back))
+    }
+
+    fn windows(&self) -> Vec<Window> {
+        let windows = (0..self.kv_heads).filter_map(|h| self.head_window(h));
+        windows.map(|(chunk, back)| Window::new(chunk, back)).collect()
     }
 
     pub fn decay(self, log_decay: f64) -> Self {
@@ -244,7 +270,7 @@ impl Setup {
                 config.with_log_decay((0..self.kv_heads).map(|h| self.head_decay(h)).collect());
         }
         config.scale = self.scale;
-        config.window = self.window.map(|(chunk, back)| Window::new(chunk, back));
+        (config.windows, config.sinks) = (self.windows(), self.sinks);
         config
     }
 
@@ -259,7 +285,7 @@ impl Setup {
             .with_kv_heads(self.kv_heads)
             .with_value_dim(self.e)
             .with_scale(self.softmax_scale());
-        config.window = self.window.map(|(chunk, back)| Window::new(chunk, back));
+        (config.windows, config.sinks) = (self.windows(), self.sinks);
         config.build().unwrap_or_else(|error| panic!("{self:?}: {error}"))
     }
 
@@ -296,7 +322,8 @@ impl Setup {
         self.each_head(inputs, |h, x, y, v| {
             let kernel = reference::log_kernel(&maps[h].query(x), &maps[h].key(y)).unwrap();
             let pairs = Pairs {
-                window: self.window,
+                window: self.head_window(h),
+                sinks: self.sinks,
                 log_decay: self.head_decay(h),
                 valid: entries(mask),
                 ..pairs
@@ -308,8 +335,9 @@ impl Setup {
 
     /// What the reference says of exact attention.
     pub fn exact(&self, pairs: Pairs<'_>, inputs: &Inputs<f64>, mask: KeyMask<'_>) -> Array3<f64> {
-        self.each_head(inputs, |_, x, y, v| {
-            let pairs = Pairs { window: self.window, valid: entries(mask), ..pairs };
+        self.each_head(inputs, |h, x, y, v| {
+            let (window, sinks) = (self.head_window(h), self.sinks);
+            let pairs = Pairs { window, sinks, valid: entries(mask), ..pairs };
             reference::softmax_attention(&reference::scores(x, y).unwrap(), v, &pairs).unwrap()
         })
     }

@@ -60,10 +60,11 @@ pub struct StateGradients<T> {
     pub sums: Array2<T>,
     /// Of the normaliser z, `[m]`.
     pub norm: Array1<T>,
-    /// Of the keys of the local window, `[tokens, d]`: those that have not joined the sums yet, the
-    /// last one being that of the token before the first query. Without a local window no tokens.
+    /// Of the keys that the state remembers as they are, `[tokens, d]`: sinks that have left the
+    /// window, then those that have not joined the sums yet, the last one being that of the token
+    /// before the first query. Without a local window no tokens.
     pub keys: Array2<T>,
-    /// Of the values of the local window, `[tokens, e]`.
+    /// Of their values, `[tokens, e]`.
     pub values: Array2<T>,
 }
 
@@ -431,7 +432,7 @@ mod tests {
             let (h, n, d, e) = (2, 150, 8, 3);
             let mut config =
                 LinearConfig::new().with_heads(h).with_value_dim(e).with_log_decay(vec![-0.01]);
-            config.window = window;
+            config.windows = window.into_iter().collect();
             let attention =
                 config.build(vec![DctMapConfig::new(d).build::<f64>().unwrap()]).unwrap();
             let mut state = attention.new_state();

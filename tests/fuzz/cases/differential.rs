@@ -24,7 +24,8 @@ struct Case {
     heads: usize,
     value_dim: usize,
     scale: f64,
-    window: Option<Window>,
+    windows: Vec<Window>,
+    sinks: usize,
     log_decay: Vec<f64>,
     maps: Vec<DctParams>,
     /// `[h, n, d]`, `[h_kv, n, d]`, `[h_kv, n, e]`.
@@ -56,9 +57,15 @@ impl Case {
             1..=6 => source.upto(48),
             _ => source.upto(14),
         };
-        let window = source
-            .chance(0.5)
-            .then(|| Window::new(source.choose(&[1, 2, 3, 4, 8, 8, 16, 64]), source.below(3)));
+        let windows: Vec<Window> = if source.chance(0.5) {
+            let mut window =
+                || Window::new(source.choose(&[1, 2, 3, 4, 8, 8, 16, 64]), source.below(3));
+            (0..kv_heads).map(|_| window()).collect()
+        } else {
+            Vec::new()
+        };
+        let shortest = windows.iter().map(|window| window.chunk).min().unwrap_or(0);
+        let sinks = if source.chance(0.5) { source.below(shortest.min(6) + 1) } else { 0 };
         let decays = source.chance(0.4);
         let log_decay = (0..kv_heads).map(|_| {
             if decays { source.choose(&[0.0, -0.001, -0.1, -1.0, -30.0, -1e9, -1e15]) } else { 0.0 }
@@ -92,7 +99,8 @@ impl Case {
             heads: kv_heads * group,
             value_dim,
             scale,
-            window,
+            windows,
+            sinks,
             log_decay,
             maps,
             q,
@@ -110,7 +118,7 @@ impl Case {
     }
 
     fn is_pure(&self) -> bool {
-        self.window.is_none() && self.log_decay.iter().all(|&decay| decay == 0.0)
+        self.windows.is_empty() && self.log_decay.iter().all(|&decay| decay == 0.0)
     }
 
     /// What the reference says: causal, full if there is neither local window nor decay, and exact
@@ -119,7 +127,6 @@ impl Case {
         let mut causal = Expected::new(self);
         let mut full = self.is_pure().then(|| Expected::new(self));
         let mut exact = Expected::new(self);
-        let window = self.window.map(|window| (window.chunk, window.back));
         for h in 0..self.heads {
             let of = h / (self.heads / self.maps.len());
             let root = self.scale.sqrt();
@@ -135,7 +142,8 @@ impl Case {
             let (scores, kernel) =
                 (says(reference::scores(&x, &y)), says(reference::log_kernel(&a, &b)));
             let pairs = Pairs {
-                window,
+                window: self.windows.get(of).map(|window| (window.chunk, window.back)),
+                sinks: self.sinks,
                 log_decay: self.log_decay[of],
                 valid: self.valid.as_deref(),
                 ..Pairs::causal()
@@ -182,7 +190,7 @@ impl Case {
             .with_value_dim(self.value_dim)
             .with_scale(self.scale);
         config = config.with_log_decay(self.log_decay.clone());
-        config.window = self.window;
+        (config.windows, config.sinks) = (self.windows.clone(), self.sinks);
         let maps = self.maps.iter().map(|map| DctMap::<T>::from_params(map.clone()));
         let maps = maps
             .collect::<dijiang::Result<Vec<_>>>()
@@ -209,7 +217,7 @@ impl Case {
             .with_kv_heads(kv_heads)
             .with_value_dim(self.value_dim)
             .with_scale(self.scale);
-        config.window = self.window;
+        (config.windows, config.sinks) = (self.windows.clone(), self.sinks);
         let softmax = config.build::<T>().unwrap_or_else(|error| panic!("{error}: {self:?}"));
         let out = tally
             .record(softmax.forward(Qkv::new(&q, &k, &v).with_mask(self.mask())))

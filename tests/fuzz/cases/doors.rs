@@ -10,9 +10,9 @@ use dijiang::kernel::{
 };
 use dijiang::kernel::{InputScales, Points, published_features};
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, ChooseOptions,
-    DijiangAttention, DijiangOptions, Fit, PublishedAttention, PublishedWeights, Rotary,
-    RotaryScaling, SoftmaxAttention, StatePool,
+    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, DijiangAttention,
+    DijiangOptions, Fit, PublishedAttention, PublishedWeights, Rotary, RotaryScaling,
+    SoftmaxAttention, StatePool,
 };
 use dijiang::reference::{self, Pairs, PlainMap};
 use dijiang::{Real, Result};
@@ -164,15 +164,6 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     tally.record(layer.clone().calibrate(&[samples[0].view()], &options, |_| {
         source.choose(&[ControlFlow::Continue(()), ControlFlow::Break(())])
     }));
-    let choose = ChooseOptions::new()
-        .with_blocks(vec![blocks.max(1 << 28)])
-        .with_window(vec![Some(Window::new(chunk, back)), None]);
-    tally.record(
-        DijiangAttention::choose(&softmax, &[samples[0].view()], &choose, |_| {
-            ControlFlow::Continue(())
-        })
-        .map(|_| ()),
-    );
 }
 
 /// Parameters that do not fit each other, and numbers that are none.
@@ -246,7 +237,11 @@ fn maps<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
 fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let (kv_heads, group, d, e) = (source.upto(2), source.upto(2), source.upto(9), source.upto(5));
     let mut config = LinearConfig::new().with_heads(kv_heads * group).with_value_dim(e);
-    config.window = source.chance(0.5).then(|| Window::new(source.upto(9), source.below(3)));
+    config.windows = source
+        .chance(0.5)
+        .then(|| Window::new(source.upto(9), source.below(3)))
+        .into_iter()
+        .collect();
     let decays = source.chance(0.4);
     if decays {
         config.log_decay =
@@ -350,7 +345,11 @@ fn softmax<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let (kv_heads, group, d, e) = (source.upto(2), source.upto(2), source.upto(9), source.upto(5));
     let mut config =
         SoftmaxConfig::new(kv_heads * group, d).with_kv_heads(kv_heads).with_value_dim(e);
-    config.window = source.chance(0.3).then(|| Window::new(source.upto(9), source.below(3)));
+    config.windows = source
+        .chance(0.3)
+        .then(|| Window::new(source.upto(9), source.below(3)))
+        .into_iter()
+        .collect();
     let attention = config.clone().build::<T>().unwrap_or_else(|error| panic!("{error}"));
     let (n, h) = (source.choose(&[0, 1, 2, 7, 20, 65]), kv_heads * group);
     let shape = |source: &mut Source<'_>, heads: usize, width: usize| {

@@ -46,7 +46,7 @@ fn check<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
 
 fn operator<T: Real>(dim: usize, window: Option<Window>) -> LinearAttention<T, DctMap<T>> {
     let mut config = LinearConfig::new().with_log_decay(vec![-0.1]);
-    config.window = window;
+    config.windows = window.into_iter().collect();
     let map = DctMapConfig::new(dim).build().unwrap_or_else(|error| panic!("{error}"));
     config.build(vec![map]).unwrap_or_else(|error| panic!("{error}"))
 }
