@@ -73,7 +73,8 @@ fn linear(config: AttentionConfig, options: DijiangOptions, seed: u64) -> Dijian
 
 /// Everything at once: local window, decay, antithetic blocks.
 fn rich() -> DijiangOptions {
-    DijiangOptions::new().with_window(Window::new(8, 1))
+    DijiangOptions::new()
+        .with_window(Window::new(8, 1))
         .with_log_decay(-0.01)
         .with_blocks(2)
         .with_pairing(Pairing::Antithetic)
@@ -1326,7 +1327,10 @@ fn bad_input_is_refused_and_changes_nothing() {
     let (exact, linear_layer) = (softmax(grouped(), 1), linear(grouped(), rich(), 1));
     refuses_and_stays(&exact, softmax(narrow.clone(), 1).new_state());
     refuses_and_stays(&linear_layer, linear(narrow, rich(), 1).new_state());
-    refuses_and_stays(&linear_layer, linear_layer.clone().with_windows(Vec::new(), 0).unwrap().new_state());
+    refuses_and_stays(
+        &linear_layer,
+        linear_layer.clone().with_windows(Vec::new(), 0).unwrap().new_state(),
+    );
     refuses_and_stays(&linear_layer, linear(grouped().with_kv_heads(6), rich(), 1).new_state());
 }
 

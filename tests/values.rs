@@ -8,8 +8,7 @@ use common::{Inputs, Random, assert_close, assert_same_bits};
 use dijiang::attention::{LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, FavorConfig, FeatureMap, InputScales};
 use dijiang::layer::{
-    AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
-    SoftmaxAttention,
+    AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention,
 };
 use ndarray::{Array2, Array3, Axis, s};
 
