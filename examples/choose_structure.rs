@@ -35,7 +35,7 @@ use crate::lm::text::Text;
 /// Chooses local window, features and projections of one layer within a budget of time.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Directory of a byte-level LLaMA-format model with valid.txt and calibration.txt
+    /// Directory of a LLaMA-format model with valid.txt and calibration.txt
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
     model: PathBuf,
     /// The layer, counted from 0
@@ -73,7 +73,7 @@ fn run(args: &Args) -> Result<()> {
     }
     let context = model.config().context;
     let inputs = |file: &str, windows: usize| -> Result<Vec<Array2<f32>>> {
-        let text = Text::read(&args.model.join(file), context)?;
+        let text = Text::read(&args.model.join(file), model.tokenizer(), context)?;
         Ok(model.attention_inputs(args.layer, &text.spread(windows).collect::<Vec<_>>())?)
     };
     let (samples, unseen) =
@@ -110,7 +110,10 @@ fn run(args: &Args) -> Result<()> {
     let figure = |layer: &DijiangAttention<f32>| {
         output_error(softmax, layer, &unseen).map(|error| format!("{error:.1e}"))
     };
-    println!("layer output on {} unseen windows of {context} bytes, relative error:", unseen.len());
+    println!(
+        "layer output on {} unseen windows of {context} tokens, relative error:",
+        unseen.len()
+    );
     println!("  default structure {}, chosen {}", figure(&default)?, figure(&chosen)?);
     Ok(())
 }

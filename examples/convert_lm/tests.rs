@@ -11,7 +11,7 @@ use safetensors::tensor::TensorView;
 use serde_json::{Value, json};
 
 use crate::lm::error::{Error, Result};
-use crate::lm::evaluate::bits_per_byte;
+use crate::lm::evaluate::score;
 use crate::lm::llama::Llama;
 use crate::lm::text::Text;
 
