@@ -25,11 +25,9 @@ use std::time::Instant;
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use dijiang::attention::KeyMask;
+use dijiang::calibrate::{CalibrateOptions, ProjectionFit};
 use dijiang::checkpoint::{Checkpoint, Tensors};
-use dijiang::layer::{
-    Attention, CalibrateOptions, Causality, DijiangAttention, DijiangOptions, ProjectionFit,
-    SoftmaxAttention,
-};
+use dijiang::layer::{Attention, Causality, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use ndarray::{Array2, Array3, Axis, concatenate, s};
 
 use crate::lm::evaluate::output_error;
@@ -41,7 +39,7 @@ use crate::lm::text::Text;
 /// layers they came from.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Model directory: with --states of any family, else of a byte-level LLaMA-format model with
+    /// Model directory: with --states of any family, else of a LLaMA-format model with
     /// calibration.txt
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
     model: PathBuf,
@@ -172,8 +170,9 @@ fn stored(directory: &Path, states: &Path) -> Result<Vec<Layer>> {
 /// The layers of a language model, with its hidden states on its text.
 fn language_model(args: &Args) -> Result<Vec<Layer>> {
     let model = Llama::load(&args.model)?;
-    let text = Text::read(&args.model.join("calibration.txt"), args.tokens.max(1))?;
-    let windows: Vec<&[u8]> = text.spread(args.windows).collect();
+    let text =
+        Text::read(&args.model.join("calibration.txt"), model.tokenizer(), args.tokens.max(1))?;
+    let windows: Vec<_> = text.spread(args.windows).collect();
     let mut layers = Vec::new();
     model.each_attention_input(&windows, |l, inputs| {
         let states = inputs.iter().map(|x| x.to_owned()).collect();

@@ -7,9 +7,10 @@
 use std::ops::ControlFlow;
 
 use dijiang::attention::KeyMask;
+use dijiang::calibrate::CalibrateOptions;
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, DijiangAttention,
-    DijiangOptions, Rotary, SoftmaxAttention,
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary,
+    SoftmaxAttention,
 };
 use ndarray::{Array, Array2};
 use rand::SeedableRng;

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod attention;
+pub mod calibrate;
 #[cfg(feature = "candle")]
 pub mod candle;
 mod check;

@@ -9,10 +9,11 @@ use std::ops::ControlFlow;
 use common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::Window;
+use dijiang::calibrate::{CalibrateOptions, CalibrateReport, Fit, ProjectionFit};
 use dijiang::kernel::{DctParams, Pairing, Projection, Sides};
 use dijiang::layer::{
-    AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateReport, Causality,
-    DijiangAttention, DijiangOptions, Fit, ProjectionFit, SoftmaxAttention,
+    AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
+    SoftmaxAttention,
 };
 use ndarray::{Array2, ArrayView2};
 

@@ -11,13 +11,14 @@ use std::path::{Path, PathBuf};
 use common::stream::Stream;
 use common::{argument, assert_same_bits};
 use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
+use dijiang::calibrate::CalibrateOptions;
 use dijiang::checkpoint::{Checkpoint, Tensors};
 use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, FavorConfig, FeatureMap, published_features,
 };
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, DijiangAttention,
-    DijiangOptions, PublishedAttention, PublishedWeights, SoftmaxAttention, StatePool,
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+    PublishedAttention, PublishedWeights, SoftmaxAttention, StatePool,
 };
 use dijiang::{Error, reference};
 use ndarray::{Array1, Array2, Array3, ArrayView2, ArrayView3, Axis, arr0, s};

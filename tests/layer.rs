@@ -10,13 +10,13 @@ use std::sync::Arc;
 
 use common::{Random, argument, assert_close, assert_same_bits, cast};
 use dijiang::attention::{KeyMask, Operator, Qkv, SoftmaxConfig, Window};
+use dijiang::calibrate::{CalibrateOptions, CalibrateProgress};
 use dijiang::kernel::{
     DctMap, DctMapConfig, Envelope, FeatureMap, Mixing, Pairing, Points, Radial, Sides,
 };
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, CalibrateProgress, Causality,
-    DijiangAttention, DijiangOptions, DijiangState, Rotary, RotaryPairing, RotaryScaling,
-    SoftmaxAttention, SoftmaxState,
+    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
+    DijiangState, Rotary, RotaryPairing, RotaryScaling, SoftmaxAttention, SoftmaxState,
 };
 use dijiang::reference::{self, Pairs};
 use dijiang::{Error, Real};

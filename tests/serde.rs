@@ -7,10 +7,9 @@ use common::linear::Setup;
 use common::stream::Stream;
 use dijiang::attention::Operator;
 use dijiang::attention::{CausalState, KeyMask, LinearConfig, SoftmaxConfig, Storage, Window};
+use dijiang::calibrate::CalibrateOptions;
 use dijiang::kernel::{DctMapConfig, FavorConfig, Mixing};
-use dijiang::layer::{
-    AttentionConfig, CalibrateOptions, Causality, DijiangOptions, Padding, Rotary, RotaryScaling,
-};
+use dijiang::layer::{AttentionConfig, Causality, DijiangOptions, Padding, Rotary, RotaryScaling};
 use serde::de::value::{BytesDeserializer, Error as ValueError};
 use serde::de::{Deserialize, DeserializeOwned};
 use serde::ser::Serialize;

@@ -19,10 +19,9 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use dijiang::attention::Window;
+use dijiang::calibrate::CalibrateOptions;
 use dijiang::kernel::{DctMap, FeatureMap};
-use dijiang::layer::{
-    Attention, CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention,
-};
+use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use dijiang::reference;
 use ndarray::{Array2, Axis, Zip};
 
@@ -33,10 +32,10 @@ use crate::plot::Maps;
 /// Draws one head's softmax and linear attention weights.
 #[derive(Debug, Parser)]
 struct Args {
-    /// Directory of a byte-level LLaMA-format model with valid.txt and calibration.txt
+    /// Directory of a LLaMA-format model with valid.txt and calibration.txt
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
     model: PathBuf,
-    /// Text to look at, read as bytes [default: valid.txt in the model's directory]
+    /// Text to look at [default: valid.txt in the model's directory]
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Which window of the text
@@ -88,7 +87,7 @@ fn run(args: &Args) -> Result<()> {
         return Err(format!("--tokens must be at least 2, found {}", args.tokens).into());
     }
     let path = args.text.clone().unwrap_or_else(|| args.model.join("valid.txt"));
-    let text = Text::read(&path, args.tokens)?;
+    let text = Text::read(&path, model.tokenizer(), args.tokens)?;
     if args.window >= text.windows() {
         return Err(
             format!("--window must be below {}, found {}", text.windows(), args.window).into()
@@ -103,7 +102,8 @@ fn run(args: &Args) -> Result<()> {
         softmax,
         DijiangOptions::new().with_blocks(args.blocks).with_window(window),
     )?;
-    let calibration = Text::read(&args.model.join("calibration.txt"), model.config().context)?;
+    let calibration =
+        Text::read(&args.model.join("calibration.txt"), model.tokenizer(), model.config().context)?;
     let samples = model.attention_inputs(
         args.layer,
         &calibration.spread(args.windows.max(2)).collect::<Vec<_>>(),
@@ -119,7 +119,7 @@ fn run(args: &Args) -> Result<()> {
     let m = linear.maps()[0].features();
     let maps = Maps {
         title: format!("{name}, layer {}, head {}", args.layer, args.head),
-        text: String::from_utf8_lossy(shown).into_owned(),
+        text: model.tokenizer().decode(shown)?,
         exact: ("softmax attention".to_owned(), &exact),
         linear: (format!("linear attention, m = {m}"), &approximate),
         window,

@@ -127,7 +127,7 @@ impl Svg {
             (left + side / 2, bottom + 40),
             14,
             "middle",
-            "key, position in the text in bytes",
+            "key, position in the text in tokens",
         );
         let (x, y) = (left - 50, ABOVE + side / 2);
         self.add(format_args!("<text transform=\"translate({x} {y}) rotate(-90)\" font-size=\"14\" text-anchor=\"middle\">query</text>"));

@@ -11,6 +11,7 @@ use dijiang::checkpoint::Checkpoint;
 use dijiang::layer::AttentionWeights;
 
 use crate::lm::config::LlamaConfig;
+use crate::lm::tokens::Token;
 
 /// `std::result::Result` with whatever went wrong.
 pub(crate) type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
@@ -217,7 +218,7 @@ impl Llama<CandleAttention> {
 
 impl<A: SelfAttention> Stream<'_, A> {
     /// Reads the next tokens; returns the logits `[vocabulary]` after the last.
-    pub(crate) fn read(&mut self, tokens: &[u8]) -> Result<Vec<f32>> {
+    pub(crate) fn read(&mut self, tokens: &[Token]) -> Result<Vec<f32>> {
         let logits =
             self.model.run(&batch(&[tokens])?, self.position, self.caches.iter_mut().map(Some))?;
         self.position += tokens.len();
@@ -231,13 +232,9 @@ impl<A: SelfAttention> Stream<'_, A> {
 }
 
 /// Sequences of one length as tokens `[b, n]`.
-pub(crate) fn batch(sequences: &[&[u8]]) -> candle_core::Result<Tensor> {
+pub(crate) fn batch(sequences: &[&[Token]]) -> candle_core::Result<Tensor> {
     let shape = (sequences.len(), sequences.first().map_or(0, |sequence| sequence.len()));
-    let tokens: Vec<u32> = sequences
-        .iter()
-        .flat_map(|sequence| sequence.iter().map(|&byte| u32::from(byte)))
-        .collect();
-    Tensor::from_vec(tokens, shape, &Device::Cpu)
+    Tensor::from_vec(sequences.concat(), shape, &Device::Cpu)
 }
 
 fn tensor(values: Vec<f32>, shape: &[usize]) -> Result<Tensor> {

@@ -46,12 +46,12 @@ use crate::common::llama::{Llama, Result, batch, detached};
 use crate::lm::text::Text;
 use crate::lm::{evaluate, llama};
 
-/// Exchange the attention of a byte-level LLaMA-format model, calibrate it, and fine-tune all
+/// Exchange the attention of a LLaMA-format model, calibrate it, and fine-tune all
 /// weights with candle.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
-    /// Directory with config.json, model.safetensors, calibration.txt and valid.txt
+    /// Directory of the model, with calibration.txt and valid.txt
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
     model: PathBuf,
     /// Tokens of calibration.txt to train on, in random order; it is read again if they are more
@@ -143,7 +143,7 @@ fn run(args: &Args) -> Result<()> {
     if args.json {
         println!("{}", serde_json::to_string(&report)?);
     } else {
-        println!("bits per byte on {} windows of {} bytes", report.windows, report.context);
+        println!("bits per byte on {} windows of {} tokens", report.windows, report.context);
         println!("  softmax      {:.4}", report.softmax_bpb);
         println!("  calibrated   {:.4}   maps only", report.calibrated_bpb);
         println!(
@@ -166,8 +166,8 @@ fn train(args: &Args) -> Result<Report> {
     {
         return Err("--context, --batch, --every and the learning rates must be more than 0".into());
     }
-    let valid = Text::read(&args.model.join("valid.txt"), context)?;
-    let text = Text::read(&args.model.join("calibration.txt"), context)?;
+    let valid = Text::read(&args.model.join("valid.txt"), softmax.tokenizer(), context)?;
+    let text = Text::read(&args.model.join("calibration.txt"), softmax.tokenizer(), context)?;
     let windows =
         if args.windows == 0 { valid.windows() } else { args.windows.min(valid.windows()) };
     let steps = args.tokens.div_ceil(args.batch * context);
@@ -177,7 +177,7 @@ fn train(args: &Args) -> Result<Report> {
         "{msg:44} {wide_bar} {pos}/{len} {elapsed} (left: {eta})",
     )?);
     bar.set_message("calibrating");
-    let samples: Vec<&[u8]> = text.spread(args.samples).collect();
+    let samples: Vec<_> = text.spread(args.samples).collect();
     let calibrated =
         convert::linear(&args.model, &softmax, &samples, args.calibration_steps, || bar.inc(1))?;
     let mut vars = Vec::new();
@@ -200,7 +200,7 @@ fn train(args: &Args) -> Result<Report> {
     ];
 
     bar.set_message("measuring");
-    let softmax_bpb = evaluate::bits_per_byte(&softmax, &valid, windows, || ())?;
+    let softmax_bpb = evaluate::score(&softmax, &valid, windows, || ())?.bits_per_byte();
     let calibrated_bpb = bits_per_byte(&calibrated, &valid, windows)?;
     if args.resume {
         checkpoint::resume(&args.checkpoint, &mut optimizer, &settings)?;
@@ -229,7 +229,8 @@ fn train(args: &Args) -> Result<Report> {
             Loss::Teacher => teacher_loss(&model, &softmax, &text, chosen)?,
             Loss::Text => text_loss(&model, &text, chosen)?,
         };
-        let bits = nats / std::f64::consts::LN_2;
+        let bytes = chosen.iter().map(|&k| text.target_bytes(k)).sum::<usize>();
+        let bits = nats / std::f64::consts::LN_2 * ((args.batch * context) as f64 / bytes as f64);
         if !bits.is_finite() {
             return Err(format!(
                 "the loss of step {step} is {bits}: the learning rate is too high"
@@ -269,20 +270,20 @@ fn train(args: &Args) -> Result<Report> {
     })
 }
 
-/// Mean −ln of the likelihood of every next byte in these windows, as a tensor and as a number.
+/// Mean −ln of the likelihood of every next token in these windows, as a tensor and as a number.
 fn text_loss(
     model: &Llama<CandleAttention>,
     text: &Text,
     windows: &[usize],
 ) -> Result<(Tensor, f64)> {
-    let inputs: Vec<&[u8]> = windows.iter().map(|&k| text.input(k)).collect();
+    let inputs: Vec<_> = windows.iter().map(|&k| text.input(k)).collect();
     let loss =
         cross_entropy(&model.forward(&batch(&inputs)?)?.flatten_to(1)?, &targets(text, windows)?)?;
     let nats = f64::from(loss.to_scalar::<f32>()?);
     Ok((loss, nats))
 }
 
-/// Mean divergence of the model's likelihoods of every byte from those of the softmax model, Σ p
+/// Mean divergence of the model's likelihoods of every token from those of the softmax model, Σ p
 /// ln(p/q); and as a number, what [`text_loss`] is.
 fn teacher_loss(
     model: &Llama<CandleAttention>,
@@ -290,7 +291,7 @@ fn teacher_loss(
     text: &Text,
     windows: &[usize],
 ) -> Result<(Tensor, f64)> {
-    let inputs: Vec<&[u8]> = windows.iter().map(|&k| text.input(k)).collect();
+    let inputs: Vec<_> = windows.iter().map(|&k| text.input(k)).collect();
     let taught = inputs.iter().map(|input| {
         let logits = softmax.forward(input)?;
         Ok(Tensor::from_vec(logits.iter().copied().collect(), logits.dim(), &Device::Cpu)?)
@@ -301,7 +302,7 @@ fn teacher_loss(
     Ok((loss, f64::from(nll(&learned.detach(), &targets(text, windows)?)?.to_scalar::<f32>()?)))
 }
 
-/// For every byte of these windows the byte after it.
+/// For every token of these windows the token after it.
 fn targets(text: &Text, windows: &[usize]) -> candle_core::Result<Tensor> {
     batch(&windows.iter().map(|&k| text.targets(k)).collect::<Vec<_>>())?.flatten_all()
 }
@@ -309,7 +310,8 @@ fn targets(text: &Text, windows: &[usize]) -> candle_core::Result<Tensor> {
 /// Over the first `windows` windows, each read on its own from its beginning.
 fn bits_per_byte(model: &Llama<CandleAttention>, text: &Text, windows: usize) -> Result<f64> {
     let nats = (0..windows).map(|k| Ok(text_loss(model, text, &[k])?.1)).sum::<Result<f64>>()?;
-    Ok(nats / windows as f64 / std::f64::consts::LN_2)
+    let bytes: usize = (0..windows).map(|k| text.target_bytes(k)).sum();
+    Ok(nats * text.window() as f64 / bytes as f64 / std::f64::consts::LN_2)
 }
 
 /// `count` windows, each as often as any other but for the last round.

@@ -14,7 +14,7 @@ mod common;
 mod lm;
 mod softmax;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
@@ -29,15 +29,16 @@ use crate::common::convert;
 use crate::common::llama::{Llama, Result, SelfAttention, with_tensors};
 use crate::lm::progress::Progress;
 use crate::lm::text::Text;
+use crate::lm::tokens::{Token, Tokenizer};
 use crate::lm::{generate, llama};
 use crate::softmax::Softmax;
 
-/// Generate text from a byte-level LLaMA-format model in candle, with linear attention in place of
+/// Generate text from a LLaMA-format model in candle, with linear attention in place of
 /// softmax.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
-    /// Directory with config.json, model.safetensors and calibration.txt
+    /// Directory of the model, with calibration.txt
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
     model: PathBuf,
     /// Weights that candle_finetune wrote, for the linear model
@@ -49,10 +50,10 @@ struct Args {
     /// What the text continues
     #[arg(long, value_name = "TEXT", default_value = "And it came to pass")]
     prompt: String,
-    /// Bytes to generate
+    /// Tokens to generate
     #[arg(long, value_name = "N", default_value_t = 400)]
     generate: usize,
-    /// Temperature of sampling; 0 takes the likeliest byte
+    /// Temperature of sampling; 0 takes the likeliest token
     #[arg(long, value_name = "X", default_value_t = 0.7)]
     temperature: f64,
     /// Seed of sampling
@@ -81,6 +82,8 @@ enum Which {
 struct Generated {
     attention: &'static str,
     text: String,
+    /// Read and written.
+    tokens: usize,
     seconds_per_token: f64,
     cache_bytes: usize,
 }
@@ -95,29 +98,30 @@ fn run(args: &Args) -> Result<Vec<Generated>> {
         return Err("--prompt must hold at least one byte, --temperature be at least 0".into());
     }
     let softmax = llama::Llama::load(&args.model)?;
+    let tokenizer = softmax.tokenizer();
+    let prompt = tokenizer.encode(args.prompt.clone().into(), Path::new("--prompt"))?.tokens;
     let progress = Progress::new();
     let mut generated = Vec::new();
     if args.attention != Which::Softmax {
         let context = softmax.config().context;
-        let calibration = Text::read(&args.model.join("calibration.txt"), context)?;
-        let samples: Vec<&[u8]> = calibration.spread(args.samples).collect();
+        let calibration =
+            Text::read(&args.model.join("calibration.txt"), softmax.tokenizer(), context)?;
+        let samples: Vec<_> = calibration.spread(args.samples).collect();
         progress.stage("calibrating", softmax.config().layers);
         let mut model =
             convert::linear(&args.model, &softmax, &samples, args.steps, || progress.tick())?;
         if let Some(path) = &args.weights {
             model = with_tensors(&model, &candle_core::safetensors::load(path, &Device::Cpu)?)?;
         }
-        generated.push(continue_prompt("linear", &model, args, &progress)?);
+        generated.push(continue_prompt("linear", &model, (tokenizer, &prompt), args, &progress)?);
     }
     if args.attention != Which::Linear {
-        let (attention, context) = (
-            Checkpoint::open(&args.model)?.attention_config(0)?,
-            args.prompt.len() + args.generate,
-        );
+        let (attention, context) =
+            (Checkpoint::open(&args.model)?.attention_config(0)?, prompt.len() + args.generate);
         let model = Llama::load(&args.model, softmax.config().clone(), |_, weights| {
             Softmax::new(&attention, weights, context)
         })?;
-        generated.push(continue_prompt("softmax", &model, args, &progress)?);
+        generated.push(continue_prompt("softmax", &model, (tokenizer, &prompt), args, &progress)?);
     }
     progress.finish();
     Ok(generated)
@@ -126,25 +130,27 @@ fn run(args: &Args) -> Result<Vec<Generated>> {
 fn continue_prompt<A: SelfAttention>(
     attention: &'static str,
     model: &Llama<A>,
+    (tokenizer, prompt): (&Tokenizer, &[Token]),
     args: &Args,
     progress: &Progress,
 ) -> Result<Generated> {
     progress.stage(attention, args.generate);
     let mut random = ChaCha12Rng::seed_from_u64(args.seed);
     let mut stream = model.stream()?;
-    let mut logits = stream.read(args.prompt.as_bytes())?;
-    let mut bytes = Vec::with_capacity(args.generate);
+    let mut logits = stream.read(prompt)?;
+    let mut tokens = Vec::with_capacity(args.generate);
     let start = Instant::now();
     for _ in 0..args.generate {
-        let byte = generate::sample(aview1(&logits), args.temperature, random.random());
-        bytes.push(byte);
-        logits = stream.read(&[byte])?;
+        let token = generate::sample(aview1(&logits), args.temperature, random.random());
+        tokens.push(token);
+        logits = stream.read(&[token])?;
         progress.tick();
     }
     let seconds_per_token = start.elapsed().as_secs_f64() / args.generate.max(1) as f64;
     Ok(Generated {
         attention,
-        text: String::from_utf8_lossy(&bytes).into_owned(),
+        text: tokenizer.decode(&tokens)?,
+        tokens: prompt.len() + tokens.len(),
         seconds_per_token,
         cache_bytes: stream.bytes(),
     })
@@ -165,7 +171,7 @@ fn print(args: &Args, generated: &[Generated]) {
         return;
     }
     for model in generated {
-        let (tokens, bytes) = (args.prompt.len() + args.generate, model.cache_bytes as f64 / 1e3);
+        let (tokens, bytes) = (model.tokens, model.cache_bytes as f64 / 1e3);
         println!(
             "--- {}: {:.0} tokens/s, {bytes:.0} kB after {tokens} tokens",
             model.attention,

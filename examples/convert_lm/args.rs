@@ -2,28 +2,35 @@
 
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, ValueEnum};
 use dijiang::attention::Window;
-use dijiang::layer::ProjectionFit;
+use dijiang::calibrate::ProjectionFit;
+use serde::Serialize;
 
-/// Exchange the softmax attention of a byte-level LLaMA-format model for DCT-kernelized linear
-/// attention and measure what it costs.
+use crate::lm::error::{Error, Result};
+
+/// Exchange the softmax attention of a LLaMA-format model for DCT-kernelized linear attention and
+/// measure what it costs.
 #[derive(Debug, Parser)]
 #[command(version)]
 pub(crate) struct Args {
-    /// Directory with config.json and model.safetensors (or its shards)
+    /// Directory with config.json, model.safetensors (or its shards) and tokenizer.json, which a
+    /// vocabulary of the 256 bytes does without
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
     pub(crate) model: PathBuf,
-    /// Text to measure on, read as bytes [default: valid.txt in the model's directory]
+    /// Text to measure on [default: valid.txt in the model's directory]
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
-    /// Text to calibrate on, read as bytes [default: calibration.txt in the model's directory]
+    /// Text to calibrate on [default: calibration.txt in the model's directory]
     #[arg(long, value_name = "FILE")]
-    calibration_text: Option<PathBuf>,
+    calibration: Option<PathBuf>,
     /// Windows of the text to measure on; 0 means all
     #[arg(long, value_name = "N", default_value_t = 40)]
     pub(crate) windows: usize,
-    /// Windows of the calibration text to calibrate on [default: 32768 bytes, 98304 with
+    /// What to measure, comma-separated [default: everything]
+    #[arg(long, value_name = "ROWS", value_enum, value_delimiter = ',')]
+    rows: Vec<Row>,
+    /// Windows of the calibration text to calibrate on [default: 32768 tokens, 98304 with
     /// --thorough]
     #[arg(long, value_name = "N")]
     calibration_windows: Option<usize>,
@@ -31,7 +38,7 @@ pub(crate) struct Args {
     /// --thorough]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
-    /// Windows in every step [default: 8192 bytes, 16384 with --thorough]
+    /// Windows in every step [default: 8192 tokens, 16384 with --thorough]
     #[arg(long, value_name = "N")]
     batch: Option<usize>,
     /// Length of the first steps
@@ -57,25 +64,28 @@ pub(crate) struct Args {
     /// Calibrate for minutes instead of seconds
     #[arg(long)]
     thorough: bool,
+    /// Calibrate in closed form only
+    #[arg(long, conflicts_with_all = ["thorough", "steps", "choose", "budget"])]
+    quick: bool,
     /// Tokens per window [default: the model's max_position_embeddings]
     #[arg(long, value_name = "N")]
     pub(crate) context: Option<usize>,
     /// Chunk length of the exact local window [default: 64, longer for heads narrower than 64]
-    #[arg(long, value_name = "N")]
-    chunk: Option<usize>,
+    #[arg(long, value_name = "N", visible_alias = "chunk")]
+    average_window: Option<usize>,
     /// Whole chunks of the local window before the query's own
     #[arg(long, value_name = "N", default_value_t = 1)]
     back: usize,
     /// Blocks of head_dim features each
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) blocks: usize,
-    /// Bytes of text to generate from the linear model
+    /// Tokens of text to generate from the linear model
     #[arg(long, value_name = "N", default_value_t = 400)]
     pub(crate) generate: usize,
     /// What the generated text continues
     #[arg(long, value_name = "TEXT", default_value = "And it came to pass")]
     pub(crate) prompt: String,
-    /// Temperature of sampling; 0 takes the likeliest byte
+    /// Temperature of sampling; 0 takes the likeliest token
     #[arg(long, value_name = "X", default_value_t = 0.7)]
     pub(crate) temperature: f64,
     /// Seed of the feature maps and of sampling
@@ -89,7 +99,59 @@ pub(crate) struct Args {
     pub(crate) json: bool,
 }
 
+/// What is measured: softmax attention or what takes its place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub(crate) enum Row {
+    /// The model as it was trained
+    Softmax,
+    /// The exact local window, and nothing for older tokens
+    Window,
+    /// Linear attention and the window, the maps as they are made
+    Exchanged,
+    /// The same, the maps calibrated in closed form
+    ClosedForm,
+    /// The same, the maps calibrated by gradient; or the structure chosen as well
+    Calibrated,
+    /// Linear attention for all tokens, the maps calibrated by gradient
+    Pure,
+}
+
 impl Args {
+    /// What to measure, in the order of the table.
+    pub(crate) fn rows(&self) -> Vec<Row> {
+        let asked = |row: &Row| match self.rows.is_empty() {
+            true => !self.quick || !matches!(row, Row::Calibrated | Row::Pure),
+            false => self.rows.contains(row),
+        };
+        Row::value_variants().iter().copied().filter(asked).collect()
+    }
+
+    /// Options that make no sense by themselves.
+    pub(crate) fn check(&self) -> Result<()> {
+        let fault =
+            |option, expected, found: String| Err(Error::Option { option, expected, found });
+        if self.prompt.is_empty() {
+            return fault("prompt", "at least one letter", "none".to_owned());
+        }
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return fault("temperature", "at least 0", self.temperature.to_string());
+        }
+        for (option, value) in [("context", self.context), ("average-window", self.average_window)]
+        {
+            if value == Some(0) {
+                return fault(option, "at least 1", "0".to_owned());
+            }
+        }
+        for (option, value) in [("budget", self.budget), ("seconds", self.seconds())] {
+            if let Some(found) = value.filter(|value| !(value.is_finite() && *value > 0.0)) {
+                return fault(option, "finite and more than 0", found.to_string());
+            }
+        }
+        Ok(())
+    }
+
     /// What to fit the projections as.
     pub(crate) fn projection(&self) -> ProjectionFit {
         match (self.deep, self.dense) {
@@ -100,13 +162,28 @@ impl Args {
     }
 
     /// The text to measure on.
-    pub(crate) fn text(&self) -> PathBuf {
-        self.text.clone().unwrap_or_else(|| self.model.join("valid.txt"))
+    pub(crate) fn text(&self) -> Result<PathBuf> {
+        self.file(self.text.as_ref(), "valid.txt", "text")
+    }
+
+    /// The text to calibrate on.
+    pub(crate) fn calibration(&self) -> Result<PathBuf> {
+        self.file(self.calibration.as_ref(), "calibration.txt", "calibration")
+    }
+
+    fn file(
+        &self,
+        given: Option<&PathBuf>,
+        default: &str,
+        option: &'static str,
+    ) -> Result<PathBuf> {
+        let path = given.cloned().unwrap_or_else(|| self.model.join(default));
+        if path.exists() { Ok(path) } else { Err(Error::NoText { path, option }) }
     }
 
     /// The exact local window of heads of this dimension.
     pub(crate) fn window(&self, head_dim: usize) -> Window {
-        Window::new(self.chunk.unwrap_or(Window::for_dim(head_dim).chunk), self.back)
+        Window::new(self.average_window.unwrap_or(Window::for_dim(head_dim).chunk), self.back)
     }
 
     /// Whether to choose the structure by trial.
@@ -119,7 +196,7 @@ impl Args {
         self.seconds.or((!self.thorough && !self.choose()).then_some(60.0))
     }
 
-    /// Windows of `context` bytes to calibrate on.
+    /// Windows of `context` tokens to calibrate on.
     pub(crate) fn calibration_windows(&self, context: usize) -> usize {
         self.calibration_windows
             .unwrap_or((if self.thorough { 98_304 } else { 32_768 } / context).max(2))
@@ -127,16 +204,15 @@ impl Args {
 
     /// Steps of calibration by gradient.
     pub(crate) fn steps(&self) -> usize {
-        self.steps.unwrap_or(if self.thorough { 300 } else { 100 })
+        self.steps.unwrap_or(match (self.quick, self.thorough) {
+            (true, _) => 0,
+            (false, true) => 300,
+            (false, false) => 100,
+        })
     }
 
-    /// Windows of `context` bytes in every step.
+    /// Windows of `context` tokens in every step.
     pub(crate) fn batch(&self, context: usize) -> usize {
         self.batch.unwrap_or((if self.thorough { 16_384 } else { 8192 } / context).max(1))
-    }
-
-    /// The text to calibrate on.
-    pub(crate) fn calibration_text(&self) -> PathBuf {
-        self.calibration_text.clone().unwrap_or_else(|| self.model.join("calibration.txt"))
     }
 }

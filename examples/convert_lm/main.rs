@@ -1,8 +1,9 @@
-//! Takes a trained byte-level language model of the LLaMA format, exchanges its softmax attention
-//! for DCT-kernelized linear attention, and shows on real text what that costs.
+//! Takes a trained language model of the LLaMA format, exchanges its softmax attention for
+//! DCT-kernelized linear attention, and shows on real text what that costs.
 //!
 //! ```sh
 //! cargo run --release --example convert_lm
+//! cargo run --release --example convert_lm -- --model path/to/model --context 2048 --windows 8 --text text --calibration other-text
 //! cargo run --release --example convert_lm -- --help
 //! ```
 
@@ -15,20 +16,24 @@ mod report;
 #[cfg(test)]
 mod tests;
 
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use dijiang::layer::Attention;
 use rayon::ThreadPoolBuilder;
 
-use crate::args::Args;
-use crate::lm::error::{Error, Result};
-use crate::lm::evaluate::{bits_per_byte, check_logits};
+use crate::args::{Args, Row};
+use crate::convert::convert;
+use crate::lm::error::Result;
+use crate::lm::evaluate::{check_logits, score};
 use crate::lm::generate::{Sampling, generate};
 use crate::lm::llama::Llama;
 use crate::lm::progress::Progress;
 use crate::lm::text::Text;
-use crate::report::{ChoiceReport, LayerReport, Report};
+use crate::lm::tokens::Token;
+use crate::report::{ChoiceReport, LayerReport, Report, RowReport};
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -36,114 +41,132 @@ fn main() -> ExitCode {
 }
 
 fn run(args: &Args) -> Result<Report> {
-    if args.prompt.is_empty() {
-        return Err(Error::Option {
-            option: "prompt",
-            expected: "at least one byte long",
-            found: "none".to_owned(),
-        });
-    }
-    if !(args.temperature.is_finite() && args.temperature >= 0.0) {
-        return Err(Error::Option {
-            option: "temperature",
-            expected: "at least 0",
-            found: args.temperature.to_string(),
-        });
-    }
-    for (option, value) in [("budget", args.budget), ("seconds", args.seconds())] {
-        if let Some(found) = value.filter(|value| !(value.is_finite() && *value > 0.0)) {
-            return Err(Error::Option {
-                option,
-                expected: "finite and more than 0",
-                found: found.to_string(),
-            });
-        }
-    }
+    args.check()?;
     ThreadPoolBuilder::new().num_threads(args.threads).build()?.install(|| measure(args))
 }
 
 fn measure(args: &Args) -> Result<Report> {
     let start = Instant::now();
     let progress = Progress::new();
-    let tick = || progress.tick();
 
     progress.stage("softmax against golden logits", 1);
     let softmax = Llama::load(&args.model)?;
     let logits_difference = check_logits(&softmax, &args.model)?;
 
     let context = args.context.unwrap_or(softmax.config().context);
-    if context == 0 {
-        return Err(Error::Option {
-            option: "context",
-            expected: "at least 1",
-            found: "0".to_owned(),
-        });
-    }
-    let (text_path, calibration_path) = (args.text(), args.calibration_text());
-    let text = Text::read(&text_path, context)?;
+    let text_path = args.text()?;
+    let text = Text::read(&text_path, softmax.tokenizer(), context)?;
     let windows = if args.windows == 0 { text.windows() } else { args.windows.min(text.windows()) };
     let window = args.window(softmax.config().head_dim);
+    let prompt = softmax.tokenizer().encode(args.prompt.clone().into(), Path::new("--prompt"))?;
+    let prompt = prompt.tokens;
 
-    let calibration = Text::read(&calibration_path, context)?;
-    let samples: Vec<&[u8]> = calibration.spread(args.calibration_windows(context)).collect();
-    progress.stage("calibrating", 3 * softmax.config().layers);
-    let converted = convert::convert(&softmax, window, args, &samples, tick)?;
-
-    let measured = |name, f: &dyn Fn() -> Result<f64>| {
-        progress.stage(name, windows);
-        f()
+    let calibrated = args.rows().iter().any(|row| !matches!(row, Row::Softmax | Row::Window));
+    let calibration = match calibrated {
+        true => Some(Text::read(&args.calibration()?, softmax.tokenizer(), context)?),
+        false => None,
     };
-    let softmax_bpb = measured("softmax", &|| bits_per_byte(&softmax, &text, windows, tick))?;
-    let exchanged_bpb = measured("linear + window, as exchanged", &|| {
-        bits_per_byte(&converted.exchanged, &text, windows, tick)
-    })?;
-    let closed_form_bpb = measured("linear + window, closed form", &|| {
-        bits_per_byte(&converted.closed_form, &text, windows, tick)
-    })?;
-    let calibrated_bpb = measured("linear + window, calibrated", &|| {
-        bits_per_byte(&converted.calibrated, &text, windows, tick)
-    })?;
-    let window_only_bpb =
-        measured("window alone", &|| bits_per_byte(&converted.window_only, &text, windows, tick))?;
-    let pure_bpb = measured("linear alone, calibrated", &|| {
-        bits_per_byte(&converted.pure, &text, windows, tick)
-    })?;
+    let samples: Vec<_> = calibration
+        .iter()
+        .flat_map(|text| text.spread(args.calibration_windows(context)))
+        .collect();
+    progress.stage("calibrating", softmax.config().layers);
+    let converted = convert(&softmax, window, args, &samples, || progress.tick())?;
 
-    progress.stage("generating", args.generate);
-    let mut stream = converted.calibrated.stream();
-    let sampling = Sampling { temperature: args.temperature, seed: args.seed };
-    let (generated, seconds_per_token) =
-        generate(&mut stream, args.prompt.as_bytes(), args.generate, &sampling, tick)?;
-    let tokens = args.prompt.len() + args.generate;
+    let mut measurement =
+        Measurement { text: &text, windows, progress: &progress, rows: Vec::new() };
+    for row in args.rows() {
+        match row {
+            Row::Softmax => {
+                let bytes = softmax.config().kv_cache_bytes(context);
+                measurement.add(row, &softmax, bytes)?;
+            }
+            Row::Window => {
+                let model = softmax.exchange(|layer| layer.clone().with_window(Some(window)))?;
+                let held = context.min((window.back + 1) * window.chunk);
+                measurement.add(row, &model, model.config().kv_cache_bytes(held))?;
+            }
+            Row::Exchanged | Row::ClosedForm | Row::Calibrated | Row::Pure => {
+                for linear in converted.linear.iter().filter(|linear| linear.row == row) {
+                    let states = linear.model.attention().iter().map(Attention::new_state);
+                    let bytes = states.map(|state| state.bytes()).sum();
+                    measurement.add(row, &linear.model, bytes)?;
+                }
+            }
+        }
+    }
+    let rows = measurement.rows;
+
+    let writer = converted.linear.iter().rfind(|linear| linear.row != Row::Pure);
+    let (generated, seconds_per_token) = match writer {
+        Some(linear) => write(&linear.model, args, &prompt, &progress)?,
+        None => write(&softmax, args, &prompt, &progress)?,
+    };
     progress.finish();
 
+    let reports = |row: Row| {
+        let linear = converted.linear.iter().filter(move |linear| linear.row == row);
+        linear.flat_map(|linear| linear.reports.iter().map(LayerReport::from)).collect()
+    };
     Ok(Report {
         model: args.model.display().to_string(),
         text: text_path.display().to_string(),
+        vocabulary: softmax.config().vocabulary,
         windows,
         context,
-        chunk: window.chunk,
+        average_window: window.chunk,
         back: window.back,
         features: args.blocks * softmax.config().head_dim,
-        softmax_bpb,
-        exchanged_bpb,
-        closed_form_bpb,
-        calibrated_bpb,
-        window_only_bpb,
-        pure_bpb,
+        rows,
         logits_difference,
         calibration_tokens: samples.iter().map(|sample| sample.len()).sum(),
+        calibration_seconds: converted.calibration_seconds,
         steps: args.steps(),
         choices: converted.choices.iter().map(ChoiceReport::from).collect(),
-        layers: converted.reports[0].iter().map(LayerReport::from).collect(),
-        pure_layers: converted.reports[1].iter().map(LayerReport::from).collect(),
-        calibration_seconds: converted.calibration_seconds,
+        layers: reports(Row::Calibrated),
+        pure_layers: reports(Row::Pure),
         prompt: args.prompt.clone(),
-        generated: String::from_utf8_lossy(&generated).into_owned(),
-        tokens,
+        generated,
+        writer: writer.map_or(Row::Softmax, |linear| linear.row),
         tokens_per_second: if args.generate == 0 { 0.0 } else { 1.0 / seconds_per_token },
-        state_bytes: stream.states().iter().map(|state| state.bytes()).sum(),
-        kv_bytes: softmax.config().kv_cache_bytes(tokens),
+        kv_bytes: softmax.config().kv_cache_bytes(context),
         seconds: start.elapsed().as_secs_f64(),
     })
+}
+
+/// The rows of the table, one after another.
+struct Measurement<'a> {
+    text: &'a Text,
+    windows: usize,
+    progress: &'a Progress,
+    rows: Vec<RowReport>,
+}
+
+impl Measurement<'_> {
+    /// Measures a model that holds `state_bytes` after a window.
+    fn add<A: Attention<f32>>(
+        &mut self,
+        row: Row,
+        model: &Llama<A>,
+        state_bytes: usize,
+    ) -> Result<()> {
+        self.progress.stage(row.label(), self.windows);
+        let score = score(model, self.text, self.windows, || self.progress.tick())?;
+        self.rows.push(RowReport::new(row, &score, state_bytes));
+        Ok(())
+    }
+}
+
+/// Text from a model, and the seconds a token took.
+fn write<A: Attention<f32>>(
+    model: &Llama<A>,
+    args: &Args,
+    prompt: &[Token],
+    progress: &Progress,
+) -> Result<(String, f64)> {
+    progress.stage("generating", args.generate);
+    let sampling = Sampling { temperature: args.temperature, seed: args.seed };
+    let (tokens, seconds_per_token) =
+        generate(&mut model.stream(), prompt, args.generate, &sampling, || progress.tick())?;
+    Ok((model.tokenizer().decode(&tokens)?, seconds_per_token))
 }

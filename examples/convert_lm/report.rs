@@ -5,30 +5,31 @@ use std::io::Write;
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
 use dijiang::attention::Window;
-use dijiang::layer::{CalibrateReport, ChooseReport, HeadReport, ProjectionFit, Trial};
+use dijiang::calibrate::{CalibrateReport, HeadReport, ProjectionFit};
+use dijiang::layer::{ChooseReport, Trial};
 use serde::Serialize;
 
+use crate::args::Row;
 use crate::lm::error::{Error, Result};
+use crate::lm::evaluate::Score;
 
 /// One run's findings; the names are the keys of `--json`.
 #[derive(Debug, Serialize)]
 pub(crate) struct Report {
     pub(crate) model: String,
     pub(crate) text: String,
+    /// Entries of the vocabulary; with 256, a token is a byte.
+    pub(crate) vocabulary: usize,
     pub(crate) windows: usize,
-    /// Bytes per window.
+    /// Tokens per window.
     pub(crate) context: usize,
-    pub(crate) chunk: usize,
+    /// Chunk length of the exact local window, on average over all key-value heads.
+    pub(crate) average_window: usize,
+    /// Whole chunks of the local window before the query's own.
     pub(crate) back: usize,
     /// m, per head.
     pub(crate) features: usize,
-    pub(crate) softmax_bpb: f64,
-    pub(crate) exchanged_bpb: f64,
-    /// Calibrated in closed form.
-    pub(crate) closed_form_bpb: f64,
-    pub(crate) calibrated_bpb: f64,
-    pub(crate) window_only_bpb: f64,
-    pub(crate) pure_bpb: f64,
+    pub(crate) rows: Vec<RowReport>,
     /// Largest difference from the golden logits, where the model comes with some.
     pub(crate) logits_difference: Option<f32>,
     pub(crate) calibration_tokens: usize,
@@ -37,21 +38,62 @@ pub(crate) struct Report {
     pub(crate) steps: usize,
     /// What was chosen for each layer; empty if nothing was.
     pub(crate) choices: Vec<ChoiceReport>,
-    /// With the local window, first layer first.
+    /// What calibration by gradient did with the local window, first layer first.
     pub(crate) layers: Vec<LayerReport>,
-    /// Without.
+    /// And without.
     pub(crate) pure_layers: Vec<LayerReport>,
     pub(crate) prompt: String,
     pub(crate) generated: String,
-    /// Tokens read and written when the sizes below were taken.
-    pub(crate) tokens: usize,
+    /// The row whose model wrote it.
+    pub(crate) writer: Row,
+    /// While it wrote.
     pub(crate) tokens_per_second: f64,
-    /// Bytes of the linear model's state, all layers together; the same at any length.
-    pub(crate) state_bytes: usize,
-    /// Bytes of the key-value cache softmax attention would hold after as many tokens.
+    /// Bytes of the key-value cache softmax attention holds after a window, all layers together.
     pub(crate) kv_bytes: usize,
     /// From start to end.
     pub(crate) seconds: f64,
+}
+
+/// How well one model predicts the text.
+#[derive(Debug, Serialize)]
+pub(crate) struct RowReport {
+    name: Row,
+    /// Mean −ln of the likelihood of the next token.
+    nats: f64,
+    /// e to that power.
+    perplexity: f64,
+    bits_per_byte: f64,
+    /// What attention holds after a window, all layers together.
+    state_bytes: usize,
+    /// `nats` in every window.
+    window_nats: Vec<f64>,
+}
+
+impl RowReport {
+    pub(crate) fn new(name: Row, score: &Score, state_bytes: usize) -> Self {
+        Self {
+            name,
+            nats: score.nats(),
+            perplexity: score.perplexity(),
+            bits_per_byte: score.bits_per_byte(),
+            state_bytes,
+            window_nats: score.windows.clone(),
+        }
+    }
+}
+
+impl Row {
+    /// In words.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Softmax => "softmax",
+            Self::Window => "window alone",
+            Self::Exchanged => "linear + window, as exchanged",
+            Self::ClosedForm => "linear + window, closed form",
+            Self::Calibrated => "linear + window, calibrated",
+            Self::Pure => "linear alone with decay, calibrated",
+        }
+    }
 }
 
 /// What calibration did to the heads of a layer: relative errors of their outputs on held-out text.
@@ -150,34 +192,29 @@ impl Report {
     }
 
     fn text(&self) -> String {
-        let window = format!("local window ({} tokens, {} chunk back)", self.chunk, self.back);
+        let softmax = self.rows.iter().find(|row| row.name == Row::Softmax);
         let mut table = Table::new();
         table.load_style(UTF8_FULL_CONDENSED).set_header([
             "attention",
-            "bits/byte",
+            "perplexity",
             "over softmax",
+            "bits/byte",
+            "state",
         ]);
-        for (name, bits) in [
-            ("softmax".to_owned(), self.softmax_bpb),
-            (format!("linear + {window}, as exchanged"), self.exchanged_bpb),
-            (format!("linear + {window}, closed form"), self.closed_form_bpb),
-            (
-                if self.choices.is_empty() {
-                    format!("linear + {window}, calibrated")
-                } else {
-                    "linear, structure chosen, calibrated".to_owned()
-                },
-                self.calibrated_bpb,
-            ),
-            (format!("{window} alone"), self.window_only_bpb),
-            ("linear alone with decay, calibrated".to_owned(), self.pure_bpb),
-        ] {
-            table.add_row([name, format!("{bits:.4}"), format!("{:+.4}", bits - self.softmax_bpb)]);
+        for row in &self.rows {
+            let over = softmax
+                .map(|softmax| 100.0 * (row.perplexity / softmax.perplexity - 1.0))
+                .map_or(String::new(), |percent| format!("{percent:+.1} %"));
+            table.add_row([
+                row.name.label().to_owned(),
+                format!("{:.3}", row.perplexity),
+                over,
+                format!("{:.4}", row.bits_per_byte),
+                format!("{} kB", row.state_bytes / 1000),
+            ]);
         }
-        for column in 1..=2 {
-            if let Some(column) = table.column_mut(column) {
-                column.set_cell_alignment(CellAlignment::Right);
-            }
+        for column in table.column_iter_mut().skip(1) {
+            column.set_cell_alignment(CellAlignment::Right);
         }
         let mut chosen = String::new();
         for (
@@ -199,23 +236,25 @@ impl Report {
             .logits_difference
             .map(|found| format!("softmax logits agree with the golden ones within {found:.1e}\n"));
         format!(
-            "{}{}\n\n{table}\n{chosen}{}{} windows of {} bytes, m = {} features per head, calibrated on {} tokens in {} steps and {:.1} s; {:.1} s in all\n\
-             decoding: {:.0} tokens/s, state {} kB at any length; softmax's key-value cache is {} kB after {} tokens, {} kB after {}",
+            "{}{}\n\n{table}\n{chosen}{}{} windows of {} {}, local window of {} tokens and {} chunk(s) back, m = {} features per head\n\
+             calibrated on {} tokens in {} steps and {:.1} s; {:.1} s in all\n\
+             decoding ({}): {:.0} tokens/s; softmax's key-value cache is {} kB after {} tokens and goes on growing",
             self.prompt,
             self.generated,
             check.unwrap_or_default(),
             self.windows,
             self.context,
+            if self.vocabulary == 256 { "bytes" } else { "tokens" },
+            self.average_window,
+            self.back,
             self.features,
             self.calibration_tokens,
             self.steps,
             self.calibration_seconds,
             self.seconds,
+            self.writer.label(),
             self.tokens_per_second,
-            self.state_bytes / 1000,
             self.kv_bytes / 1000,
-            self.tokens,
-            self.kv_bytes / self.tokens.max(1) * self.context / 1000,
             self.context,
         )
     }

@@ -8,6 +8,7 @@ use rand_distr::{Distribution, StandardNormal};
 
 use crate::lm::llama::Llama;
 use crate::lm::text::Text;
+use crate::lm::walk::Walk;
 use crate::{Args, Result};
 
 /// A kind of queries, keys and values.
@@ -28,23 +29,20 @@ pub(crate) struct Layer {
 /// All attention layers of the language model in `args.model`, with what they are given on its two
 /// texts.
 pub(crate) fn language_model(args: &Args) -> Result<Input> {
-    let mut model = Llama::load(&args.model)?;
-    let texts = [("calibration.txt", args.calibration_windows), ("valid.txt", args.windows)];
-    let mut hidden = Vec::new();
-    for (file, windows) in texts {
-        let text = Text::read(&args.model.join(file), args.tokens)?;
-        hidden.push(text.spread(windows).map(|window| model.embed(window)).collect::<Vec<_>>());
+    let model = Llama::load(&args.model)?;
+    let read = |file: &str| Text::read(&args.model.join(file), model.tokenizer(), args.tokens);
+    let texts = [read("calibration.txt")?, read("valid.txt")?];
+    let mut walks = Vec::new();
+    for (text, windows) in texts.iter().zip([args.calibration_windows, args.windows]) {
+        walks.push(model.walk(&text.spread(windows).collect::<Vec<_>>()));
     }
-    let attention: Vec<_> = model.attention_mut().to_vec();
-    let mut layers = Vec::with_capacity(attention.len());
-    for (l, softmax) in attention.into_iter().enumerate() {
-        let mut inputs = hidden
-            .iter()
-            .map(|states| states.iter().map(|x| model.attention_input(l, x)).collect());
+    let mut layers = Vec::with_capacity(model.attention().len());
+    for softmax in model.attention() {
+        let mut inputs = walks.iter().map(Walk::inputs);
         let (calibration, measured) =
             (inputs.next().unwrap_or_default(), inputs.next().unwrap_or_default());
-        layers.push(Layer { softmax, calibration, measured });
-        hidden.iter_mut().flatten().try_for_each(|x| model.block(l, x))?;
+        layers.push(Layer { softmax: softmax.clone(), calibration, measured });
+        walks.iter_mut().try_for_each(|walk| walk.advance(softmax))?;
     }
     let name =
         args.model.file_name().map_or("model".into(), |name| name.to_string_lossy().into_owned());

@@ -3,10 +3,9 @@
 use std::ops::ControlFlow;
 use std::time::Instant;
 
+use dijiang::calibrate::CalibrateOptions;
 use dijiang::kernel::{DctMap, DctParams, FeatureMap};
-use dijiang::layer::{
-    Attention, CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention,
-};
+use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis};
 use rayon::prelude::*;
 use serde::Serialize;

@@ -22,25 +22,25 @@ use std::time::Instant;
 
 use clap::Parser;
 use dijiang::attention::{KeyMask, Window};
-use dijiang::layer::{
-    Attention, CalibrateOptions, DijiangAttention, DijiangOptions, Fit, SoftmaxAttention,
-};
+use dijiang::calibrate::{CalibrateOptions, Fit};
+use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use ndarray::Array2;
 use rayon::prelude::*;
 
 use crate::lm::error::{Error, Result};
-use crate::lm::evaluate::bits_per_byte;
-use crate::lm::llama::Llama;
+use crate::lm::evaluate::score;
+use crate::lm::llama::{Forcing, Llama};
 use crate::lm::progress::Progress;
 use crate::lm::text::Text;
+use crate::lm::tokens::Token;
 use crate::regression::{Options, fit};
 
-/// Exchange the attention of a byte-level LLaMA-format model, calibrate it, fine-tune its weights,
+/// Exchange the attention of a LLaMA-format model, calibrate it, fine-tune its weights,
 /// and measure each.
 #[derive(Debug, Parser)]
 #[command(version)]
 struct Args {
-    /// Directory with config.json, model.safetensors, calibration.txt and valid.txt
+    /// Directory of the model, with calibration.txt and valid.txt
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
     model: PathBuf,
     /// Windows of valid.txt to measure on; 0 means all
@@ -76,19 +76,16 @@ fn main() -> ExitCode {
 fn run(args: &Args) -> Result<()> {
     let softmax = Llama::load(&args.model)?;
     let context = softmax.config().context;
-    let valid = Text::read(&args.model.join("valid.txt"), context)?;
+    let valid = Text::read(&args.model.join("valid.txt"), softmax.tokenizer(), context)?;
     let windows =
         if args.windows == 0 { valid.windows() } else { args.windows.min(valid.windows()) };
-    let text = Text::read(&args.model.join("calibration.txt"), context)?;
-    let samples: Vec<&[u8]> = text.spread(args.samples).collect();
+    let text = Text::read(&args.model.join("calibration.txt"), softmax.tokenizer(), context)?;
+    let samples: Vec<&[Token]> = text.spread(args.samples).collect();
 
     let progress = Progress::new();
     let start = Instant::now();
-    let options = DijiangOptions::new().with_window((!args.pure).then(|| Window::new(64, 1)));
-    let exchanged =
-        softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options.clone()))?;
     progress.stage("calibrating", softmax.config().layers);
-    let calibrated = calibrate(&softmax, exchanged, &samples, args, || progress.tick())?;
+    let calibrated = calibrate(&softmax, &samples, args, || progress.tick())?;
     let calibration_seconds = start.elapsed().as_secs_f64();
     let start = Instant::now();
     progress.stage("fine-tuning", softmax.config().layers * args.steps);
@@ -97,9 +94,9 @@ fn run(args: &Args) -> Result<()> {
 
     progress.stage("measuring", 3 * windows);
     let tick = || progress.tick();
-    let softmax_bpb = bits_per_byte(&softmax, &valid, windows, tick)?;
-    let calibrated_bpb = bits_per_byte(&calibrated, &valid, windows, tick)?;
-    let tuned_bpb = bits_per_byte(&tuned, &valid, windows, tick)?;
+    let softmax_bpb = score(&softmax, &valid, windows, tick)?.bits_per_byte();
+    let calibrated_bpb = score(&calibrated, &valid, windows, tick)?.bits_per_byte();
+    let tuned_bpb = score(&tuned, &valid, windows, tick)?.bits_per_byte();
     progress.finish();
     if args.json {
         println!(
@@ -111,7 +108,7 @@ fn run(args: &Args) -> Result<()> {
             })
         );
     } else {
-        println!("bits per byte on {windows} windows of {context} bytes");
+        println!("bits per byte on {windows} windows of {context} tokens");
         println!("  softmax      {softmax_bpb:.4}");
         println!("  calibrated   {calibrated_bpb:.4}   maps only, {calibration_seconds:.0} s");
         println!("  fine-tuned   {tuned_bpb:.4}   and q, k, v, o, {seconds:.0} s");
@@ -119,56 +116,63 @@ fn run(args: &Args) -> Result<()> {
     Ok(())
 }
 
-/// The maps of every layer, by the softmax model's hidden states.
+/// Exchanges every layer and calibrates its maps on the softmax model's hidden states.
 fn calibrate(
     softmax: &Llama<SoftmaxAttention<f32>>,
-    mut model: Llama<DijiangAttention<f32>>,
-    samples: &[&[u8]],
+    samples: &[&[Token]],
     args: &Args,
     tick: impl Fn(),
 ) -> Result<Llama<DijiangAttention<f32>>> {
+    let window = (!args.pure).then(|| Window::new(64, 1));
     let decay = if args.pure { Fit::Train } else { Fit::Keep };
     let options = CalibrateOptions::new()
         .with_steps(args.calibration_steps)
         .with_batch(args.batch)
         .with_decay(decay);
-    softmax.each_attention_input(samples, |l, inputs| {
-        model.attention_mut()[l]
+    softmax.exchange_on(samples, Forcing::Teacher, |l, layer, inputs| {
+        let exchanged =
+            DijiangAttention::from_softmax(layer, DijiangOptions::new().with_window(window));
+        let mut linear = exchanged.map_err(Error::in_layer(l))?;
+        linear
             .calibrate(inputs, &options, |_| ControlFlow::Continue(()))
             .map_err(Error::in_layer(l))?;
         tick();
-        Ok(())
-    })?;
-    Ok(model)
+        Ok(linear)
+    })
 }
 
 /// The weights of every layer, first block first.
 fn fine_tune(
     softmax: &Llama<SoftmaxAttention<f32>>,
     calibrated: &Llama<DijiangAttention<f32>>,
-    samples: &[&[u8]],
+    samples: &[&[Token]],
     args: &Args,
     tick: impl Fn() + Sync,
 ) -> Result<Llama<DijiangAttention<f32>>> {
     let mut model = calibrated.exchange(|layer| Ok(layer.clone()))?;
-    let mut teacher: Vec<Array2<f32>> =
-        samples.iter().map(|sample| softmax.embed(sample)).collect();
-    let mut student = teacher.clone();
+    let (mut teacher, mut student) = (softmax.walk(samples), model.walk(samples));
     let options =
         Options { steps: args.steps, batch: args.batch, learning_rate: args.learning_rate };
-    for l in 0..softmax.config().layers {
-        let pairs = teacher.par_iter().zip(&student).map(|(teacher, student)| {
-            let exact = softmax.attention()[l]
-                .forward(&softmax.attention_input(l, teacher), KeyMask::All)
-                .map_err(Error::in_layer(l))?;
-            Ok((softmax.attention_input(l, student), exact + teacher - student))
-        });
-        let pairs = pairs.collect::<Result<Vec<_>>>()?;
+    let mut tuned = Vec::new();
+    while let Some(l) = teacher.layer() {
+        let exact = &softmax.attention()[l];
+        let inputs = teacher.inputs();
+        let outputs = inputs.par_iter().map(|input| exact.forward(input, KeyMask::All));
+        let outputs: Vec<Array2<f32>> =
+            outputs.collect::<dijiang::Result<_>>().map_err(Error::in_layer(l))?;
+        // What leads from the student's hidden states to the teacher's.
+        let targets = outputs.iter().zip(teacher.hidden()).zip(student.hidden());
+        let targets = targets.map(|((output, teacher), student)| output + teacher - student);
+        let pairs: Vec<_> = student.inputs().into_iter().zip(targets).collect();
         let layer =
-            fit(&model.attention()[l], &pairs, &options, &tick).map_err(Error::in_layer(l))?;
-        model.attention_mut()[l] = layer;
-        teacher.par_iter_mut().try_for_each(|x| softmax.block(l, x))?;
-        student.par_iter_mut().try_for_each(|x| model.block(l, x))?;
+            fit(&calibrated.attention()[l], &pairs, &options, &tick).map_err(Error::in_layer(l))?;
+        teacher.advance_with(|window, _| Ok(outputs[window].clone()))?;
+        student.advance(&layer)?;
+        tuned.push(layer);
+    }
+    drop(student);
+    for (layer, tuned) in model.attention_mut().iter_mut().zip(tuned) {
+        *layer = tuned;
     }
     Ok(model)
 }

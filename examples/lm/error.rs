@@ -1,5 +1,5 @@
-//! What can go wrong with the files and options a user gives, each with the file, the thing and the
-//! numbers.
+//! What can go wrong with the files and options a user gives, each with the file, the thing, the
+//! numbers, and what to do about it.
 
 use std::path::PathBuf;
 
@@ -17,14 +17,34 @@ pub(crate) enum Error {
     Config { path: PathBuf, key: &'static str, expected: &'static str, found: String },
     #[error(transparent)]
     Model(#[from] dijiang::Error),
-    #[error("{}: only models of the LLaMA format can be run here, this one is {found:?}", path.display())]
+    #[error(
+        "{}: this program runs models of the LLaMA format (\"model_type\": \"llama\"), this one is {found:?}",
+        path.display()
+    )]
     Family { path: PathBuf, found: dijiang::checkpoint::Family },
     #[error(
-        "text is read as bytes, so only models with a vocabulary of 256 (token = byte) can be used; this one has {found}"
+        "{}: there is no such file, and the model's vocabulary of {vocabulary} entries is not the 256 bytes: put the model's tokenizer.json there",
+        path.display()
     )]
-    Vocabulary { found: usize },
-    #[error("{}: at least {expected} bytes are needed, found {found}", path.display())]
-    TextTooShort { path: PathBuf, expected: usize, found: usize },
+    NoTokenizer { path: PathBuf, vocabulary: usize },
+    #[error(
+        "{}: a tokenizer of {tokenizer} entries, but the model's vocabulary has {model}: take the tokenizer.json that came with the model",
+        path.display()
+    )]
+    Vocabulary { path: PathBuf, tokenizer: usize, model: usize },
+    #[error("{}: cannot be tokenised: {source}", path.display())]
+    Tokenizer { path: PathBuf, source: tokenizers::Error },
+    #[error("tokens cannot be turned into text: {0}")]
+    Decoding(#[source] tokenizers::Error),
+    #[error("{}: no UTF-8 at byte {position}: convert the text to UTF-8", path.display())]
+    Encoding { path: PathBuf, position: usize },
+    #[error("{}: there is no such file: name a text with --{option} FILE", path.display())]
+    NoText { path: PathBuf, option: &'static str },
+    #[error(
+        "{}: a window of {window} tokens and the one after it are needed, found {found}: give a longer text or a shorter window",
+        path.display()
+    )]
+    TextTooShort { path: PathBuf, window: usize, found: usize },
     #[error("{}: softmax logits must agree within {limit:e}, found a difference of {found:e}", path.display())]
     Golden { path: PathBuf, limit: f32, found: f32 },
     #[error("--{option} must be {expected}, found {found}")]

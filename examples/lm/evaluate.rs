@@ -1,11 +1,11 @@
-//! Bits per byte, the comparison with golden logits, and that of two layers.
+//! How well a text is predicted, the comparison with golden logits, and that of two layers.
 
 use std::path::Path;
 
 use dijiang::attention::KeyMask;
 use dijiang::checkpoint::Tensors;
 use dijiang::layer::Attention;
-use ndarray::{Array2, ArrayView1, Axis, s};
+use ndarray::{Array2, Axis, s};
 use rayon::prelude::*;
 
 use super::error::{Error, Result};
@@ -20,37 +20,57 @@ const GOLDEN_POSITIONS: usize = 64;
 /// Largest difference accepted.
 const GOLDEN_LIMIT: f32 = 2e-3;
 
-/// Mean negative log₂-likelihood of the next byte over the first `windows` windows, each read on
-/// its own from its beginning.
+/// How well a model predicts a text.
+#[derive(Debug, Clone)]
+pub(crate) struct Score {
+    /// Mean −ln of the likelihood of the next token in each window, in nats.
+    pub(crate) windows: Vec<f64>,
+    /// Tokens predicted in each window.
+    context: usize,
+    /// Bytes these tokens stand for, all windows together.
+    bytes: usize,
+}
+
+impl Score {
+    /// Mean −ln of the likelihood of the next token.
+    pub(crate) fn nats(&self) -> f64 {
+        self.windows.iter().sum::<f64>() / self.windows.len() as f64
+    }
+
+    /// e to the power of [`nats`](Self::nats): between so many tokens that are equally likely the
+    /// model would be as undecided.
+    pub(crate) fn perplexity(&self) -> f64 {
+        self.nats().exp()
+    }
+
+    /// −log₂ of the likelihood of the text over its length in bytes, which does not depend on how
+    /// the text is cut into tokens.
+    pub(crate) fn bits_per_byte(&self) -> f64 {
+        let tokens = (self.windows.len() * self.context) as f64;
+        self.nats() / std::f64::consts::LN_2 * (tokens / self.bytes as f64)
+    }
+}
+
+/// Predicts the first `windows` windows, each read on its own from its beginning.
 ///
 /// `tick` is called after every window. Windows are shared among threads; the result does not
 /// depend on how.
-pub(crate) fn bits_per_byte<A: Attention<f32>>(
+pub(crate) fn score<A: Attention<f32>>(
     model: &Llama<A>,
     text: &Text,
     windows: usize,
     tick: impl Fn() + Sync,
-) -> Result<f64> {
+) -> Result<Score> {
     let window = |k| -> Result<f64> {
-        let logits = model.forward(text.input(k))?;
-        let nats: f64 = logits
-            .rows()
-            .into_iter()
-            .zip(text.targets(k))
-            .map(|(row, &target)| surprise(row, target))
-            .sum();
+        let surprises = model.surprises(text.input(k), text.targets(k))?;
         tick();
-        Ok(nats / text.targets(k).len() as f64)
+        Ok(surprises.iter().sum::<f64>() / surprises.len() as f64)
     };
-    let nats: Vec<f64> = (0..windows).into_par_iter().map(window).collect::<Result<_>>()?;
-    Ok(nats.iter().sum::<f64>() / windows as f64 / std::f64::consts::LN_2)
-}
-
-/// −ln softmax(logits)[target].
-fn surprise(logits: ArrayView1<'_, f32>, target: u8) -> f64 {
-    let max = logits.fold(f32::NEG_INFINITY, |max, &logit| max.max(logit));
-    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
-    sum.ln() + f64::from(max - logits[usize::from(target)])
+    Ok(Score {
+        windows: (0..windows).into_par_iter().map(window).collect::<Result<_>>()?,
+        context: text.window(),
+        bytes: (0..windows).map(|k| text.target_bytes(k)).sum(),
+    })
 }
 
 /// The largest difference from the golden logits in the model's directory, if there are any; an
@@ -64,7 +84,7 @@ pub(crate) fn check_logits<A: Attention<f32>>(
         return Ok(None);
     }
     let golden = Tensors::open_file(&path)?;
-    let text = Text::read(&directory.join("valid.txt"), model.config().context)?;
+    let text = Text::read(&directory.join("valid.txt"), model.tokenizer(), model.config().context)?;
     let logits = model.forward(text.input(0))?;
     let n = logits.nrows();
     let first = logits.slice(s![..n.min(GOLDEN_POSITIONS), ..]);

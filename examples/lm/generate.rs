@@ -1,4 +1,4 @@
-//! Text from a model, one byte at a time.
+//! Text from a model, one token at a time.
 
 use std::time::Instant;
 
@@ -8,52 +8,52 @@ use rand::rngs::ChaCha12Rng;
 use rand::{RngExt, SeedableRng};
 
 use super::error::Result;
-use super::llama::Stream;
+use super::stream::Stream;
+use super::tokens::Token;
 
-/// How the next byte is chosen.
+/// How the next token is chosen.
 pub(crate) struct Sampling {
     /// 0 takes the likeliest.
     pub(crate) temperature: f64,
     pub(crate) seed: u64,
 }
 
-/// Continues `prompt` by `count` bytes; returns them and the seconds each step took on average.
+/// Continues `prompt` by `count` tokens; returns them and the seconds each step took on average.
 pub(crate) fn generate<A: Attention<f32>>(
     stream: &mut Stream<'_, A>,
-    prompt: &[u8],
+    prompt: &[Token],
     count: usize,
     sampling: &Sampling,
     tick: impl Fn(),
-) -> Result<(Vec<u8>, f64)> {
+) -> Result<(Vec<Token>, f64)> {
     let mut random = ChaCha12Rng::seed_from_u64(sampling.seed);
-    let logits = stream.prefill(prompt)?;
-    let mut logits = logits.row(logits.nrows() - 1).to_owned();
-    let mut bytes = Vec::with_capacity(count);
+    let mut logits = stream.prefill(prompt)?;
+    let mut tokens = Vec::with_capacity(count);
     let start = Instant::now();
     for _ in 0..count {
-        let byte = sample(logits.view(), sampling.temperature, random.random());
-        bytes.push(byte);
-        logits = stream.step(byte)?;
+        let token = sample(logits.view(), sampling.temperature, random.random());
+        tokens.push(token);
+        logits = stream.step(token)?;
         tick();
     }
-    Ok((bytes, start.elapsed().as_secs_f64() / count.max(1) as f64))
+    Ok((tokens, start.elapsed().as_secs_f64() / count.max(1) as f64))
 }
 
-/// The byte at which the cumulative distribution softmax(logits / temperature) passes `uniform`, a
+/// The token at which the cumulative distribution softmax(logits / temperature) passes `uniform`, a
 /// number in [0, 1).
-pub(crate) fn sample(logits: ArrayView1<'_, f32>, temperature: f64, uniform: f64) -> u8 {
+pub(crate) fn sample(logits: ArrayView1<'_, f32>, temperature: f64, uniform: f64) -> Token {
     let (likeliest, &max) =
-        (0..=u8::MAX).zip(&logits).max_by(|a, b| a.1.total_cmp(b.1)).unwrap_or((0, &0.0));
+        (0..).zip(&logits).max_by(|a, b| a.1.total_cmp(b.1)).unwrap_or((0, &0.0));
     if temperature == 0.0 {
         return likeliest;
     }
     let weights: Vec<f64> =
         logits.iter().map(|&logit| (f64::from(logit - max) / temperature).exp()).collect();
     let mut rest = uniform * weights.iter().sum::<f64>();
-    for (byte, weight) in (0..=u8::MAX).zip(weights) {
+    for (token, weight) in (0..).zip(weights) {
         rest -= weight;
         if rest < 0.0 {
-            return byte;
+            return token;
         }
     }
     likeliest

@@ -1,14 +1,21 @@
-//! The small language model that several examples read: a byte-level LLaMA whose attention layers
+//! The language model that several examples read: any of the LLaMA format, whose attention layers
 //! are exchanged, the texts it is given, and what these programs have in common.
 
+mod block;
+mod body;
 pub(crate) mod config;
 pub(crate) mod error;
 pub(crate) mod evaluate;
+pub(crate) mod exp;
 pub(crate) mod generate;
+mod head;
 pub(crate) mod llama;
 mod product;
 pub(crate) mod progress;
+pub(crate) mod stream;
 pub(crate) mod text;
+pub(crate) mod tokens;
+pub(crate) mod walk;
 
 use std::fmt::Display;
 use std::process::ExitCode;

@@ -1,38 +1,65 @@
 //! One safe function around the matrix engine that `dijiang` itself uses.
 
-use ndarray::{Array2, ArrayView2};
+use ndarray::{ArrayView2, ArrayViewMut2, Axis};
+use rayon::prelude::*;
 
-/// x·Wᵀ, the product of a linear layer, on the calling thread.
+/// Elements of a matrix that one thread takes where a vector meets it. Smaller matrices come out
+/// of a cache and are not worth sharing.
+const SHARE: usize = 1 << 18;
+
+/// y = x·Wᵀ, the product of a linear layer. The outputs of one row are shared among threads;
+/// several rows run on the calling thread.
 ///
 /// # Shapes
-/// - `x`: `[n, in]`, `weight`: `[out, in]`, returns `[n, out]`; any strides.
-#[allow(unsafe_code)]
-pub(crate) fn linear(x: ArrayView2<'_, f32>, weight: ArrayView2<'_, f32>) -> Array2<f32> {
-    let ((n, inner), (out, inner_of_weight)) = (x.dim(), weight.dim());
-    assert_eq!(inner, inner_of_weight, "linear: [{n}, {inner}] by [{out}, {inner_of_weight}]ᵀ");
-    let mut y = Array2::zeros((n, out));
-    if n == 0 || out == 0 || inner == 0 {
-        return y;
+/// - `x`: `[n, in]`, `weight`: `[out, in]`, `y`: `[n, out]`; any strides.
+pub(crate) fn linear(
+    x: ArrayView2<'_, f32>,
+    weight: ArrayView2<'_, f32>,
+    mut y: ArrayViewMut2<'_, f32>,
+) {
+    let columns = SHARE / x.ncols().max(1);
+    if x.nrows() == 1 && columns > 0 && weight.nrows() > 2 * columns {
+        let weights = weight.axis_chunks_iter(Axis(0), columns);
+        let shares: Vec<_> = weights.zip(y.axis_chunks_iter_mut(Axis(1), columns)).collect();
+        shares.into_par_iter().for_each(|(weight, y)| product(x, weight, y));
+    } else {
+        product(x, weight, y);
     }
-    let (x_strides, w_strides) = (x.strides(), weight.strides());
-    // SAFETY: `y` is [n, out] without gaps and exclusively ours, `x` is [n, inner] and `weight`
-    // [out, inner] under their own strides, so every element the engine touches lies inside its
-    // array.
+}
+
+/// y = x·Wᵀ on the calling thread.
+#[allow(unsafe_code, reason = "the engine takes pointers")]
+fn product(x: ArrayView2<'_, f32>, weight: ArrayView2<'_, f32>, mut y: ArrayViewMut2<'_, f32>) {
+    let ((n, inner), (out, inner_of_weight)) = (x.dim(), weight.dim());
+    assert!(
+        inner == inner_of_weight && y.dim() == (n, out),
+        "linear: [{n}, {inner}] by [{out}, {inner_of_weight}]ᵀ into {:?}",
+        y.dim()
+    );
+    if n == 0 || out == 0 || inner == 0 {
+        y.fill(0.0);
+        return;
+    }
+    let strides = |strides: &[isize]| (strides[0], strides[1]);
+    let (of_x, of_w, of_y) =
+        (strides(x.strides()), strides(weight.strides()), strides(y.strides()));
+    // SAFETY: `y` is [n, out] and exclusively ours, `x` is [n, inner] and `weight` [out, inner],
+    // each under its own strides, so every element the engine touches lies inside its array.
     unsafe {
         gemm_f32::gemm::f32::get_gemm_fn()(
             n,
             out,
             inner,
             y.as_mut_ptr(),
-            1,
-            out as isize,
+            of_y.1,
+            of_y.0,
             false,
             x.as_ptr(),
-            x_strides[1],
-            x_strides[0],
+            of_x.1,
+            of_x.0,
             weight.as_ptr(),
-            w_strides[0],
-            w_strides[1],
+            of_w.0,
+            of_w.1,
             1.0,
             1.0,
             false,
@@ -41,5 +68,4 @@ pub(crate) fn linear(x: ArrayView2<'_, f32>, weight: ArrayView2<'_, f32>) -> Arr
             gemm_common::Parallelism::None,
         );
     }
-    y
 }

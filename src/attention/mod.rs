@@ -38,6 +38,7 @@ pub(crate) use backward::{FarPart, Tape};
 pub(crate) use check::check_state_size;
 #[cfg(feature = "states")]
 pub use linear::Storage;
+pub(crate) use linear::largest_window;
 pub use linear::{CausalState, LinearAttention, LinearConfig};
 pub use operator::{Operator, SequenceState};
 pub use qkv::Qkv;

@@ -7,11 +7,11 @@
 
 use std::sync::Arc;
 
-use ndarray::ArrayRef2;
+use ndarray::{Array2, ArrayRef2};
 
 use crate::Real;
 use crate::attention::{
-    CausalState, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Window,
+    CausalState, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window,
     check_state_size,
 };
 use crate::check::check_len;
@@ -21,7 +21,7 @@ use crate::kernel::{
 };
 use crate::layer::config::check_no_sliding;
 use crate::layer::layer::{Layer, LayerState};
-use crate::layer::qkv_proj::QkvProj;
+use crate::layer::qkv_proj::{ProjectedQkv, QkvProj};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
 
@@ -191,7 +191,7 @@ fn head_seed(seed: u64, head: usize) -> u64 {
 }
 
 /// SplitMix64's output for the state `z`.
-pub(super) fn mixed(mut z: u64) -> u64 {
+pub(crate) fn mixed(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
@@ -442,6 +442,43 @@ impl<T: Real> DijiangAttention<T> {
     pub fn with_weights(self, weights: AttentionWeights<T>) -> Result<Self> {
         let proj = QkvProj::new(self.proj.config().clone(), Arc::new(weights))?;
         Ok(Self { proj, ..self })
+    }
+
+    /// The outputs of all heads on a sequence, before the output projection, `[n, h·d]`.
+    pub(crate) fn outputs_of_heads(&self, x: &ArrayRef2<T>) -> Result<Array2<T>> {
+        self.proj.check_sequence("x", x)?;
+        let ProjectedQkv { q, k, v } = self.proj.project(x, 0);
+        let [q, k, v] = [&q, &k, &v].map(|rows| self.proj.heads(rows));
+        let mut o = Array2::zeros((x.nrows(), q.shape()[0] * q.shape()[2]));
+        let mut workspace = self.attention.workspace();
+        let out = &mut self.proj.heads_mut(&mut o);
+        self.attention.forward_into(Qkv::new(&q, &k, &v), out, &mut workspace)?;
+        Ok(o)
+    }
+
+    /// Another output projection, W_o + ΔW_o, refitted by
+    /// [`Refit`](crate::calibrate::Refit) say. The weights it had are kept, for
+    /// [`without_output_delta`](Self::without_output_delta); a second delta takes the place of the
+    /// first.
+    ///
+    /// # Shapes
+    /// - `delta`: `[D, h·d]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] and [`Error::NonFinite`] for a delta that does not fit.
+    pub fn with_output_delta(self, delta: Array2<T>) -> Result<Self> {
+        Ok(Self { proj: self.proj.with_output_delta(delta)?, ..self })
+    }
+
+    /// The weights that [`with_output_delta`](Self::with_output_delta) found.
+    #[must_use]
+    pub fn without_output_delta(self) -> Self {
+        Self { proj: self.proj.without_output_delta(), ..self }
+    }
+
+    /// ΔW_o, if there is one.
+    pub fn output_delta(&self) -> Option<&Array2<T>> {
+        self.proj.output_delta()
     }
 
     /// Maps and decays at once, of the lengths and dimensions there were.

@@ -46,11 +46,8 @@
 //! for one layer, `save_layers`, `load_layers`, `save_maps` and `load_maps` for a model.
 
 mod backward;
-mod calibrate;
 mod config;
-mod descent;
 mod dijiang;
-mod judge;
 mod layer;
 mod packed;
 mod pool;
@@ -65,22 +62,22 @@ mod weights;
 
 pub use crate::attention::Causality;
 pub use backward::LayerGradients;
-pub use calibrate::{
-    CalibrateOptions, CalibrateProgress, CalibrateReport, Fit, HeadReport, ProjectionFit,
-};
 pub use config::AttentionConfig;
 #[cfg(feature = "candle")]
 pub(crate) use config::check_no_sliding;
+pub(crate) use dijiang::mixed;
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use layer::{Layer, LayerState};
 pub use packed::Padding;
 pub use pool::{Slot, StatePool};
 pub use published::{PublishedAttention, PublishedState, PublishedWeights};
+pub(crate) use qkv_proj::{ProjectedQkv, QkvProj};
 #[cfg(feature = "candle")]
 pub(crate) use rotary::RotaryTable;
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
 #[cfg(feature = "safetensors")]
 pub use saving::{load_layers, load_maps, save_layers, save_maps};
+pub(crate) use softmax::softmax_of;
 pub use softmax::{SoftmaxAttention, SoftmaxState};
 pub use weights::AttentionWeights;
 

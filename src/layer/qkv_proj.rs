@@ -31,6 +31,16 @@ pub(crate) struct QkvProj<T> {
     scale: f64,
     weights: Arc<AttentionWeights<T>>,
     rotary: Option<RotaryTable>,
+    delta: Option<OutputDelta<T>>,
+}
+
+/// What has been added to the output projection.
+#[derive(Debug, Clone)]
+struct OutputDelta<T> {
+    /// ΔW_o, `[D, h·d]`.
+    delta: Arc<Array2<T>>,
+    /// The weights without it.
+    original: Arc<AttentionWeights<T>>,
 }
 
 /// Queries, keys and values of a sequence, rotated: `[n, h·d]`, `[n, h_kv·d]`, `[n, h_kv·d]`.
@@ -72,7 +82,7 @@ impl<T: Real> QkvProj<T> {
         let weights = if weights.is_standard() { weights } else { Arc::new(weights.to_standard()) };
         let rotary = config.rotary.as_ref().map(|rotary| RotaryTable::new(rotary, head_dim));
         let scale = config.scale.unwrap_or(1.0 / (head_dim as f64).sqrt());
-        Ok(Self { config, head_dim, scale, weights, rotary })
+        Ok(Self { config, head_dim, scale, weights, rotary, delta: None })
     }
 
     pub(crate) fn config(&self) -> &AttentionConfig {
@@ -81,6 +91,29 @@ impl<T: Real> QkvProj<T> {
 
     pub(crate) fn weights(&self) -> &Arc<AttentionWeights<T>> {
         &self.weights
+    }
+
+    pub(crate) fn with_output_delta(self, delta: Array2<T>) -> Result<Self> {
+        let plain = self.without_output_delta();
+        let original = plain.weights.clone();
+        check_shape("delta", &delta, original.o.shape())?;
+        check_elements("delta", &delta)?;
+        let o = (&original.o + &delta).as_standard_layout().into_owned();
+        check_elements("o", &o)?;
+        let weights = Arc::new(AttentionWeights { o, ..(*original).clone() });
+        let delta = OutputDelta { delta: Arc::new(delta), original };
+        Ok(Self { weights, delta: Some(delta), ..plain })
+    }
+
+    pub(crate) fn without_output_delta(mut self) -> Self {
+        if let Some(delta) = self.delta.take() {
+            self.weights = delta.original;
+        }
+        self
+    }
+
+    pub(crate) fn output_delta(&self) -> Option<&Array2<T>> {
+        self.delta.as_ref().map(|delta| &*delta.delta)
     }
 
     pub(crate) fn head_dim(&self) -> usize {

@@ -184,7 +184,7 @@ impl LinearConfig {
 }
 
 /// The window that every ring of these windows fits in.
-fn largest(windows: &[Window]) -> Option<Window> {
+pub(crate) fn largest(windows: &[Window]) -> Option<Window> {
     let largest = |a: Window, b: &Window| Window::new(a.chunk.max(b.chunk), a.back.max(b.back));
     windows.split_first().map(|(first, rest)| rest.iter().fold(*first, largest))
 }

@@ -40,6 +40,7 @@ use pipeline::Pipeline;
 use state::{HeadState, Shape};
 
 pub use config::LinearConfig;
+pub(crate) use config::largest as largest_window;
 pub(crate) use head::Head;
 pub use state::CausalState;
 #[cfg(feature = "states")]

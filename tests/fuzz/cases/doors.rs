@@ -4,15 +4,15 @@
 use std::ops::ControlFlow;
 
 use dijiang::attention::{Causality, KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
+use dijiang::calibrate::{CalibrateOptions, Fit};
 use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, FeatureMap, Mixing, Pairing,
     Projection, Radial,
 };
 use dijiang::kernel::{InputScales, Points, published_features};
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, CalibrateOptions, DijiangAttention,
-    DijiangOptions, Fit, PublishedAttention, PublishedWeights, Rotary, RotaryScaling,
-    SoftmaxAttention, StatePool,
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+    PublishedAttention, PublishedWeights, Rotary, RotaryScaling, SoftmaxAttention, StatePool,
 };
 use dijiang::reference::{self, Pairs, PlainMap};
 use dijiang::{Real, Result};

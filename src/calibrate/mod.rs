@@ -25,20 +25,27 @@
 //! Some of the samples are held out of all this. By the error on them the best of the steps is
 //! taken; and a head whose error on them did not fall keeps its old numbers.
 
+mod adam;
+mod objective;
+mod plan;
+mod refit;
+
 use std::ops::{ControlFlow, Range};
 use std::time::{Duration, Instant};
 
 use ndarray::ArrayView2;
 
-use crate::attention::Causality;
-use crate::attention::Window;
+use crate::Real;
+use crate::attention::{Causality, Window};
 use crate::check::check_positive;
 use crate::error::{Error, Result};
 use crate::kernel::{DctMap, DctParams};
-use crate::layer::descent::{Descent, Moved};
-use crate::layer::dijiang::{DijiangAttention, mixed};
-use crate::layer::judge::{FarShare, Head, Judge, Sample};
-use crate::real::Real;
+use crate::layer::{DijiangAttention, mixed};
+
+use adam::{Adam, Moved};
+use objective::{FarShare, HeadParams, Objective, Sample};
+pub use plan::{Budget, HeadPlan, Plan, PlanOptions, Planner, Point};
+pub use refit::Refit;
 
 /// Steps between two looks at the held-out samples.
 const LOOK: usize = 10;
@@ -320,7 +327,8 @@ impl<T: Real> DijiangAttention<T> {
     /// use std::ops::ControlFlow;
     ///
     /// use dijiang::attention::Window;
-    /// use dijiang::layer::{AttentionConfig, AttentionWeights, CalibrateOptions, DijiangAttention, DijiangOptions, SoftmaxAttention};
+    /// use dijiang::calibrate::CalibrateOptions;
+    /// use dijiang::layer::{AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
     /// use ndarray::Array2;
     ///
     /// let matrix = |p: usize| Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3);
@@ -355,8 +363,8 @@ impl<T: Real> DijiangAttention<T> {
             .maps()
             .iter()
             .zip(decays)
-            .map(|(map, &log_decay)| Head { params: map.params().clone(), log_decay });
-        let old: Vec<Head> = old.collect();
+            .map(|(map, &log_decay)| HeadParams { params: map.params().clone(), log_decay });
+        let old: Vec<HeadParams> = old.collect();
 
         let split = samples.len() - (samples.len() / HELD_OUT).max(1);
         let apart = options.steps > 0 && split > 0;
@@ -368,8 +376,8 @@ impl<T: Real> DijiangAttention<T> {
         let tokens = |set: &Range<usize>| samples[set.clone()].iter().map(Sample::len).sum();
         let (trained_on, held_out) = (tokens(&train), if apart { tokens(&held) } else { 0 });
 
-        let mut judge = Judge::new(&self.proj, (self.windows(), self.sinks()), &samples);
-        let far_mass = judge.far_mass(held.clone());
+        let mut objective = Objective::new(&self.proj, (self.windows(), self.sinks()), &samples);
+        let far_mass = objective.far_mass(held.clone());
         let run = Run {
             options,
             start,
@@ -379,20 +387,20 @@ impl<T: Real> DijiangAttention<T> {
             done: 0,
             progress,
         };
-        let found = run.run(&mut judge, old)?;
-        let heads = found.iter().zip(far_mass).map(|(found, far_mass)| HeadReport {
-            before: found.before,
-            closed_form: found.closed_form,
-            after: found.after,
-            log_mix: found.head.params.log_mix,
-            log_decay: found.head.log_decay,
+        let best = run.run(&mut objective, old)?;
+        let heads = best.iter().zip(far_mass).map(|(best, far_mass)| HeadReport {
+            before: best.before,
+            closed_form: best.closed_form,
+            after: best.after,
+            log_mix: best.head.params.log_mix,
+            log_decay: best.head.log_decay,
             far_mass,
         });
         let report = CalibrateReport { heads: heads.collect(), tokens: trained_on, held_out };
-        let log_decay = found.iter().map(|found| found.head.log_decay).collect();
-        let maps = found
+        let log_decay = best.iter().map(|best| best.head.log_decay).collect();
+        let maps = best
             .into_iter()
-            .map(|found| DctMap::from_params(found.head.params))
+            .map(|best| DctMap::from_params(best.head.params))
             .collect::<Result<_>>()?;
         self.set_heads(maps, log_decay)?;
         Ok(report)
@@ -423,24 +431,24 @@ fn capture<T: Real>(
     Ok(samples)
 }
 
-/// What was found for one head.
-struct Found {
+/// What was best for one head.
+struct Best {
     /// The numbers with the smallest error on the held-out samples so far.
-    head: Head,
+    head: HeadParams,
     before: f64,
     closed_form: f64,
     after: f64,
 }
 
-impl Found {
-    fn learn(&mut self, head: &Head, error: f64) {
+impl Best {
+    fn keep_if_better(&mut self, head: &HeadParams, error: f64) {
         if error < self.after {
             (self.head, self.after) = (head.clone(), error);
         }
     }
 
     /// `head` for good, if it is better than the numbers that were given.
-    fn settle(&mut self, head: &Head, error: f64) {
+    fn settle(&mut self, head: &HeadParams, error: f64) {
         if error < self.before {
             (self.head, self.after) = (head.clone(), error);
         }
@@ -461,139 +469,142 @@ struct Run<'a, F> {
 }
 
 impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
-    fn run<T: Real>(mut self, judge: &mut Judge<'_, T>, old: Vec<Head>) -> Result<Vec<Found>> {
+    fn run<T: Real>(
+        mut self,
+        objective: &mut Objective<'_, T>,
+        old: Vec<HeadParams>,
+    ) -> Result<Vec<Best>> {
         let held_variance: Vec<f64> =
-            (0..old.len()).map(|head| judge.variance(head, self.held.clone())).collect();
-        let closed: Vec<Head> = old
+            (0..old.len()).map(|head| objective.variance(head, self.held.clone())).collect();
+        let closed: Vec<HeadParams> = old
             .iter()
             .enumerate()
             .map(|(h, old)| {
-                let params = judge.centred(h, &old.params, self.train.clone());
-                Head { params, ..*old }
+                let params = objective.centred(h, &old.params, self.train.clone());
+                HeadParams { params, ..*old }
             })
             .collect();
 
-        let before = judge.errors(&old, self.held.clone(), &held_variance);
-        let found = old.iter().zip(before);
-        let found = found.map(|(head, before)| Found {
+        let before = objective.errors(&old, self.held.clone(), &held_variance);
+        let best = old.iter().zip(before);
+        let best = best.map(|(head, before)| Best {
             head: head.clone(),
             before,
             closed_form: f64::INFINITY,
             after: before,
         });
-        let mut found: Vec<Found> = found.collect();
-        self.tell(&found)?;
+        let mut best: Vec<Best> = best.collect();
+        self.report(&best)?;
 
-        let mut closed = self.fit_decay(judge, closed, &found)?;
+        let mut closed = self.fit_decay(objective, closed, &best)?;
         let mut limits = Vec::new();
         if self.window {
-            let given = judge.far_shares(&old, self.train.clone()).into_iter();
+            let given = objective.far_shares(&old, self.train.clone()).into_iter();
             limits = given.map(|far| far.map_or(f64::INFINITY, |far| WORTH * far.error)).collect();
-            closed = self.fit_mix(judge, closed, &found, |h, far| {
+            closed = self.fit_mix(objective, closed, &best, |h, far| {
                 far.is_below(CLOSED_FORM_SHARE, limits[h])
             })?;
         }
-        let errors = judge.errors(&closed, self.held.clone(), &held_variance);
-        found.iter_mut().zip(&errors).for_each(|(found, &error)| found.closed_form = error);
-        learn(&mut found, &closed, &errors);
-        self.tell(&found)?;
+        let errors = objective.errors(&closed, self.held.clone(), &held_variance);
+        best.iter_mut().zip(&errors).for_each(|(best, &error)| best.closed_form = error);
+        keep_best(&mut best, &closed, &errors);
+        self.report(&best)?;
 
         if self.options.steps > 0 {
             let (mut search, start) = (Duration::ZERO, Instant::now());
             if self.window {
-                let heads = found.iter().map(|found| found.head.clone()).collect();
+                let heads = best.iter().map(|best| best.head.clone()).collect();
                 let heads =
-                    self.fit_mix(judge, heads, &found, |_, far| far.is_below_least_squares())?;
-                let errors = judge.errors(&heads, self.held.clone(), &held_variance);
-                learn(&mut found, &heads, &errors);
+                    self.fit_mix(objective, heads, &best, |_, far| far.is_below_least_squares())?;
+                let errors = objective.errors(&heads, self.held.clone(), &held_variance);
+                keep_best(&mut best, &heads, &errors);
                 search = start.elapsed();
             }
-            let steps = self.descend(judge, &mut found, &held_variance, search)?;
+            let steps = self.descend(objective, &mut best, &held_variance, search)?;
             if self.window {
                 let share = CLOSED_FORM_SHARE
                     + (TRAINED_SHARE - CLOSED_FORM_SHARE) * (steps as f64 / TRAINED).min(1.0);
-                let heads = found.iter().map(|found| found.head.clone()).collect();
+                let heads = best.iter().map(|best| best.head.clone()).collect();
                 let heads =
-                    self.fit_mix(judge, heads, &found, |h, far| far.is_below(share, limits[h]))?;
-                let errors = judge.errors(&heads, self.held.clone(), &held_variance);
-                found
-                    .iter_mut()
+                    self.fit_mix(objective, heads, &best, |h, far| far.is_below(share, limits[h]))?;
+                let errors = objective.errors(&heads, self.held.clone(), &held_variance);
+                best.iter_mut()
                     .zip(heads.iter().zip(&errors))
-                    .for_each(|(found, (head, &error))| found.settle(head, error));
-                self.tell(&found)?;
+                    .for_each(|(best, (head, &error))| best.settle(head, error));
+                self.report(&best)?;
             }
         }
-        Ok(found)
+        Ok(best)
     }
 
     /// Passes and steps there will be.
     fn total(&self) -> usize {
         let decays = if self.options.decay == Fit::Train { 1 + HALF_LIVES } else { 0 };
         let mix = if self.window { HALVINGS } else { 0 };
-        let descent = match self.options.steps {
+        let adam = match self.options.steps {
             0 => 0,
             steps => steps + if self.window { 2 * HALVINGS + 1 } else { 0 },
         };
-        1 + decays + mix + 1 + descent
+        1 + decays + mix + 1 + adam
     }
 
     /// The half-life of least error, or none.
     fn fit_decay<T: Real>(
         &mut self,
-        judge: &mut Judge<'_, T>,
-        heads: Vec<Head>,
-        found: &[Found],
-    ) -> Result<Vec<Head>> {
+        objective: &mut Objective<'_, T>,
+        heads: Vec<HeadParams>,
+        best: &[Best],
+    ) -> Result<Vec<HeadParams>> {
         if self.options.decay == Fit::Keep {
             return Ok(heads);
         }
         let variance: Vec<f64> =
-            (0..heads.len()).map(|head| judge.variance(head, self.train.clone())).collect();
-        let mut best: Vec<(f64, Head)> =
+            (0..heads.len()).map(|head| objective.variance(head, self.train.clone())).collect();
+        let mut nearest: Vec<(f64, HeadParams)> =
             heads.iter().map(|head| (f64::INFINITY, head.clone())).collect();
         for power in 0..=HALF_LIVES {
-            let log_decay = |head: &Head| {
+            let log_decay = |head: &HeadParams| {
                 if power == 0 {
                     head.log_decay
                 } else {
                     -std::f64::consts::LN_2 / 2.0_f64.powi(power as i32)
                 }
             };
-            let tried: Vec<Head> = heads
+            let tried: Vec<HeadParams> = heads
                 .iter()
-                .map(|head| Head { log_decay: log_decay(head), ..head.clone() })
+                .map(|head| HeadParams { log_decay: log_decay(head), ..head.clone() })
                 .collect();
-            let errors = judge.errors(&tried, self.train.clone(), &variance);
-            for (best, tried) in best.iter_mut().zip(errors.into_iter().zip(tried)) {
-                if tried.0 < best.0 {
-                    *best = tried;
+            let errors = objective.errors(&tried, self.train.clone(), &variance);
+            for (nearest, tried) in nearest.iter_mut().zip(errors.into_iter().zip(tried)) {
+                if tried.0 < nearest.0 {
+                    *nearest = tried;
                 }
             }
-            self.tell(found)?;
+            self.report(best)?;
         }
-        Ok(best.into_iter().map(|(_, head)| head).collect())
+        Ok(nearest.into_iter().map(|(_, head)| head).collect())
     }
 
     /// The mix by bisection: `is_below` says of each head whether it should be larger.
     fn fit_mix<T: Real>(
         &mut self,
-        judge: &mut Judge<'_, T>,
-        mut heads: Vec<Head>,
-        found: &[Found],
+        objective: &mut Objective<'_, T>,
+        mut heads: Vec<HeadParams>,
+        best: &[Best],
         is_below: impl Fn(usize, &FarShare) -> bool,
-    ) -> Result<Vec<Head>> {
+    ) -> Result<Vec<HeadParams>> {
         let mut ranges = vec![MIX; heads.len()];
         for _ in 0..HALVINGS {
             heads
                 .iter_mut()
                 .zip(&ranges)
                 .for_each(|(head, (low, high))| head.params.log_mix = 0.5 * (low + high));
-            let shares = judge.far_shares(&heads, self.train.clone());
+            let shares = objective.far_shares(&heads, self.train.clone());
             for (h, ((low, high), far)) in ranges.iter_mut().zip(&shares).enumerate() {
                 let below = far.is_some_and(|far| is_below(h, &far));
                 *if below { low } else { high } = heads[h].params.log_mix;
             }
-            self.tell(found)?;
+            self.report(best)?;
         }
         Ok(heads)
     }
@@ -602,8 +613,8 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
     /// number of steps made.
     fn descend<T: Real>(
         &mut self,
-        judge: &mut Judge<'_, T>,
-        found: &mut [Found],
+        objective: &mut Objective<'_, T>,
+        best: &mut [Best],
         variance: &[f64],
         rest: Duration,
     ) -> Result<usize> {
@@ -614,15 +625,18 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
             decay: self.options.decay == Fit::Train,
         };
         let row_variance: Vec<f64> =
-            (0..found.len()).map(|head| judge.row_variance(head, self.train.clone())).collect();
-        let first = |found: &Found| {
-            Ok(Head { params: self.options.projection.prepare(&found.head.params)?, ..found.head })
+            (0..best.len()).map(|head| objective.row_variance(head, self.train.clone())).collect();
+        let first = |best: &Best| {
+            Ok(HeadParams {
+                params: self.options.projection.prepare(&best.head.params)?,
+                ..best.head
+            })
         };
-        let mut descents = found
+        let mut adam = best
             .iter()
-            .map(|found| Ok(Descent::new(first(found)?, moved)))
-            .collect::<Result<Vec<Descent>>>()?;
-        let mut deck = Deck::new(self.options.seed, self.train.clone());
+            .map(|best| Ok(Adam::new(first(best)?, moved)))
+            .collect::<Result<Vec<Adam>>>()?;
+        let mut shuffler = Shuffler::new(self.options.seed, self.train.clone());
         let mut made = 0;
         for step in 0..steps {
             let share = |seconds: f64| {
@@ -634,26 +648,23 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
             let last = passed >= 1.0 || step + 1 == steps;
             if passed < 1.0 {
                 made += 1;
-                let batch = deck.deal(batch.min(self.train.len()));
-                let heads: Vec<Head> =
-                    descents.iter().map(|descent| descent.head.clone()).collect();
-                let slopes = judge.slopes(&heads, &batch, &row_variance);
+                let batch = shuffler.deal(batch.min(self.train.len()));
+                let heads: Vec<HeadParams> = adam.iter().map(|adam| adam.head.clone()).collect();
+                let gradients = objective.gradients(&heads, &batch, &row_variance);
                 let rate = learning_rate * 0.5 * (1.0 + (std::f64::consts::PI * passed).cos());
-                descents
-                    .iter_mut()
-                    .zip(&slopes)
-                    .for_each(|(descent, slope)| descent.step(slope.as_ref(), rate));
+                adam.iter_mut()
+                    .zip(&gradients)
+                    .for_each(|(adam, gradient)| adam.step(gradient.as_ref(), rate));
             }
             if last || (step + 1) % LOOK == 0 {
-                let heads: Vec<Head> =
-                    descents.iter().map(|descent| descent.head.clone()).collect();
-                let errors = judge.errors(&heads, self.held.clone(), variance);
-                learn(found, &heads, &errors);
+                let heads: Vec<HeadParams> = adam.iter().map(|adam| adam.head.clone()).collect();
+                let errors = objective.errors(&heads, self.held.clone(), variance);
+                keep_best(best, &heads, &errors);
             }
             if last {
                 self.done += steps - 1 - step;
             }
-            self.tell(found)?;
+            self.report(best)?;
             if last {
                 break;
             }
@@ -662,9 +673,9 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
     }
 
     /// One more pass or step is made.
-    fn tell(&mut self, found: &[Found]) -> Result<()> {
+    fn report(&mut self, best: &[Best]) -> Result<()> {
         self.done += 1;
-        let error = mean(found.iter().map(|found| found.after));
+        let error = mean(best.iter().map(|best| best.after));
         let progress = CalibrateProgress { done: self.done, total: self.total(), error };
         match (self.progress)(progress) {
             ControlFlow::Continue(()) => Ok(()),
@@ -673,21 +684,20 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
     }
 }
 
-fn learn(found: &mut [Found], heads: &[Head], errors: &[f64]) {
-    found
-        .iter_mut()
+fn keep_best(best: &mut [Best], heads: &[HeadParams], errors: &[f64]) {
+    best.iter_mut()
         .zip(heads.iter().zip(errors))
-        .for_each(|(found, (head, &error))| found.learn(head, error));
+        .for_each(|(best, (head, &error))| best.keep_if_better(head, error));
 }
 
 /// Samples in an order of their own, all of them before any comes again.
-struct Deck {
+struct Shuffler {
     random: u64,
     samples: Vec<usize>,
     dealt: usize,
 }
 
-impl Deck {
+impl Shuffler {
     fn new(seed: u64, samples: Range<usize>) -> Self {
         let samples: Vec<usize> = samples.collect();
         Self { random: seed, dealt: samples.len(), samples }

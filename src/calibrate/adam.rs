@@ -7,11 +7,11 @@
 //! θ: scales and radii of both sides (of one, if they are tied), log-weights, the numbers of a deep
 //! or dense projection, and by choice the mix g, the centres, and ρ with log γ = −e^ρ.
 
+use super::objective::{HeadGradient, HeadParams};
 use crate::kernel::{DctGradients, DctParams, Sides};
-use crate::layer::judge::{Head, Slope};
 
 const BETA: (f64, f64) = (0.9, 0.999);
-/// Far below any slope of an error of about 1 that matters.
+/// Far below any gradient of an error of about 1 that matters.
 const EPSILON: f64 = 1e-12;
 /// log γ from which a head without decay starts to learn one.
 const SLIGHT: f64 = -1e-4;
@@ -26,8 +26,8 @@ pub(super) struct Moved {
 
 /// One head on its way down.
 #[derive(Debug, Clone)]
-pub(super) struct Descent {
-    pub(super) head: Head,
+pub(super) struct Adam {
+    pub(super) head: HeadParams,
     moved: Moved,
     mean: Vec<f64>,
     square: Vec<f64>,
@@ -36,8 +36,8 @@ pub(super) struct Descent {
     lost: bool,
 }
 
-impl Descent {
-    pub(super) fn new(head: Head, moved: Moved) -> Self {
+impl Adam {
+    pub(super) fn new(head: HeadParams, moved: Moved) -> Self {
         let mut head = head;
         if moved.decay && head.log_decay == 0.0 {
             head.log_decay = SLIGHT;
@@ -45,25 +45,27 @@ impl Descent {
         Self { head, moved, mean: Vec::new(), square: Vec::new(), steps: 0, lost: false }
     }
 
-    pub(super) fn step(&mut self, slope: Option<&Slope>, rate: f64) {
-        let slope = slope
-            .map(|slope| self.slope(slope))
-            .filter(|slope| slope.iter().all(|x| x.is_finite()));
-        let Some(slope) = slope.filter(|_| !self.lost) else {
+    pub(super) fn step(&mut self, gradient: Option<&HeadGradient>, rate: f64) {
+        let gradient = gradient
+            .map(|gradient| self.gradient(gradient))
+            .filter(|gradient| gradient.iter().all(|x| x.is_finite()));
+        let Some(gradient) = gradient.filter(|_| !self.lost) else {
             self.lost = true;
             return;
         };
         self.steps += 1;
-        self.mean.resize(slope.len(), 0.0);
-        self.square.resize(slope.len(), 0.0);
+        self.mean.resize(gradient.len(), 0.0);
+        self.square.resize(gradient.len(), 0.0);
         let (first, second) = (1.0 - BETA.0.powi(self.steps), 1.0 - BETA.1.powi(self.steps));
         let Moved { mix, centers, decay } = self.moved;
         let mut rho = [if decay { (-self.head.log_decay).ln() } else { 0.0 }];
         let numbers = numbers(&mut self.head.params, mix, centers).into_iter().flatten();
         let moments = self.mean.iter_mut().zip(&mut self.square);
-        for ((number, (mean, square)), slope) in numbers.chain(&mut rho).zip(moments).zip(&slope) {
-            *mean += (1.0 - BETA.0) * (slope - *mean);
-            *square += (1.0 - BETA.1) * (slope * slope - *square);
+        for ((number, (mean, square)), gradient) in
+            numbers.chain(&mut rho).zip(moments).zip(&gradient)
+        {
+            *mean += (1.0 - BETA.0) * (gradient - *mean);
+            *square += (1.0 - BETA.1) * (gradient * gradient - *square);
             *number -= rate * (*mean / first) / ((*square / second).sqrt() + EPSILON);
         }
         if decay {
@@ -78,10 +80,10 @@ impl Descent {
         }
     }
 
-    /// The slope in the order of [`numbers`], and that of ρ, if it is moved.
-    fn slope(&self, slope: &Slope) -> Vec<f64> {
+    /// The gradient in the order of [`numbers`], and that of ρ, if it is moved.
+    fn gradient(&self, gradient: &HeadGradient) -> Vec<f64> {
         let Moved { mix, centers, decay } = self.moved;
-        let DctGradients { query, key, log_weight, log_mix, .. } = &slope.params;
+        let DctGradients { query, key, log_weight, log_mix, .. } = &gradient.params;
         let mut all = Vec::new();
         for (query, key) in [
             (&query.scale, &key.scale),
@@ -99,7 +101,7 @@ impl Descent {
             all.extend(query.center.iter().chain(&key.center));
         }
         if decay {
-            all.push(slope.log_decay * self.head.log_decay);
+            all.push(gradient.log_decay * self.head.log_decay);
         }
         all
     }

@@ -1,4 +1,4 @@
-//! The judge of calibration: what softmax attention makes of the samples, how far the maps are from
+//! The objective of calibration: what softmax attention makes of the samples, how far the maps are from
 //! it, and which way is nearer.
 
 use std::ops::Range;
@@ -8,21 +8,21 @@ use ndarray::{Array2, ArrayRef1, ArrayView2, ArrayView3, Axis, s};
 use crate::attention::{FarPart, HeadQkv, Operator, Qkv, Tape, Window};
 use crate::error::Result;
 use crate::kernel::{DctGradients, DctMap, DctParams, DctSums, DifferentiableMap};
-use crate::layer::qkv_proj::{ProjectedQkv, QkvProj};
-use crate::layer::softmax::softmax_of;
+use crate::layer::softmax_of;
+use crate::layer::{DijiangAttention, ProjectedQkv, QkvProj};
 use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 
 /// The numbers of one key-value head that calibration may change.
 #[derive(Debug, Clone, PartialEq)]
-pub(super) struct Head {
+pub(super) struct HeadParams {
     pub(super) params: DctParams,
     pub(super) log_decay: f64,
 }
 
 /// The gradient of a head's error.
 #[derive(Debug, Clone)]
-pub(super) struct Slope {
+pub(super) struct HeadGradient {
     pub(super) params: DctGradients,
     pub(super) log_decay: f64,
 }
@@ -51,6 +51,23 @@ impl<T: Real> Sample<T> {
         q.mapv_inplace(|q| q * root);
         k.mapv_inplace(|k| k * root);
         Ok(Self { x: q, y: k, v, teacher })
+    }
+
+    /// What softmax attention makes of it, `[n, h·d]`.
+    pub(super) fn teacher(&self) -> &Array2<T> {
+        &self.teacher
+    }
+
+    /// What `layer`'s attention makes of it, `[n, h·d]`.
+    pub(super) fn outputs(&self, layer: &DijiangAttention<T>) -> Result<Array2<T>> {
+        let proj = &layer.proj;
+        let (q, k, v) = (proj.heads(&self.x), proj.heads(&self.y), proj.heads(&self.v));
+        let attention = layer.attention.config().with_scale(1.0).build(layer.maps().to_vec())?;
+        let mut out = Array2::zeros(self.x.raw_dim());
+        let mut heads = proj.heads_mut(&mut out);
+        let mut workspace = attention.workspace();
+        attention.forward_into(Qkv::new(&q, &k, &v), &mut heads, &mut workspace)?;
+        Ok(out)
     }
 
     /// Tokens.
@@ -157,7 +174,7 @@ impl<T: Real> Part<'_, T> {
 
     /// The gradient of Σ (ô − o)²·`weight`/2: sums for that of the map's parameters, and that of
     /// log γ.
-    fn slope(
+    fn gradient(
         &self,
         map: &DctMap<T>,
         log_decay: f64,
@@ -185,13 +202,13 @@ impl<T: Real> Part<'_, T> {
 }
 
 /// Measures how far heads' linear attention is from softmax attention, on some of the samples.
-pub(super) struct Judge<'a, T> {
+pub(super) struct Objective<'a, T> {
     /// `[heads][samples]`.
     parts: Vec<Vec<Part<'a, T>>>,
     tapes: Vec<Option<Tape<T>>>,
 }
 
-impl<'a, T: Real> Judge<'a, T> {
+impl<'a, T: Real> Objective<'a, T> {
     pub(super) fn new(
         projections: &QkvProj<T>,
         exact_keys: (&[Window], usize),
@@ -276,7 +293,7 @@ impl<'a, T: Real> Judge<'a, T> {
     /// numbers that make no map.
     pub(super) fn errors(
         &mut self,
-        heads: &[Head],
+        heads: &[HeadParams],
         set: Range<usize>,
         variance: &[f64],
     ) -> Vec<f64> {
@@ -294,7 +311,7 @@ impl<'a, T: Real> Judge<'a, T> {
     /// What the far part of every head adds; `None` for numbers that make no map.
     pub(super) fn far_shares(
         &mut self,
-        heads: &[Head],
+        heads: &[HeadParams],
         set: Range<usize>,
     ) -> Vec<Option<FarShare>> {
         let len = set.len();
@@ -309,7 +326,7 @@ impl<'a, T: Real> Judge<'a, T> {
     /// `pass` over every head and sample, `[heads][set]`; `None` where numbers make no map.
     fn passes<R: Send + Clone>(
         &mut self,
-        heads: &[Head],
+        heads: &[HeadParams],
         set: Range<usize>,
         pass: impl Fn(&Part<'_, T>, &DctMap<T>, f64, &mut Tape<T>) -> R + Sync,
     ) -> Vec<Option<R>> {
@@ -332,40 +349,41 @@ impl<'a, T: Real> Judge<'a, T> {
 
     /// The gradient of half the mean error per row over the samples `batch`, for every head; `None`
     /// where numbers make no map.
-    pub(super) fn slopes(
+    pub(super) fn gradients(
         &mut self,
-        heads: &[Head],
+        heads: &[HeadParams],
         batch: &[usize],
         row_variance: &[f64],
-    ) -> Vec<Option<Slope>> {
+    ) -> Vec<Option<HeadGradient>> {
         let maps = maps(heads);
-        let mut slopes: Vec<Option<(DctSums<T>, f64)>> =
+        let mut gradients: Vec<Option<(DctSums<T>, f64)>> =
             (0..heads.len() * batch.len()).map(|_| None).collect();
         let parts = &self.parts;
-        for_each(&mut self.tapes, slopes.iter_mut().enumerate(), |tape, (i, slope)| {
+        for_each(&mut self.tapes, gradients.iter_mut().enumerate(), |tape, (i, gradient)| {
             let h = i / batch.len();
             let (part, log_decay) = (&parts[h][batch[i % batch.len()]], heads[h].log_decay);
             if let Some(map) = &maps[h] {
                 let tape = tape.get_or_insert_with(|| part.far.tape(map));
-                *slope = Some(part.slope(map, log_decay, T::from_f64(1.0 / row_variance[h]), tape));
+                *gradient =
+                    Some(part.gradient(map, log_decay, T::from_f64(1.0 / row_variance[h]), tape));
             }
         });
-        let mut slopes = slopes.into_iter();
+        let mut gradients = gradients.into_iter();
         let sum = |map: &Option<DctMap<T>>| {
             // Always in the order of the batch: the sum does not depend on threads.
-            let sum = slopes.by_ref().take(batch.len()).reduce(|sum, slope| {
-                let ((mut sums, log_decay), (others, other)) = (sum?, slope?);
+            let sum = gradients.by_ref().take(batch.len()).reduce(|sum, gradient| {
+                let ((mut sums, log_decay), (others, other)) = (sum?, gradient?);
                 sums.add(&others);
                 Some((sums, log_decay + other))
             });
             let ((sums, log_decay), map) = (sum??, map.as_ref()?);
-            Some(Slope { params: map.gradients(&sums), log_decay })
+            Some(HeadGradient { params: map.gradients(&sums), log_decay })
         };
         maps.iter().map(sum).collect()
     }
 }
 
-fn maps<T: Real>(heads: &[Head]) -> Vec<Option<DctMap<T>>> {
+fn maps<T: Real>(heads: &[HeadParams]) -> Vec<Option<DctMap<T>>> {
     heads.iter().map(|head| DctMap::from_params(head.params.clone()).ok()).collect()
 }
 
