@@ -5,9 +5,9 @@ mod common;
 
 use common::assert_same_bits;
 use dijiang::attention::*;
+use dijiang::calibrate::*;
 use dijiang::checkpoint::{Checkpoint, Family, Tensors};
 use dijiang::kernel::*;
-use dijiang::calibrate::*;
 use dijiang::layer::*;
 use dijiang::{Error, reference};
 use ndarray::{Array1, Array2, s};

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 use dijiang::attention::Window;
-use dijiang::calibrate::ProjectionFit;
+use dijiang::calibrate::{Budget, ProjectionFit};
 use serde::Serialize;
 
 use crate::lm::error::{Error, Result};
@@ -50,27 +50,30 @@ pub(crate) struct Args {
     /// Fit the projections as dense matrices: better, and slower per token
     #[arg(long)]
     dense: bool,
-    /// Try other local windows, features and projections for every layer, and keep what lowers the
-    /// error
+    /// Most bytes of state for the planned rows, instead of --average-window
+    #[arg(long, value_name = "BYTES")]
+    budget_bytes: Option<usize>,
+    /// Refit the output projections too, in closed form: the row planned_refit
     #[arg(long)]
-    choose: bool,
-    /// Longest time that attention of one layer may take per token on one thread; implies --choose
-    #[arg(long, value_name = "MICROSECONDS")]
-    pub(crate) budget: Option<f64>,
-    /// Seconds after which calibration by gradient ends, both models together [default: 60, no
-    /// limit with --thorough or --choose]
+    refit: bool,
+    /// Tokens at the beginning that stay exact for every later query
+    #[arg(long, value_name = "N", default_value_t = 4)]
+    pub(crate) sinks: usize,
+    /// Seconds after which calibration by gradient ends, all models together [default: 60 for the
+    /// model that comes with the example, no limit for others and with --thorough]
     #[arg(long, value_name = "X")]
     seconds: Option<f64>,
     /// Calibrate for minutes instead of seconds
     #[arg(long)]
     thorough: bool,
     /// Calibrate in closed form only
-    #[arg(long, conflicts_with_all = ["thorough", "steps", "choose", "budget"])]
+    #[arg(long, conflicts_with_all = ["thorough", "steps"])]
     quick: bool,
     /// Tokens per window [default: the model's max_position_embeddings]
     #[arg(long, value_name = "N")]
     pub(crate) context: Option<usize>,
-    /// Chunk length of the exact local window [default: 64, longer for heads narrower than 64]
+    /// Chunk length of the local windows, on average over all key-value heads where they are planned
+    /// [default: 64, longer for heads narrower than 64]
     #[arg(long, value_name = "N", visible_alias = "chunk")]
     average_window: Option<usize>,
     /// Whole chunks of the local window before the query's own
@@ -106,23 +109,56 @@ pub(crate) struct Args {
 pub(crate) enum Row {
     /// The model as it was trained
     Softmax,
-    /// The exact local window, and nothing for older tokens
+    /// One local window for all heads and sinks, and nothing for older tokens
     Window,
-    /// Linear attention and the window, the maps as they are made
+    /// The same, and linear attention with the maps as they are made
     Exchanged,
     /// The same, the maps calibrated in closed form
     ClosedForm,
-    /// The same, the maps calibrated by gradient; or the structure chosen as well
+    /// The same, the maps calibrated by gradient
     Calibrated,
+    /// A window for each head by plan and sinks, and nothing for older tokens
+    PlannedWindow,
+    /// The same, and linear attention with calibrated maps
+    Planned,
+    /// The same, and the output projections refitted
+    PlannedRefit,
     /// Linear attention for all tokens, the maps calibrated by gradient
     Pure,
+}
+
+impl Row {
+    /// Whether older tokens go through feature maps.
+    pub(crate) fn has_maps(self) -> bool {
+        !matches!(self, Self::Softmax | Self::Window | Self::PlannedWindow)
+    }
+
+    /// Whether every head has a window of its own.
+    pub(crate) fn is_planned(self) -> bool {
+        matches!(self, Self::PlannedWindow | Self::Planned | Self::PlannedRefit)
+    }
+
+    /// Whether its maps are calibrated at all.
+    pub(crate) fn is_calibrated(self) -> bool {
+        self.has_maps() && self != Self::Exchanged
+    }
+
+    /// Whether its maps are calibrated by gradient.
+    pub(crate) fn is_by_gradient(self) -> bool {
+        self.is_calibrated() && self != Self::ClosedForm
+    }
 }
 
 impl Args {
     /// What to measure, in the order of the table.
     pub(crate) fn rows(&self) -> Vec<Row> {
         let asked = |row: &Row| match self.rows.is_empty() {
-            true => !self.quick || !matches!(row, Row::Calibrated | Row::Pure),
+            true => match row {
+                Row::Exchanged | Row::ClosedForm | Row::Pure => false,
+                Row::Calibrated => !self.quick,
+                Row::PlannedRefit => self.refit,
+                _ => true,
+            },
             false => self.rows.contains(row),
         };
         Row::value_variants().iter().copied().filter(asked).collect()
@@ -144,10 +180,10 @@ impl Args {
                 return fault(option, "at least 1", "0".to_owned());
             }
         }
-        for (option, value) in [("budget", self.budget), ("seconds", self.seconds())] {
-            if let Some(found) = value.filter(|value| !(value.is_finite() && *value > 0.0)) {
-                return fault(option, "finite and more than 0", found.to_string());
-            }
+        if let Some(found) =
+            self.seconds().filter(|seconds| !(seconds.is_finite() && *seconds > 0.0))
+        {
+            return fault("seconds", "finite and more than 0", found.to_string());
         }
         Ok(())
     }
@@ -186,14 +222,29 @@ impl Args {
         Window::new(self.average_window.unwrap_or(Window::for_dim(head_dim).chunk), self.back)
     }
 
-    /// Whether to choose the structure by trial.
-    pub(crate) fn choose(&self) -> bool {
-        self.choose || self.budget.is_some()
+    /// What the plan may cost.
+    pub(crate) fn plan_budget(&self, head_dim: usize) -> Budget {
+        match self.budget_bytes {
+            Some(bytes) => Budget::Bytes(bytes),
+            None => Budget::AverageWindow(self.window(head_dim).chunk as f64),
+        }
     }
 
     /// Limit of calibration by gradient.
     pub(crate) fn seconds(&self) -> Option<f64> {
-        self.seconds.or((!self.thorough && !self.choose()).then_some(60.0))
+        self.seconds.or((!self.thorough && self.is_own_model()).then_some(60.0))
+    }
+
+    /// How often a conversion goes through the model.
+    pub(crate) fn walks(&self) -> usize {
+        let rows = self.rows();
+        let any = |is: fn(Row) -> bool| usize::from(rows.iter().any(|&row| is(row)));
+        any(Row::is_planned) + any(Row::is_calibrated) + any(|row| row == Row::PlannedRefit)
+    }
+
+    /// The model that comes with the example.
+    fn is_own_model(&self) -> bool {
+        self.model.ends_with("lm-kjv")
     }
 
     /// Windows of `context` tokens to calibrate on.

@@ -1,21 +1,24 @@
-//! The exchange itself: softmax layers out, linear layers in, and their calibration.
+//! The exchange itself: softmax layers out, linear layers in, their plan, calibration and refit.
 
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use dijiang::attention::Window;
-use dijiang::calibrate::{CalibrateOptions, CalibrateReport, Fit};
-use dijiang::layer::{
-    ChooseOptions, ChooseReport, DijiangAttention, DijiangOptions, SoftmaxAttention,
+use dijiang::calibrate::{
+    CalibrateOptions, CalibrateReport, Fit, Plan, PlanOptions, Planner, Refit,
 };
-use ndarray::ArrayView2;
+use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, SoftmaxAttention};
+use ndarray::{Array2, ArrayView2};
 
 use crate::args::{Args, Row};
 use crate::lm::error::{Error, Result};
 use crate::lm::llama::Llama;
 use crate::lm::tokens::Token;
 
-/// A model with linear attention, and what calibration by gradient did to each of its layers.
+/// Windows of text that a plan is measured on, at most.
+const PLAN_WINDOWS: usize = 4;
+
+/// A model with linear attention, and what calibration did to each of its layers.
 pub(crate) struct Linear {
     pub(crate) row: Row,
     pub(crate) model: Llama<DijiangAttention<f32>>,
@@ -26,14 +29,14 @@ pub(crate) struct Linear {
 pub(crate) struct Converted {
     /// In the order in which they were asked for.
     pub(crate) linear: Vec<Linear>,
-    /// What was chosen for each layer, if that was asked for.
-    pub(crate) choices: Vec<ChooseReport>,
-    /// Time calibration by gradient took, all models together.
-    pub(crate) calibration_seconds: f64,
+    /// The window of every head, if a plan was asked for.
+    pub(crate) plan: Option<Plan>,
+    /// Time that plan, calibration and refit took, the walks through the model among it.
+    pub(crate) seconds: f64,
 }
 
 /// Makes those of `rows` that have linear attention. Calibration reads `samples` through the
-/// softmax model; `tick` is called after every layer.
+/// softmax model; `tick` is called after every layer of every walk.
 pub(crate) fn convert(
     softmax: &Llama<SoftmaxAttention<f32>>,
     window: Window,
@@ -41,82 +44,156 @@ pub(crate) fn convert(
     samples: &[&[Token]],
     tick: impl Fn(),
 ) -> Result<Converted> {
+    let start = Instant::now();
+    let rows = args.rows();
+    let planned = rows.iter().any(|row| row.is_planned());
+    let plan = if planned { Some(plan(softmax, args, samples, &tick)?) } else { None };
+
     let mut linear = Vec::new();
-    for row in args.rows() {
-        let window = match row {
-            Row::Softmax | Row::Window => continue,
-            Row::Exchanged | Row::ClosedForm | Row::Calibrated => Some(window),
-            Row::Pure => None,
-        };
-        let options = map(args).with_window(window);
-        let model =
+    for &row in rows.iter().filter(|row| row.has_maps()) {
+        let options = DijiangOptions::new().with_blocks(args.blocks).with_seed(args.seed);
+        let options = options.with_sinks(args.sinks);
+        let options = options.with_window((row != Row::Pure).then_some(window));
+        let mut model =
             softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options.clone()))?;
+        if let (true, Some(plan)) = (row.is_planned(), &plan) {
+            for (l, layer) in model.attention_mut().iter_mut().enumerate() {
+                *layer = plan.apply(l, layer).map_err(Error::in_layer(l))?;
+            }
+        }
         linear.push(Linear { row, model, reports: Vec::new() });
     }
-    let mut calibrator = Calibrator::new(args, softmax, samples, &linear);
-    if linear.iter().any(|Linear { row, .. }| *row != Row::Exchanged) {
+    let mut calibrator = Calibrator::new(args, softmax.config().layers, samples, &linear);
+    if linear.iter().any(|linear| linear.row.is_calibrated()) {
         softmax.each_attention_input(samples, |l, inputs| {
-            for linear in &mut linear {
-                calibrator.calibrate(l, linear, inputs)?;
+            let mut of_plan: Option<(DijiangAttention<f32>, CalibrateReport)> = None;
+            for linear in linear.iter_mut().filter(|linear| linear.row.is_calibrated()) {
+                let layer = &mut linear.model.attention_mut()[l];
+                // The refit starts from the same maps.
+                let known = of_plan.clone().filter(|_| linear.row == Row::PlannedRefit);
+                let (calibrated, report) = match known {
+                    Some(known) => known,
+                    None => calibrator.calibrate(l, linear.row, layer, inputs)?,
+                };
+                *layer = calibrated.clone();
+                linear.reports.push(report.clone());
+                if linear.row == Row::Planned {
+                    of_plan = Some((calibrated, report));
+                }
             }
             tick();
             Ok(())
         })?;
     }
-    Ok(Converted {
-        linear,
-        choices: calibrator.choices,
-        calibration_seconds: calibrator.spent.as_secs_f64(),
-    })
+    for linear in linear.iter_mut().filter(|linear| linear.row == Row::PlannedRefit) {
+        refit(softmax, &mut linear.model, samples, &tick)?;
+    }
+    Ok(Converted { linear, plan, seconds: start.elapsed().as_secs_f64() })
 }
 
-/// The feature maps of a new layer.
-fn map(args: &Args) -> DijiangOptions {
-    DijiangOptions::new().with_blocks(args.blocks).with_seed(args.seed)
+/// Which head gets which window, measured with maps in closed form.
+fn plan(
+    softmax: &Llama<SoftmaxAttention<f32>>,
+    args: &Args,
+    samples: &[&[Token]],
+    tick: &impl Fn(),
+) -> Result<Plan> {
+    let samples = &samples[..samples.len().min(PLAN_WINDOWS)];
+    let longest = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
+    let mut options = PlanOptions::new().with_sinks(args.sinks);
+    // A window that holds all of a sample is no window.
+    options.windows.retain(|window| (window.back + 1) * window.chunk < longest);
+    let mut planner = Planner::new(options)?;
+    let options = DijiangOptions::new()
+        .with_blocks(args.blocks)
+        .with_seed(args.seed)
+        .with_sinks(args.sinks)
+        .with_window(Window::new(64.min(longest.div_ceil(4)), 1));
+    let mut walk = softmax.walk(samples);
+    while let Some(l) = walk.layer() {
+        let teacher = &softmax.attention()[l];
+        let inputs = walk.inputs();
+        let views: Vec<ArrayView2<'_, f32>> = inputs.iter().map(|input| input.view()).collect();
+        let measure = || -> dijiang::Result<()> {
+            let mut layer = DijiangAttention::from_softmax(teacher, options.clone())?;
+            layer.calibrate(&views, &CalibrateOptions::new().with_steps(0), proceed)?;
+            let pairs = views.iter().copied().zip(walk.hidden().iter().map(|hidden| hidden.view()));
+            planner.measure(teacher, &layer, &pairs.collect::<Vec<_>>())
+        };
+        {
+            measure
+        }
+        ().map_err(Error::in_layer(l))?;
+        walk.advance(teacher)?;
+        tick();
+    }
+    Ok(planner.plan(args.plan_budget(softmax.config().head_dim))?)
+}
+
+/// The output projection of every layer in closed form, each on the hidden states that the layers
+/// before it make.
+fn refit(
+    softmax: &Llama<SoftmaxAttention<f32>>,
+    model: &mut Llama<DijiangAttention<f32>>,
+    samples: &[&[Token]],
+    tick: &impl Fn(),
+) -> Result<()> {
+    let (mut teacher, mut student) = (softmax.walk(samples), softmax.walk(samples));
+    while let Some(l) = teacher.layer() {
+        let attention = &softmax.attention()[l];
+        let mut outputs: Vec<Option<Array2<f32>>> = vec![None; samples.len()];
+        let hidden = teacher.hidden().to_vec();
+        let inputs = teacher.inputs();
+        for (output, input) in outputs.iter_mut().zip(&inputs) {
+            let mask = dijiang::attention::KeyMask::All;
+            *output = Some(attention.forward(input, mask).map_err(Error::in_layer(l))?);
+        }
+        let outputs: Vec<Array2<f32>> = outputs.into_iter().flatten().collect();
+        let layer = &mut model.attention_mut()[l];
+        let fit = || -> dijiang::Result<DijiangAttention<f32>> {
+            let mut refit = Refit::new(layer);
+            let students = student.inputs();
+            for (w, input) in students.iter().enumerate() {
+                let target = &(&hidden[w] + &outputs[w]) - &student.hidden()[w];
+                refit.add(layer, input.view(), target.view(), hidden[w].view())?;
+            }
+            layer.clone().with_output_delta(refit.solve()?)
+        };
+        let fitted = { fit }().map_err(Error::in_layer(l))?;
+        *layer = fitted;
+        student.advance(layer)?;
+        teacher.advance_with(|w, _| Ok(outputs[w].clone()))?;
+        tick();
+    }
+    Ok(())
 }
 
 /// Calibrates layer after layer, by gradient within a limit of time.
-struct Calibrator<'a> {
-    softmax: &'a Llama<SoftmaxAttention<f32>>,
+struct Calibrator {
     trained: CalibrateOptions,
-    choice: Option<ChooseOptions>,
-    choices: Vec<ChooseReport>,
     limit: Option<f64>,
     spent: Duration,
     /// Calibrations by gradient to come.
     left: usize,
 }
 
-impl<'a> Calibrator<'a> {
-    fn new(
-        args: &Args,
-        softmax: &'a Llama<SoftmaxAttention<f32>>,
-        samples: &[&[Token]],
-        linear: &[Linear],
-    ) -> Self {
+impl Calibrator {
+    fn new(args: &Args, layers: usize, samples: &[&[Token]], linear: &[Linear]) -> Self {
+        let longest = samples.iter().map(|sample| sample.len()).max().unwrap_or(1);
         let trained = CalibrateOptions::new()
             .with_projection(args.projection())
             .with_steps(args.steps())
-            .with_batch(args.batch(samples.iter().map(|sample| sample.len()).max().unwrap_or(1)))
+            .with_batch(args.batch(longest))
             .with_learning_rate(args.learning_rate)
             .with_seed(args.seed);
-        let budget = args.budget.map(|microseconds| Duration::from_secs_f64(microseconds * 1e-6));
-        let choice = args.choose().then(|| {
-            let options = ChooseOptions::new().with_map(map(args).with_window(None));
-            options.with_calibrate(trained.clone()).with_budget(budget)
-        });
-        let by_gradient = linear.iter().filter(|linear| match linear.row {
-            Row::Calibrated => choice.is_none(),
-            row => row == Row::Pure,
-        });
+        let rows: Vec<Row> = linear.iter().map(|linear| linear.row).collect();
+        let shared = rows.contains(&Row::Planned) && rows.contains(&Row::PlannedRefit);
+        let by_gradient = rows.iter().filter(|row| row.is_by_gradient()).count();
         Self {
-            softmax,
-            left: by_gradient.count() * softmax.config().layers,
             trained,
-            choice,
-            choices: Vec::new(),
             limit: args.seconds(),
             spent: Duration::ZERO,
+            left: (by_gradient - usize::from(shared)) * layers,
         }
     }
 
@@ -124,42 +201,29 @@ impl<'a> Calibrator<'a> {
     fn calibrate(
         &mut self,
         l: usize,
-        linear: &mut Linear,
+        row: Row,
+        layer: &DijiangAttention<f32>,
         inputs: &[ArrayView2<'_, f32>],
-    ) -> Result<()> {
-        let layer = &mut linear.model.attention_mut()[l];
+    ) -> Result<(DijiangAttention<f32>, CalibrateReport)> {
         let start = Instant::now();
-        let report = match (linear.row, &self.choice) {
-            (Row::Softmax | Row::Window | Row::Exchanged, _) => return Ok(()),
-            (Row::ClosedForm, _) => {
-                let closed = CalibrateOptions::new().with_steps(0);
-                layer.calibrate(inputs, &closed, proceed).map_err(Error::in_layer(l))?;
-                return Ok(());
-            }
-            (Row::Calibrated, Some(choice)) => {
-                let exact = &self.softmax.attention()[l];
-                let chosen = DijiangAttention::choose(exact, inputs, choice, proceed);
-                let (chosen, report) = chosen.map_err(Error::in_layer(l))?;
-                *layer = chosen;
-                self.choices.push(report.clone());
-                report.calibration
-            }
-            (Row::Calibrated | Row::Pure, _) => {
-                // What is left of the time, shared out among the calibrations that are left.
-                let limit = self.limit.map(|limit| {
-                    (limit - self.spent.as_secs_f64()).max(0.1) / self.left.max(1) as f64
-                });
-                let mut options = self.trained.clone().with_seconds(limit);
-                if linear.row == Row::Pure {
-                    options = options.with_decay(Fit::Train);
-                }
-                self.left = self.left.saturating_sub(1);
-                layer.calibrate(inputs, &options, proceed).map_err(Error::in_layer(l))?
-            }
-        };
-        linear.reports.push(report);
+        let mut options = self.trained.clone();
+        if row.is_by_gradient() {
+            // What is left of the time, shared out among the calibrations that are left.
+            let limit = self
+                .limit
+                .map(|limit| (limit - self.spent.as_secs_f64()).max(0.1) / self.left.max(1) as f64);
+            self.left = self.left.saturating_sub(1);
+            options = options.with_seconds(limit);
+        } else {
+            options = options.with_steps(0);
+        }
+        if row == Row::Pure {
+            options = options.with_decay(Fit::Train);
+        }
+        let mut layer = layer.clone();
+        let report = layer.calibrate(inputs, &options, proceed).map_err(Error::in_layer(l))?;
         self.spent += start.elapsed();
-        Ok(())
+        Ok((layer, report))
     }
 }
 

@@ -21,19 +21,20 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use dijiang::calibrate::HeadPlan;
 use dijiang::layer::Attention;
 use rayon::ThreadPoolBuilder;
 
 use crate::args::{Args, Row};
 use crate::convert::convert;
-use crate::lm::error::Result;
+use crate::lm::error::{Error, Result};
 use crate::lm::evaluate::{check_logits, score};
 use crate::lm::generate::{Sampling, generate};
 use crate::lm::llama::Llama;
 use crate::lm::progress::Progress;
 use crate::lm::text::Text;
 use crate::lm::tokens::Token;
-use crate::report::{ChoiceReport, LayerReport, Report, RowReport};
+use crate::report::{LayerReport, PlanReport, Report, RowReport};
 
 fn main() -> ExitCode {
     let args = Args::parse();
@@ -70,7 +71,7 @@ fn measure(args: &Args) -> Result<Report> {
         .iter()
         .flat_map(|text| text.spread(args.calibration_windows(context)))
         .collect();
-    progress.stage("calibrating", softmax.config().layers);
+    progress.stage("calibrating", args.walks() * softmax.config().layers);
     let converted = convert(&softmax, window, args, &samples, || progress.tick())?;
 
     let mut measurement =
@@ -82,11 +83,27 @@ fn measure(args: &Args) -> Result<Report> {
                 measurement.add(row, &softmax, bytes)?;
             }
             Row::Window => {
-                let model = softmax.exchange(|layer| layer.clone().with_window(Some(window)))?;
-                let held = context.min((window.back + 1) * window.chunk);
+                let windows = || vec![window];
+                let model =
+                    softmax.exchange(|layer| layer.clone().with_windows(windows(), args.sinks))?;
+                let held = context.min((window.back + 1) * window.chunk + args.sinks);
                 measurement.add(row, &model, model.config().kv_cache_bytes(held))?;
             }
-            Row::Exchanged | Row::ClosedForm | Row::Calibrated | Row::Pure => {
+            Row::PlannedWindow => {
+                let Some(plan) = &converted.plan else { continue };
+                let mut model = softmax.clone();
+                for (l, layer) in model.attention_mut().iter_mut().enumerate() {
+                    let windowed = layer.clone().with_windows(plan.windows(l)?, plan.sinks());
+                    *layer = windowed.map_err(Error::in_layer(l))?;
+                }
+                let held = |head: &HeadPlan| {
+                    context.min((head.window.back + 1) * head.window.chunk + plan.sinks())
+                };
+                let tokens: usize = plan.layers().iter().flatten().map(held).sum();
+                let heads: usize = plan.layers().iter().map(Vec::len).sum();
+                measurement.add(row, &model, model.config().kv_cache_bytes(1) * tokens / heads)?;
+            }
+            _ => {
                 for linear in converted.linear.iter().filter(|linear| linear.row == row) {
                     let states = linear.model.attention().iter().map(Attention::new_state);
                     let bytes = states.map(|state| state.bytes()).sum();
@@ -114,16 +131,23 @@ fn measure(args: &Args) -> Result<Report> {
         vocabulary: softmax.config().vocabulary,
         windows,
         context,
-        average_window: window.chunk,
+        average_window: match &converted.plan {
+            Some(plan) => plan.average_window(),
+            None => window.chunk as f64,
+        },
         back: window.back,
         features: args.blocks * softmax.config().head_dim,
         rows,
         logits_difference,
         calibration_tokens: samples.iter().map(|sample| sample.len()).sum(),
-        calibration_seconds: converted.calibration_seconds,
+        calibration_seconds: converted.seconds,
         steps: args.steps(),
-        choices: converted.choices.iter().map(ChoiceReport::from).collect(),
-        layers: reports(Row::Calibrated),
+        plan: converted.plan.as_ref().map(PlanReport::from),
+        layers: reports(if args.rows().contains(&Row::Planned) {
+            Row::Planned
+        } else {
+            Row::Calibrated
+        }),
         pure_layers: reports(Row::Pure),
         prompt: args.prompt.clone(),
         generated,

@@ -1,12 +1,11 @@
 //! What was found, as a table or as JSON.
 
+use std::collections::BTreeMap;
 use std::io::Write;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
-use dijiang::attention::Window;
-use dijiang::calibrate::{CalibrateReport, HeadReport, ProjectionFit};
-use dijiang::layer::{ChooseReport, Trial};
+use dijiang::calibrate::{CalibrateReport, HeadPlan, HeadReport, Plan, Point};
 use serde::Serialize;
 
 use crate::args::Row;
@@ -24,7 +23,7 @@ pub(crate) struct Report {
     /// Tokens per window.
     pub(crate) context: usize,
     /// Chunk length of the exact local window, on average over all key-value heads.
-    pub(crate) average_window: usize,
+    pub(crate) average_window: f64,
     /// Whole chunks of the local window before the query's own.
     pub(crate) back: usize,
     /// m, per head.
@@ -36,8 +35,8 @@ pub(crate) struct Report {
     pub(crate) calibration_seconds: f64,
     /// Steps by gradient.
     pub(crate) steps: usize,
-    /// What was chosen for each layer; empty if nothing was.
-    pub(crate) choices: Vec<ChoiceReport>,
+    /// The plan, if there was one.
+    pub(crate) plan: Option<PlanReport>,
     /// What calibration by gradient did with the local window, first layer first.
     pub(crate) layers: Vec<LayerReport>,
     /// And without.
@@ -87,11 +86,14 @@ impl Row {
     pub(crate) fn label(self) -> &'static str {
         match self {
             Self::Softmax => "softmax",
-            Self::Window => "window alone",
-            Self::Exchanged => "linear + window, as exchanged",
-            Self::ClosedForm => "linear + window, closed form",
-            Self::Calibrated => "linear + window, calibrated",
-            Self::Pure => "linear alone with decay, calibrated",
+            Self::Window => "window + sinks alone",
+            Self::PlannedWindow => "planned windows + sinks alone",
+            Self::Planned => "planned + maps, calibrated",
+            Self::PlannedRefit => "planned + maps, calibrated, refitted",
+            Self::Exchanged => "window + maps, as exchanged",
+            Self::ClosedForm => "window + maps, closed form",
+            Self::Calibrated => "window + maps, calibrated",
+            Self::Pure => "maps alone with decay, calibrated",
         }
     }
 }
@@ -122,61 +124,57 @@ impl From<&CalibrateReport> for LayerReport {
     }
 }
 
-/// The structure chosen for a layer.
+/// Which head got which window.
 #[derive(Debug, Serialize)]
-pub(crate) struct ChoiceReport {
-    structure: Structure,
-    /// The projection of every key-value head.
-    projections: Vec<&'static str>,
-    microseconds_per_token: f64,
-    trials: Vec<TrialReport>,
+pub(crate) struct PlanReport {
+    sinks: usize,
+    /// Chunk length of every key-value head, first layer first.
+    chunks: Vec<Vec<usize>>,
+    /// Energy that every head's error was measured to leave in the residual stream.
+    errors: Vec<Vec<f64>>,
+    /// What less memory would have cost: average chunk length, bytes of state, error of all heads.
+    frontier: Vec<(f64, usize, f64)>,
 }
 
-#[derive(Debug, Serialize)]
-struct Structure {
-    chunk: usize,
-    back: usize,
-    blocks: usize,
-}
-
-/// One structure that was tried, with its error on held-out text; none if it was beyond the budget.
-#[derive(Debug, Serialize)]
-struct TrialReport {
-    structure: Structure,
-    projection: &'static str,
-    microseconds_per_token: f64,
-    error: Option<f64>,
-}
-
-impl Structure {
-    fn new(window: Option<Window>, blocks: usize) -> Self {
-        let (chunk, back) = window.map_or((0, 0), |window| (window.chunk, window.back));
-        Self { chunk, back, blocks }
-    }
-}
-
-impl From<&ChooseReport> for ChoiceReport {
-    fn from(report: &ChooseReport) -> Self {
-        let trial = |trial: &Trial| TrialReport {
-            structure: Structure::new(trial.window, trial.blocks),
-            projection: name(trial.projection),
-            microseconds_per_token: 1e6 * trial.time.as_secs_f64(),
-            error: trial.error,
+impl From<&Plan> for PlanReport {
+    fn from(plan: &Plan) -> Self {
+        let heads = |value: &dyn Fn(&HeadPlan) -> f64| -> Vec<Vec<f64>> {
+            plan.layers().iter().map(|layer| layer.iter().map(value).collect()).collect()
         };
+        let chunk = |head: &HeadPlan| head.window.chunk;
+        let point = |point: &Point| (point.average_window, point.bytes, point.error);
         Self {
-            structure: Structure::new(report.window, report.blocks),
-            projections: report.projections.iter().map(|&projection| name(projection)).collect(),
-            microseconds_per_token: 1e6 * report.time.as_secs_f64(),
-            trials: report.trials.iter().map(trial).collect(),
+            sinks: plan.sinks(),
+            chunks: plan.layers().iter().map(|layer| layer.iter().map(chunk).collect()).collect(),
+            errors: heads(&|head| head.error),
+            frontier: plan.frontier().iter().map(point).collect(),
         }
     }
 }
 
-fn name(projection: ProjectionFit) -> &'static str {
-    match projection {
-        ProjectionFit::Keep => "plain",
-        ProjectionFit::Deep => "deep",
-        ProjectionFit::Dense => "dense",
+impl PlanReport {
+    /// How many heads got which window, and a few points of the frontier.
+    fn text(&self) -> String {
+        let mut counts = BTreeMap::new();
+        for &chunk in self.chunks.iter().flatten() {
+            *counts.entry(chunk).or_insert(0) += 1;
+        }
+        let counts: Vec<String> =
+            counts.iter().map(|(chunk, heads)| format!("{heads} heads {chunk}")).collect();
+        let step = self.frontier.len().div_ceil(6).max(1);
+        let points = self.frontier.iter().rev().step_by(step).collect::<Vec<_>>();
+        let points: Vec<String> = points
+            .iter()
+            .rev()
+            .map(|(average, bytes, error)| {
+                format!("{error:.2e} at {average:.0} ({} kB)", bytes / 1000)
+            })
+            .collect();
+        format!(
+            "plan: chunks of {}\npredicted error by average chunk: {}\n",
+            counts.join(", "),
+            points.join(", ")
+        )
     }
 }
 
@@ -216,28 +214,13 @@ impl Report {
         for column in table.column_iter_mut().skip(1) {
             column.set_cell_alignment(CellAlignment::Right);
         }
-        let mut chosen = String::new();
-        for (
-            l,
-            ChoiceReport {
-                structure: Structure { chunk, back, blocks },
-                projections,
-                microseconds_per_token,
-                ..
-            },
-        ) in self.choices.iter().enumerate()
-        {
-            let projections = projections.join(" ");
-            chosen += &format!(
-                "layer {l}: chunks of {chunk}, {back} back, {blocks} block(s), heads {projections}, {microseconds_per_token:.2} µs per token\n"
-            );
-        }
+        let chosen = self.plan.as_ref().map_or(String::new(), PlanReport::text);
         let check = self
             .logits_difference
             .map(|found| format!("softmax logits agree with the golden ones within {found:.1e}\n"));
         format!(
-            "{}{}\n\n{table}\n{chosen}{}{} windows of {} {}, local window of {} tokens and {} chunk(s) back, m = {} features per head\n\
-             calibrated on {} tokens in {} steps and {:.1} s; {:.1} s in all\n\
+            "{}{}\n\n{table}\n{chosen}{}{} windows of {} {}, local windows of {:.0} tokens on average and {} chunk(s) back, m = {} features per head\n\
+             planned and calibrated on {} tokens in {} steps and {:.1} s; {:.1} s in all\n\
              decoding ({}): {:.0} tokens/s; softmax's key-value cache is {} kB after {} tokens and goes on growing",
             self.prompt,
             self.generated,
