@@ -6,7 +6,7 @@ mod body;
 pub(crate) mod config;
 pub(crate) mod error;
 pub(crate) mod evaluate;
-mod exp;
+pub(crate) mod exp;
 pub(crate) mod generate;
 mod head;
 pub(crate) mod llama;
