@@ -20,7 +20,7 @@ use crate::attention::{CausalState, KeyMask, KvCache, LinearAttention, Softmax, 
 use crate::check::{check_len, check_shape};
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
-use crate::real::Real;
+use crate::Real;
 use crate::threads;
 
 /// Offsets begin with 0, never fall, and end with the number of tokens; returns how many sequences

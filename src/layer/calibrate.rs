@@ -30,6 +30,7 @@ use std::time::{Duration, Instant};
 
 use ndarray::ArrayView2;
 
+use crate::Real;
 use crate::attention::Causality;
 use crate::check::check_positive;
 use crate::error::{Error, Result};
@@ -37,7 +38,6 @@ use crate::kernel::{DctMap, DctParams};
 use crate::layer::descent::{Descent, Moved};
 use crate::layer::dijiang::{DijiangAttention, mixed};
 use crate::layer::judge::{FarShare, Head, Judge, Sample};
-use crate::real::Real;
 
 /// Steps between two looks at the held-out samples.
 const LOOK: usize = 10;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use ndarray::{Array3, ArrayView2};
 
+use crate::Real;
 use crate::attention::Causality;
 use crate::attention::{LinearConfig, Operator, Qkv, Window};
 use crate::error::{Error, Result};
@@ -20,7 +21,6 @@ use crate::layer::calibrate::{
 };
 use crate::layer::dijiang::{DijiangAttention, DijiangOptions, mixed};
 use crate::layer::softmax::SoftmaxAttention;
-use crate::real::Real;
 
 /// What an answer must lower the error by, as a share of it.
 const WORTH: f64 = 0.02;

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use ndarray::{Array2, ArrayRef1, ArrayRef2, Axis};
 
+use crate::Real;
 use crate::attention::{
     CausalState, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window,
     Workspace, check_offsets, check_offsets_of, check_state_size,
@@ -23,7 +24,6 @@ use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, Runs, StepScratch};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
 use crate::layer::{Attention, check_causal};
-use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 
 /// How [`DijiangAttention::from_softmax`] sets up its maps. The defaults are those of

@@ -9,6 +9,7 @@ use ndarray::{
     ArrayViewMut3, Axis, Dimension, s,
 };
 
+use crate::Real;
 use crate::attention::KeyMask;
 use crate::check::{check_elements, check_len, check_room, check_shape};
 use crate::error::{Error, Result};
@@ -16,7 +17,6 @@ use crate::layer::config::AttentionConfig;
 use crate::layer::qk_norm::RmsNorm;
 use crate::layer::rotary::{Angles, RotaryTable};
 use crate::layer::weights::AttentionWeights;
-use crate::real::Real;
 use crate::simd::product;
 use crate::threads::{for_each, max_threads};
 

@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2};
 
+use crate::Real;
 use crate::attention::{
     Causality, KeyMask, KvCache, Operator, Qkv, Softmax, SoftmaxConfig, Window, Workspace,
     check_offsets, check_offsets_of,
@@ -18,7 +19,6 @@ use crate::layer::config::AttentionConfig;
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, Runs, StepScratch};
 use crate::layer::weights::AttentionWeights;
 use crate::layer::{Attention, check_causal};
-use crate::real::Real;
 
 /// A softmax attention layer: O(n²) time, and a cache that grows with every token.
 ///
