@@ -14,10 +14,9 @@ pub mod guide;
 pub mod kernel;
 pub mod layer;
 mod low;
-pub mod real;
 pub mod reference;
 mod threads;
 
 pub use error::{Error, Result};
+pub use low::real::Real;
 use low::simd;
-pub use real::Real;

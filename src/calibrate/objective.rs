@@ -5,12 +5,12 @@ use std::ops::Range;
 
 use ndarray::{Array2, ArrayRef1, ArrayView2, ArrayView3, Axis, s};
 
+use crate::Real;
 use crate::attention::{FarPart, HeadQkv, Operator, Qkv, Tape, Window};
 use crate::error::Result;
 use crate::kernel::{DctGradients, DctMap, DctParams, DctSums, DifferentiableMap};
 use crate::layer::softmax_of;
 use crate::layer::{DijiangAttention, ProjectedQkv, QkvProj};
-use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 
 /// The numbers of one key-value head that calibration may change.

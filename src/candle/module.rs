@@ -11,6 +11,7 @@ use super::ops::{self, AttentionOptions, build};
 use super::rotate::rotate;
 use super::state::CandleState;
 use super::tensors::{HeadLayout, check_cpu, check_dtype, working_dtype};
+use crate::Real;
 use crate::attention::{LinearConfig, Window};
 use crate::error::Error;
 use crate::kernel::{DctMap, Mixing, Pairing};
@@ -18,7 +19,6 @@ use crate::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     RotaryTable, SoftmaxAttention, check_no_sliding,
 };
-use crate::real::Real;
 
 /// A linear attention layer on candle's tensors: [`DijiangAttention`] as a module.
 ///

@@ -3,8 +3,8 @@
 use candle_core::{DType, Device, Layout, Shape, Storage, StorageRef, Tensor, WithDType};
 use ndarray::{ArrayView3, ArrayViewMut3, ShapeBuilder};
 
+use crate::Real;
 use crate::error::{Error, Result};
-use crate::real::Real;
 
 /// In which order the axes of q, k and v lie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

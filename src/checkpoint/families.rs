@@ -5,9 +5,9 @@ use ndarray::{Array1, Array2, s};
 use super::config::{Biases, Config};
 use super::tensors::Tensors;
 use super::{Family, fault};
+use crate::Real;
 use crate::error::Result;
 use crate::layer::{AttentionConfig, AttentionWeights};
-use crate::real::Real;
 
 /// Names of the tensors of a family's attention.
 #[derive(Debug, Clone, Copy)]

@@ -47,10 +47,10 @@ mod tensors;
 
 use std::path::Path;
 
+use crate::Real;
 use crate::error::{Error, Result};
 use crate::files::fault;
 use crate::layer::{AttentionConfig, AttentionWeights, SoftmaxAttention};
-use crate::real::Real;
 use config::Config;
 pub use family::Family;
 pub use tensors::Tensors;

@@ -2,10 +2,10 @@
 
 use super::families::by_heads;
 use super::{Tensors, fault};
+use crate::Real;
 use crate::error::Result;
 use crate::kernel::published_radii;
 use crate::layer::{AttentionConfig, PublishedAttention, PublishedWeights};
-use crate::real::Real;
 
 impl<T: Real> PublishedAttention<T> {
     /// The layer whose tensors have names beginning with `place` (`gpt_neox.layers.0.attention.`):

@@ -11,11 +11,11 @@ use serde::Deserialize;
 
 use super::json::read;
 use super::{fault_in, io_error};
+use crate::Real;
 use crate::check::within;
 use crate::error::{Error, Result};
 use crate::files::{elements, header};
 use crate::low::mapped::Mapped;
-use crate::real::Real;
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";

@@ -27,8 +27,8 @@ use super::dct_map::{
 };
 use super::favor::FavorMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, SideParams};
+use crate::Real;
 use crate::low::mat::{Accum, MatMut, MatRef};
-use crate::real::Real;
 use crate::simd::{DctTables, LANES, padded, supports_dct, transpose};
 
 /// Panels whose moments are summed in the element type before they are added to the sums in f64.

@@ -22,10 +22,10 @@ use super::params::{
 use super::quantile::Quantile;
 use super::sampler::{MAX_POINTS, Purpose, signs, unit_points};
 use super::transform::{DctPlan, shared_halves, transposed};
+use crate::Real;
 use crate::check::check_positive;
 use crate::error::{Error, Result};
 use crate::low::mat::{Accum, MatMut, MatRef};
-use crate::real::Real;
 use crate::simd::{DctTables, padded, supports_dct};
 
 /// How a [`DctMap`] is to be made.

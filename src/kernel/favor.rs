@@ -12,9 +12,9 @@ use super::FeatureMap;
 use super::dct_map::DctMap;
 use super::params::{DctParams, Envelope, Pairing, Projection, Sides};
 use super::sampler::{MAX_POINTS, Purpose, normals};
+use crate::Real;
 use crate::check::check_positive;
 use crate::error::{Error, Result};
-use crate::real::Real;
 
 /// Most elements of the matrix of rows: 1 GiB of f64.
 const MAX_ELEMENTS: usize = 1 << 27;

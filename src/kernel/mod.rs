@@ -72,9 +72,9 @@ use std::fmt::Debug;
 
 use ndarray::{Array2, ArrayRef2, Axis};
 
+use crate::Real;
 use crate::check::{check_elements, check_room};
 use crate::error::{Error, Result};
-use crate::real::Real;
 use crate::simd::{LANES, padded};
 
 /// A pair of log-feature maps, one for queries and one for keys.

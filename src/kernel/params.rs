@@ -2,9 +2,9 @@
 
 use super::dct_map::projection_matrix;
 use super::sampler::MAX_POINTS;
+use crate::Real;
 use crate::check::{check_len, check_room};
 use crate::error::{Error, Result};
-use crate::real::Real;
 
 /// Law F of the radii t = F⁻¹(u).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -13,9 +13,9 @@ use ndarray::{Array2, ArrayRef2, ArrayViewMut2};
 
 use super::params::check_limit;
 use super::transform::DctPlan;
+use crate::Real;
 use crate::check::{check_elements, check_room};
 use crate::error::{Error, Result};
-use crate::real::Real;
 
 /// Features of the code published with the paper, rows are tokens.
 ///

@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, PoisonError, Weak};
 
-use crate::real::Real;
-use crate::real::sealed::RowDct;
+use crate::Real;
+use crate::low::real::sealed::RowDct;
 use crate::simd::padded;
 
 /// Orthonormal DCT-II of the columns of a panel, and DCT-III of a row.

@@ -13,6 +13,7 @@
 
 use ndarray::{Array1, Array2, ArrayRef2, ArrayView2, ArrayViewMut2, Axis, CowArray, Ix2};
 
+use crate::Real;
 use crate::attention::{KeyMask, Operator, Qkv};
 use crate::check::{check_elements, check_len, check_shape};
 use crate::error::Result;
@@ -20,7 +21,6 @@ use crate::kernel::DctGradients;
 use crate::layer::dijiang::DijiangAttention;
 use crate::layer::qkv_proj::{ProjectedQkv, ROWS};
 use crate::layer::weights::AttentionWeights;
-use crate::real::Real;
 use crate::simd::product;
 use crate::threads::{for_each, max_threads};
 

@@ -83,10 +83,10 @@ pub use weights::AttentionWeights;
 
 use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3};
 
+use crate::Real;
 use crate::attention::{KeyMask, check_offsets, check_offsets_of};
 use crate::check::{check_elements, check_len, check_room, check_shape};
 use crate::error::{Error, Result};
-use crate::real::Real;
 use crate::threads::{for_each, max_threads};
 
 /// A self-attention layer: hidden states in, hidden states out. What both layers offer, so that a

@@ -2,10 +2,10 @@
 
 use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, s};
 
+use crate::Real;
 use crate::attention::{KeyMask, ranges};
 use crate::check::{check_len, check_shape};
 use crate::error::{Error, Result};
-use crate::real::Real;
 
 /// On which side of its tokens a sequence is padded.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

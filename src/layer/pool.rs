@@ -2,11 +2,11 @@
 
 use ndarray::ArrayRef2;
 
+use crate::Real;
 use crate::check::{check_positive, check_room};
 use crate::error::{Error, Result};
 use crate::layer::Attention;
 use crate::layer::dijiang::{DijiangAttention, DijiangState};
-use crate::real::Real;
 
 /// Most states of one pool.
 const MOST: usize = 1 << 20;

@@ -13,6 +13,7 @@ use ndarray::{
     Array1, Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3, ArrayView2, ArrayViewMut2, Axis, s,
 };
 
+use crate::Real;
 use crate::attention::{Causality, KeyMask};
 use crate::check::{check_elements, check_finite, check_len, check_shape};
 use crate::error::{Error, Result};
@@ -21,7 +22,6 @@ use crate::layer::Attention;
 use crate::layer::config::{AttentionConfig, check_no_sliding};
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, StepScratch};
 use crate::layer::weights::AttentionWeights;
-use crate::real::Real;
 use crate::simd::product;
 use crate::threads::{for_each, max_threads};
 

@@ -7,7 +7,7 @@
 //!
 //! [Zhang and Sennrich 2019, *Root Mean Square Layer Normalization*, equation 4]
 
-use crate::real::Real;
+use crate::Real;
 
 /// Accumulators of a sum.
 const LANES: usize = 8;

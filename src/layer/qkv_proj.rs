@@ -9,13 +9,13 @@ use ndarray::{
     ArrayViewMut3, Axis, Dimension, s,
 };
 
+use crate::Real;
 use crate::check::{check_elements, check_len, check_room, check_shape};
 use crate::error::{Error, Result};
 use crate::layer::config::AttentionConfig;
 use crate::layer::qk_norm::RmsNorm;
 use crate::layer::rotary::{Angles, RotaryTable};
 use crate::layer::weights::AttentionWeights;
-use crate::real::Real;
 use crate::simd::product;
 use crate::threads::{for_each, max_threads};
 

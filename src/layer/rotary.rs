@@ -11,9 +11,9 @@
 
 use std::f64::consts::TAU;
 
+use crate::Real;
 use crate::check::{check_len, check_positive};
 use crate::error::{Error, Result};
-use crate::real::Real;
 
 /// Which coordinates are turned together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -2,10 +2,10 @@
 
 use ndarray::{Array1, Array2};
 
+use crate::Real;
 use crate::check::{check_elements, check_len, check_shape};
 use crate::error::{Error, Result};
 use crate::layer::config::AttentionConfig;
-use crate::real::Real;
 
 /// Projection weights of an attention layer, in the layout of `torch.nn.Linear` and of Hugging Face
 /// files: `[out, in]`, y = W x + b. Each layer keeps them behind an `Arc`: a softmax layer and the

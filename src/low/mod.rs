@@ -4,4 +4,5 @@
 #[cfg(feature = "safetensors")]
 pub(crate) mod mapped;
 pub(crate) mod mat;
+pub(crate) mod real;
 pub(crate) mod simd;

@@ -16,6 +16,7 @@ mod write;
 
 use safetensors::tensor::Dtype;
 
+use crate::Real;
 use crate::attention::Causality;
 use crate::error::{Error, Result};
 use crate::files::fault;
@@ -23,7 +24,6 @@ use crate::kernel::{Envelope, Pairing, Sides};
 use crate::layer::config::AttentionConfig;
 use crate::layer::dijiang::DijiangAttention;
 use crate::layer::rotary::{RotaryPairing, RotaryScaling};
-use crate::real::Real;
 use read::File;
 use write::Writer;
 

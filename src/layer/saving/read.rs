@@ -7,6 +7,7 @@ use ndarray::{Array1, Array2};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use super::{FIRST_VERSION, VERSION, Word, config_notes, dtype, weights_shape};
+use crate::Real;
 use crate::attention::{LinearConfig, Window};
 use crate::check::within;
 use crate::error::{Error, Result};
@@ -17,7 +18,6 @@ use crate::layer::dijiang::DijiangAttention;
 use crate::layer::qkv_proj::QkvProj;
 use crate::layer::rotary::{Rotary, RotaryScaling};
 use crate::layer::weights::AttentionWeights;
-use crate::real::Real;
 
 /// A file whose header is sound. Every count in it that leads to memory being taken is first
 /// compared with a tensor's shape.

@@ -6,12 +6,12 @@ use ndarray::ArrayViewD;
 use safetensors::tensor::Dtype;
 
 use super::{VERSION, Word, config_notes, dtype, weights_shape};
+use crate::Real;
 use crate::error::{Error, Result};
 use crate::files::MAX_HEADER;
 use crate::kernel::{DctParams, Projection};
 use crate::layer::Attention;
 use crate::layer::dijiang::DijiangAttention;
-use crate::real::Real;
 
 /// A file being put together: metadata and tensors in the order they are written. The `safetensors`
 /// crate would write the metadata in another order each time.

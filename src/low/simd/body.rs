@@ -8,8 +8,8 @@
 use super::ahead::Ahead;
 pub(super) use super::dct::{transform as dct, transposed as dct_transposed};
 use super::lane::Simd;
+use crate::Real;
 use crate::low::mat::{Accum, MatMut, MatRef};
-use crate::real::Real;
 use crate::simd::{LANES, padded};
 
 /// C (+)= A·B for operands that stay in the cache: no packing, no allocation. Every element of C is

@@ -25,7 +25,7 @@
 use std::mem::MaybeUninit;
 
 use super::lane::Simd;
-use crate::real::Real;
+use crate::Real;
 use crate::simd::LANES;
 
 /// Lengths the batched transform can do.

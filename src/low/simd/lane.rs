@@ -1,7 +1,7 @@
 //! [`Simd`]: one vector register of one element type on one instruction set, and the portable
 //! implementation.
 
-use crate::real::Real;
+use crate::Real;
 use crate::simd::LANES;
 
 /// Vector arithmetic on one instruction set.

@@ -20,8 +20,8 @@ pub(crate) use ahead::Ahead;
 pub(crate) use dct::{DctTables, supports as supports_dct};
 pub(crate) use product::{Gemm, product};
 
+use crate::Real;
 use crate::low::mat::{Accum, MatMut, MatRef};
-use crate::real::Real;
 use lane::{Portable, Simd};
 
 /// Panels (`[rows, tokens]`) have a width that is a multiple of this, on every CPU and for both

@@ -3,7 +3,7 @@
 use gemm_common::Parallelism;
 use ndarray::{ArrayView2, ArrayViewMut2};
 
-use crate::real::Real;
+use crate::Real;
 
 /// The engine's entry point: m, n, k, then (pointer, column stride, row stride) of C, whether to
 /// read C, the same of A and B, the factors of C and of A·B, three conjugation flags, threads.

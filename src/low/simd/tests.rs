@@ -5,6 +5,7 @@ use rand::rngs::ChaCha12Rng;
 use rand_distr::{Distribution, StandardNormal};
 
 use super::*;
+use crate::Real;
 use crate::low::mat::{Accum, MatMut, MatRef};
 
 /// Lengths around every register width, and their padded panels.

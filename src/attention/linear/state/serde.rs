@@ -8,7 +8,7 @@ use serde::de::{Deserialize, Deserializer, Error, SeqAccess, Visitor};
 use serde::ser::{Serialize, Serializer};
 
 use super::{CausalState, Storage};
-use crate::real::Real;
+use crate::Real;
 
 /// As the bytes of [`CausalState::to_bytes`] in [`Storage::Exact`]. Serialise those of another
 /// storage yourself for less.

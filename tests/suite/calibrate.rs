@@ -1,12 +1,8 @@
 //! Calibration by gradient. The closed form is in `layer.rs`.
 
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
 use std::ops::ControlFlow;
 
-use common::{Random, argument};
+use crate::common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::Window;
 use dijiang::calibrate::{CalibrateOptions, CalibrateReport, Fit, ProjectionFit};
@@ -254,7 +250,7 @@ fn threads_change_no_bit() {
     let options =
         CalibrateOptions::new().with_steps(15).with_batch(3).with_decay(Fit::Train).with_seed(5);
     let run = |threads| {
-        common::on_threads(threads, || {
+        crate::common::on_threads(threads, || {
             let mut layer = layer(window());
             (calibrate(&mut layer, &samples, &options), numbers(&layer))
         })
