@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use dijiang::attention::Window;
+use dijiang::attention::{KeyMask, Window};
 use dijiang::calibrate::{
     CalibrateOptions, CalibrateReport, Fit, Plan, PlanOptions, Planner, Refit,
 };
@@ -114,16 +114,16 @@ fn plan(
         let teacher = &softmax.attention()[l];
         let inputs = walk.inputs();
         let views: Vec<ArrayView2<'_, f32>> = inputs.iter().map(|input| input.view()).collect();
-        let measure = || -> dijiang::Result<()> {
-            let mut layer = DijiangAttention::from_softmax(teacher, options.clone())?;
-            layer.calibrate(&views, &CalibrateOptions::new().with_steps(0), proceed)?;
-            let pairs = views.iter().copied().zip(walk.hidden().iter().map(|hidden| hidden.view()));
-            planner.measure(teacher, &layer, &pairs.collect::<Vec<_>>())
-        };
-        {
-            measure
-        }
-        ().map_err(Error::in_layer(l))?;
+        let samples: Vec<_> = views
+            .iter()
+            .zip(walk.hidden())
+            .map(|(input, hidden)| (*input, hidden.view()))
+            .collect();
+        let mut layer =
+            DijiangAttention::from_softmax(teacher, options.clone()).map_err(Error::in_layer(l))?;
+        let closed = CalibrateOptions::new().with_steps(0);
+        layer.calibrate(&views, &closed, proceed).map_err(Error::in_layer(l))?;
+        planner.measure(teacher, &layer, &samples).map_err(Error::in_layer(l))?;
         walk.advance(teacher)?;
         tick();
     }
@@ -141,26 +141,21 @@ fn refit(
     let (mut teacher, mut student) = (softmax.walk(samples), softmax.walk(samples));
     while let Some(l) = teacher.layer() {
         let attention = &softmax.attention()[l];
-        let mut outputs: Vec<Option<Array2<f32>>> = vec![None; samples.len()];
         let hidden = teacher.hidden().to_vec();
-        let inputs = teacher.inputs();
-        for (output, input) in outputs.iter_mut().zip(&inputs) {
-            let mask = dijiang::attention::KeyMask::All;
-            *output = Some(attention.forward(input, mask).map_err(Error::in_layer(l))?);
-        }
-        let outputs: Vec<Array2<f32>> = outputs.into_iter().flatten().collect();
+        let outputs: Vec<Array2<f32>> = teacher
+            .inputs()
+            .iter()
+            .map(|input| attention.forward(input, KeyMask::All).map_err(Error::in_layer(l)))
+            .collect::<Result<_>>()?;
         let layer = &mut model.attention_mut()[l];
-        let fit = || -> dijiang::Result<DijiangAttention<f32>> {
-            let mut refit = Refit::new(layer);
-            let students = student.inputs();
-            for (w, input) in students.iter().enumerate() {
-                let target = &(&hidden[w] + &outputs[w]) - &student.hidden()[w];
-                refit.add(layer, input.view(), target.view(), hidden[w].view())?;
-            }
-            layer.clone().with_output_delta(refit.solve()?)
-        };
-        let fitted = { fit }().map_err(Error::in_layer(l))?;
-        *layer = fitted;
+        let mut refit = Refit::new(layer);
+        for (w, input) in student.inputs().iter().enumerate() {
+            let target = &(&hidden[w] + &outputs[w]) - &student.hidden()[w];
+            let added = refit.add(layer, input.view(), target.view(), hidden[w].view());
+            added.map_err(Error::in_layer(l))?;
+        }
+        let delta = refit.solve().map_err(Error::in_layer(l))?;
+        *layer = layer.clone().with_output_delta(delta).map_err(Error::in_layer(l))?;
         student.advance(layer)?;
         teacher.advance_with(|w, _| Ok(outputs[w].clone()))?;
         tick();

@@ -91,7 +91,7 @@ fn measure(args: &Args) -> Result<Report> {
             }
             Row::PlannedWindow => {
                 let Some(plan) = &converted.plan else { continue };
-                let mut model = softmax.clone();
+                let mut model = softmax.exchange(|layer| Ok(layer.clone()))?;
                 for (l, layer) in model.attention_mut().iter_mut().enumerate() {
                     let windowed = layer.clone().with_windows(plan.windows(l)?, plan.sinks());
                     *layer = windowed.map_err(Error::in_layer(l))?;

@@ -9,5 +9,5 @@ pub mod coming_from_softmax {}
 #[doc = include_str!("features.md")]
 pub mod features {}
 
-#[doc = include_str!("structures.md")]
-pub mod structures {}
+#[doc = include_str!("budgets.md")]
+pub mod budgets {}
