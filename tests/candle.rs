@@ -76,7 +76,8 @@ fn golden_gradients_in_f64() {
             Tensor::from_vec([row.clone(), row].concat(), (2, valid.len()), &Device::Cpu).unwrap()
         });
         let mut options = AttentionOptions::new().with_layout(layout);
-        (options.window, options.key_mask) = (problem.window, mask.as_ref());
+        (options.windows, options.sinks) = (&problem.windows, problem.sinks);
+        options.key_mask = mask.as_ref();
         let attention = if problem.causal { causal } else { full };
         let out = attention(&q, &k, &v, &[map], &options).unwrap();
         assert!(out.is_contiguous());
@@ -101,7 +102,7 @@ fn golden_gradients_in_f64() {
         {
             let got = array::<f64>(gradients.get(var).unwrap());
             assert_eq!(got.shape(), var.dims());
-            if *name == "log_mix" && problem.window.is_none() {
+            if *name == "log_mix" && problem.windows.is_empty() && problem.sinks == 0 {
                 // Without a local window the mix cancels, and rounding is all that is left.
                 assert!(got.iter().all(|x| x.abs() < 1e-9));
                 continue;
@@ -150,12 +151,14 @@ fn tensors_of(maps: &[DctParams], log_decay: f64) -> Vec<MapTensors> {
 fn bits_of_the_operator<T: Real + WithDType>() {
     for seed in 0..30 {
         let (inputs, maps) = random_problem(seed);
-        let window = (seed % 2 == 0).then(|| Window::new(16, 1));
-        let causally = window.is_some() || seed % 4 == 1;
+        let windows = if seed % 2 == 0 { vec![Window::new(16, 1)] } else { Vec::new() };
+        let sinks = 3 * windows.len();
+        let causally = !windows.is_empty() || seed % 4 == 1;
         let log_decay = if causally { -0.01 } else { 0.0 };
         let [q, k, v] = inputs.map(|x| cast::<T, _>(&x));
         let mut config = LinearConfig::new().with_heads(q.shape()[1]).with_value_dim(v.shape()[3]);
-        (config.window, config.log_decay) = (window, vec![log_decay; maps.len()]);
+        (config.windows, config.sinks) = (windows.clone(), sinks);
+        config.log_decay = vec![log_decay; maps.len()];
         let operator = config
             .build(
                 maps.iter()
@@ -182,7 +185,7 @@ fn bits_of_the_operator<T: Real + WithDType>() {
         let [q, k, v] = &tensors;
         let maps = tensors_of(&maps, log_decay);
         let mut options = AttentionOptions::new();
-        options.window = window;
+        (options.windows, options.sinks) = (&windows, sinks);
         let plain = attention(q, k, v, &maps, &options).unwrap();
         let other = attention(&strided(q), &strided(k), &strided(v), &maps, &options).unwrap();
         let tracked =
@@ -346,8 +349,8 @@ fn errors_name_the_argument() {
     fails(run(&q, &k, &k, &options.with_key_mask(&mask)), "key_mask must be of type U8, got F32");
     fails(run(&(&q + f64::NAN).unwrap(), &k, &k, &options), "q[0] must be finite");
     fails(
-        full(&q, &k, &k, &maps, &options.with_window(Window::new(4, 1))),
-        "full attention cannot be combined with a local window",
+        full(&q, &k, &k, &maps, &options.with_windows(&[Window::new(4, 1)], 0)),
+        "windows cannot be combined with bidirectional attention",
     );
     fails(
         full(&q, &k, &k, &tensors_of(&[maps[0].params().unwrap().0], -0.1), &options),
@@ -433,7 +436,8 @@ fn same_numbers<T: Real + WithDType>(tolerance: f64) {
         let back = module.to_layer::<T>().unwrap();
         assert_eq!(back.config(), layer.config());
         assert_eq!(back.weights(), layer.weights());
-        assert_eq!((back.window(), back.log_decay()), (layer.window(), layer.log_decay()));
+        assert_eq!((back.windows(), back.sinks()), (layer.windows(), layer.sinks()));
+        assert_eq!(back.log_decay(), layer.log_decay());
         let params = |layer: &DijiangAttention<T>| {
             layer.maps().iter().map(|map| map.params().clone()).collect::<Vec<_>>()
         };
@@ -525,8 +529,8 @@ fn steps_agree_with_the_whole() {
     let module =
         CandleAttention::from_layer(&layer::<f64>(0, Causality::Causal), DType::F64).unwrap();
     assert_eq!(
-        (module.config().heads, module.window(), module.maps().len()),
-        (4, Some(Window::new(8, 1)), 2)
+        (module.config().heads, module.windows(), module.maps().len()),
+        (4, &[Window::new(8, 1)][..], 2)
     );
     let x = tensor(&Random::new(9).normals((2, 30, 24), 1.0));
     let mut state = module.new_state(2).unwrap();
@@ -547,7 +551,7 @@ fn steps_agree_with_the_whole() {
 #[test]
 fn a_var_builder_reads_the_crates_files() {
     let layer = layer::<f32>(0, Causality::Causal);
-    let options = DijiangOptions::new().with_window(layer.window());
+    let options = DijiangOptions::new().with_window(layer.windows().first().copied());
     let file = layer.to_safetensors().unwrap();
     let vb = VarBuilder::from_buffered_safetensors(file, DType::F32, &Device::Cpu).unwrap();
     let loaded = CandleAttention::new(layer.config(), &options, vb.pp("self_attn")).unwrap();

@@ -18,7 +18,8 @@
 //! let maps = (0..2).map(|h| MapTensors::new(&DctMapConfig::new(16).with_seed(h).params()?, 0.0));
 //! let maps = maps.collect::<Result<Vec<_>, _>>()?;
 //!
-//! let out = causal(&q, &k, &v, &maps, &AttentionOptions::new().with_window(Window::new(16, 1)))?;
+//! let options = AttentionOptions::new().with_windows(&[Window::new(16, 1)], 4);
+//! let out = causal(&q, &k, &v, &maps, &options)?;
 //! assert_eq!(out.dims(), [2, 4, 100, 16]);
 //! let gradients = out.sqr()?.sum_all()?.backward()?;
 //! assert_eq!(gradients.get(&q).expect("q is a variable").dims(), q.dims());

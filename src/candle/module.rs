@@ -57,7 +57,8 @@ use crate::layer::{
 pub struct CandleAttention {
     config: AttentionConfig,
     head_dim: usize,
-    window: Option<Window>,
+    windows: Vec<Window>,
+    sinks: usize,
     rotary: Option<Arc<RotaryTable>>,
     q_proj: Linear,
     k_proj: Linear,
@@ -69,8 +70,8 @@ pub struct CandleAttention {
 impl CandleAttention {
     /// The layer whose tensors `vb` has, of the `VarBuilder`'s type; those of the maps in f64.
     ///
-    /// Of `options`, `window` counts, and what says how large the tensors of the maps are: `blocks`,
-    /// `pairing`, `envelope` and `mixing`. A head with `dense.query` among its tensors has a dense
+    /// Of `options`, `windows` and `sinks` count, and what says how large the tensors of the maps
+    /// are: `blocks`, `pairing`, `envelope` and `mixing`. A head with `dense.query` among its tensors has a dense
     /// projection. Where the `VarBuilder` makes tensors that are not there (that of a `VarMap`
     /// does), radii are normally distributed, and everything else is as `options` says but the
     /// signs of `mixing`, which are 1.
@@ -93,7 +94,8 @@ impl CandleAttention {
         let maps = (0..config.kv_heads)
             .map(|h| map(head_dim, options, &vb.pp("dijiang").pp(h)))
             .collect::<Result<_>>()?;
-        Self::assemble(&config, options.window, [q_proj, k_proj, v_proj, o_proj], maps)
+        let projections = [q_proj, k_proj, v_proj, o_proj];
+        Self::assemble(&config, &options.windows, options.sinks, projections, maps)
     }
 
     /// The same layer: its weights as constants of type `dtype`, its maps in f64.
@@ -127,8 +129,9 @@ impl CandleAttention {
             .maps()
             .iter()
             .zip(layer.log_decay())
-            .map(|(map, &log_decay)| MapTensors::new(map.params(), log_decay));
-        Self::assemble(layer.config(), layer.window(), projections, maps.collect::<Result<_>>()?)
+            .map(|(map, &log_decay)| MapTensors::new(map.params(), log_decay))
+            .collect::<Result<_>>()?;
+        Self::assemble(layer.config(), layer.windows(), layer.sinks(), projections, maps)
     }
 
     /// The same layer with the crate's own types, from the present values.
@@ -159,14 +162,19 @@ impl CandleAttention {
         let softmax = SoftmaxAttention::new(self.config.clone(), weights)?;
         let layer = DijiangAttention::from_softmax(
             &softmax,
-            DijiangOptions::new().with_window(self.window),
+            DijiangOptions {
+                windows: self.windows.clone(),
+                sinks: self.sinks,
+                ..DijiangOptions::new()
+            },
         )?;
         Ok(layer.with_maps(maps)?.with_log_decay(log_decay)?)
     }
 
     fn assemble(
         config: &AttentionConfig,
-        window: Option<Window>,
+        windows: &[Window],
+        sinks: usize,
         projections: [Linear; 4],
         maps: Vec<MapTensors>,
     ) -> Result<Self> {
@@ -175,11 +183,14 @@ impl CandleAttention {
             return Err(Error::Conflict { argument: "qk_norm", other: "candle's layer" }.into());
         }
         check_no_sliding(&config)?;
-        let window = window.filter(|_| config.causality == Causality::Causal);
+        let (windows, sinks) = match config.causality {
+            Causality::Causal => (windows.to_vec(), sinks),
+            Causality::Bidirectional => (Vec::new(), 0),
+        };
         let rotary =
             config.rotary.as_ref().map(|rotary| Arc::new(RotaryTable::new(rotary, head_dim)));
         let [q_proj, k_proj, v_proj, o_proj] = projections;
-        Ok(Self { config, head_dim, window, rotary, q_proj, k_proj, v_proj, o_proj, maps })
+        Ok(Self { config, head_dim, windows, sinks, rotary, q_proj, k_proj, v_proj, o_proj, maps })
     }
 
     /// The config, head dimension and scale filled in.
@@ -187,9 +198,14 @@ impl CandleAttention {
         &self.config
     }
 
-    /// The exact local window.
-    pub fn window(&self) -> Option<Window> {
-        self.window
+    /// The exact local windows: one per key-value head, one for all, or none.
+    pub fn windows(&self) -> &[Window] {
+        &self.windows
+    }
+
+    /// Tokens at the beginning that stay exact for every later query.
+    pub fn sinks(&self) -> usize {
+        self.sinks
     }
 
     /// The maps, one per key-value head.
@@ -245,7 +261,8 @@ impl CandleAttention {
                 .collect::<Result<_>>()?,
             config: self.config.clone(),
             head_dim: self.head_dim,
-            window: self.window,
+            windows: self.windows.clone(),
+            sinks: self.sinks,
             rotary: self.rotary.clone(),
         })
     }
@@ -262,9 +279,13 @@ impl CandleAttention {
                 Error::Conflict { argument: "state", other: "bidirectional attention" }.into()
             );
         }
-        let config =
-            LinearConfig { scale: self.config.scale, window: self.window, ..LinearConfig::new() }
-                .with_heads(self.config.heads);
+        let config = LinearConfig {
+            scale: self.config.scale,
+            windows: self.windows.clone(),
+            sinks: self.sinks,
+            ..LinearConfig::new()
+        }
+        .with_heads(self.config.heads);
         let maps = self.present_maps()?;
         let params = MapTensors::pack(&maps)?;
         match working_dtype("weights", self.q_proj.weight().dtype())? {
@@ -358,7 +379,8 @@ impl CandleAttention {
         let options = AttentionOptions {
             layout: HeadLayout::TokensFirst,
             scale,
-            window: self.window,
+            windows: &self.windows,
+            sinks: self.sinks,
             key_mask,
         };
         let out = match (state, causality) {

@@ -26,8 +26,10 @@ pub struct AttentionOptions<'a> {
     pub layout: HeadLayout,
     /// Softmax scale σ. Default: 1/√d.
     pub scale: Option<f64>,
-    /// The exact local window of causal attention. Default: none.
-    pub window: Option<Window>,
+    /// The exact local window of causal attention, per key-value head or one for all. Default: none.
+    pub windows: &'a [Window],
+    /// Tokens at the beginning that stay exact for every later query. Default: 0.
+    pub sinks: usize,
     /// Keys that may be attended to: `[b, n_k]` of type U8, everything but 0 means yes. Default:
     /// all.
     pub key_mask: Option<&'a Tensor>,
@@ -51,10 +53,10 @@ impl<'a> AttentionOptions<'a> {
         Self { scale: Some(scale), ..self }
     }
 
-    /// Exact local window.
+    /// Exact local windows, and how many tokens at the beginning stay exact.
     #[must_use]
-    pub fn with_window(self, window: Window) -> Self {
-        Self { window: Some(window), ..self }
+    pub fn with_windows(self, windows: &'a [Window], sinks: usize) -> Self {
+        Self { windows, sinks, ..self }
     }
 
     /// Keys that may be attended to.
@@ -64,7 +66,7 @@ impl<'a> AttentionOptions<'a> {
     }
 }
 
-/// Causal linear attention: [`LinearAttention::causal`] of every sequence of a batch.
+/// Causal linear attention: [`Operator::forward`] of every sequence of a batch.
 ///
 /// # Shapes
 /// In the order of [`HeadLayout`], here `[b, h, n, d]`:
@@ -83,7 +85,7 @@ impl<'a> AttentionOptions<'a> {
 ///
 /// # Errors
 /// [`Error::Tensor`] for tensors of another rank, type or device, [`Error::Shape`] for sizes that
-/// do not fit, [`Error::Empty`] for an empty batch, and those of [`LinearAttention::causal`] and
+/// do not fit, [`Error::Empty`] for an empty batch, and those of [`Operator::forward`] and
 /// [`DctMap::from_params`], all of them within a [`candle_core::Error::Wrapped`].
 pub fn causal(
     q: &Tensor,
@@ -95,14 +97,14 @@ pub fn causal(
     attention(Causality::Causal, q, k, v, maps, options)
 }
 
-/// Full linear attention, bidirectional or cross: [`LinearAttention::full`] of every sequence of a
+/// Full linear attention, bidirectional or cross: [`Operator::forward`] of every sequence of a
 /// batch.
 ///
 /// # Shapes
 /// As for [`causal`], where k and v may have another number of tokens than q.
 ///
 /// # Errors
-/// As [`causal`]; [`Error::Conflict`] with a local window or decay.
+/// As [`causal`]; [`Error::Conflict`] with a local window, sinks or decay.
 pub fn full(
     q: &Tensor,
     k: &Tensor,
@@ -171,15 +173,20 @@ fn run<T: Element>(
     options: &AttentionOptions<'_>,
 ) -> Result<Tensor> {
     let params = MapTensors::pack(maps)?;
-    let config =
-        LinearConfig { scale: options.scale, window: options.window, ..LinearConfig::new() };
+    let config = LinearConfig {
+        causality,
+        scale: options.scale,
+        windows: options.windows.to_vec(),
+        sinks: options.sinks,
+        ..LinearConfig::new()
+    };
     let attention =
         build::<T>(config.with_heads(sizes.heads).with_value_dim(value_dim), maps, &params)?;
     let valid = match options.key_mask {
         Some(mask) => Some(mask_rows(mask, sizes.batch, k.dim(options.layout.axes().1)?)?),
         None => None,
     };
-    let problem = Problem { attention, causality, layout: options.layout, valid };
+    let problem = Problem { attention, layout: options.layout, valid };
     if [&q, &k, &v, &params].iter().all(|tensor| !tensor.track_op()) {
         let (out, shape) = problem.forward(&q, &k, &v)?;
         return Tensor::from_vec(out, shape, &Device::Cpu);
@@ -211,7 +218,6 @@ pub(super) fn build<T: Element>(
 /// Attention of a batch, whatever its tensors.
 struct Problem<T> {
     attention: LinearAttention<T, DctMap<T>>,
-    causality: Causality,
     layout: HeadLayout,
     /// `[b, n_k]`.
     valid: Option<Vec<Vec<bool>>>,
@@ -236,26 +242,12 @@ impl<T: Element> Problem<T> {
         let mut out = vec![T::ZERO; batch * heads * tokens * value_dim];
         let [q, k, v] =
             [("q", q), ("k", k), ("v", v)].map(|(name, x)| Reading::new(name, x, self.layout));
-        let (mut state, mut workspace) = (self.attention.new_state(), self.attention.workspace());
+        let mut workspace = self.attention.workspace();
         for (i, out) in out.chunks_exact_mut((heads * tokens * value_dim).max(1)).enumerate() {
             let mut out = self.layout.split(out, [heads, tokens, value_dim])?;
             let (q, k, v) = (q.sequence(i)?, k.sequence(i)?, v.sequence(i)?);
-            match self.causality {
-                Causality::Causal => {
-                    state.reset();
-                    self.attention.prefill_into(
-                        &mut [&mut state],
-                        Qkv::new(&q, &k, &v).with_mask(self.mask(i)),
-                        &mut out,
-                        &mut workspace,
-                    )?;
-                }
-                Causality::Bidirectional => self.attention.forward_into(
-                    Qkv::new(&q, &k, &v).with_mask(self.mask(i)),
-                    &mut out,
-                    &mut workspace,
-                )?,
-            }
+            let qkv = Qkv::new(&q, &k, &v).with_mask(self.mask(i));
+            self.attention.forward_into(qkv, &mut out, &mut workspace)?;
         }
         Ok((out, self.layout.shape([batch, heads, tokens, value_dim])))
     }
@@ -269,14 +261,8 @@ impl<T: Element> Problem<T> {
         for i in 0..batch {
             let (q, k, v, grad) =
                 (q.sequence(i)?, k.sequence(i)?, v.sequence(i)?, grad.sequence(i)?);
-            let gradients = match self.causality {
-                Causality::Causal => {
-                    self.attention.backward(Qkv::new(&q, &k, &v).with_mask(self.mask(i)), &grad)
-                }
-                Causality::Bidirectional => {
-                    self.attention.backward(Qkv::new(&q, &k, &v).with_mask(self.mask(i)), &grad)
-                }
-            }?;
+            let qkv = Qkv::new(&q, &k, &v).with_mask(self.mask(i));
+            let gradients = self.attention.backward(qkv, &grad)?;
             for ((all, shape), one) in
                 inputs.iter_mut().zip([gradients.q, gradients.k, gradients.v])
             {

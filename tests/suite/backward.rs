@@ -335,6 +335,7 @@ fn threads_change_no_bit() {
         let mut problem = random_problem(seed);
         let (kv_heads, group) = (5, problem.heads / problem.maps.len());
         problem.maps = vec![problem.maps[0].clone(); kv_heads];
+        problem.windows.truncate(1);
         problem.log_decay = vec![problem.log_decay[0]; kv_heads];
         problem.heads = kv_heads * group;
         let mut random = Random::new(seed + 5);

@@ -281,7 +281,7 @@ fn short_samples() {
         result,
         Err(Error::Value {
             argument: "samples",
-            expected: "longer than the local window",
+            expected: "longer than the shortest local window",
             got: 16.0
         })
     );

@@ -203,7 +203,8 @@ fn both_layers_are_their_formulas() {
             );
 
             let linear = DijiangAttention::from_softmax(&layer, rich()).unwrap();
-            let pairs = Pairs::causal().with_window(8, 1).with_log_decay(-0.01);
+            let pairs =
+                Pairs::causal().with_window(8, 1).with_sinks(linear.sinks()).with_log_decay(-0.01);
             check(
                 "linear",
                 linear.forward(&x, mask).unwrap(),
@@ -342,7 +343,7 @@ fn norms_and_sliding_windows() {
     let error = DijiangAttention::from_softmax(&layer, rich()).map(|_| ()).unwrap_err();
     assert_eq!(error, conflict("sliding_window", "linear attention"));
     let error = layer.clone().with_windows(vec![Window::new(8, 1)], 0).map(|_| ()).unwrap_err();
-    assert_eq!(error, conflict("window", "a sliding window"));
+    assert_eq!(error, conflict("windows", "a sliding window"));
     let config = layer.config().clone();
     assert_eq!(
         config.clone().with_causality(Causality::Bidirectional).check().unwrap_err(),

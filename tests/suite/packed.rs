@@ -206,7 +206,7 @@ fn bad_offsets_change_nothing() {
         let foreign = Setup { d: setup.d + 1, ..setup.clone() };
         assert_eq!(
             argument(&prefill(&mut states, &foreign.inputs(6, 6).cast(), &[0, 3, 6], &valid)),
-            "k"
+            "q"
         );
         assert!(states.iter().all(|state| *state == attention.new_state()));
 

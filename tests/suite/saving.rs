@@ -360,7 +360,7 @@ fn the_format_in_full() {
     let notes: BTreeMap<_, _> =
         parts.notes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
     let expected = [
-        ("dijiang.version", "1"),
+        ("dijiang.version", "2"),
         ("self_attn.dijiang.0.envelope", "none"),
         ("self_attn.dijiang.0.pairing", "single"),
         ("self_attn.dijiang.0.projection", "mixed"),
@@ -377,9 +377,8 @@ fn the_format_in_full() {
         ("self_attn.dijiang.rotary.dims", "all"),
         ("self_attn.dijiang.rotary.scaling", "none"),
         ("self_attn.dijiang.scale", "0.1"),
-        ("self_attn.dijiang.window", "chunks"),
-        ("self_attn.dijiang.window.back", "1"),
-        ("self_attn.dijiang.window.chunk", "8"),
+        ("self_attn.dijiang.sinks", "4"),
+        ("self_attn.dijiang.windows", "8 1"),
     ];
     assert_eq!(notes.into_iter().collect::<Vec<_>>(), expected);
     let tensors: Vec<_> = parts
@@ -678,9 +677,7 @@ fn absurd_sizes() {
 
     // Counts in the metadata are compared with tensors before memory is taken.
     let parts = Parts::open(&small().to_safetensors().unwrap());
-    for name in
-        ["model_dim", "heads", "kv_heads", "head_dim", "rotary.dims", "window.chunk", "window.back"]
-    {
+    for name in ["model_dim", "heads", "kv_heads", "head_dim", "rotary.dims", "sinks", "windows"] {
         for value in [
             "0",
             "18446744073709551615",
@@ -694,7 +691,7 @@ fn absurd_sizes() {
             let mut parts = parts.clone();
             parts.notes.insert(format!("self_attn.dijiang.{name}"), value.to_owned());
             let result = DijiangAttention::<f32>::from_safetensors(&parts.bytes());
-            let fits = name == "window.back" && value == "0";
+            let fits = matches!((name, value), ("sinks", "0") | ("windows", ""));
             assert_eq!(result.is_ok(), fits, "{name} = {value}");
             result
                 .err()
@@ -834,7 +831,7 @@ fn other_versions_and_unknown_words() {
         assert_eq!(named(&error), name, "{error}");
         error.to_string()
     };
-    assert_eq!(refused_note("dijiang.version", "2"), r#"dijiang.version must be 1, got "2""#);
+    assert_eq!(refused_note("dijiang.version", "3"), r#"dijiang.version must be 1 or 2, got "3""#);
     assert!(
         refused_note("dijiang.version", &"µ\u{1b}".repeat(100_000)).len() < 500,
         "a message stays readable"
@@ -843,7 +840,7 @@ fn other_versions_and_unknown_words() {
     assert_eq!(envelope, r#"self_attn.dijiang.0.envelope must be none or gaussian, got "Gauss""#);
     for name in [
         "causality",
-        "window",
+        "windows",
         "biases",
         "rotary",
         "rotary.scaling",
@@ -852,7 +849,7 @@ fn other_versions_and_unknown_words() {
         "0.sides",
     ] {
         for word in ["unheard of", "", "None"] {
-            if (name, word) != ("biases", "") {
+            if !matches!((name, word), ("biases" | "windows", "")) {
                 refused_note(&format!("self_attn.dijiang.{name}"), word);
             }
         }
@@ -873,7 +870,7 @@ fn parts_that_do_not_fit_each_other() {
             "self_attn.dijiang",
             "window cannot be combined with bidirectional",
         ),
-        ("window.chunk", "0", "self_attn.dijiang", "window chunk"),
+        ("windows", "0 1", "self_attn.dijiang", "window chunk"),
         ("0.sides", "tied", "self_attn.dijiang.0", "Sides::Tied"),
         ("0.pairing", "antithetic", "self_attn.dijiang.0.log_weight", "F64 [8]"),
         ("0.projection", "mixed", "self_attn.dijiang.0.signs", "F64 [1, 3, 4]"),

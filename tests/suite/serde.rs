@@ -86,7 +86,7 @@ fn configs_come_back() {
 #[test]
 fn options_have_their_defaults() {
     let options: DijiangOptions =
-        serde_json::from_str(r#"{ "blocks": 2, "window": null }"#).unwrap();
+        serde_json::from_str(r#"{ "blocks": 2, "windows": [] }"#).unwrap();
     assert_eq!(options, DijiangOptions::new().with_blocks(2).with_window(None));
     assert_eq!(serde_json::from_str::<LinearConfig>("{}").unwrap(), LinearConfig::new());
 }

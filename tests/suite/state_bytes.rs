@@ -165,7 +165,7 @@ fn forged_bytes_are_refused() {
     let payload = 8 + 12 + 64;
     let cases: [(&str, usize, &[u8]); 12] = [
         ("magic", 0, b"DIJIANG\0"),
-        ("version", 8, &[2]),
+        ("version", 8, &[3]),
         ("type", 12, &[4]),
         ("storage", 16, &[9]),
         ("heads", 20, &[0xff; 8]),

@@ -299,9 +299,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         });
         let lead = earlier.as_ref().map_or(0, |earlier| earlier.keys.nrows());
         let mut sinks = earlier.map_or(Vec::new(), |earlier| earlier.sinks);
-        let limit = state.map_or(self.sinks(), |state| state.sinks.limit);
         for j in (0..k.nrows()).filter(|&j| qkv.is_valid(j)) {
-            if sinks.len() >= limit {
+            if sinks.len() >= self.sinks() {
                 break;
             }
             sinks.push(lead + j);

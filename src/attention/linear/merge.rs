@@ -5,12 +5,13 @@
 //! c = max(c₁ + λ(p₂ − p₁), c₂)      S = exp(c₁ + λ(p₂ − p₁) − c)·S₁ + exp(c₂ − c)·S₂      (z likewise)
 //! ```
 //!
-//! with the frames (c, p) of both states, λ = log γ. Keys that lie in the first segment's near
-//! part, but no more in that of the end, are absorbed before; the others stay near.
+//! with the frames (c, p) of both states, λ = log γ. Keys that lie in the first segment's
+//! window, but no more in that of the end, are absorbed before; the others stay in the window.
+//! Sinks of the second segment become sinks where the first has too few, and are absorbed else.
 
 use crate::Real;
 use crate::attention::linear::LinearAttention;
-use crate::attention::linear::absorb::absorb_chunk;
+use crate::attention::linear::absorb::{KeyBlock, absorb, absorb_chunk};
 use crate::attention::linear::head::Head;
 use crate::attention::linear::state::{CausalState, HeadState};
 use crate::attention::scratch::{Scratch, Worker};
@@ -18,6 +19,7 @@ use crate::attention::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
 use crate::low::mat::MatRef;
+use crate::low::simd::{LANES, padded};
 
 impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// `state` becomes that of its own segment and the next one, `next`: what feeding it the next
@@ -45,8 +47,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// thread, no allocation.
     ///
     /// # Errors
-    /// [`Error::Value`] unless `next` begins where `state` ends; if `state` has fewer tokens than there
-    /// are sinks, and the missing ones have left the window of `next`; [`Error::Foreign`] for states and
+    /// [`Error::Value`] unless `next` begins where `state` ends, [`Error::Foreign`] for states and
     /// a workspace of another shape; nothing is changed then.
     ///
     /// # Examples
@@ -86,22 +87,12 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         if next.position == next.start() {
             return Ok(());
         }
-        // Sinks that this segment lacks must still be among the tokens of the next one's window.
-        let lacks = state.heads.iter().map(|head| head.sinks.limit - head.sinks.positions.len());
-        let absorbed = next.heads.iter().map(|next| next.sums.started);
-        if let Some((lacking, _)) = lacks.zip(absorbed).find(|&(lacks, gone)| lacks > 0 && gone) {
-            return Err(Error::Value {
-                argument: "the first segment",
-                expected: "one that holds all sinks, or followed by one no longer than a window",
-                got: lacking as f64,
-            });
-        }
         let Worker { scratch, part, .. } = workspace.first();
         let (cut, end) = (state.position, next.position);
         for (h, (own, next)) in state.change().iter_mut().zip(&next.heads).enumerate() {
             let head = self.head(h);
-            fill_sinks(&head, own, cut, (next, end));
             hand_over(&head, own, cut, (next, end), scratch);
+            take_sinks(&head, own, (next, end), scratch);
             part.copy(&next.sums);
             part.settle(head.ops);
             own.sums.join(head.ops, head.log_decay, part, &mut scratch.features.feature);
@@ -111,24 +102,29 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     }
 }
 
-/// The first tokens after `cut`, which lie in the ring of `next`, become sinks where some are missing.
-fn fill_sinks<T: Real>(
+/// The first sinks of `next`, which ends at `end`, become sinks where some are missing; the others are
+/// none in the whole, and join the sums if they have left the window.
+fn take_sinks<T: Real>(
     head: &Head<'_, T>,
     state: &mut HeadState<T>,
-    cut: usize,
     (next, end): (&HeadState<T>, usize),
+    scratch: &mut Scratch<T>,
 ) {
-    let Some(ring) = &next.ring else { return };
-    for position in cut.max(ring.first(end))..end {
-        let (slot, at) = (ring.slot(position / ring.chunk()), position % ring.chunk());
-        if !state.sinks.wants_more() {
-            return;
-        }
-        if slot.valid[at] {
-            let stride = slot.keys.len() / head.dim;
-            let panel = MatRef::packed(&slot.keys, head.dim, stride);
-            let value = &slot.values[at * head.value_stride..][..head.value_stride];
-            state.sinks.push(position, panel, at, value);
+    let first_kept = state.ring.as_ref().map_or(end, |ring| ring.first(end));
+    let (sinks, stride) = (&next.sinks, padded(next.sinks.room()));
+    for (i, &position) in sinks.positions.iter().enumerate() {
+        let panel = MatRef::packed(&sinks.keys, head.dim, stride);
+        let values = &sinks.values[i * head.value_stride..][..head.value_stride];
+        if state.sinks.wants_more() {
+            state.sinks.push(position, panel, i, values);
+        } else if position < first_kept {
+            let Scratch { y, features, .. } = &mut *scratch;
+            for (row, keys) in y.chunks_exact_mut(LANES).take(head.dim).enumerate() {
+                keys.fill(T::ZERO);
+                keys[0] = panel.at(row, i);
+            }
+            let block = KeyBlock { position, tokens: 1, valid: None, keys: y, values };
+            absorb(head, &mut state.sums, block, features);
         }
     }
 }

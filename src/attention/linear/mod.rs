@@ -281,7 +281,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             return Ok(());
         }
         if state.is_fresh() {
-            state.restart();
+            state.change().iter_mut().for_each(HeadState::reset);
         } else {
             let heads = state.change().iter_mut().zip(&workspace.snapshot);
             heads.for_each(|(head, kept)| head.copy(kept));

@@ -8,8 +8,8 @@
 //! per window u64 chunk, u64 back
 //! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of z;
 //!            S, what rounding kept out of S; pending weights and values; the window's keys and values,
-//!            and one byte each for validity; with sinks u8 whether it takes any, u8 how many there
-//!            are, s times u64 position, keys, values
+//!            and one byte each for validity; with sinks u8 how many there are, s times u64 position,
+//!            keys, values
 //! CRC-32 of everything before it, u32
 //! ```
 //!
@@ -204,7 +204,6 @@ impl Header {
     /// The state in `bytes`, of a shape whose sizes are those of something in memory.
     fn state<T: Real>(self, bytes: &[u8]) -> Result<CausalState<T>> {
         let Self { version, storage, shape, start, position } = self;
-        let sinks = shape.sinks;
         let place = |position: u64| {
             usize::try_from(position).ok().filter(|&position| position <= MAX_POSITION)
         };
@@ -230,10 +229,9 @@ impl Header {
         let mut reader = Reader { bytes: &body[HEADER + table..], storage, sound: true };
         for head in &mut state.heads {
             read_head(head, &mut reader);
-            let Sinks { limit, positions, .. } = &head.sinks;
-            reader.sound &= *limit == if start == 0 { sinks } else { 0 };
-            reader.sound &= positions.len() <= *limit && positions.is_sorted_by(|a, b| a < b);
-            reader.sound &= positions.last().is_none_or(|&sink| sink < position);
+            let positions = &head.sinks.positions;
+            reader.sound &= positions.is_sorted_by(|a, b| a < b);
+            reader.sound &= positions.iter().all(|sink| (start..position).contains(sink));
             // The next key to join the sums must not lie before the frame.
             let next = head.ring.as_ref().map_or(position, |ring: &Ring<T>| ring.first(position));
             reader.sound &=
@@ -265,7 +263,7 @@ fn length<T: Real>(shape: &Shape, storage: Storage, version: u32) -> u128 {
     let width = storage.width::<T>() as u128;
     let sink_bytes = match shape.sinks {
         0 => 0,
-        _ => 2 + 8 * sinks + (dim * padded(shape.sinks) as u128 + sinks * row) * width,
+        _ => 1 + 8 * sinks + (dim * padded(shape.sinks) as u128 + sinks * row) * width,
     };
     let window_bytes = |window: &Window| {
         let (chunk, slots) = (window.chunk as u128, window.back as u128 + 1);
@@ -306,8 +304,8 @@ fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>)
         ring.valid().for_each(|valid| out.extend(valid.iter().map(|&valid| u8::from(valid))));
     }
     if !sinks.values.is_empty() {
-        let Sinks { limit, positions, keys, values, .. } = sinks;
-        out.extend([u8::from(*limit > 0), positions.len() as u8]);
+        let Sinks { positions, keys, values, .. } = sinks;
+        out.push(positions.len() as u8);
         for i in 0..sinks.room() {
             let position = positions.get(i).copied().unwrap_or(0);
             out.extend_from_slice(&(position as u64).to_le_bytes());
@@ -384,12 +382,9 @@ fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
     }
     let room = sinks.room();
     if room > 0 {
-        let mut takes = [false];
-        reader.flags(&mut takes);
         let count = usize::from(reader.take(1).first().copied().unwrap_or_default());
         let positions: Vec<u64> = elements(reader.take(8 * room), u64::from_le_bytes);
         let positions = positions.into_iter().map(|at| usize::try_from(at).unwrap_or(usize::MAX));
-        sinks.limit = if takes[0] { room } else { 0 };
         sinks.positions = positions.take(count).collect();
         reader.sound &= count <= room;
         reader.numbers(storage, &mut sinks.keys);

@@ -81,11 +81,7 @@ impl<T: Real> CausalState<T> {
                 got: position,
             });
         }
-        let mut state = Self { start: position, position, ..Self::new(shape) };
-        if position > 0 {
-            state.heads.iter_mut().for_each(|head| head.sinks.limit = 0);
-        }
-        Ok(state)
+        Ok(Self { start: position, position, ..Self::new(shape) })
     }
 
     /// Position of the first token seen; 0 but for segments made by
@@ -122,13 +118,7 @@ impl<T: Real> CausalState<T> {
     /// Back to the empty state of a whole sequence, without allocating.
     pub fn reset(&mut self) {
         (self.start, self.position, self.changing) = (0, 0, false);
-        self.heads.iter_mut().for_each(|head| head.reset(self.shape.sinks));
-    }
-
-    /// Back to the beginning of its own segment.
-    pub(crate) fn restart(&mut self) {
-        let limit = if self.start == 0 { self.shape.sinks } else { 0 };
-        self.heads.iter_mut().for_each(|head| head.reset(limit));
+        self.heads.iter_mut().for_each(HeadState::reset);
     }
 
     /// No token has been seen.
@@ -211,7 +201,7 @@ impl<T: Real> HeadState<T> {
     /// Empty, for another head of the same operator, without allocating if the rings of this one are
     /// as large.
     pub(crate) fn reshape(&mut self, shape: HeadShape) {
-        self.reset(shape.sinks);
+        self.reset();
         if let (Some(ring), Some(window)) = (&mut self.ring, shape.window) {
             ring.reshape(window, shape.dim, shape.value_dim);
         }
@@ -222,10 +212,9 @@ impl<T: Real> HeadState<T> {
         self.sums.len() + self.ring.as_ref().map_or(0, Ring::len) + self.sinks.len()
     }
 
-    /// Empty, with room for `sinks` of the tokens to come.
-    pub(crate) fn reset(&mut self, sinks: usize) {
+    pub(crate) fn reset(&mut self) {
         self.sums.reset();
-        self.sinks.reset(sinks);
+        self.sinks.reset();
         if let Some(ring) = &mut self.ring {
             ring.clear();
         }

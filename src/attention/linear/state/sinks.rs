@@ -10,8 +10,6 @@ use crate::low::simd::{Ahead, Ops, padded};
 /// they are in the window, and never join the sums.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Sinks<T> {
-    /// Most sinks: s, or 0 in a segment that does not begin its sequence.
-    pub(crate) limit: usize,
     /// Positions, ascending.
     pub(crate) positions: Vec<usize>,
     /// Scaled keys `[d, s_padded]`, columns are tokens.
@@ -25,7 +23,6 @@ pub(crate) struct Sinks<T> {
 impl<T: Real> Sinks<T> {
     pub(crate) fn new(sinks: usize, dim: usize, value_dim: usize) -> Self {
         Self {
-            limit: sinks,
             positions: Vec::with_capacity(sinks),
             keys: vec![T::zero(); dim * padded(sinks)],
             values: vec![T::zero(); sinks * padded(value_dim)],
@@ -34,7 +31,6 @@ impl<T: Real> Sinks<T> {
     }
 
     /// s.
-    #[cfg(feature = "states")]
     pub(crate) fn room(&self) -> usize {
         self.values.len() / self.value_stride
     }
@@ -44,9 +40,8 @@ impl<T: Real> Sinks<T> {
         self.keys.len() + self.values.len()
     }
 
-    /// Back to none, at the beginning of a sequence.
-    pub(crate) fn reset(&mut self, limit: usize) {
-        self.limit = limit;
+    /// Back to none.
+    pub(crate) fn reset(&mut self) {
         self.positions.clear();
         self.keys.fill(T::zero());
         self.values.fill(T::zero());
@@ -54,7 +49,6 @@ impl<T: Real> Sinks<T> {
 
     /// Takes over other sinks of this shape, without allocating.
     pub(crate) fn copy(&mut self, from: &Self) {
-        self.limit = from.limit;
         self.positions.clone_from(&from.positions);
         self.keys.clone_from(&from.keys);
         self.values.clone_from(&from.values);
@@ -62,7 +56,7 @@ impl<T: Real> Sinks<T> {
 
     /// Whether the next unmasked token becomes one.
     pub(crate) fn wants_more(&self) -> bool {
-        self.positions.len() < self.limit
+        self.positions.len() < self.room()
     }
 
     /// One more: its scaled key, column `column` of a panel, and its value `[e_padded]`.
