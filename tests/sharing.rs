@@ -5,7 +5,7 @@ mod common;
 
 use common::assert_same_bits;
 use dijiang::attention::*;
-use dijiang::checkpoint::{Checkpoint, Family, Tensors};
+use dijiang::checkpoint::{Checkpoint, CheckpointOptions, Family, Tensors};
 use dijiang::kernel::*;
 use dijiang::layer::*;
 use dijiang::{Error, reference};
@@ -48,6 +48,7 @@ fn every_public_type_is_send_and_sync() {
     shared::<SoftmaxConfig>();
     shared::<Storage>();
     shared::<Checkpoint>();
+    shared::<CheckpointOptions>();
     shared::<Family>();
     shared::<Tensors>();
     shared::<(DctGradients, SideGradients, DctMapConfig, DctParams, SideParams, Projection)>();
