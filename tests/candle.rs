@@ -350,7 +350,7 @@ fn errors_name_the_argument() {
     fails(run(&(&q + f64::NAN).unwrap(), &k, &k, &options), "q[0] must be finite");
     fails(
         full(&q, &k, &k, &maps, &options.with_windows(&[Window::new(4, 1)], 0)),
-        "windows cannot be combined with bidirectional attention",
+        "window cannot be combined with bidirectional attention",
     );
     fails(
         full(&q, &k, &k, &tensors_of(&[maps[0].params().unwrap().0], -0.1), &options),

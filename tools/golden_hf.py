@@ -13,6 +13,7 @@ hf-rope/cases.json has configs with what their rotary embedding gives: cos and s
 sequences of `length` tokens.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -49,7 +50,14 @@ FAMILIES = {
     ),
     "opt": (
         "OPTConfig OPTForCausalLM",
-        {**OLD, "ffn_dim": 96, "num_attention_heads": 4, "word_embed_proj_dim": 64, "dropout": 0.0, "attention_dropout": 0.0},
+        {
+            **OLD,
+            "ffn_dim": 96,
+            "num_attention_heads": 4,
+            "word_embed_proj_dim": 64,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+        },
         lambda model: [layer.self_attn for layer in model.model.decoder.layers],
     ),
     "bert": (
@@ -134,32 +142,96 @@ ROPE = [
     ("base beside", {**LLAMA, "rope_theta": 5e5}, 40),
     ("empty objects", {**LLAMA, "rope_theta": 5e5, "rope_scaling": {}, "rope_parameters": {}}, 40),
     ("base in rope_scaling", {**LLAMA, "rope_scaling": {"rope_type": "default", "rope_theta": 5e5}}, 40),
-    ("base in both places", {**LLAMA, "rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, 40),
+    (
+        "base in both places",
+        {**LLAMA, "rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        40,
+    ),
     ("older name of the type", {**LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}}, 40),
     ("linear with a base", {**LLAMA, "rope_scaling": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}}, 40),
-    ("empty beside linear", {**LLAMA, "rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}}, 40),
+    (
+        "empty beside linear",
+        {**LLAMA, "rope_scaling": {}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        40,
+    ),
     ("llama3", {**LLAMA, "rope_theta": 5e5, "rope_scaling": {**LLAMA3, "original_max_position_embeddings": 32}}, 40),
-    ("llama3, context beside", {**LLAMA, "original_max_position_embeddings": 32, "rope_parameters": {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 8192}}, 40),
+    (
+        "llama3, context beside",
+        {
+            **LLAMA,
+            "original_max_position_embeddings": 32,
+            "rope_parameters": {**LLAMA3, "rope_theta": 5e5, "original_max_position_embeddings": 8192},
+        },
+        40,
+    ),
     ("dynamic within", {**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, 40),
     ("dynamic beyond", {**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 4.0}}, 100),
     ("yarn", {**LLAMA, "rope_scaling": YARN}, 40),
     ("yarn, context beside", {**LLAMA, "original_max_position_embeddings": 32, "rope_scaling": YARN}, 40),
-    ("yarn, whole numbers", {**LLAMA, "rope_theta": 10000, "rope_scaling": {**YARN, "factor": 4, "beta_fast": 8, "beta_slow": 2}}, 40),
+    (
+        "yarn, whole numbers",
+        {**LLAMA, "rope_theta": 10000, "rope_scaling": {**YARN, "factor": 4, "beta_fast": 8, "beta_slow": 2}},
+        40,
+    ),
     ("yarn, attention factor", {**LLAMA, "rope_scaling": {**YARN, "attention_factor": 1.5}}, 40),
     ("yarn, two scales", {**LLAMA, "rope_scaling": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3}}, 40),
     ("yarn, one scale", {**LLAMA, "rope_scaling": {**YARN, "mscale": 0.7}}, 40),
-    ("longrope, short", {**LLAMA, "rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 32, **FACTORS}}, 32),
-    ("longrope, long", {**LLAMA, "rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 32, **FACTORS}}, 33),
-    ("longrope, factor", {**LLAMA, "rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 32, "factor": 3.0, **FACTORS}}, 33),
-    ("longrope, attention factor", {**LLAMA, "rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 32, "attention_factor": 1.25, **FACTORS}}, 20),
+    (
+        "longrope, short",
+        {**LLAMA, "rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 32, **FACTORS}},
+        32,
+    ),
+    (
+        "longrope, long",
+        {**LLAMA, "rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 32, **FACTORS}},
+        33,
+    ),
+    (
+        "longrope, factor",
+        {
+            **LLAMA,
+            "rope_scaling": {"rope_type": "longrope", "original_max_position_embeddings": 32, "factor": 3.0, **FACTORS},
+        },
+        33,
+    ),
+    (
+        "longrope, attention factor",
+        {
+            **LLAMA,
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "original_max_position_embeddings": 32,
+                "attention_factor": 1.25,
+                **FACTORS,
+            },
+        },
+        20,
+    ),
     ("phi3", PHI3, 40),
     ("phi3, half", {**PHI3, "partial_rotary_factor": 0.5}, 40),
     ("phi3, half, inside", {**PHI3, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, 40),
     ("phi3, context by default", {**PHI3, "rope_scaling": {"type": "longrope", **FACTORS}}, 40),
-    ("phi3, half, longrope", {**PHI3, "original_max_position_embeddings": 32, "partial_rotary_factor": 0.5, "rope_scaling": {"type": "longrope", **HALF}}, 40),
+    (
+        "phi3, half, longrope",
+        {
+            **PHI3,
+            "original_max_position_embeddings": 32,
+            "partial_rotary_factor": 0.5,
+            "rope_scaling": {"type": "longrope", **HALF},
+        },
+        40,
+    ),
     ("neox", NEOX, 40),
     ("neox, half", {**NEOX, "rotary_pct": 0.5, "rotary_emb_base": 5e5}, 40),
-    ("neox, inside", {**NEOX, "rotary_pct": 0.5, "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5, "partial_rotary_factor": 1.0}}, 40),
+    (
+        "neox, inside",
+        {
+            **NEOX,
+            "rotary_pct": 0.5,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5, "partial_rotary_factor": 1.0},
+        },
+        40,
+    ),
 ]
 
 
@@ -183,7 +255,9 @@ def record(io, layer):
     return hook
 
 
-def write_model(name, classes, config, attention_modules=lambda model: [layer.self_attn for layer in model.model.layers]):
+def write_model(
+    name, classes, config, attention_modules=lambda model: [layer.self_attn for layer in model.model.layers]
+):
     torch.manual_seed(11)
     brief = config["hidden_size"] == 32
     config_class, model_class = (getattr(transformers, name) for name in classes.split())
@@ -209,12 +283,16 @@ def write_rope():
     for name, config, length in ROPE:
         kind = {"llama": "Llama", "phi3": "Phi3", "gpt_neox": "GPTNeoX"}[config["model_type"]]
         config_class = getattr(transformers, kind + "Config")
-        modeling = __import__(f"transformers.models.{config['model_type']}.modeling_{config['model_type']}", fromlist=["_"])
+        family = config["model_type"]
+        modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         rotary = getattr(modeling, kind + "RotaryEmbedding")(config_class.from_dict(json.loads(json.dumps(config))))
         cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])
         half = cos.shape[-1] // 2
         positions = [1, 5, length - 1]
-        rows = {key: [[float(f"{x:.7g}") for x in table[0, p, :half].tolist()] for p in positions] for key, table in (("cos", cos), ("sin", sin))}
+        rows = {
+            key: [[float(f"{x:.7g}") for x in table[0, p, :half].tolist()] for p in positions]
+            for key, table in (("cos", cos), ("sin", sin))
+        }
         cases.append({"name": name, "config": config, "length": length, "positions": positions, **rows})
     os.makedirs("hf-rope", exist_ok=True)
     with open("hf-rope/cases.json", "w") as file:

@@ -179,11 +179,12 @@ impl Reader<'_> {
             return Err(config.fault("attn_logit_softcapping", expected, got));
         }
         let (rotary, own) = (self.defaults.rotary.is_some(), self.family.keys());
+        let windows = own.contains(&"sliding_window");
         keys::check(config, |key| {
             COMMON.contains(&key)
                 || rotary && ROTARY.contains(&key)
-                || key == "head_dim"
                 || own.contains(&key)
+                || key == "max_window_layers" && !windows // of nothing
         })
     }
 
@@ -318,8 +319,15 @@ impl Reader<'_> {
             );
         }
         let mut full = object.object(KINDS[1])?.cloned().unwrap_or_default();
-        // Files of transformers 4 have one rule, for the layers that see everything.
+        // Files of transformers 4 have one rule, for the layers that see everything. Its older name
+        // is not looked at by every version.
         if let Some(scaling) = config.object("rope_scaling")? {
+            let scaling_object = Object { place: "rope_scaling.", map: scaling, ..config };
+            if scaling_object.get("type").is_some() && scaling_object.get("rope_type").is_none() {
+                return Err(
+                    scaling_object.unfit("type", "absent, and rope_type there, in this family")
+                );
+            }
             full.extend(scaling.clone());
         }
         let sliding = object.object(KINDS[0])?.unwrap_or(&empty);

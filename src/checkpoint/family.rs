@@ -46,12 +46,13 @@ pub(super) struct Defaults {
 }
 
 /// Keys that every family uses, if only to refuse what stands there.
-pub(super) const COMMON: [&str; 9] = [
+pub(super) const COMMON: [&str; 10] = [
     "model_type",
     "architectures",
     "hidden_size",
     "num_hidden_layers",
     "num_attention_heads",
+    "head_dim",
     "text_config",
     "quantization",
     "quantization_config",
@@ -111,7 +112,7 @@ impl Family {
         })
     }
 
-    /// Keys it uses beside those of all families, of the rotary embedding, and `head_dim`.
+    /// Keys it uses beside those of all families and of the rotary embedding.
     pub(super) fn keys(self) -> &'static [&'static str] {
         match self {
             Self::Llama | Self::Gemma => &["num_key_value_heads", "attention_bias"],

@@ -56,7 +56,7 @@ impl<'a> Object<'a> {
 
     /// The value of a key is not what it must be.
     pub(super) fn unfit(&self, key: &str, expected: impl ToString) -> Error {
-        let got = self.get(key).map_or("nothing".to_owned(), |value| quoted_value(value));
+        let got = self.get(key).map_or("nothing".to_owned(), quoted_value);
         self.fault(key, expected, got)
     }
 

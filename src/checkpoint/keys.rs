@@ -142,3 +142,23 @@ fn changes_nothing(key: &str, value: &Value) -> bool {
 fn is_empty(map: &Map<String, Value>) -> bool {
     map.values().all(Value::is_null)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Family;
+    use super::super::family::{COMMON, ROTARY};
+    use super::*;
+
+    /// The guide's page names every key and word of this file and of the families.
+    #[test]
+    fn the_guide_says_the_same() {
+        let page = include_str!("../guide/checkpoints.md");
+        let families = Family::ALL.into_iter();
+        let own = families.flat_map(|family| [family.keys(), &[family.model_type()]].concat());
+        let neutral = NEUTRAL.iter().map(|(key, _)| *key);
+        let others = [&COMMON[..], &ROTARY, &IRRELEVANT, &IRRELEVANT_ENDS, &PARTS, &WORDS].concat();
+        for key in others.into_iter().chain(own).chain(neutral) {
+            assert!(page.contains(&format!("`{key}`")), "{key} is not in the guide");
+        }
+    }
+}

@@ -157,14 +157,8 @@ impl Rotary {
         check_factor("rotary.base", self.base)?;
         self.scaling.check(dims, self.base)?;
         // Beyond it the angle of a token far out is a number of no meaning, or of no end.
-        match self.frequencies(dims).into_iter().find(|theta| !(0.0..=1e9).contains(theta)) {
-            None => Ok(()),
-            Some(got) => Err(Error::Value {
-                argument: "rotary.frequencies",
-                expected: "at most 10⁹ each",
-                got,
-            }),
-        }
+        let got = self.scaling.largest(self.base, dims);
+        check_value(got <= 1e9, "rotary.frequencies", "at most 10⁹ each", got)
     }
 
     /// θ_i, stretched.
@@ -221,6 +215,22 @@ impl RotaryScaling {
                 check_len("rotary.factors", dims / 2, factors.len())?;
                 factors.iter().try_for_each(|&factor| check_factor("rotary.factors", factor))?;
                 check_attention_factor(*attention_factor)
+            }
+        }
+    }
+
+    /// A number that no frequency is above, without memory or time for `dims` of them, which may be
+    /// any number here; NaN if there is none.
+    fn largest(&self, base: f64, dims: usize) -> f64 {
+        let base = base * self.base_growth(dims);
+        let theta = |i: usize| base.powf(-2.0 * i as f64 / dims as f64);
+        let plain = theta(0).max(theta(dims / 2 - 1));
+        match self {
+            Self::None | Self::Dynamic { .. } => plain,
+            Self::Linear { factor } => plain / factor,
+            Self::Llama3 { factor, .. } | Self::Yarn { factor, .. } => plain / factor.min(1.0),
+            Self::LongRope { factors, .. } => {
+                factors.iter().enumerate().map(|(i, factor)| theta(i) / factor).fold(0.0, f64::max)
             }
         }
     }

@@ -372,6 +372,8 @@ fn layers_of_different_kinds() {
         "rope_parameters.sliding_attention.alpha",
         json!({ "rope_parameters": { "sliding_attention": { "alpha": 1.0 } } }),
     );
+    let older_name = json!({ "rope_scaling": { "type": "linear", "factor": 8.0 } });
+    gemma3.refuses("rope_scaling.type", older_name);
     gemma3.refuses_value("_sliding_window_pattern", json!(5));
 
     let mut smol = Model::copy("kinds", "hf-smollm3");

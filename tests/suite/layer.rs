@@ -1035,7 +1035,13 @@ fn impossible_configs() {
             rotary(Rotary::new(1e4).with_scaling(RotaryScaling::Linear { factor: 1e-320 })),
             value("rotary.frequencies", f64::INFINITY),
         ),
-        (rotary(Rotary::new(1e-30)), value("rotary.frequencies", 1e-30f64.powf(-2.0 / 6.0))),
+        (rotary(Rotary::new(1e-30)), value("rotary.frequencies", 1e-30f64.powf(-4.0 / 6.0))),
+        (
+            AttentionConfig::new(1, 1)
+                .with_head_dim(1 << 50)
+                .with_rotary(Rotary::new(1e-30).with_dims(1 << 50)),
+            value("rotary.frequencies", 1e-30f64.powf(-2.0 * (0.5 - 2f64.powi(-50)))),
+        ),
         (dynamic(0.5, 16, 20), value("rotary.factor", 0.5)),
         (dynamic(f64::INFINITY, 16, 20), value("rotary.factor", f64::INFINITY)),
         (dynamic(2.0, 0, 20), value("rotary.original_context", 0.0)),

@@ -3,7 +3,7 @@
 use crate::common::assert_same_bits;
 use dijiang::attention::*;
 use dijiang::calibrate::*;
-use dijiang::checkpoint::{Checkpoint, Family, Tensors};
+use dijiang::checkpoint::{Checkpoint, CheckpointOptions, Family, Tensors};
 use dijiang::kernel::*;
 use dijiang::layer::*;
 use dijiang::{Error, reference};
@@ -46,6 +46,7 @@ fn every_public_type_is_send_and_sync() {
     shared::<SoftmaxConfig>();
     shared::<Storage>();
     shared::<Checkpoint>();
+    shared::<CheckpointOptions>();
     shared::<Family>();
     shared::<Tensors>();
     shared::<(DctGradients, SideGradients, DctMapConfig, DctParams, SideParams, Projection)>();

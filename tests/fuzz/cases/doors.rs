@@ -125,15 +125,22 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     rotary.dims = source.chance(0.5).then(|| source.size());
     let (factor, low_freq_factor, high_freq_factor, original_context) =
         (source.number(), source.number(), source.number(), source.size());
+    let (beta_fast, beta_slow, attention_factor, length) =
+        (source.number(), source.number(), source.number(), source.size());
     rotary.scaling = source.choose(&[
         RotaryScaling::None,
         RotaryScaling::Linear { factor },
         RotaryScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_context },
+        RotaryScaling::Dynamic { factor, original_context, length },
+        RotaryScaling::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor },
+        RotaryScaling::LongRope { factors: vec![factor; length.min(2)], attention_factor },
     ]);
-    let config = AttentionConfig::new(model_dim, heads)
+    let mut config = AttentionConfig::new(model_dim, heads)
         .with_kv_heads(kv_heads)
         .with_scale(source.number())
         .with_rotary(rotary);
+    config.sliding_window = source.chance(0.3).then(|| source.size());
+    config.qk_norm = source.chance(0.2).then(|| source.number());
     tally.record(config.check());
     tally.record(SoftmaxAttention::<T>::new(config, weights(source, 8, 2, 2, 4)));
     assert!(Window::for_dim(dim).chunk >= 64);

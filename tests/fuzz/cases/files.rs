@@ -1,17 +1,20 @@
 //! Bytes that say they are a model: safetensors files of layers and maps, and Hugging Face
 //! directories.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
 use dijiang::attention::{KeyMask, Window};
-use dijiang::checkpoint::{Checkpoint, Tensors};
+use dijiang::checkpoint::{CheckpointOptions, Tensors};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
     PublishedAttention, Rotary, SoftmaxAttention, load_layers, load_maps, save_layers, save_maps,
 };
 use ndarray::Array2;
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
 
 use super::{Source, Tally};
 
@@ -163,11 +166,108 @@ fn directory() -> PathBuf {
     path
 }
 
+/// Names of the tensors of attention in a file, of D = 4 and two heads, and their shapes.
+type Named = &'static [(&'static str, &'static [usize])];
+
+const PLAIN: Named = &[
+    ("self_attn.q_proj.weight", &[4, 4]),
+    ("self_attn.k_proj.weight", &[4, 4]),
+    ("self_attn.v_proj.weight", &[4, 4]),
+    ("self_attn.o_proj.weight", &[4, 4]),
+];
+const BIASES: Named = &[
+    ("self_attn.q_proj.bias", &[4]),
+    ("self_attn.k_proj.bias", &[4]),
+    ("self_attn.v_proj.bias", &[4]),
+];
+const NORMS: Named = &[("self_attn.q_norm.weight", &[2]), ("self_attn.k_norm.weight", &[2])];
+const FUSED: Named =
+    &[("self_attn.qkv_proj.weight", &[12, 4]), ("self_attn.o_proj.weight", &[4, 4])];
+const NEOX: Named = &[
+    ("attention.query_key_value.weight", &[12, 4]),
+    ("attention.query_key_value.bias", &[12]),
+    ("attention.dense.weight", &[4, 4]),
+    ("attention.dense.bias", &[4]),
+];
+
+/// The weights of a family, or of another one now and then.
+fn weights(source: &mut Source<'_>, family: &str) -> Vec<u8> {
+    let parts: &[Named] = match family {
+        _ if source.chance(0.1) => &[PLAIN, FUSED],
+        "qwen2" => &[PLAIN, BIASES],
+        "qwen3" | "gemma3_text" => &[PLAIN, NORMS],
+        "phi3" => &[FUSED],
+        "gpt_neox" => &[NEOX],
+        _ => &[PLAIN],
+    };
+    let numbers: Vec<u8> =
+        (0..48).flat_map(|i| ((i * 7 % 11) as f32 / 11.0 - 0.4).to_le_bytes()).collect();
+    let tensor = |(name, shape): &(&str, &[usize])| {
+        let bytes = &numbers[..4 * shape.iter().product::<usize>()];
+        let view = TensorView::new(Dtype::F32, shape.to_vec(), bytes);
+        (format!("layers.0.{name}"), view.unwrap_or_else(|error| panic!("{error}")))
+    };
+    let tensors: BTreeMap<_, _> = parts.iter().copied().flatten().map(tensor).collect();
+    safetensors::serialize(tensors, None).unwrap_or_else(|error| panic!("{error}"))
+}
+
 fn directories(source: &mut Source<'_>, tally: &mut Tally) {
-    let family = source.choose(&["llama", "gpt_neox", "opt", "bert", "mamba"]);
+    let family = source.choose(&[
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "smollm3",
+        "gpt_neox",
+        "opt",
+        "bert",
+        "mamba",
+    ]);
     let mut config = format!(
-        r#"{{"model_type":"{family}","hidden_size":4,"num_hidden_layers":1,"num_attention_heads":2,"num_key_value_heads":2,"head_dim":2,"rope_theta":10000.0,"rotary_pct":1.0,"rope_scaling":{{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":64}},"attention_bias":false,"enable_bias":false}}"#
+        r#"{{"model_type":"{family}","hidden_size":4,"num_hidden_layers":1,"num_attention_heads":2,"rope_theta":10000.0,"max_position_embeddings":64,"attn_logit_softcapping":null"#
     );
+    if !matches!(family, "gpt_neox" | "opt" | "bert") {
+        config += r#","num_key_value_heads":2,"head_dim":2"#;
+    }
+    for (chance, key) in [
+        (
+            0.3,
+            r#""rope_scaling":{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":64}"#,
+        ),
+        (
+            0.2,
+            r#""rope_parameters":{"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":16,"beta_fast":32}"#,
+        ),
+        (
+            0.2,
+            r#""rope_parameters":{"type":"longrope","short_factor":[1.0],"long_factor":[2.0],"attention_factor":1.1}"#,
+        ),
+        (0.2, r#""rope_parameters":{"rope_type":"dynamic","factor":2.0}"#),
+        (
+            0.2,
+            r#""rope_parameters":{"sliding_attention":{"rope_theta":10.0},"full_attention":{"type":"linear","factor":8}}"#,
+        ),
+        (0.2, r#""sliding_window":2,"use_sliding_window":true,"max_window_layers":0"#),
+        (0.2, r#""layer_types":["sliding_attention"]"#),
+        (0.2, r#""no_rope_layers":[0]"#),
+        (0.2, r#""attention_bias":false"#),
+        (0.2, r#""query_pre_attn_scalar":24,"rms_norm_eps":0.001"#),
+        (0.1, r#""rotary_pct":1.0,"partial_rotary_factor":1.0"#),
+        (0.1, r#""quantization_config":{"quant_method":"fp8"}"#),
+        (0.1, r#""text_config":{"model_type":"llama"}"#),
+        (0.1, r#""architectures":["LlamaForCausalLM"]"#),
+        (0.1, r#""attention_multiplier":1"#),
+    ] {
+        if source.chance(chance) {
+            config += ",";
+            config += key;
+        }
+    }
+    config += "}";
     for _ in 0..source.below(3) {
         config = replace_number(source, &config);
     }
@@ -176,9 +276,12 @@ fn directories(source: &mut Source<'_>, tally: &mut Tally) {
         let at = source.below(config.len());
         config[at] ^= 1 << source.below(8);
     }
-    // With the names of a LLaMA model, or of one layer.
-    let mut weights = source.choose(&[&sound()[0], &sound()[2]]).clone();
-    if source.chance(0.5) {
+    // Of the family, or a file of this crate's layers.
+    let mut weights = match source.chance(0.8) {
+        true => weights(source, family),
+        false => source.choose(&[&sound()[0], &sound()[2]]).clone(),
+    };
+    if source.chance(0.4) {
         damage(source, &mut weights);
     }
     let directory = directory();
@@ -195,7 +298,20 @@ fn directories(source: &mut Source<'_>, tally: &mut Tally) {
             format!(r#"{{"weight_map":{{"self_attn.q_proj.weight":"{file}"}}}}"#).as_bytes(),
         );
     }
-    if let Some(model) = tally.record(Checkpoint::open(&directory)) {
+    let mut options = CheckpointOptions::new();
+    if source.chance(0.3) {
+        options = options.with_length(source.size());
+    }
+    if source.chance(0.2) {
+        options = options.with_config(source.choose(&[
+            r#"{"model_type":"llama"}"#,
+            r#"{"sliding_window":null}"#,
+            r#"{"rope_scaling":{"type":"linear","factor":1e-320}}"#,
+            "[]",
+            "{",
+        ]));
+    }
+    if let Some(model) = tally.record(options.open(&directory)) {
         let layer = source.choose(&[0, 0, 0, 1, usize::MAX]);
         if let Some(softmax) = tally.record(model.softmax_attention::<f32>(layer)) {
             let x = Array2::from_elem((3, softmax.config().model_dim), 0.5);
