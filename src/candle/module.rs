@@ -184,8 +184,8 @@ impl CandleAttention {
         }
         check_no_sliding(&config)?;
         let (windows, sinks) = match config.causality {
-            Causality::Causal => (windows.to_vec(), sinks),
-            Causality::Bidirectional => (Vec::new(), 0),
+            Causality::Causal if !windows.is_empty() => (windows.to_vec(), sinks),
+            _ => (Vec::new(), 0),
         };
         let rotary =
             config.rotary.as_ref().map(|rotary| Arc::new(RotaryTable::new(rotary, head_dim)));
