@@ -256,8 +256,7 @@ impl Planner {
             Budget::Work(work) => ("work", work as f64),
         };
         let mut spent: f64 = heads.iter().map(|head| cost(head, 0)).sum();
-        // Not comparable is not enough.
-        if !(spent <= limit) {
+        if limit.is_nan() || spent > limit {
             let expected = "enough for the smallest window in every head";
             return Err(Error::Value { argument, expected, got: limit });
         }

@@ -93,8 +93,7 @@ impl Refit {
         let ridge = RIDGE * self.gram.diag().sum() / width as f64;
         let mut matrix = self.gram.clone();
         matrix.diag_mut().mapv_inplace(|x| x + ridge);
-        // Not comparable is not enough.
-        if !(ridge > 0.0) || !factor(&mut matrix) {
+        if ridge.is_nan() || ridge <= 0.0 || !factor(&mut matrix) {
             return Err(Error::Empty { argument: "samples of the refit" });
         }
         let mut solution = self.moments.clone();

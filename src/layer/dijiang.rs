@@ -20,7 +20,7 @@ use crate::kernel::{
     DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides,
 };
 use crate::layer::config::check_no_sliding;
-use crate::layer::layer::{Layer, LayerState};
+use crate::layer::generic::{Layer, LayerState};
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
@@ -264,7 +264,7 @@ impl<T: Real> DijiangAttention<T> {
     /// - [`Error::Value`], [`Error::TooLarge`]: impossible `options`, see [`DctMapConfig::build`]
     ///   and [`LinearConfig::build`];
     /// - [`Error::Conflict`]: a decay in a bidirectional layer; a layer with a
-    ///   [sliding window](AttentionConfig::sliding_window).
+    ///   [sliding window](crate::layer::AttentionConfig::sliding_window).
     pub fn from_softmax(layer: &SoftmaxAttention<T>, options: DijiangOptions) -> Result<Self> {
         let proj = layer.proj.clone();
         check_no_sliding(proj.config())?;
@@ -328,14 +328,14 @@ impl<T: Real> DijiangAttention<T> {
         Ok(self.state_of(self.attention.new_state_at(position)?))
     }
 
-    /// Tokens that nobody queries join a state: [`prefill`](Attention::prefill) without outputs, at
+    /// Tokens that nobody queries join a state: [`prefill`](crate::layer::Attention::prefill) without outputs, at
     /// less than half the cost. The state becomes the same, bit for bit.
     ///
     /// # Shapes
     /// - `x`: `[n, D]`, `mask`: n keys.
     ///
     /// # Errors
-    /// As [`prefill`](Attention::prefill), but the queries are not looked at.
+    /// As [`prefill`](crate::layer::Attention::prefill), but the queries are not looked at.
     pub fn extend(
         &self,
         state: &mut DijiangState<T>,

@@ -48,7 +48,7 @@
 mod backward;
 mod config;
 mod dijiang;
-mod layer;
+mod generic;
 mod packed;
 mod pool;
 mod published;
@@ -67,7 +67,7 @@ pub use config::AttentionConfig;
 pub(crate) use config::check_no_sliding;
 pub(crate) use dijiang::mixed;
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
-pub use layer::{Layer, LayerState};
+pub use generic::{Layer, LayerState};
 pub use packed::Padding;
 pub use pool::{Slot, StatePool};
 pub use published::{PublishedAttention, PublishedState, PublishedWeights};

@@ -13,7 +13,7 @@ use crate::attention::{KvCache, Softmax, SoftmaxConfig, Window};
 use crate::check::check_elements;
 use crate::error::{Error, Result};
 use crate::layer::config::AttentionConfig;
-use crate::layer::layer::{Layer, LayerState};
+use crate::layer::generic::{Layer, LayerState};
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj};
 use crate::layer::weights::AttentionWeights;
 
@@ -85,7 +85,7 @@ impl<T: Real> SoftmaxAttention<T> {
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Empty`] and [`Error::NonFinite`], as
-    /// [`forward`](Attention::forward).
+    /// [`forward`](crate::layer::Attention::forward).
     pub fn project(&self, x: &ArrayRef2<T>) -> Result<(Array3<T>, Array3<T>, Array3<T>)> {
         self.proj.check_sequence("x", x)?;
         let ProjectedQkv { q, k, v } = self.proj.project(x, 0);

@@ -3,7 +3,7 @@
 use crate::common::linear::Setup;
 use crate::common::stream::Stream;
 use crate::common::{Inputs, Random, argument, assert_same_bits, on_threads};
-use dijiang::attention::{KeyMask, Operator, Qkv};
+use dijiang::attention::KeyMask;
 use dijiang::{Error, Real};
 use ndarray::{Array3, s};
 

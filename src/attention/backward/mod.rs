@@ -89,11 +89,11 @@ struct HeadGradients<T, G> {
 }
 
 impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
-    /// Gradients of a scalar through [`forward`](Operator::forward), from its gradient with respect to
+    /// Gradients of a scalar through [`forward`](crate::attention::Operator::forward), from its gradient with respect to
     /// the output.
     ///
     /// # Shapes
-    /// - `qkv` as for [`forward`](Operator::forward), one sequence; `grad_out`: `[h, n_q, e]`.
+    /// - `qkv` as for [`forward`](crate::attention::Operator::forward), one sequence; `grad_out`: `[h, n_q, e]`.
     ///
     /// # Cost
     /// O(n) time: about 3 times that of the forward pass, which is computed again on the way.
@@ -101,7 +101,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// same bits on any number of threads.
     ///
     /// # Errors
-    /// As [`forward`](Operator::forward), `grad_out` being checked like the other arguments,
+    /// As [`forward`](crate::attention::Operator::forward), `grad_out` being checked like the other arguments,
     /// [`Error::Conflict`] for several sequences, and [`Error::TooLarge`] for gradients there is no
     /// room for.
     ///
@@ -159,7 +159,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         self.run_backward(None, qkv, grad_out, gradients, workspace).map(drop)
     }
 
-    /// Gradients through [`prefill`](Operator::prefill), and those with respect to the state it
+    /// Gradients through [`prefill`](crate::attention::Operator::prefill), and those with respect to the state it
     /// starts from, one per key-value head. `state` is the state *before* the prefill.
     ///
     /// The output's gradient is all there is: the state *after* the prefill is taken to have no
@@ -169,7 +169,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// - as for [`backward`](Self::backward).
     ///
     /// # Errors
-    /// As [`backward`](Self::backward) and [`prefill`](Operator::prefill).
+    /// As [`backward`](Self::backward) and [`prefill`](crate::attention::Operator::prefill).
     pub fn prefill_backward(
         &self,
         state: &CausalState<T>,

@@ -29,7 +29,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// Merging is associative up to rounding, and the empty state of a position is neutral, so that
     /// any scan or reduction over segments gives the states that sequence parallelism needs:
     ///
-    /// 1. every worker [extends](Self::extend) a [`new_state_at`](Self::new_state_at) the beginning
+    /// 1. every worker [extends](crate::attention::Operator::extend) a [`new_state_at`](Self::new_state_at) the beginning
     ///    of its segment by its tokens;
     /// 2. an *exclusive* scan with `merge` gives every worker the state of everything before its
     ///    segment;

@@ -184,10 +184,10 @@ impl<'o, 's, T: Real> Shared<'_, '_, '_, 'o, 's, T> {
         let (mut own, out) = out.split_at(Axis(1), n.min(start + SEGMENT) - start);
         let tokens = start..start + own.shape()[1];
         let group = if snapshot.is_some() { 0 } else { self.qkv.q.shape()[0] };
-        let snapshot = snapshot.map(|snapshot| {
+        let mut snapshot = snapshot;
+        if let Some(snapshot) = &mut snapshot {
             snapshot.copy(state);
-            snapshot
-        });
+        }
         let qkv = self.qkv.segment(tokens.clone(), group);
         let result = prefill(self.head, state, qkv, own.slice_mut(s![..group, .., ..]), scratch);
         let mut queue = lock(&self.queue);

@@ -273,7 +273,7 @@ impl<'a> File<'a> {
             windows.split_terminator(' ').map(str::parse).collect::<Result<_, _>>().map_err(
                 |error| fault(name("windows"), "numbers with spaces between them", error),
             )?;
-        if numbers.len() % 2 != 0 {
+        if !numbers.len().is_multiple_of(2) {
             return Err(fault(name("windows"), "pairs of chunk and back", quoted(windows)));
         }
         let windows = numbers.chunks_exact(2).map(|pair| Window::new(pair[0], pair[1]));

@@ -204,11 +204,15 @@ impl Case {
         if let Some(full) = full {
             let mut out = Array3::from_elem(out.raw_dim(), T::from_f64(f64::NAN));
             tally.record(
-                attention.clone().with_causality(Causality::Bidirectional).unwrap().forward_into(
-                    Qkv::new(&q, &k, &v).with_mask(self.mask()),
-                    &mut out,
-                    &mut workspace,
-                ),
+                attention
+                    .clone()
+                    .with_causality(Causality::Bidirectional)
+                    .expect("no window")
+                    .forward_into(
+                        Qkv::new(&q, &k, &v).with_mask(self.mask()),
+                        &mut out,
+                        &mut workspace,
+                    ),
             );
             self.compare("full", &out, full);
         }
