@@ -2,6 +2,8 @@
 #![allow(unsafe_code, reason = "a global allocator is unsafe by nature")]
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[allow(dead_code, reason = "the suite uses the rest")]
+#[path = "suite/common/mod.rs"]
 mod common;
 
 use std::alloc::{GlobalAlloc, Layout, System};

@@ -1,12 +1,8 @@
 //! The layer of the code published with the paper.
 
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
 use std::path::Path;
 
-use common::{Random, argument, assert_close, cast};
+use crate::common::{Random, argument, assert_close, cast};
 use dijiang::attention::KeyMask;
 use dijiang::checkpoint::Tensors;
 use dijiang::kernel::published_features;

@@ -1,13 +1,10 @@
 //! Gradients against golden values, finite differences and each other.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::assert_same_bits;
-use common::gradients::{CASES, Gradients, Problem, golden_problem};
+use crate::common::assert_same_bits;
+use crate::common::gradients::{CASES, Gradients, Problem, golden_problem};
 #[cfg(feature = "rayon")]
-use common::stream::Stream;
-use common::{Golden, Inputs, Random, argument, assert_close, on_threads};
+use crate::common::stream::Stream;
+use crate::common::{Golden, Inputs, Random, argument, assert_close, on_threads};
 use dijiang::attention::{BackwardWorkspace, LinearConfig, Operator, Qkv, Window};
 use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, DifferentiableMap, Envelope, FavorConfig, FeatureMap, Mixing,

@@ -1,15 +1,12 @@
 //! What nobody should send, by name: arrays whose axes cost nothing, sizes beyond memory, pipes for
 //! files, callbacks that panic. `fuzz` tries everything else.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod common;
 
 use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use common::stream::Stream;
-use common::{argument, assert_same_bits};
+use crate::common::stream::Stream;
+use crate::common::{argument, assert_same_bits};
 use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::checkpoint::{Checkpoint, Tensors};
 use dijiang::kernel::{

@@ -1,9 +1,6 @@
 //! Gradients through whole layers, against finite differences.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{Random, argument};
+use crate::common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::{KeyMask, Window};
 use dijiang::kernel::DctMap;
@@ -216,7 +213,7 @@ fn threads_change_no_bit() {
     let (x, grad_out): (Array2<f64>, Array2<f64>) =
         (random.normals((300, MODEL), 1.0), random.normals((300, MODEL), 1.0));
     let run = |threads| {
-        common::on_threads(threads, || layer.backward(&x, KeyMask::All, &grad_out).unwrap())
+        crate::common::on_threads(threads, || layer.backward(&x, KeyMask::All, &grad_out).unwrap())
     };
     let one = run(1);
     assert_eq!(one, run(2));

@@ -1,14 +1,10 @@
 //! The layers: against models run by `transformers`, against the reference, against each other, and
 //! against bad input.
 
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use common::{Random, argument, assert_close, assert_same_bits, cast};
+use crate::common::{Random, argument, assert_close, assert_same_bits, cast};
 use dijiang::attention::{KeyMask, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::kernel::{
     DctMap, DctMapConfig, Envelope, FeatureMap, Mixing, Pairing, Points, Radial, Sides,
@@ -554,7 +550,7 @@ fn threads_change_no_bit() {
     let (exact, linear) = (softmax(grouped(), 1), linear(grouped(), rich(), 1));
     let x: Array3<f64> = Random::new(29).normals((3, 300, 24), 1.0);
     let run = |threads| {
-        common::on_threads(threads, || {
+        crate::common::on_threads(threads, || {
             let (mut linear, samples) =
                 (linear.clone(), [x.index_axis(Axis(0), 0), x.index_axis(Axis(0), 1)]);
             let batches =

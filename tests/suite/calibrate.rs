@@ -1,13 +1,9 @@
 //! Calibration by gradient. The closed form is in `layer.rs`.
 
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
 use std::ops::ControlFlow;
 use std::time::Duration;
 
-use common::{Random, argument};
+use crate::common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::Window;
 use dijiang::kernel::{DctParams, Pairing, Projection, Sides};
@@ -254,7 +250,7 @@ fn threads_change_no_bit() {
     let options =
         CalibrateOptions::new().with_steps(15).with_batch(3).with_decay(Fit::Train).with_seed(5);
     let run = |threads| {
-        common::on_threads(threads, || {
+        crate::common::on_threads(threads, || {
             let mut layer = layer(window());
             (calibrate(&mut layer, &samples, &options), numbers(&layer))
         })
@@ -372,7 +368,7 @@ fn a_choice_without_limits_takes_what_lowers_the_error() {
     let best = trials.iter().filter_map(|trial| trial.error).fold(f64::INFINITY, f64::min);
     assert!(report.calibration.after() <= best, "{report:?}");
     // Without a budget nothing depends on the clock, nor on threads.
-    let (again, _) = common::on_threads(3, || choose(Causality::Causal, &choice())).unwrap();
+    let (again, _) = crate::common::on_threads(3, || choose(Causality::Causal, &choice())).unwrap();
     assert_eq!(numbers(&again), numbers(&layer));
 }
 

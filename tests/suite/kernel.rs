@@ -1,8 +1,6 @@
 //! The feature maps: against formulas written out here, against the code published with the paper,
 //! and their statistics.
 
-#![allow(clippy::unwrap_used)]
-
 use std::f64::consts::PI;
 
 use dijiang::kernel::{

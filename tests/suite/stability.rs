@@ -1,12 +1,9 @@
 //! Attention at the edges of its numbers: extreme log-features, growth, strong decay, millions of
 //! tokens.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::linear::{Setup, TestMap};
-use common::stream::Stream;
-use common::{Inputs, Random, assert_close, assert_same_bits, tolerance};
+use crate::common::linear::{Setup, TestMap};
+use crate::common::stream::Stream;
+use crate::common::{Inputs, Random, assert_close, assert_same_bits, tolerance};
 use dijiang::Real;
 use dijiang::attention::{KeyMask, LinearAttention, Operator, Qkv};
 use dijiang::reference::Pairs;

@@ -1,13 +1,10 @@
 //! Keys of `config.json` drawn at random, and every key a family uses: none is ignored without a
 //! word.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod common;
 
 use std::path::Path;
 
-use common::Random;
-use common::models::{Model, golden, named};
+use crate::common::Random;
+use crate::common::models::{Model, golden, named};
 use dijiang::checkpoint::{Checkpoint, CheckpointOptions};
 use dijiang::layer::{AttentionConfig, AttentionWeights};
 use dijiang::{Error, Result};

@@ -1,9 +1,6 @@
 //! Many sequences at once: each as if it were alone.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{Random, argument, assert_same_bits, cast, on_threads};
+use crate::common::{Random, argument, assert_same_bits, cast, on_threads};
 use dijiang::attention::{KeyMask, Window};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,

@@ -1,11 +1,8 @@
 //! Whatever a caller can do wrong gives a typed error that names the argument, and changes nothing.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::linear::{Setup, TestMap};
-use common::stream::Stream;
-use common::{Inputs, Random, argument, assert_same_bits};
+use crate::common::linear::{Setup, TestMap};
+use crate::common::stream::Stream;
+use crate::common::{Inputs, Random, argument, assert_same_bits};
 use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Window, Workspace};
 use dijiang::reference::{self, Pairs, PlainMap};
 use dijiang::{Error, Real, Result};

@@ -1,12 +1,9 @@
 //! What `config.json` says of attention is used or refused by name: against transformers' own
 //! rotary tables, and key by key.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod common;
 
 use std::fs;
 
-use common::models::{Directory, Model, Stored, golden, named, stored};
+use crate::common::models::{Directory, Model, Stored, golden, named, stored};
 use dijiang::Error;
 use dijiang::checkpoint::{Checkpoint, CheckpointOptions};
 use dijiang::layer::{Causality, RotaryScaling};

@@ -1,10 +1,7 @@
 //! States and configs through serde: JSON stands for any format.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::linear::Setup;
-use common::stream::Stream;
+use crate::common::linear::Setup;
+use crate::common::stream::Stream;
 use dijiang::attention::Operator;
 use dijiang::attention::{CausalState, KeyMask, LinearConfig, SoftmaxConfig, Storage, Window};
 use dijiang::kernel::{DctMapConfig, FavorConfig, Mixing};

@@ -1,9 +1,6 @@
 //! One layer for many threads, and every public type across them.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::assert_same_bits;
+use crate::common::assert_same_bits;
 use dijiang::attention::*;
 use dijiang::checkpoint::{Checkpoint, CheckpointOptions, Family, Tensors};
 use dijiang::kernel::*;

@@ -1,11 +1,8 @@
 //! Segments of a sequence, fed by themselves and merged: the state of the whole.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::linear::{Setup, TestMap};
-use common::stream::Stream;
-use common::{Inputs, Random, argument, assert_close, assert_same_bits, tolerance};
+use crate::common::linear::{Setup, TestMap};
+use crate::common::stream::Stream;
+use crate::common::{Inputs, Random, argument, assert_close, assert_same_bits, tolerance};
 use dijiang::attention::{CausalState, KeyMask, LinearAttention, Operator, Window};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,

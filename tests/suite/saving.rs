@@ -1,12 +1,9 @@
 //! Layers and maps as safetensors files: the same bits after a round trip, and a typed error for
 //! whatever else the bytes say.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
-
-mod common;
 
 use std::collections::{BTreeMap, HashMap};
 
-use common::{Random, assert_same_bits, cast};
+use crate::common::{Random, assert_same_bits, cast};
 use dijiang::attention::{KeyMask, Window};
 use dijiang::kernel::{
     DctMap, DctParams, Envelope, FeatureMap, Mixing, Pairing, Projection, Sides,

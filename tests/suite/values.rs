@@ -1,10 +1,7 @@
 //! What small public methods say of the values they are asked of, and the maps and caches that the
 //! other tests do not take.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::{Inputs, Random, assert_close, assert_same_bits};
+use crate::common::{Inputs, Random, assert_close, assert_same_bits};
 use dijiang::attention::{LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, FavorConfig, FeatureMap, InputScales};
 use dijiang::layer::{

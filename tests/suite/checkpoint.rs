@@ -1,13 +1,9 @@
 //! Model directories of every family: against what transformers gave, and damaged in every way.
 
-#![allow(clippy::unwrap_used)]
-
-mod common;
-
 use std::fs;
 
-use common::assert_close;
-use common::models::{Directory, Stored, golden, named, stored};
+use crate::common::assert_close;
+use crate::common::models::{Directory, Stored, golden, named, stored};
 use dijiang::Error;
 use dijiang::attention::KeyMask;
 use dijiang::checkpoint::{Checkpoint, CheckpointOptions, Family, Tensors};

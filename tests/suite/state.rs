@@ -1,12 +1,9 @@
 //! The state: it does not matter in which pieces a sequence arrives, and a state can be copied,
 //! rolled back and reset.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::linear::Setup;
-use common::stream::Stream;
-use common::{Inputs, Random, assert_close, assert_same_bits, to_f64};
+use crate::common::linear::Setup;
+use crate::common::stream::Stream;
+use crate::common::{Inputs, Random, assert_close, assert_same_bits, to_f64};
 use dijiang::Real;
 use dijiang::attention::{KeyMask, Operator, Qkv, SequenceState};
 use ndarray::{Array2, Array3, Axis, concatenate, s};

@@ -1,11 +1,8 @@
 //! States as bytes: they continue bit for bit, and nothing else is taken for one.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::linear::Setup;
-use common::stream::Stream;
-use common::{assert_close, assert_same_bits};
+use crate::common::linear::Setup;
+use crate::common::stream::Stream;
+use crate::common::{assert_close, assert_same_bits};
 use dijiang::attention::Operator;
 use dijiang::attention::{CausalState, KeyMask, Storage};
 use dijiang::layer::{

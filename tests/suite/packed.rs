@@ -1,11 +1,8 @@
 //! Sequences packed one after another: each as if it were alone.
-#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
-use common::linear::Setup;
-use common::stream::Stream;
-use common::{Inputs, Random, argument, assert_same_bits, on_threads};
+use crate::common::linear::Setup;
+use crate::common::stream::Stream;
+use crate::common::{Inputs, Random, argument, assert_same_bits, on_threads};
 use dijiang::attention::{KeyMask, Operator, Qkv};
 use dijiang::{Error, Real};
 use ndarray::{Array3, s};

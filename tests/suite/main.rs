@@ -1,0 +1,28 @@
+//! Every test of the library but those that need a program of their own: of allocation, of candle's
+//! tensors, and of random cases (`fuzz`).
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+mod common;
+
+mod attention;
+mod backward;
+mod calibrate;
+mod checkpoint;
+mod checkpoint_config;
+mod checkpoint_keys;
+mod errors;
+mod hostile;
+mod kernel;
+mod layer;
+mod layer_backward;
+mod packed;
+mod published;
+mod saving;
+mod segments;
+mod serde;
+mod serving;
+mod sharing;
+mod stability;
+mod state;
+mod state_bytes;
+mod values;
