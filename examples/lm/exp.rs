@@ -11,7 +11,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     /// Added to a number it rounds it to an integer, which then stands in the lowest bits.
     const ROUND: f32 = 1.5 * (1 << 23) as f32;
     /// ln 2 in two parts; the first has so few bits that n times it is exact.
-    const LN_2: [f32; 2] = [0.693_359_375, -2.121_944_4e-4];
+    const LN_2: [f32; 2] = [355.0 / 512.0, -2.121_944_4e-4];
     /// 1/k! for k from 7 down to 0.
     const SERIES: [f32; 8] =
         [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
