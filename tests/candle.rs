@@ -455,6 +455,26 @@ fn the_ndarray_layers_numbers_in_f64() {
     same_numbers::<f64>(1e-13);
 }
 
+/// What the module does not compute it refuses to be made of.
+#[test]
+fn norms_and_sliding_windows_are_refused() {
+    let plain = layer::<f32>(0, Causality::Causal);
+    let mut config = plain.config().clone();
+    config.qk_norm = Some(1e-6);
+    let ones = || ndarray::Array1::ones(config.head_dim.unwrap());
+    let weights = AttentionWeights::clone(plain.weights()).with_qk_norms(ones(), ones());
+    let softmax = SoftmaxAttention::new(config.clone(), weights).unwrap();
+    let normed = DijiangAttention::from_softmax(&softmax, DijiangOptions::new()).unwrap();
+    let error = CandleAttention::from_layer(&normed, DType::F32).unwrap_err().to_string();
+    assert!(error.contains("qk_norm cannot be combined with candle's layer"), "{error}");
+
+    let windowed = plain.config().clone().with_sliding_window(Some(8));
+    let variables = VarMap::new();
+    let builder = VarBuilder::from_varmap(&variables, DType::F32, &Device::Cpu);
+    let error = CandleAttention::new(&windowed, &DijiangOptions::new(), builder).unwrap_err();
+    assert!(error.to_string().contains("sliding_window"), "{error}");
+}
+
 /// Prefill in pieces and steps agree with the whole; a clone is a snapshot, and a wrong position is
 /// refused.
 #[test]

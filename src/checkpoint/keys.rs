@@ -39,7 +39,7 @@ const IRRELEVANT_ENDS: [&str; 6] =
     ["_token_id", "_token_ids", "_token_index", "_dropout", "_dropout_prob", "_layernorm_eps"];
 
 /// Values with which attention is as it is without the key.
-const NEUTRAL: [(&str, &str); 31] = [
+const NEUTRAL: [(&str, &str); 32] = [
     ("add_cross_attention", "false"),
     ("alibi", "false"),
     ("attention_bias", "false"),
@@ -48,6 +48,7 @@ const NEUTRAL: [(&str, &str); 31] = [
     ("bias", "false"),
     ("causal", "true"),
     ("full_attn_mod", "1"),
+    ("interpolate_factor", "1"),
     ("is_causal", "true"),
     ("is_encoder_decoder", "false"),
     ("multi_query", "false"),
@@ -94,10 +95,40 @@ const PARTS: [&str; 16] = [
 ];
 
 /// Words of names, between underscores, that speak of attention.
-const WORDS: [&str; 32] = [
-    "bias", "chunk", "chunked", "global", "k", "key", "keys", "kv", "local", "logn", "lora",
-    "mask", "masked", "mla", "mrope", "mup", "ntk", "q", "qk", "qkv", "queries", "query", "rel",
-    "relative", "rope", "sink", "sinks", "softmax", "sparse", "swa", "v", "value",
+const WORDS: [&str; 33] = [
+    "bias",
+    "chunk",
+    "chunked",
+    "global",
+    "interpolate",
+    "k",
+    "key",
+    "keys",
+    "kv",
+    "local",
+    "logn",
+    "lora",
+    "mask",
+    "masked",
+    "mla",
+    "mrope",
+    "mup",
+    "ntk",
+    "q",
+    "qk",
+    "qkv",
+    "queries",
+    "query",
+    "rel",
+    "relative",
+    "rope",
+    "sink",
+    "sinks",
+    "softmax",
+    "sparse",
+    "swa",
+    "v",
+    "value",
 ];
 
 /// Refuses keys that `used` does not list and that may change what attention computes.

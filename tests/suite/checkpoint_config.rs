@@ -4,9 +4,9 @@
 use std::fs;
 
 use crate::common::models::{Directory, Model, Stored, golden, named, stored};
-use dijiang::Error;
 use dijiang::checkpoint::{Checkpoint, CheckpointOptions};
 use dijiang::layer::{Causality, RotaryScaling};
+use dijiang::{Error, Result};
 use ndarray::Array2;
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -457,4 +457,128 @@ fn overrides_and_lengths() {
         );
         assert!(named(Checkpoint::open(&gemma.directory.0)).ends_with("text_config"));
     }
+}
+
+/// What stands in the config files of published models opens as it is, but for Gemma 2's soft caps.
+#[test]
+fn configs_as_published() {
+    let open = |name: &str, probe: &str, config: Value| {
+        let directory = Directory::new(&format!("published-{name}"));
+        directory.write("config.json", config.to_string());
+        let weight = (probe.to_owned(), tensor(&[1]));
+        directory.write_tensors("model.safetensors", &Stored::from([weight]));
+        CheckpointOptions::new().with_length(131_072).open(&directory.0)
+    };
+    let q = "model.layers.0.self_attn.q_proj.weight";
+    let config =
+        |checkpoint: Result<Checkpoint>, l| checkpoint.unwrap().attention_config(l).unwrap();
+
+    let smol = json!({ "architectures": ["LlamaForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2, "hidden_act": "silu",
+        "hidden_size": 576, "initializer_range": 0.041666666666666664, "intermediate_size": 1536,
+        "is_llama_config": true, "max_position_embeddings": 8192, "mlp_bias": false,
+        "model_type": "llama", "num_attention_heads": 9, "num_hidden_layers": 30,
+        "num_key_value_heads": 3, "pad_token_id": 2, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_interleaved": false, "rope_scaling": null, "rope_theta": 100000,
+        "tie_word_embeddings": true, "torch_dtype": "bfloat16", "transformers.js_config":
+        { "kv_cache_dtype": { "q4f16": "float16", "fp16": "float16" } },
+        "transformers_version": "4.42.3", "use_cache": true, "vocab_size": 49152 });
+    let smol = config(open("smollm2", q, smol), 29);
+    assert_eq!((smol.heads, smol.kv_heads, smol.head_dim), (9, 3, Some(64)));
+
+    let mistral = json!({ "architectures": ["MistralForCausalLM"], "bos_token_id": 1,
+        "eos_token_id": 2, "hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02,
+        "intermediate_size": 14336, "max_position_embeddings": 32768, "model_type": "mistral",
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8,
+        "rms_norm_eps": 1e-05, "rope_theta": 10000.0, "sliding_window": 4096,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true,
+        "vocab_size": 32000 });
+    assert_eq!(config(open("mistral", q, mistral), 0).sliding_window, Some(4096));
+
+    let qwen2 = json!({ "architectures": ["Qwen2ForCausalLM"], "attention_dropout": 0.0,
+        "bos_token_id": 151643, "eos_token_id": 151645, "hidden_act": "silu", "hidden_size": 896,
+        "initializer_range": 0.02, "intermediate_size": 4864, "max_position_embeddings": 32768,
+        "max_window_layers": 21, "model_type": "qwen2", "num_attention_heads": 14,
+        "num_hidden_layers": 24, "num_key_value_heads": 2, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768, "tie_word_embeddings": true,
+        "torch_dtype": "bfloat16", "use_cache": true, "use_mrope": false,
+        "use_sliding_window": false, "vocab_size": 151936 });
+    assert_eq!(config(open("qwen2", q, qwen2), 23).sliding_window, None);
+
+    let qwen3 = json!({ "architectures": ["Qwen3ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+        "initializer_range": 0.02, "intermediate_size": 3072, "max_position_embeddings": 40960,
+        "max_window_layers": 28, "model_type": "qwen3", "num_attention_heads": 16,
+        "num_hidden_layers": 28, "num_key_value_heads": 8, "rms_norm_eps": 1e-06,
+        "rope_scaling": null, "rope_theta": 1000000, "sliding_window": null,
+        "tie_word_embeddings": true, "use_cache": true, "use_sliding_window": false });
+    assert_eq!(config(open("qwen3", q, qwen3), 0).qk_norm, Some(1e-6));
+
+    let factors = |last: f64| (0..48).map(|i| 1.0 + last * f64::from(i)).collect::<Vec<_>>();
+    let phi = json!({ "_name_or_path": "Phi-4-mini-instruct", "architectures": ["Phi3ForCausalLM"],
+        "attention_bias": false, "attention_dropout": 0.0, "auto_map": {
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM" }, "embd_pdrop": 0.0,
+        "full_attn_mod": 1, "hidden_act": "silu", "hidden_size": 3072, "interpolate_factor": 1,
+        "lm_head_bias": false, "max_position_embeddings": 131072, "mlp_bias": false,
+        "model_type": "phi3", "num_attention_heads": 24, "num_hidden_layers": 32,
+        "num_key_value_heads": 8, "original_max_position_embeddings": 4096,
+        "partial_rotary_factor": 0.75, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+        "rope_scaling": { "long_factor": factors(0.7), "short_factor": factors(0.0),
+        "type": "longrope" }, "rope_theta": 10000.0, "sliding_window": 262144,
+        "tie_word_embeddings": true, "use_cache": true, "vocab_size": 200064 });
+    let phi = config(open("phi4", "model.layers.0.self_attn.qkv_proj.weight", phi), 0);
+    let rotary = phi.rotary.unwrap();
+    assert_eq!((rotary.dims, phi.sliding_window), (Some(96), Some(262_144)));
+    assert!(matches!(rotary.scaling, RotaryScaling::LongRope { attention_factor, .. }
+        if (attention_factor - (1.0 + 32f64.ln() / 4096f64.ln()).sqrt()).abs() < 1e-15));
+
+    let gemma3 = json!({ "architectures": ["Gemma3ForCausalLM"], "attention_bias": false,
+        "attention_dropout": 0.0, "attn_logit_softcapping": null, "cache_implementation": "hybrid",
+        "final_logit_softcapping": null, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": 1152, "max_position_embeddings": 32768, "model_type": "gemma3_text",
+        "num_attention_heads": 4, "num_hidden_layers": 26, "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000,
+        "rope_scaling": null, "rope_theta": 1000000, "sliding_window": 512,
+        "sliding_window_pattern": 6, "use_cache": true, "vocab_size": 262144 });
+    let gemma3 = open("gemma3", q, gemma3).unwrap();
+    let windowed = |l: &usize| gemma3.attention_config(*l).unwrap().sliding_window.is_some();
+    assert_eq!((0..26).filter(|l| !windowed(l)).collect::<Vec<_>>(), [5, 11, 17, 23]);
+
+    let gemma2 = json!({ "architectures": ["Gemma2ForCausalLM"], "attention_bias": false,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "head_dim": 256,
+        "hidden_size": 2304, "model_type": "gemma2", "num_attention_heads": 8,
+        "num_hidden_layers": 26, "num_key_value_heads": 4, "query_pre_attn_scalar": 256,
+        "rope_theta": 10000.0, "sliding_window": 4096 });
+    assert!(named(open("gemma2", q, gemma2)).ends_with(": attn_logit_softcapping"));
+
+    let smollm3 = json!({ "architectures": ["SmolLM3ForCausalLM"], "attention_bias": false,
+        "hidden_size": 2048, "max_position_embeddings": 65536, "max_window_layers": 28,
+        "mlp_bias": false, "model_type": "smollm3", "no_rope_layer_interval": 4,
+        "num_attention_heads": 16, "num_hidden_layers": 36, "num_key_value_heads": 4,
+        "pretraining_tp": 2, "rope_scaling": null, "rope_theta": 5000000.0,
+        "sliding_window": null, "use_sliding_window": false });
+    assert_eq!(config(open("smollm3", q, smollm3), 3).rotary, None);
+
+    let pythia = json!({ "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0,
+        "hidden_act": "gelu", "hidden_size": 512, "max_position_embeddings": 2048,
+        "model_type": "gpt_neox", "num_attention_heads": 8, "num_hidden_layers": 6,
+        "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": false,
+        "use_parallel_residual": true, "vocab_size": 50304 });
+    let place = "gpt_neox.layers.0.attention.query_key_value.weight";
+    assert_eq!(config(open("pythia", place, pythia), 0).rotary.unwrap().dims, Some(16));
+
+    let opt = json!({ "_remove_final_layer_norm": false, "activation_function": "relu",
+        "architectures": ["OPTForCausalLM"], "attention_dropout": 0.0,
+        "do_layer_norm_before": true, "dropout": 0.1, "ffn_dim": 3072, "hidden_size": 768,
+        "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048, "model_type": "opt",
+        "num_attention_heads": 12, "num_hidden_layers": 12, "prefix": "</s>",
+        "word_embed_proj_dim": 768 });
+    open("opt", "model.decoder.layers.0.self_attn.q_proj.weight", opt).unwrap();
+
+    let bert = json!({ "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": 0.1,
+        "gradient_checkpointing": false, "hidden_dropout_prob": 0.1, "hidden_size": 768,
+        "layer_norm_eps": 1e-12, "max_position_embeddings": 512, "model_type": "bert",
+        "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 0,
+        "position_embedding_type": "absolute", "type_vocab_size": 2, "vocab_size": 30522 });
+    open("bert", "bert.encoder.layer.0.attention.self.query.weight", bert).unwrap();
 }

@@ -208,6 +208,7 @@ fn bad_input() {
         refused(config().with_causality(Causality::Bidirectional), published()),
         "the published layer"
     );
+    assert_eq!(refused(config().with_sliding_window(Some(8)), published()), "sliding_window");
     for (name, change) in [
         ("radii", (|w| w.radii.push(1.0)) as fn(&mut PublishedWeights<f64>)),
         ("radii", |w| w.radii[2] = f64::NAN),
