@@ -25,6 +25,18 @@ pub(crate) fn check_shape<T, D: Dimension>(
     Ok(())
 }
 
+/// What belongs to an operator, a state or scratch memory say, was made by one of the same shape:
+/// pairs of what, expected and got.
+pub(crate) fn check_same(
+    argument: &'static str,
+    pairs: impl IntoIterator<Item = (&'static str, usize, usize)>,
+) -> Result<()> {
+    match pairs.into_iter().find(|(_, expected, got)| expected != got) {
+        Some((what, expected, got)) => Err(Error::Foreign { argument, what, expected, got }),
+        None => Ok(()),
+    }
+}
+
 /// A count that must be at least one.
 pub(crate) fn check_positive(argument: &'static str, got: usize) -> Result<()> {
     if got > 0 { Ok(()) } else { Err(Error::Value { argument, expected: "at least 1", got: 0.0 }) }

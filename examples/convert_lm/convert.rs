@@ -102,7 +102,7 @@ fn plan(
     let longest = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
     let mut options = PlanOptions::new().with_sinks(args.sinks);
     // A window that holds all of a sample is no window.
-    options.windows.retain(|window| (window.back + 1) * window.chunk < longest);
+    options.windows.retain(|window| window.tokens() < longest);
     let mut planner = Planner::new(options)?;
     let options = DijiangOptions::new()
         .with_blocks(args.blocks)

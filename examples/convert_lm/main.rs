@@ -86,7 +86,7 @@ fn measure(args: &Args) -> Result<Report> {
                 let windows = || vec![window];
                 let model =
                     softmax.exchange(|layer| layer.clone().with_windows(windows(), args.sinks))?;
-                let held = context.min((window.back + 1) * window.chunk + args.sinks);
+                let held = context.min(window.tokens() + args.sinks);
                 measurement.add(row, &model, model.config().kv_cache_bytes(held))?;
             }
             Row::PlannedWindow => {
@@ -96,9 +96,7 @@ fn measure(args: &Args) -> Result<Report> {
                     let windowed = layer.clone().with_windows(plan.windows(l)?, plan.sinks());
                     *layer = windowed.map_err(Error::in_layer(l))?;
                 }
-                let held = |head: &HeadPlan| {
-                    context.min((head.window.back + 1) * head.window.chunk + plan.sinks())
-                };
+                let held = |head: &HeadPlan| context.min(head.window.tokens() + plan.sinks());
                 let tokens: usize = plan.layers().iter().flatten().map(held).sum();
                 let heads: usize = plan.layers().iter().map(Vec::len).sum();
                 measurement.add(row, &model, model.config().kv_cache_bytes(1) * tokens / heads)?;

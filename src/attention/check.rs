@@ -89,11 +89,6 @@ pub(crate) fn check_exact_part(windows: &[Window], sinks: usize) -> Result<()> {
     }
 }
 
-/// What needs a direction is asked of attention that has none.
-pub(crate) fn bidirectional(argument: &'static str) -> Error {
-    Error::Conflict { argument, other: "bidirectional attention" }
-}
-
 /// Every element of every valid token is in range: all heads at once, on all threads.
 pub(crate) fn check_all<T: Real>(
     argument: &'static str,

@@ -35,7 +35,7 @@ use std::ops::Range;
 
 pub use backward::{AttentionGradients, BackwardWorkspace, StateGradients};
 pub(crate) use backward::{FarPart, Tape};
-pub(crate) use check::check_state_size;
+pub(crate) use check::{check_exact_part, check_state_size};
 #[cfg(feature = "states")]
 pub use linear::Storage;
 pub(crate) use linear::largest_window;
@@ -58,6 +58,18 @@ pub enum Causality {
     Causal,
     /// Every key of the sequence (encoders, cross attention). There is no state to decode from.
     Bidirectional,
+}
+
+impl Causality {
+    /// `argument` needs a direction.
+    pub(crate) fn check_causal(self, argument: &'static str) -> Result<()> {
+        match self {
+            Causality::Causal => Ok(()),
+            Causality::Bidirectional => {
+                Err(Error::Conflict { argument, other: "bidirectional attention" })
+            }
+        }
+    }
 }
 
 /// Which keys may be attended to.
@@ -129,12 +141,18 @@ impl Window {
     pub fn for_dim(dim: usize) -> Self {
         Self { chunk: (4096 / dim.max(1)).next_multiple_of(16).clamp(64, 512), back: 1 }
     }
+
+    /// Tokens it holds when it is full: (r + 1)·c.
+    pub fn tokens(self) -> usize {
+        self.back.saturating_add(1).saturating_mul(self.chunk)
+    }
+
     /// Chunks of at least one token, and not too many of them.
     pub(crate) fn check(self) -> Result<()> {
         check_positive("window chunk", self.chunk)?;
-        let tokens = self.back.saturating_add(1).saturating_mul(self.chunk);
-        if tokens > MAX_WINDOW {
-            Err(Error::TooLarge { argument: "window tokens", limit: MAX_WINDOW, got: tokens })
+        let got = self.tokens();
+        if got > MAX_WINDOW {
+            Err(Error::TooLarge { argument: "window tokens", limit: MAX_WINDOW, got })
         } else {
             Ok(())
         }

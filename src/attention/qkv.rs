@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis, s};
+use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis, s};
 
 use crate::Real;
 use crate::attention::KeyMask;
@@ -139,6 +139,13 @@ pub(crate) struct Dims {
     pub(crate) value_dim: usize,
     /// Whether query i belongs to key i.
     pub(crate) causal: bool,
+}
+
+impl Dims {
+    /// Queries and outputs where nobody asks of `n` keys: of no heads.
+    pub(crate) fn nobody<T: Real>(self, n: usize) -> (Array3<T>, Array3<T>) {
+        (Array3::zeros((0, n, self.dim)), Array3::zeros((0, n, self.value_dim)))
+    }
 }
 
 impl<T: Real> Qkv<'_, T> {

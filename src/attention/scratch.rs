@@ -1,9 +1,15 @@
 //! What one thread works in.
 
+use std::ops::Range;
+
+use ndarray::ArrayViewMut2;
+
 use crate::Real;
 use crate::attention::Window;
 use crate::attention::linear::state::{HeadShape, HeadState, PENDING, Ring, Sums};
-use crate::error::{Error, Result};
+use crate::attention::rows::normalise;
+use crate::check::check_same;
+use crate::error::Result;
 use crate::low::simd::{Ahead, LANES, padded};
 
 /// Tokens worked on at a time: a block's panels stay in the L2 cache, and 64 rows fill the matrix
@@ -47,12 +53,7 @@ impl Sizes {
             ("number of sinks", self.sinks, got.sinks),
             ("map scratch", self.map, got.map),
         ];
-        match pairs.into_iter().find(|(_, expected, got)| expected != got) {
-            Some((what, expected, got)) => {
-                Err(Error::Foreign { argument: "workspace", what, expected, got })
-            }
-            None => Ok(()),
-        }
+        check_same("workspace", pairs)
     }
 }
 
@@ -145,6 +146,19 @@ impl<T: Real> Scratch<T> {
                 map: zeros(map),
                 ahead: Ahead::of([]),
             },
+        }
+    }
+
+    /// Outputs of a block's queries, rows of `out`: the sums of `stride` each in `o` by the
+    /// normalisers in `total`.
+    pub(crate) fn put_outputs(
+        &self,
+        stride: usize,
+        queries: Range<usize>,
+        mut out: ArrayViewMut2<'_, T>,
+    ) {
+        for (i, query) in queries.enumerate() {
+            normalise(&self.o[i * stride..], self.total[i], out.row_mut(query));
         }
     }
 

@@ -33,10 +33,9 @@ mod refit;
 use std::ops::{ControlFlow, Range};
 use std::time::{Duration, Instant};
 
-use ndarray::ArrayView2;
+use ndarray::{ArrayView1, ArrayView2};
 
 use crate::Real;
-use crate::attention::{Causality, Window};
 use crate::check::check_positive;
 use crate::error::{Error, Result};
 use crate::kernel::{DctMap, DctParams};
@@ -353,9 +352,8 @@ impl<T: Real> DijiangAttention<T> {
     ) -> Result<CalibrateReport> {
         let start = Instant::now();
         options.check()?;
-        let causal = self.proj.config().causality == Causality::Causal;
-        if options.decay == Fit::Train && !causal {
-            return Err(Error::Conflict { argument: "decay", other: "bidirectional attention" });
+        if options.decay == Fit::Train {
+            self.proj.config().causality.check_causal("decay")?;
         }
         let samples = capture(self, samples)?;
         let decays = self.log_decay().iter();
@@ -415,8 +413,7 @@ fn capture<T: Real>(
     if samples.is_empty() {
         return Err(Error::Empty { argument: "samples" });
     }
-    let reach = |window: &Window| window.chunk.saturating_mul(window.back.saturating_add(1));
-    let window = layer.windows().iter().map(reach).min().unwrap_or(0);
+    let window = layer.windows().iter().map(|window| window.tokens()).min().unwrap_or(0);
     let longest = samples.iter().map(|x| x.nrows()).max().unwrap_or(0);
     let samples =
         samples.iter().map(|x| Sample::new(&layer.proj, x)).collect::<Result<Vec<_>>>()?;
@@ -688,6 +685,11 @@ fn keep_best(best: &mut [Best], heads: &[HeadParams], errors: &[f64]) {
     best.iter_mut()
         .zip(heads.iter().zip(errors))
         .for_each(|(best, (head, &error))| best.keep_if_better(head, error));
+}
+
+/// |h|² of a hidden state; never 0.
+fn energy<T: Real>(hidden: ArrayView1<'_, T>) -> f64 {
+    hidden.iter().map(|x| x.to_f64() * x.to_f64()).sum::<f64>().max(f64::MIN_POSITIVE)
 }
 
 /// Samples in an order of their own, all of them before any comes again.

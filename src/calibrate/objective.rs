@@ -225,8 +225,10 @@ impl<'a, T: Real> Objective<'a, T> {
             |(), (i, slot)| {
                 let (head, sample) = (i / samples.len(), &samples[i % samples.len()]);
                 let own = s![.., head * d..(head + 1) * d];
-                let queries =
-                    |rows: &'a Array2<T>| heads_of(rows, d, head * group..(head + 1) * group);
+                let queries = |rows: &'a Array2<T>| {
+                    let heads = head * group..(head + 1) * group;
+                    projections.heads(rows).slice_move(s![heads, .., ..])
+                };
                 let (x, y, v) = (queries(&sample.x), sample.y.slice(own), sample.v.slice(own));
                 let qkv = HeadQkv { head, position: 0, q: x, k: y, v, valid: None };
                 let far = FarPart::new(qkv, config.causality, (windows.get(head).copied(), sinks));
@@ -385,15 +387,6 @@ impl<'a, T: Real> Objective<'a, T> {
 
 fn maps<T: Real>(heads: &[HeadParams]) -> Vec<Option<DctMap<T>>> {
     heads.iter().map(|head| DctMap::from_params(head.params.clone()).ok()).collect()
-}
-
-/// The query heads `heads` of rows `[n, h·d]`, as `[heads, n, d]`.
-fn heads_of<T: Real>(rows: &Array2<T>, d: usize, heads: Range<usize>) -> ArrayView3<'_, T> {
-    let n = rows.nrows();
-    match rows.slice(s![.., ..]).into_shape_with_order((n, rows.ncols() / d, d)) {
-        Ok(all) => all.permuted_axes([1, 0, 2]).slice_move(s![heads, .., ..]),
-        Err(_) => unreachable!("projections lie row after row"),
-    }
 }
 
 /// Mean over all rows of all arrays, which end in the same axis.

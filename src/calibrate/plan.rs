@@ -12,11 +12,12 @@
 //! once, where 128 alone would hardly help. Heads differ by orders of magnitude in what a window is
 //! worth to them.
 
-use ndarray::{Array2, ArrayView1, ArrayView2, Axis, s};
+use ndarray::{Array2, ArrayView2, Axis, s};
 
+use super::energy;
 use super::objective::Sample;
 use crate::Real;
-use crate::attention::{Window, largest_window};
+use crate::attention::{Window, check_exact_part, largest_window};
 use crate::check::{check_len, check_shape};
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
@@ -156,20 +157,17 @@ impl Planner {
     ///
     /// # Errors
     /// [`Error::Empty`] without windows, [`Error::Value`] unless each is larger than the one before,
-    /// [`Error::TooLarge`] for more sinks than the smallest chunk has tokens.
+    /// [`Error::TooLarge`] for windows too large, and for more sinks than the smallest chunk has
+    /// tokens or 64.
     pub fn new(options: PlanOptions) -> Result<Self> {
-        let Some(first) = options.windows.first() else {
+        if options.windows.is_empty() {
             return Err(Error::Empty { argument: "windows" });
-        };
-        options.windows.iter().try_for_each(|window| window.check())?;
-        let pairs = || options.windows.windows(2);
-        if let Some(pair) = pairs().find(|pair| tokens(pair[1]) <= tokens(pair[0])) {
-            let (expected, got) = ("larger than the one before", tokens(pair[1]) as f64);
-            return Err(Error::Value { argument: "windows", expected, got });
         }
-        if options.sinks > first.chunk {
-            let limit = first.chunk;
-            return Err(Error::TooLarge { argument: "sinks", limit, got: options.sinks });
+        check_exact_part(&options.windows, options.sinks)?;
+        let pairs = || options.windows.windows(2);
+        if let Some(pair) = pairs().find(|pair| pair[1].tokens() <= pair[0].tokens()) {
+            let (expected, got) = ("larger than the one before", pair[1].tokens() as f64);
+            return Err(Error::Value { argument: "windows", expected, got });
         }
         Ok(Self { options, layers: Vec::new() })
     }
@@ -367,16 +365,6 @@ impl Plan {
     }
 }
 
-/// Tokens a window reaches back at most.
-fn tokens(window: Window) -> usize {
-    window.chunk.saturating_mul(window.back.saturating_add(1))
-}
-
-/// |h|²
-fn energy<T: Real>(row: ArrayView1<'_, T>) -> f64 {
-    row.iter().map(|x| x.to_f64() * x.to_f64()).sum::<f64>().max(f64::MIN_POSITIVE)
-}
-
 /// W_oᵀ W_o of a key-value head's columns, `[group·d, group·d]`.
 fn gram<T: Real>(layer: &SoftmaxAttention<T>, head: usize) -> Array2<T> {
     let width = layer.config().heads / layer.config().kv_heads * layer.proj.head_dim();
@@ -390,7 +378,7 @@ fn gram<T: Real>(layer: &SoftmaxAttention<T>, head: usize) -> Array2<T> {
 fn work<T: Real>(layer: &DijiangAttention<T>) -> usize {
     let (config, d) = (layer.config(), layer.proj.head_dim());
     let m = layer.maps()[0].features();
-    let window = largest_window(layer.windows()).map_or(0, tokens);
+    let window = largest_window(layer.windows()).map_or(0, Window::tokens);
     2 * config.heads * d * (m + window) + 2 * config.kv_heads * d * m
 }
 

@@ -11,6 +11,7 @@
 
 use ndarray::{Array2, ArrayView2, Axis};
 
+use super::energy;
 use crate::Real;
 use crate::check::check_shape;
 use crate::error::{Error, Result};
@@ -58,18 +59,10 @@ impl Refit {
         check_shape("target", &target, input.shape())?;
         check_shape("hidden states", &hidden, input.shape())?;
         let outputs = layer.outputs_of_heads(&input)?;
-        let weights = layer.weights();
-        let mut rest = target.to_owned();
-        let mut outputs_through = Array2::zeros(rest.raw_dim());
-        product(outputs.view(), weights.o.t(), outputs_through.view_mut(), false);
-        rest -= &outputs_through;
-        if let Some(bias) = &weights.o_bias {
-            rest -= bias;
-        }
+        let rest = &target - &layer.proj.output(&outputs);
         let mut weighed = outputs.clone();
         for (mut row, hidden) in weighed.axis_iter_mut(Axis(0)).zip(hidden.rows()) {
-            let energy: f64 = hidden.iter().map(|x| x.to_f64() * x.to_f64()).sum();
-            let weight = T::from_f64(1.0 / energy.max(f64::MIN_POSITIVE));
+            let weight = T::from_f64(1.0 / energy(hidden));
             row.mapv_inplace(|x| x * weight);
         }
         let mut gram = Array2::zeros((outputs.ncols(), outputs.ncols()));

@@ -95,7 +95,7 @@ impl CandleAttention {
             .map(|h| map(head_dim, options, &vb.pp("dijiang").pp(h)))
             .collect::<Result<_>>()?;
         let projections = [q_proj, k_proj, v_proj, o_proj];
-        Self::assemble(&config, &options.windows, options.sinks, projections, maps)
+        Self::assemble(&config, options.exact_part(config.causality), projections, maps)
     }
 
     /// The same layer: its weights as constants of type `dtype`, its maps in f64.
@@ -131,7 +131,7 @@ impl CandleAttention {
             .zip(layer.log_decay())
             .map(|(map, &log_decay)| MapTensors::new(map.params(), log_decay))
             .collect::<Result<_>>()?;
-        Self::assemble(layer.config(), layer.windows(), layer.sinks(), projections, maps)
+        Self::assemble(layer.config(), (layer.windows(), layer.sinks()), projections, maps)
     }
 
     /// The same layer with the crate's own types, from the present values.
@@ -173,8 +173,7 @@ impl CandleAttention {
 
     fn assemble(
         config: &AttentionConfig,
-        windows: &[Window],
-        sinks: usize,
+        (windows, sinks): (&[Window], usize),
         projections: [Linear; 4],
         maps: Vec<MapTensors>,
     ) -> Result<Self> {
@@ -183,14 +182,21 @@ impl CandleAttention {
             return Err(Error::Conflict { argument: "qk_norm", other: "candle's layer" }.into());
         }
         check_no_sliding(&config)?;
-        let (windows, sinks) = match config.causality {
-            Causality::Causal if !windows.is_empty() => (windows.to_vec(), sinks),
-            _ => (Vec::new(), 0),
-        };
         let rotary =
             config.rotary.as_ref().map(|rotary| Arc::new(RotaryTable::new(rotary, head_dim)));
         let [q_proj, k_proj, v_proj, o_proj] = projections;
-        Ok(Self { config, head_dim, windows, sinks, rotary, q_proj, k_proj, v_proj, o_proj, maps })
+        Ok(Self {
+            config,
+            head_dim,
+            windows: windows.to_vec(),
+            sinks,
+            rotary,
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            maps,
+        })
     }
 
     /// The config, head dimension and scale filled in.
@@ -274,11 +280,7 @@ impl CandleAttention {
     /// [`Error::Empty`] for a batch of 0, [`Error::Conflict`] for a bidirectional layer, and what
     /// is wrong with the maps.
     pub fn new_state(&self, batch: usize) -> Result<CandleState> {
-        if self.config.causality == Causality::Bidirectional {
-            return Err(
-                Error::Conflict { argument: "state", other: "bidirectional attention" }.into()
-            );
-        }
+        self.config.causality.check_causal("state")?;
         let config = LinearConfig {
             scale: self.config.scale,
             windows: self.windows.clone(),

@@ -173,12 +173,7 @@ impl AttentionConfig {
         }
         if let Some(tokens) = self.sliding_window {
             check_positive("sliding_window", tokens)?;
-            if self.causality == Causality::Bidirectional {
-                return Err(Error::Conflict {
-                    argument: "sliding_window",
-                    other: "bidirectional attention",
-                });
-            }
+            self.causality.check_causal("sliding_window")?;
         }
         Ok((Self { head_dim: Some(head_dim), scale: Some(scale), ..self.clone() }, head_dim))
     }

@@ -12,7 +12,7 @@ use ndarray::{Array2, ArrayRef2};
 use crate::Real;
 use crate::attention::{
     CausalState, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window,
-    check_state_size,
+    check_state_size, largest_window,
 };
 use crate::check::check_len;
 use crate::error::{Error, Result};
@@ -168,6 +168,14 @@ impl DijiangOptions {
         Self { log_decay, ..self }
     }
 
+    /// Windows and sinks: a bidirectional layer has neither, and without a window there are no sinks.
+    pub(crate) fn exact_part(&self, causality: Causality) -> (&[Window], usize) {
+        match causality {
+            Causality::Causal if !self.windows.is_empty() => (&self.windows, self.sinks),
+            _ => (&[], 0),
+        }
+    }
+
     /// The map of one key-value head.
     fn map(&self, dim: usize, head: usize) -> DctMapConfig {
         DctMapConfig {
@@ -269,16 +277,14 @@ impl<T: Real> DijiangAttention<T> {
         let proj = layer.proj.clone();
         check_no_sliding(proj.config())?;
         let (heads, d) = (proj.config().kv_heads, proj.head_dim());
-        let bidirectional = proj.config().causality == Causality::Bidirectional;
-        let windows = if bidirectional { Vec::new() } else { options.windows.clone() };
-        let sinks = if windows.is_empty() { 0 } else { options.sinks };
+        let (windows, sinks) = options.exact_part(proj.config().causality);
         options.map(d, 0).check()?;
         let features =
             options.blocks * d * if options.pairing == Pairing::Antithetic { 2 } else { 1 };
-        check_state_size(heads, d, features, d, windows.first().copied())?;
+        check_state_size(heads, d, features, d, largest_window(windows))?;
         let maps = (0..heads).map(|head| options.map(d, head).build()).collect::<Result<_>>()?;
         let config = LinearConfig::new()
-            .with_windows(windows)
+            .with_windows(windows.to_vec())
             .with_sinks(sinks)
             .with_log_decay(vec![options.log_decay; heads]);
         Self::from_parts(proj, config, maps)
@@ -397,7 +403,8 @@ impl<T: Real> DijiangAttention<T> {
                 got: map.dim(),
             });
         }
-        self.rebuild(self.attention.config(), maps)
+        self.attention = self.attention.config().build(maps)?;
+        Ok(())
     }
 
     /// [`set_maps`](Self::set_maps) as a constructor. Weights are shared, not copied, here and
@@ -415,10 +422,8 @@ impl<T: Real> DijiangAttention<T> {
     ///
     /// # Errors
     /// [`Error::Conflict`] if the layer is bidirectional, and those of [`LinearConfig::build`].
-    pub fn with_windows(mut self, windows: Vec<Window>, sinks: usize) -> Result<Self> {
-        let config = self.attention.config().with_windows(windows).with_sinks(sinks);
-        self.rebuild(config, self.maps().to_vec())?;
-        Ok(self)
+    pub fn with_windows(self, windows: Vec<Window>, sinks: usize) -> Result<Self> {
+        self.rebuilt(|config| config.with_windows(windows).with_sinks(sinks))
     }
 
     /// log γ ≤ 0, one per key-value head.
@@ -427,11 +432,9 @@ impl<T: Real> DijiangAttention<T> {
     /// [`Error::Length`] for another number of heads, [`Error::Value`] or [`Error::NonFinite`] for
     /// numbers that are no decay, [`Error::Conflict`] if the layer is bidirectional and a number is
     /// not zero.
-    pub fn with_log_decay(mut self, log_decay: Vec<f64>) -> Result<Self> {
+    pub fn with_log_decay(self, log_decay: Vec<f64>) -> Result<Self> {
         check_len("log_decay", self.proj.config().kv_heads, log_decay.len())?;
-        let config = self.attention.config().with_log_decay(log_decay);
-        self.rebuild(config, self.maps().to_vec())?;
-        Ok(self)
+        self.rebuilt(|config| config.with_log_decay(log_decay))
     }
 
     /// Other projection weights, of the same shapes: those of a step of training, say. Maps, windows
@@ -483,11 +486,13 @@ impl<T: Real> DijiangAttention<T> {
 
     /// Maps and decays at once, of the lengths and dimensions there were.
     pub(crate) fn set_heads(&mut self, maps: Vec<DctMap<T>>, log_decay: Vec<f64>) -> Result<()> {
-        self.rebuild(self.attention.config().with_log_decay(log_decay), maps)
+        self.attention = self.attention.config().with_log_decay(log_decay).build(maps)?;
+        Ok(())
     }
 
-    fn rebuild(&mut self, config: LinearConfig, maps: Vec<DctMap<T>>) -> Result<()> {
-        self.attention = config.build(maps)?;
-        Ok(())
+    /// The same maps under another config.
+    fn rebuilt(self, change: impl FnOnce(LinearConfig) -> LinearConfig) -> Result<Self> {
+        let attention = change(self.attention.config()).build(self.attention.into_maps())?;
+        Ok(Self { attention, ..self })
     }
 }

@@ -297,13 +297,3 @@ pub trait Attention<T: Real>: Send + Sync {
         })
     }
 }
-
-/// Prefill and steps need a direction.
-fn check_causal(config: &AttentionConfig, argument: &'static str) -> Result<()> {
-    match config.causality {
-        Causality::Causal => Ok(()),
-        Causality::Bidirectional => {
-            Err(Error::Conflict { argument, other: "bidirectional attention" })
-        }
-    }
-}

@@ -83,7 +83,7 @@ impl<T: Real> StatePool<T> {
         if capacity > MOST {
             return Err(Error::TooLarge { argument: "capacity", limit: MOST, got: capacity });
         }
-        super::check_causal(layer.config(), "a pool of states")?;
+        layer.config().causality.check_causal("a pool of states")?;
         let state = layer.new_state();
         check_room::<u8>("bytes of a pool", &[capacity, state.bytes()])?;
         Ok(Self {

@@ -14,8 +14,8 @@ use ndarray::{
 };
 
 use crate::Real;
-use crate::attention::{Causality, KeyMask};
-use crate::check::{check_elements, check_finite, check_len, check_shape};
+use crate::attention::KeyMask;
+use crate::check::{check_elements, check_finite, check_len, check_same, check_shape};
 use crate::error::{Error, Result};
 use crate::kernel::{published_projection, softmax_rows};
 use crate::layer::Attention;
@@ -216,12 +216,7 @@ impl<T: Real> PublishedAttention<T> {
         let (proj, published) = (QkvProj::new(config, weights.into())?, published.into());
         let (config, d) = (proj.config(), proj.head_dim());
         check_no_sliding(config)?;
-        if config.causality == Causality::Bidirectional {
-            return Err(Error::Conflict {
-                argument: "the published layer",
-                other: "bidirectional attention",
-            });
-        }
+        config.causality.check_causal("the published layer")?;
         if config.kv_heads != config.heads {
             return Err(Error::Value {
                 argument: "kv_heads",
@@ -368,14 +363,7 @@ impl<T: Real> PublishedAttention<T> {
     fn check_state(&self, state: &PublishedState<T>) -> Result<()> {
         let (config, d) = (self.proj.config(), self.proj.head_dim());
         let (heads, dim, _) = state.sums.dim();
-        for (what, expected, got) in
-            [("number of heads", config.heads, heads), ("head dimension", d, dim)]
-        {
-            if expected != got {
-                return Err(Error::Foreign { argument: "state", what, expected, got });
-            }
-        }
-        Ok(())
+        check_same("state", [("number of heads", config.heads, heads), ("head dimension", d, dim)])
     }
 }
 

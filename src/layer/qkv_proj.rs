@@ -10,7 +10,7 @@ use ndarray::{
 };
 
 use crate::Real;
-use crate::check::{check_elements, check_len, check_room, check_shape};
+use crate::check::{check_elements, check_len, check_room, check_same, check_shape};
 use crate::error::{Error, Result};
 use crate::layer::config::AttentionConfig;
 use crate::layer::qk_norm::RmsNorm;
@@ -206,7 +206,7 @@ impl<T: Real> QkvProj<T> {
     /// The scratch was made by a layer of this shape.
     pub(crate) fn check_scratch(&self, scratch: &StepScratch<T>) -> Result<()> {
         let rotated = scratch.angles.as_ref().map_or(0, Angles::dims);
-        for (what, expected, got) in [
+        let pairs = [
             ("model dimension", self.config.model_dim, scratch.x.len()),
             ("number of query heads", self.config.heads, scratch.q.nrows()),
             ("number of key-value heads", self.config.kv_heads, scratch.k.nrows()),
@@ -216,12 +216,8 @@ impl<T: Real> QkvProj<T> {
                 self.rotary.as_ref().map_or(0, RotaryTable::dims),
                 rotated,
             ),
-        ] {
-            if expected != got {
-                return Err(Error::Foreign { argument: "state", what, expected, got });
-            }
-        }
-        Ok(())
+        ];
+        check_same("state", pairs)
     }
 
     /// x is a sequence of hidden states of this model: `[n ≥ 1, D]`, finite, and there is room for

@@ -227,4 +227,7 @@ fn bad_offsets_change_nothing() {
     let setup = Setup::new(1);
     check(&setup.build::<f64>(), &setup);
     check(&setup.build_exact::<f64>(), &setup);
+    let window = Setup::new(1).window(4, 1);
+    assert!(matches!(window.build::<f64>().bidirectional(), Err(Error::Conflict { .. })));
+    assert!(matches!(window.build_exact::<f64>().bidirectional(), Err(Error::Conflict { .. })));
 }

@@ -176,8 +176,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         qkv: Qkv<'_, T>,
         grad_out: &ArrayRef3<T>,
     ) -> Result<(AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>)> {
-        self.check_direction("prefill_backward")?;
-        state.check(&self.shape())?;
+        self.causality().check_causal("prefill_backward")?;
+        state.check(self.shape())?;
         self.check_backward(qkv, grad_out)?;
         let mut gradients = self.new_gradients(qkv.queries(), qkv.keys())?;
         let mut workspace = self.backward_workspace();

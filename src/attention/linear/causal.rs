@@ -3,13 +3,13 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayViewMut3, s};
+use ndarray::{ArrayViewMut3, Axis, s};
 
 use crate::Real;
 use crate::attention::linear::head::Head;
 use crate::attention::linear::state::{Outputs, Sums};
 use crate::attention::qkv::HeadQkv;
-use crate::attention::rows::{OutOfRange, normalise};
+use crate::attention::rows::OutOfRange;
 use crate::attention::scratch::{CAUSAL_BLOCK, FeatureScratch, SEGMENT, Scratch};
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, LANES, padded};
@@ -124,10 +124,7 @@ fn queries<T: Real>(
         let Scratch { x, zeros, .. } = scratch;
         qkv.query_rows(h, rows.clone()).gather(head.ops, head.scale, x, zeros)?;
         weigh(head, sums, block, scratch);
-        for (i, row) in rows.clone().enumerate() {
-            let sums = &scratch.o[i * head.value_stride..];
-            normalise(sums, scratch.total[i], out.slice_mut(s![h, row, ..]));
-        }
+        scratch.put_outputs(head.value_stride, rows.clone(), out.index_axis_mut(Axis(0), h));
     }
     Ok(())
 }

@@ -7,6 +7,7 @@ use crate::attention::check::{
     check_exact_part, check_scale, check_size, check_state_size, each_head,
 };
 use crate::attention::linear::LinearAttention;
+use crate::attention::linear::state::Shape;
 use crate::attention::scratch::{BLOCK, Sizes};
 use crate::attention::{Causality, Window};
 use crate::check::{check_finite, check_len, check_positive};
@@ -174,9 +175,16 @@ impl LinearConfig {
             heads,
             causality: Causality::Causal,
             scale,
-            windows: windows.into(),
             log_decay,
             sizes,
+            shape: Shape {
+                heads: kv_heads,
+                dim,
+                features,
+                value_dim,
+                windows: windows.into(),
+                sinks: self.sinks,
+            },
             element: PhantomData,
         };
         attention.with_causality(self.causality)

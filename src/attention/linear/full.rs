@@ -13,7 +13,7 @@ use crate::attention::linear::absorb::{KeyBlock, absorb};
 use crate::attention::linear::head::Head;
 use crate::attention::linear::state::{Outputs, Sums};
 use crate::attention::qkv::HeadQkv;
-use crate::attention::rows::{OutOfRange, Rows, normalise};
+use crate::attention::rows::{OutOfRange, Rows};
 use crate::attention::scratch::{BLOCK, FeatureScratch, SEGMENT, Scratch, Worker};
 use crate::low::simd::{Ahead, padded};
 use crate::threads::{for_each, try_each};
@@ -121,12 +121,12 @@ fn read<T: Real>(
             Rows::all_valid(q, 0..q.nrows()).check()?;
             continue;
         }
-        let Scratch { x, o, total, zeros, features, .. } = &mut *scratch;
-        let FeatureScratch { a, column, top, map, ahead, .. } = features;
-        *ahead = Ahead::of([q, out.view()]);
+        scratch.features.ahead = Ahead::of([q, out.view()]);
         for start in (0..q.nrows()).step_by(BLOCK) {
             let block = start..q.nrows().min(start + BLOCK);
             let (tokens, width) = (block.len(), padded(block.len()));
+            let Scratch { x, o, total, zeros, features, .. } = &mut *scratch;
+            let FeatureScratch { a, column, top, map, ahead, .. } = features;
             Rows::all_valid(q, block.clone()).gather(head.ops, head.scale, x, zeros)?;
             let a = &mut a[..head.features * width];
             head.map.query_panel(width, &x[..head.dim * width], a, map);
@@ -135,9 +135,7 @@ fn read<T: Real>(
             ahead.aim(block.end, BLOCK);
             let sums_of = Outputs { tokens, numerator: o, total: &mut total[..width] };
             sums.read(head.ops, a, &column[..width], sums_of, ahead);
-            for (i, row) in block.enumerate() {
-                normalise(&o[i * head.value_stride..], total[i], out.row_mut(row));
-            }
+            scratch.put_outputs(head.value_stride, block, out.view_mut());
         }
     }
     Ok(())

@@ -74,9 +74,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         next: &CausalState<T>,
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
-        state.check(&self.shape())?;
+        state.check(self.shape())?;
         workspace.check(self.sizes())?;
-        next.check(&self.shape())?;
+        next.check(self.shape())?;
         if next.start() != state.position {
             return Err(Error::Value {
                 argument: "the next segment",

@@ -21,12 +21,10 @@ mod step;
 mod window;
 
 use std::marker::PhantomData;
-use std::sync::Arc;
 
 use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayViewMut3, Axis};
 
 use crate::Real;
-use crate::attention::check::bidirectional;
 use crate::attention::operator::{Operator, SequenceState};
 use crate::attention::qkv::{Dims, HeadQkv, Qkv};
 use crate::attention::rows::OutOfRange;
@@ -75,9 +73,10 @@ pub struct LinearAttention<T, M> {
     heads: usize,
     causality: Causality,
     scale: f64,
-    windows: Arc<[Window]>,
     log_decay: Vec<f64>,
     sizes: Sizes,
+    /// Of its states.
+    shape: Shape,
     element: PhantomData<T>,
 }
 
@@ -85,6 +84,10 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// The maps, one per key-value head.
     pub fn maps(&self) -> &[M] {
         &self.maps
+    }
+
+    pub(crate) fn into_maps(self) -> Vec<M> {
+        self.maps
     }
 
     /// Query heads h.
@@ -108,20 +111,18 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// [`Error::Conflict`](crate::Error::Conflict) for bidirectional attention with a local window or
     /// decay.
     pub fn with_causality(self, causality: Causality) -> Result<Self> {
-        if causality == Causality::Bidirectional {
-            if !self.windows.is_empty() {
-                return Err(bidirectional("window"));
-            }
-            if self.log_decay.iter().any(|&decay| decay != 0.0) {
-                return Err(bidirectional("log_decay"));
-            }
+        if !self.shape.windows.is_empty() {
+            causality.check_causal("window")?;
+        }
+        if self.log_decay.iter().any(|&decay| decay != 0.0) {
+            causality.check_causal("log_decay")?;
         }
         Ok(Self { causality, ..self })
     }
 
     /// The local windows, one for each key-value head, or none.
     pub fn windows(&self) -> &[Window] {
-        &self.windows
+        &self.shape.windows
     }
 
     /// Sinks s.
@@ -146,7 +147,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             value_dim: Some(self.sizes.value_dim),
             scale: Some(self.scale),
             causality: self.causality,
-            windows: self.windows.to_vec(),
+            windows: self.windows().to_vec(),
             sinks: self.sizes.sinks,
             log_decay: self.log_decay.clone(),
         }
@@ -159,17 +160,15 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// # Errors
     /// [`Error::TooLarge`](crate::Error::TooLarge) for a position beyond 2⁵².
     pub fn new_state_at(&self, position: usize) -> Result<CausalState<T>> {
-        CausalState::at(self.shape(), position)
+        CausalState::at(&self.shape, position)
     }
 
     pub(crate) fn sizes(&self) -> Sizes {
         self.sizes
     }
 
-    pub(crate) fn shape(&self) -> Shape {
-        let Sizes { dim, features, value_dim, sinks, .. } = self.sizes;
-        let windows = self.windows.clone();
-        Shape { heads: self.maps.len(), dim, features, value_dim, windows, sinks }
+    pub(crate) fn shape(&self) -> &Shape {
+        &self.shape
     }
 
     pub(crate) fn dims(&self) -> Dims {
@@ -182,18 +181,10 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         Head::new(&self.maps[h], self.sizes.value_dim, self.scale, self.log_decay[h])
     }
 
-    /// Sequences that go on need a direction.
-    pub(crate) fn check_direction(&self, method: &'static str) -> Result<()> {
-        match self.causality {
-            Causality::Causal => Ok(()),
-            Causality::Bidirectional => Err(bidirectional(method)),
-        }
-    }
-
     /// States need a direction, to be of this operator, and whole.
     fn check_states(&self, method: &'static str, states: &[&mut CausalState<T>]) -> Result<()> {
-        self.check_direction(method)?;
-        states.iter().try_for_each(|state| state.check(&self.shape()))
+        self.causality.check_causal(method)?;
+        states.iter().try_for_each(|state| state.check(&self.shape))
     }
 
     /// All heads of causal attention; `states` yields for every sequence and head its state, or
@@ -205,20 +196,20 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         states: impl Iterator<Item = Option<(usize, &'s mut HeadState<T>)>> + Send,
         workspace: &mut Workspace<T>,
     ) -> Result<(), OutOfRange> {
-        let (heads, longest, shape) = (self.maps.len(), qkv.longest(), self.shape());
+        let (heads, longest, shape) = (self.maps.len(), qkv.longest(), &self.shape);
         let mut items = qkv.heads(out).zip(states);
         if !Pipeline::<T>::pays(qkv.sequences() * heads) || longest <= SEGMENT {
             return try_each(&mut workspace.workers, items, |worker, ((qkv, out), state)| {
-                let (qkv, state) = continued(qkv, state, &mut worker.state, &shape);
+                let (qkv, state) = continued(qkv, state, &mut worker.state, shape);
                 pipeline::prefill(&self.head(qkv.head), state, qkv, out, &mut worker.scratch)
             });
         }
-        workspace.share_heads(&shape);
+        workspace.share_heads(shape);
         let Workspace { workers, pipelines, .. } = workspace;
         for _ in 0..qkv.sequences() {
             let items = items.by_ref().take(heads).zip(&mut *pipelines);
             try_each(workers, items, |worker, (((qkv, out), state), pipeline)| {
-                let (qkv, state) = continued(qkv, state, &mut worker.state, &shape);
+                let (qkv, state) = continued(qkv, state, &mut worker.state, shape);
                 let head = self.head(qkv.head);
                 if qkv.k.nrows() > SEGMENT {
                     pipeline.prefill(&head, state, qkv, out)
@@ -326,15 +317,15 @@ impl<T: Real, M: FeatureMap<T>> Operator<T> for LinearAttention<T, M> {
     type State = CausalState<T>;
 
     fn check_state(&self, state: &CausalState<T>) -> Result<()> {
-        state.check(&self.shape())
+        state.check(&self.shape)
     }
 
     fn new_state(&self) -> CausalState<T> {
-        CausalState::new(self.shape())
+        CausalState::new(&self.shape)
     }
 
     fn workspace(&self) -> Workspace<T> {
-        Workspace::new(self.sizes).with_snapshot(&self.shape())
+        Workspace::new(self.sizes).with_snapshot(&self.shape)
     }
 
     fn step_workspace(&self) -> Workspace<T> {
@@ -413,12 +404,9 @@ impl<T: Real, M: FeatureMap<T>> Operator<T> for LinearAttention<T, M> {
     ) -> Result<()> {
         self.check_states("extend", &[&mut *state])?;
         workspace.check(self.sizes)?;
-        // Of no query heads.
-        let n = k.shape()[1];
-        let nobody = |dim: usize| Array3::zeros((0, n, dim));
-        let (queries, mut out) = (nobody(self.sizes.dim), nobody(self.sizes.value_dim));
-        let qkv = Qkv::new(&queries, k, v).with_mask(mask);
-        qkv.check_keys(self.dims(), n)?;
+        let (nobody, mut out) = self.dims().nobody(k.shape()[1]);
+        let qkv = Qkv::new(&nobody, k, v).with_mask(mask);
+        qkv.check_keys(self.dims(), k.shape()[1])?;
         self.begin(state, qkv, workspace)?;
         let position = state.position;
         let heads = qkv.heads(out.view_mut()).zip(state.change());

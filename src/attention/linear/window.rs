@@ -3,14 +3,14 @@
 
 use std::ops::Range;
 
-use ndarray::{ArrayViewMut3, s};
+use ndarray::{ArrayViewMut3, Axis};
 
 use crate::Real;
 use crate::attention::linear::absorb::retire;
 use crate::attention::linear::head::Head;
 use crate::attention::linear::state::{HeadState, Outputs, Ring, Sinks};
 use crate::attention::qkv::HeadQkv;
-use crate::attention::rows::{OutOfRange, normalise};
+use crate::attention::rows::OutOfRange;
 use crate::attention::scratch::{BLOCK, FeatureScratch, SEGMENT, Scratch};
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, LANES, Ops, padded};
@@ -90,10 +90,7 @@ fn queries<T: Real>(
         let Scratch { x, zeros, .. } = scratch;
         qkv.query_rows(h, block.clone()).gather(head.ops, head.scale, x, zeros)?;
         weigh(head, state, qkv.position + block.start, block.len(), scratch);
-        for (i, row) in block.clone().enumerate() {
-            let sums = &scratch.o[i * head.value_stride..];
-            normalise(sums, scratch.total[i], out.slice_mut(s![h, row, ..]));
-        }
+        scratch.put_outputs(head.value_stride, block.clone(), out.index_axis_mut(Axis(0), h));
     }
     Ok(())
 }

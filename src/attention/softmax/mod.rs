@@ -6,19 +6,17 @@ mod cache;
 use std::marker::PhantomData;
 use std::ops::Range;
 
-use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayViewMut2, ArrayViewMut3, Axis};
+use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayViewMut3, Axis};
 
 use crate::Real;
-use crate::attention::check::{
-    bidirectional, check_exact_part, check_scale, check_size, each_head,
-};
+use crate::attention::check::{check_exact_part, check_scale, check_size, each_head};
 use crate::attention::operator::Operator;
 use crate::attention::qkv::{Dims, HeadQkv, Qkv};
-use crate::attention::rows::{OutOfRange, Rows, Valid, normalise};
+use crate::attention::rows::{OutOfRange, Rows, Valid};
 use crate::attention::scratch::{BLOCK, Scratch, Sizes};
 use crate::attention::workspace::Workspace;
 use crate::attention::{Causality, KeyMask, Window};
-use crate::check::check_room;
+use crate::check::{check_room, check_same};
 use crate::error::{Error, Result};
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{LANES, padded};
@@ -138,8 +136,8 @@ impl SoftmaxConfig {
         check_scale(self.scale, self.dim)?;
         let windows = each_head("windows", self.windows, self.kv_heads)?;
         check_exact_part(&windows, self.sinks)?;
-        if !windows.is_empty() && self.causality == Causality::Bidirectional {
-            return Err(bidirectional("window"));
+        if !windows.is_empty() {
+            self.causality.check_causal("window")?;
         }
         let config = SoftmaxConfig { windows, ..self };
         Ok(Softmax { config, element: PhantomData })
@@ -197,9 +195,7 @@ impl<T: Real> Softmax<T> {
 
     /// Caches need a direction, and to be of this operator.
     fn check_caches(&self, method: &'static str, caches: &[&mut KvCache<T>]) -> Result<()> {
-        if self.config.causality == Causality::Bidirectional {
-            return Err(bidirectional(method));
-        }
+        self.config.causality.check_causal(method)?;
         caches.iter().try_for_each(|cache| self.check_state(cache))
     }
 
@@ -224,7 +220,8 @@ impl<T: Real> Softmax<T> {
         for start in (0..n).step_by(BLOCK) {
             let queries = qkv.query_rows(0, start..n.min(start + BLOCK));
             self.tiles(Keys::Given(&qkv), queries.clone(), visible, scratch)?;
-            self.normalise(queries.tokens, out.index_axis_mut(Axis(0), 0), scratch);
+            let out = out.index_axis_mut(Axis(0), 0);
+            scratch.put_outputs(padded(self.config.value_dim), queries.tokens, out);
         }
         Ok(())
     }
@@ -245,23 +242,11 @@ impl<T: Real> Softmax<T> {
                 let queries = qkv.query_rows(h, start..n.min(start + BLOCK));
                 let visible = |i: usize| self.visible(qkv.head, qkv.position + i, sinks);
                 self.tiles(Keys::Cached(cache), queries.clone(), visible, scratch)?;
-                self.normalise(queries.tokens, out.index_axis_mut(Axis(0), h), scratch);
+                let out = out.index_axis_mut(Axis(0), h);
+                scratch.put_outputs(padded(self.config.value_dim), queries.tokens, out);
             }
         }
         Ok(())
-    }
-
-    /// Outputs of the queries whose sums are in scratch.
-    fn normalise(
-        &self,
-        queries: Range<usize>,
-        mut out: ArrayViewMut2<'_, T>,
-        scratch: &Scratch<T>,
-    ) {
-        let stride = padded(self.config.value_dim);
-        for (i, query) in queries.enumerate() {
-            normalise(&scratch.o[i * stride..], scratch.total[i], out.row_mut(query));
-        }
     }
 
     /// Where the sinks of a sequence end.
@@ -383,12 +368,7 @@ impl<T: Real> Operator<T> for Softmax<T> {
             ("head dimension", dim, cache.dim),
             ("value dimension", value_dim, cache.value_dim),
         ];
-        match pairs.into_iter().find(|(_, expected, got)| expected != got) {
-            Some((what, expected, got)) => {
-                Err(Error::Foreign { argument: "cache", what, expected, got })
-            }
-            None => Ok(()),
-        }
+        check_same("cache", pairs)
     }
 
     fn new_state(&self) -> KvCache<T> {
@@ -471,11 +451,9 @@ impl<T: Real> Operator<T> for Softmax<T> {
         self.check_caches("extend", &[&mut *cache])?;
         workspace.check(self.sizes())?;
         let SoftmaxConfig { kv_heads, dim, value_dim, .. } = self.config;
-        // Of no query heads.
         let n = k.shape()[1];
-        let nobody = |dim: usize| Array3::zeros((0, n, dim));
-        let (queries, mut out) = (nobody(dim), nobody(value_dim));
-        let qkv = Qkv::new(&queries, k, v).with_mask(mask);
+        let (nobody, mut out) = self.dims().nobody(n);
+        let qkv = Qkv::new(&nobody, k, v).with_mask(mask);
         qkv.check_keys(self.dims(), n)?;
         check_room::<T>("the cache", &[kv_heads, n, dim + padded(value_dim)])?;
         qkv.check_elements()?;

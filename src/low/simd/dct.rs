@@ -237,7 +237,7 @@ macro_rules! deinterleave {
     }};
 }
 
-/// `out = pre ⊙ Cᵀ(post ⊙ (x − minus))`, the transpose of the lilocal window of [`transform`]; without
+/// `out = pre ⊙ Cᵀ(post ⊙ (x − minus))`, the transpose of the linear part of [`transform`]; without
 /// `minus` if it is empty.
 #[inline(always)]
 pub(super) fn transposed<S: Simd>(

@@ -100,7 +100,7 @@ ops! {
     /// u = post ⊙ C(pre ⊙ x + shift), the batched DCT-II; out = u + row + column, mirror = −u +
     /// mirror_row + column.
     dct: fn(tables: &DctTables<T>, x: &[T], column: &[T], row: &[T], out: &mut [T], mirror_row: &[T], mirror: &mut [T]);
-    /// out = pre ⊙ Cᵀ(post ⊙ (x − minus)), the transpose of its lilocal window.
+    /// out = pre ⊙ Cᵀ(post ⊙ (x − minus)), the transpose of its linear part.
     dct_transposed: fn(tables: &DctTables<T>, width: usize, x: &[T], minus: &[T], out: &mut [T]);
     /// The DCT-II of one vector by the halves of its matrix: out = post ⊙ C(pre ⊙ x) + row +
     /// offset, mirrored as in `dct`.

@@ -225,7 +225,7 @@ impl Header {
             return Err(fault("state checksum", "that of the bytes", "another"));
         }
         let table = if version == 1 { 0 } else { shape.windows.len() * WINDOW };
-        let mut state = CausalState { start, position, ..CausalState::new(shape) };
+        let mut state = CausalState { start, position, ..CausalState::new(&shape) };
         let mut reader = Reader { bytes: &body[HEADER + table..], storage, sound: true };
         for head in &mut state.heads {
             read_head(head, &mut reader);

@@ -18,6 +18,7 @@ use std::sync::Arc;
 
 use crate::Real;
 use crate::attention::Window;
+use crate::check::check_same;
 use crate::error::{Error, Result};
 
 /// What one sequence leaves behind for its next tokens: constant size, whatever the number of
@@ -68,12 +69,12 @@ pub(crate) struct HeadShape {
 }
 
 impl<T: Real> CausalState<T> {
-    pub(crate) fn new(shape: Shape) -> Self {
+    pub(crate) fn new(shape: &Shape) -> Self {
         let heads = (0..shape.heads).map(|h| HeadState::new(shape.head(h))).collect();
-        Self { heads, start: 0, position: 0, shape, changing: false }
+        Self { heads, start: 0, position: 0, shape: shape.clone(), changing: false }
     }
 
-    pub(crate) fn at(shape: Shape, position: usize) -> Result<Self> {
+    pub(crate) fn at(shape: &Shape, position: usize) -> Result<Self> {
         if position > MAX_POSITION {
             return Err(Error::TooLarge {
                 argument: "position",
@@ -168,12 +169,7 @@ impl Shape {
             ("window back", window(self).1, window(got).1),
             ("number of sinks", self.sinks, got.sinks),
         ];
-        match pairs.into_iter().find(|(_, expected, got)| expected != got) {
-            Some((what, expected, got)) => {
-                Err(Error::Foreign { argument: "state", what, expected, got })
-            }
-            None => Ok(()),
-        }
+        check_same("state", pairs)
     }
 }
 
