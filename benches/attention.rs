@@ -26,8 +26,8 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     );
     let exact = exact.expect("a valid operator");
 
-    // Within the local window the linear operator is softmax attention: both must agree there before
-    // anything is timed.
+    // Within the local window the linear operator is softmax attention: both must agree there
+    // before anything is timed.
     let (short, softmax) =
         (window.forward(Qkv::new(&q, &k, &v)), exact.forward(Qkv::new(&q, &k, &v)));
     let (short, softmax) = (short.expect("valid input"), softmax.expect("valid input"));

@@ -10,8 +10,8 @@
 //! the repository, for want of an encoder of that size: its trained projections, with every token
 //! looking at the whole window, on real text.
 //!
-//! There is no local window here, whose exactness a causal layer leans on: what the maps can express
-//! is what there is.
+//! There is no local window here, whose exactness a causal layer leans on: what the maps can
+//! express is what there is.
 
 #[allow(dead_code, reason = "each example uses its own part")]
 #[path = "lm/mod.rs"]
@@ -41,7 +41,7 @@ use crate::lm::text::Text;
 struct Args {
     /// Model directory: with --states of any family, else of a LLaMA-format model with
     /// calibration.txt
-    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
+    #[arg(long, value_name = "DIR", default_value = lm::MODEL, hide_default_value = true)]
     model: PathBuf,
     /// Hidden states of the model's attention layers
     #[arg(long, value_name = "FILE")]

@@ -44,9 +44,6 @@ fn golden_name(name: &str) -> String {
     name.replace('.', "_")
 }
 
-// ------------------------------------------------------------------------------------------------
-// functions
-
 /// Outputs and gradients of every golden case through candle's graph, in both layouts: two
 /// sequences, of which the second has no part in the loss.
 #[test]
@@ -363,9 +360,6 @@ fn errors_name_the_argument() {
     wrong[1].query.scale = zeros(&[8], DType::U8);
     fails(causal(&q, &k, &k, &wrong, &options), "query.scale must be of floating-point numbers");
 }
-
-// ------------------------------------------------------------------------------------------------
-// module
 
 /// A layer with grouped queries, partial rotary embedding, biases and maps off their beginnings.
 fn layer<T: Real>(seed: u64, causality: Causality) -> DijiangAttention<T> {

@@ -33,7 +33,7 @@ use crate::plot::Maps;
 #[derive(Debug, Parser)]
 struct Args {
     /// Directory of a LLaMA-format model with valid.txt and calibration.txt
-    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
+    #[arg(long, value_name = "DIR", default_value = lm::MODEL, hide_default_value = true)]
     model: PathBuf,
     /// Text to look at [default: valid.txt in the model's directory]
     #[arg(long, value_name = "FILE")]

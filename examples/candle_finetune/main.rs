@@ -52,7 +52,7 @@ use crate::lm::{evaluate, llama};
 #[command(version)]
 struct Args {
     /// Directory of the model, with calibration.txt and valid.txt
-    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
+    #[arg(long, value_name = "DIR", default_value = lm::MODEL, hide_default_value = true)]
     model: PathBuf,
     /// Tokens of calibration.txt to train on, in random order; it is read again if they are more
     /// than it has

@@ -39,7 +39,7 @@ use crate::softmax::Softmax;
 #[command(version)]
 struct Args {
     /// Directory of the model, with calibration.txt
-    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
+    #[arg(long, value_name = "DIR", default_value = lm::MODEL, hide_default_value = true)]
     model: PathBuf,
     /// Weights that candle_finetune wrote, for the linear model
     #[arg(long, value_name = "FILE")]

@@ -16,7 +16,7 @@ use crate::lm::error::{Error, Result};
 pub(crate) struct Args {
     /// Directory with config.json, model.safetensors (or its shards) and tokenizer.json, which a
     /// vocabulary of the 256 bytes does without
-    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
+    #[arg(long, value_name = "DIR", default_value = crate::lm::MODEL, hide_default_value = true)]
     pub(crate) model: PathBuf,
     /// Text to measure on [default: valid.txt in the model's directory]
     #[arg(long, value_name = "FILE")]
@@ -72,8 +72,8 @@ pub(crate) struct Args {
     /// Tokens per window [default: the model's max_position_embeddings]
     #[arg(long, value_name = "N")]
     pub(crate) context: Option<usize>,
-    /// Chunk length of the local windows, on average over all key-value heads where they are planned
-    /// [default: 64, longer for heads narrower than 64]
+    /// Chunk length of the local windows, on average over all key-value heads where they are
+    /// planned [default: 64, longer for heads narrower than 64]
     #[arg(long, value_name = "N", visible_alias = "chunk")]
     average_window: Option<usize>,
     /// Whole chunks of the local window before the query's own

@@ -34,7 +34,7 @@ use clap::Parser;
 #[derive(Debug, Parser)]
 struct Args {
     /// Directory of a byte-level LLaMA-format model with valid.txt and calibration.txt.
-    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
+    #[arg(long, value_name = "DIR", default_value = lm::MODEL, hide_default_value = true)]
     model: PathBuf,
     /// Features m, as multiples of the head dimension d.
     #[arg(long, value_delimiter = ',', default_values_t = [1, 2, 4, 8])]

@@ -171,8 +171,8 @@ fn measure(args: &Args, dim: usize, input: Input, progress: &Progress) -> Result
     })
 }
 
-/// The layer with maps of `blocks`·d features fitted to its calibration windows; no local window, no
-/// decay.
+/// The layer with maps of `blocks`·d features fitted to its calibration windows; no local window,
+/// no decay.
 fn calibrate(args: &Args, layer: &Layer, blocks: usize) -> Result<DijiangAttention<f32>> {
     let mut linear = DijiangAttention::from_softmax(
         &layer.softmax,

@@ -41,7 +41,7 @@ use crate::regression::{Options, fit};
 #[command(version)]
 struct Args {
     /// Directory of the model, with calibration.txt and valid.txt
-    #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv"), hide_default_value = true)]
+    #[arg(long, value_name = "DIR", default_value = lm::MODEL, hide_default_value = true)]
     model: PathBuf,
     /// Windows of valid.txt to measure on; 0 means all
     #[arg(long, value_name = "N", default_value_t = 40)]

@@ -20,6 +20,9 @@ pub(crate) mod walk;
 use std::fmt::Display;
 use std::process::ExitCode;
 
+/// The directory of the model that comes with the examples.
+pub(crate) const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv");
+
 /// What a program ends with; an error is written to standard error.
 pub(crate) fn exit(result: Result<(), impl Display>) -> ExitCode {
     match result {

@@ -134,10 +134,10 @@ impl Window {
         Self { chunk, back }
     }
 
-    /// The local window that costs a head of dimension `dim` no more per token than 64 tokens a chunk
-    /// cost one of dimension 64: 4096/d tokens a chunk, in whole groups of 16 and at least 64, and
-    /// one chunk back. Narrow heads are worse approximated by their features, and gain more from a
-    /// longer local window than from anything else.
+    /// The local window that costs a head of dimension `dim` no more per token than 64 tokens a
+    /// chunk cost one of dimension 64: 4096/d tokens a chunk, in whole groups of 16 and at least
+    /// 64, and one chunk back. Narrow heads are worse approximated by their features, and gain more
+    /// from a longer local window than from anything else.
     pub fn for_dim(dim: usize) -> Self {
         Self { chunk: (4096 / dim.max(1)).next_multiple_of(16).clamp(64, 512), back: 1 }
     }

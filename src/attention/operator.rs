@@ -21,15 +21,15 @@ pub trait SequenceState: Debug + Clone + PartialEq + Send {
 }
 
 /// Attention over all heads of a layer, from queries, keys and values to outputs:
-/// [`LinearAttention`](crate::attention::LinearAttention), and [`Softmax`](crate::attention::Softmax)
-/// which it replaces.
+/// [`LinearAttention`](crate::attention::LinearAttention), and
+/// [`Softmax`](crate::attention::Softmax) which it replaces.
 ///
 /// # Errors
 /// What every method checks, before anything is changed:
-/// - [`Error::Shape`](crate::Error::Shape) and [`Error::Length`](crate::Error::Length) for arguments
-///   that do not fit, [`Error::Empty`](crate::Error::Empty) without queries or keys;
-/// - [`Error::Value`](crate::Error::Value) for offsets that do not begin with 0, fall, or do not end
-///   with the number of tokens;
+/// - [`Error::Shape`](crate::Error::Shape) and [`Error::Length`](crate::Error::Length) for
+///   arguments that do not fit, [`Error::Empty`](crate::Error::Empty) without queries or keys;
+/// - [`Error::Value`](crate::Error::Value) for offsets that do not begin with 0, fall, or do not
+///   end with the number of tokens;
 /// - [`Error::Foreign`](crate::Error::Foreign) for a state or workspace of an operator of another
 ///   shape, [`Error::Poisoned`](crate::Error::Poisoned) for a state that a panic left half changed;
 /// - [`Error::TooLarge`](crate::Error::TooLarge) for outputs there is no room for;
@@ -96,8 +96,8 @@ pub trait Operator<T: Real>: Debug + Send + Sync {
         self.prefill_packed(&mut [state], qkv)
     }
 
-    /// The next tokens of several sequences, one for each state: [`prefill`](Self::prefill) of each,
-    /// bit for bit. A sequence without tokens leaves its state as it is.
+    /// The next tokens of several sequences, one for each state: [`prefill`](Self::prefill) of
+    /// each, bit for bit. A sequence without tokens leaves its state as it is.
     ///
     /// # Errors
     /// As [`prefill`](Self::prefill); [`Error::Length`](crate::Error::Length) unless there is one
@@ -119,8 +119,8 @@ pub trait Operator<T: Real>: Debug + Send + Sync {
         workspace: &mut Workspace<T>,
     ) -> Result<()>;
 
-    /// Tokens that nobody queries join a state: [`prefill_into`](Self::prefill_into) without queries
-    /// and outputs, at less than half the cost. The state becomes the same, bit for bit.
+    /// Tokens that nobody queries join a state: [`prefill_into`](Self::prefill_into) without
+    /// queries and outputs, at less than half the cost. The state becomes the same, bit for bit.
     ///
     /// # Shapes
     /// - `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, `mask`: n entries.

@@ -14,8 +14,8 @@ use crate::error::{Error, Result};
 /// Queries, keys and values of all heads: what every attention operator computes its outputs from.
 ///
 /// One sequence, unless [`with_offsets`](Self::with_offsets) says where several begin: their tokens
-/// lie one after another in the same arrays, without padding (`cu_seqlens` elsewhere). Each sequence
-/// is computed as it would be alone, bit for bit, whatever its neighbours.
+/// lie one after another in the same arrays, without padding (`cu_seqlens` elsewhere). Each
+/// sequence is computed as it would be alone, bit for bit, whatever its neighbours.
 ///
 /// Copying one costs nothing: it holds views. The operator it is given to checks it, once.
 ///

@@ -33,8 +33,9 @@ impl<'a, T: Real> Rows<'a, T> {
         self.valid.is_none_or(|valid| valid[j])
     }
 
-    /// The rows become the columns of `panel` `[d, padded]`, multiplied by `scale`; masked tokens and
-    /// the columns that fill up the last lane group become zeros. `zeros` holds at least d of them.
+    /// The rows become the columns of `panel` `[d, padded]`, multiplied by `scale`; masked tokens
+    /// and the columns that fill up the last lane group become zeros. `zeros` holds at least d of
+    /// them.
     pub(crate) fn gather(
         &self,
         ops: &Ops<T>,

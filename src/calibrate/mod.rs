@@ -295,8 +295,8 @@ impl<T: Real> DijiangAttention<T> {
     /// alone ([`steps`](CalibrateOptions::steps) = 0), has nothing held out: what was calibrated on
     /// is what is measured.
     ///
-    /// Samples that lie within the local window, at most c·(r + 1) tokens long, teach nothing and are
-    /// left out.
+    /// Samples that lie within the local window, at most c·(r + 1) tokens long, teach nothing and
+    /// are left out.
     ///
     /// `progress` is called on this thread after every pass over the samples and every step;
     /// [`ControlFlow::Break`] ends the calibration.
@@ -316,8 +316,8 @@ impl<T: Real> DijiangAttention<T> {
     /// # Errors
     /// [`Error::Empty`] without samples or for an empty one, [`Error::Shape`] for one of another
     /// width, [`Error::NonFinite`] for elements beyond [`Real::LIMIT`], [`Error::Value`] if no
-    /// sample is longer than the shortest local window, [`Error::Value`] and [`Error::TooLarge`] for impossible
-    /// options, [`Error::Conflict`] for fitting the decay of a bidirectional layer,
+    /// sample is longer than the shortest local window, [`Error::Value`] and [`Error::TooLarge`]
+    /// for impossible options, [`Error::Conflict`] for fitting the decay of a bidirectional layer,
     /// [`Error::Cancelled`] after `Break`. After an error the layer is unchanged.
     ///
     /// # Examples
@@ -327,16 +327,21 @@ impl<T: Real> DijiangAttention<T> {
     ///
     /// use dijiang::attention::Window;
     /// use dijiang::calibrate::CalibrateOptions;
-    /// use dijiang::layer::{AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
+    /// use dijiang::layer::{
+    ///     AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention,
+    /// };
     /// use ndarray::Array2;
     ///
-    /// let matrix = |p: usize| Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3);
+    /// let matrix = |p: usize| {
+    ///     Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3)
+    /// };
     /// let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
     /// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights)?;
     /// let options = DijiangOptions::new().with_window(Some(Window::new(8, 1)));
     /// let mut layer = DijiangAttention::from_softmax(&softmax, options)?;
     ///
-    /// let sample = Array2::from_shape_fn((64, 8), |(i, j)| ((i * 13 + j * 29) % 23) as f64 / 8.0 - 1.0);
+    /// let element = |(i, j)| ((i * 13 + j * 29) % 23) as f64 / 8.0 - 1.0;
+    /// let sample = Array2::from_shape_fn((64, 8), element);
     /// let report = layer.calibrate(&[sample.view()], &CalibrateOptions::new(), |progress| {
     ///     assert!(progress.done <= progress.total);
     ///     ControlFlow::Continue(())

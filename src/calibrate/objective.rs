@@ -1,5 +1,5 @@
-//! The objective of calibration: what softmax attention makes of the samples, how far the maps are from
-//! it, and which way is nearer.
+//! The objective of calibration: what softmax attention makes of the samples, how far the maps are
+//! from it, and which way is nearer.
 
 use std::ops::Range;
 
@@ -76,8 +76,8 @@ impl<T: Real> Sample<T> {
     }
 }
 
-/// What far keys add to the outputs of a head: o being the softmax outputs, n those over window keys
-/// alone, ô the linear ones.
+/// What far keys add to the outputs of a head: o being the softmax outputs, n those over window
+/// keys alone, ô the linear ones.
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct FarShare {
     /// Σ (ô − n)·(o − n).

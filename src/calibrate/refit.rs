@@ -1,5 +1,5 @@
-//! [`Refit`]: the output projection in closed form, so that a layer makes up for what it and the layers
-//! before it got wrong.
+//! [`Refit`]: the output projection in closed form, so that a layer makes up for what it and the
+//! layers before it got wrong.
 //!
 //! ```text
 //! ΔW_o = argmin Σ_t |ŷ_t (W_o + ΔW_o)ᵀ − T_t|² / |h_t|² + λ |ΔW_o|²
@@ -47,8 +47,8 @@ impl Refit {
     /// The layer's attention, and products of n·(h·d)² and n·h·d·D.
     ///
     /// # Errors
-    /// Those of [`forward`](crate::layer::Attention::forward); [`Error::Shape`] for targets and hidden
-    /// states of another shape. After an error nothing was added.
+    /// Those of [`forward`](crate::layer::Attention::forward); [`Error::Shape`] for targets and
+    /// hidden states of another shape. After an error nothing was added.
     pub fn add<T: Real>(
         &mut self,
         layer: &DijiangAttention<T>,
@@ -95,8 +95,8 @@ impl Refit {
     }
 }
 
-/// The lower Cholesky factor of a symmetric matrix in place, its upper half left alone; false unless it
-/// is positive definite.
+/// The lower Cholesky factor of a symmetric matrix in place, its upper half left alone; false
+/// unless it is positive definite.
 fn factor(a: &mut Array2<f64>) -> bool {
     for j in 0..a.nrows() {
         for i in j..a.nrows() {

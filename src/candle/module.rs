@@ -31,7 +31,10 @@ use crate::layer::{
 /// ```
 /// use candle_core::{DType, Device, Tensor};
 /// use dijiang::candle::CandleAttention;
-/// use dijiang::layer::{AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary, SoftmaxAttention};
+/// use dijiang::layer::{
+///     AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary,
+///     SoftmaxAttention,
+/// };
 /// use ndarray::Array2;
 ///
 /// // A layer made, and calibrated, with the crate's own types …
@@ -71,10 +74,10 @@ impl CandleAttention {
     /// The layer whose tensors `vb` has, of the `VarBuilder`'s type; those of the maps in f64.
     ///
     /// Of `options`, `windows` and `sinks` count, and what says how large the tensors of the maps
-    /// are: `blocks`, `pairing`, `envelope` and `mixing`. A head with `dense.query` among its tensors has a dense
-    /// projection. Where the `VarBuilder` makes tensors that are not there (that of a `VarMap`
-    /// does), radii are normally distributed, and everything else is as `options` says but the
-    /// signs of `mixing`, which are 1.
+    /// are: `blocks`, `pairing`, `envelope` and `mixing`. A head with `dense.query` among its
+    /// tensors has a dense projection. Where the `VarBuilder` makes tensors that are not there
+    /// (that of a `VarMap` does), radii are normally distributed, and everything else is as
+    /// `options` says but the signs of `mixing`, which are 1.
     ///
     /// # Errors
     /// Those of the `VarBuilder` for missing tensors and other shapes; what

@@ -26,7 +26,8 @@ pub struct AttentionOptions<'a> {
     pub layout: HeadLayout,
     /// Softmax scale σ. Default: 1/√d.
     pub scale: Option<f64>,
-    /// The exact local window of causal attention, per key-value head or one for all. Default: none.
+    /// The exact local window of causal attention, per key-value head or one for all. Default:
+    /// none.
     pub windows: &'a [Window],
     /// Tokens at the beginning that stay exact for every later query. Default: 0.
     pub sinks: usize,

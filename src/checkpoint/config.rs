@@ -1,5 +1,5 @@
-//! `config.json`, checked: what it says of attention, by the defaults and the order of precedence of
-//! Hugging Face transformers 5.
+//! `config.json`, checked: what it says of attention, by the defaults and the order of precedence
+//! of Hugging Face transformers 5.
 
 use std::path::Path;
 
@@ -413,8 +413,8 @@ impl Reader<'_> {
         Ok(if kept { Windows { layers: sliding, tokens, rotary: None } } else { none })
     }
 
-    /// Every how many layers one of Gemma 3 sees everything. Files of transformers 5 keep the number
-    /// under another name, beside the list of layers that counts.
+    /// Every how many layers one of Gemma 3 sees everything. Files of transformers 5 keep the
+    /// number under another name, beside the list of layers that counts.
     fn pattern(&self, listed: bool) -> Result<usize> {
         const NEW: &str = "_sliding_window_pattern";
         let pattern = self.object.size("sliding_window_pattern")?.unwrap_or(6);

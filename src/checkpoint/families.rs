@@ -217,7 +217,8 @@ fn separate<T: Real>(
     })
 }
 
-/// All queries, then all keys, then all values in one tensor, without biases: `[(h + 2·h_kv)·d, D]`.
+/// All queries, then all keys, then all values in one tensor, without biases: `[(h + 2·h_kv)·d,
+/// D]`.
 fn stacked<T: Real>(
     config: &Config,
     tensors: &Tensors,

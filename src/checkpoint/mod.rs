@@ -19,8 +19,8 @@
 //! | OPT (`opt`) | causal, biases, no rotary embedding |
 //! | BERT (`bert`) | bidirectional (causal as a decoder), biases |
 //!
-//! What a config says of attention is used, or the directory is refused with an error that names the
-//! key; so are tensors of an attention module that would not be read. The guide lists the
+//! What a config says of attention is used, or the directory is refused with an error that names
+//! the key; so are tensors of an attention module that would not be read. The guide lists the
 //! [keys](crate::guide::checkpoints) of each family. Where files of different times disagree, the
 //! reading of Hugging Face transformers 5 counts.
 //!
@@ -71,8 +71,8 @@ pub use tensors::Tensors;
 #[derive(Debug, Clone, Default, PartialEq)]
 #[non_exhaustive]
 pub struct CheckpointOptions {
-    /// A JSON object whose keys are put in place of those of `config.json`: for a model that differs
-    /// from a family by name, or a key that is not to count. Default: none.
+    /// A JSON object whose keys are put in place of those of `config.json`: for a model that
+    /// differs from a family by name, or a key that is not to count. Default: none.
     pub config: Option<String>,
     /// Tokens of the longest sequence, for rotary embeddings that depend on it: `longrope`, which
     /// cannot be read without where it has two lists of factors, and `dynamic`, which by default is
@@ -132,9 +132,9 @@ impl Checkpoint {
     /// as long as this lives.
     ///
     /// # Errors
-    /// [`Error::Io`] for files that cannot be read; [`Error::Format`] for those that are damaged, of
-    /// another family, or say something impossible, for keys of the config and tensors of attention
-    /// that this crate does not know how to use, each of them by name.
+    /// [`Error::Io`] for files that cannot be read; [`Error::Format`] for those that are damaged,
+    /// of another family, or say something impossible, for keys of the config and tensors of
+    /// attention that this crate does not know how to use, each of them by name.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
         CheckpointOptions::new().open(directory)
     }

@@ -1,8 +1,8 @@
 //! What a config says of the rotary embedding.
 //!
-//! Base, share of rotated coordinates and rule stand in `rope_scaling` (files of transformers 4), in
-//! `rope_parameters` (5) or beside them; what is inside counts before what is beside. Keys inside
-//! that the rule does not have are refused.
+//! Base, share of rotated coordinates and rule stand in `rope_scaling` (files of transformers 4),
+//! in `rope_parameters` (5) or beside them; what is inside counts before what is beside. Keys
+//! inside that the rule does not have are refused.
 
 use serde_json::{Map, Value};
 

@@ -51,8 +51,8 @@ impl Tensors {
     /// that `model.safetensors.index.json` lists.
     ///
     /// # Errors
-    /// [`Error::Io`] for files that cannot be read, [`Error::Format`] for damaged ones, for a tensor
-    /// that is not in the shard the index names, and for weights in another format alone.
+    /// [`Error::Io`] for files that cannot be read, [`Error::Format`] for damaged ones, for a
+    /// tensor that is not in the shard the index names, and for weights in another format alone.
     pub fn open(directory: impl AsRef<Path>) -> Result<Self> {
         let directory = directory.as_ref();
         let (single, index) = (directory.join(SINGLE), directory.join(INDEX));

@@ -56,13 +56,18 @@ impl<T: Real> DijiangAttention<T> {
     /// # Examples
     /// ```
     /// use dijiang::attention::KeyMask;
-    /// use dijiang::layer::{AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
+    /// use dijiang::layer::{
+    ///     AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention,
+    /// };
     /// use ndarray::Array2;
     ///
-    /// let matrix = |p: usize| Array2::from_shape_fn((4, 4), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3);
+    /// let matrix = |p: usize| {
+    ///     Array2::from_shape_fn((4, 4), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3)
+    /// };
     /// let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
     /// let softmax = SoftmaxAttention::new(AttentionConfig::new(4, 2), weights)?;
-    /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_window(None))?;
+    /// let options = DijiangOptions::new().with_window(None);
+    /// let layer = DijiangAttention::from_softmax(&softmax, options)?;
     ///
     /// let x = Array2::from_shape_fn((9, 4), |(i, j)| ((i * 13 + j * 29) % 23) as f64 / 8.0 - 1.0);
     /// let gradients = layer.backward(&x, KeyMask::All, &Array2::ones((9, 4)))?;

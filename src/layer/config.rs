@@ -122,8 +122,8 @@ impl AttentionConfig {
     /// Checks everything that can be checked without weights.
     ///
     /// # Errors
-    /// - [`Error::Value`]: a size of zero; a scale that is not finite and positive; an ε that is not
-    ///   from 0 to 1; a rotary embedding that is impossible (see [`Rotary`]).
+    /// - [`Error::Value`]: a size of zero; a scale that is not finite and positive; an ε that is
+    ///   not from 0 to 1; a rotary embedding that is impossible (see [`Rotary`]).
     /// - [`Error::Conflict`]: a sliding window in bidirectional attention.
     /// - [`Error::NotDivisible`]: `heads` by `kv_heads`; `model_dim` by `heads` when no head
     ///   dimension is given.

@@ -54,8 +54,8 @@ pub struct DijiangOptions {
     pub mixing: Mixing,
     /// Seed of points and signs; every head gets one of its own, derived from it. Default: 0.
     pub seed: u64,
-    /// Local windows: none, one for all key-value heads, or one for each. Default: 64 tokens a chunk,
-    /// one chunk back. A bidirectional layer has none and ignores them.
+    /// Local windows: none, one for all key-value heads, or one for each. Default: 64 tokens a
+    /// chunk, one chunk back. A bidirectional layer has none and ignores them.
     pub windows: Vec<Window>,
     /// Sinks: the first tokens of a sequence, which stay exact for every later query. Without a
     /// window there are none. Default: 4.
@@ -168,7 +168,8 @@ impl DijiangOptions {
         Self { log_decay, ..self }
     }
 
-    /// Windows and sinks: a bidirectional layer has neither, and without a window there are no sinks.
+    /// Windows and sinks: a bidirectional layer has neither, and without a window there are no
+    /// sinks.
     pub(crate) fn exact_part(&self, causality: Causality) -> (&[Window], usize) {
         match causality {
             Causality::Causal if !self.windows.is_empty() => (&self.windows, self.sinks),
@@ -213,14 +214,19 @@ pub(crate) fn mixed(mut z: u64) -> u64 {
 ///
 /// ```
 /// use dijiang::attention::{KeyMask, Window};
-/// use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
+/// use dijiang::layer::{
+///     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+///     SoftmaxAttention,
+/// };
 /// use ndarray::{Array2, array};
 ///
 /// let eye = || Array2::<f64>::eye(2);
-/// let softmax = SoftmaxAttention::new(AttentionConfig::new(2, 1), AttentionWeights::new(eye(), eye(), eye(), eye()))?;
+/// let weights = AttentionWeights::new(eye(), eye(), eye(), eye());
+/// let softmax = SoftmaxAttention::new(AttentionConfig::new(2, 1), weights)?;
 /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_blocks(4))?;
 ///
-/// // Short sequences lie within the local window (64 tokens a chunk, one chunk back): the two layers agree.
+/// // Short sequences lie within the local window (64 tokens a chunk, one chunk back): the two
+/// // layers agree.
 /// let x = array![[1.0, 0.0], [0.0, 1.0], [-1.0, 0.5]];
 /// let difference = layer.forward(&x, KeyMask::All)? - softmax.forward(&x, KeyMask::All)?;
 /// assert!(difference.iter().all(|d| d.abs() < 1e-12));
@@ -261,8 +267,8 @@ impl<T: Real> DijiangState<T> {
 
 impl<T: Real> DijiangAttention<T> {
     /// Exchanges the attention of `layer` and keeps its weights (shared, not copied), rotary
-    /// embedding, heads and scale. [Windows](SoftmaxAttention::with_windows) of `layer` are not taken
-    /// over: `options` has its own.
+    /// embedding, heads and scale. [Windows](SoftmaxAttention::with_windows) of `layer` are not
+    /// taken over: `options` has its own.
     ///
     /// # Cost
     /// Draws and tabulates the maps, O(m·d) a key-value head at most. Nothing is measured on data:
@@ -334,8 +340,8 @@ impl<T: Real> DijiangAttention<T> {
         Ok(self.state_of(self.attention.new_state_at(position)?))
     }
 
-    /// Tokens that nobody queries join a state: [`prefill`](crate::layer::Attention::prefill) without outputs, at
-    /// less than half the cost. The state becomes the same, bit for bit.
+    /// Tokens that nobody queries join a state: [`prefill`](crate::layer::Attention::prefill)
+    /// without outputs, at less than half the cost. The state becomes the same, bit for bit.
     ///
     /// # Shapes
     /// - `x`: `[n, D]`, `mask`: n keys.
@@ -437,8 +443,8 @@ impl<T: Real> DijiangAttention<T> {
         self.rebuilt(|config| config.with_log_decay(log_decay))
     }
 
-    /// Other projection weights, of the same shapes: those of a step of training, say. Maps, windows
-    /// and decay stay.
+    /// Other projection weights, of the same shapes: those of a step of training, say. Maps,
+    /// windows and decay stay.
     ///
     /// # Errors
     /// As [`AttentionWeights::check`].

@@ -7,13 +7,18 @@
 //!
 //! ```
 //! use dijiang::attention::KeyMask;
-//! use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary, SoftmaxAttention};
+//! use dijiang::layer::{
+//!     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary,
+//!     SoftmaxAttention,
+//! };
 //! use ndarray::{Array1, Array2};
 //!
 //! // The weights of a trained layer: D = 16, four query heads of 4 sharing two key-value heads.
-//! let matrix = |rows: usize, cols: usize| Array2::from_shape_fn((rows, cols), |(i, j)| ((i * 7 + j * 5) % 11) as f32 / 20.0 - 0.25);
+//! let element = |(i, j)| ((i * 7 + j * 5) % 11) as f32 / 20.0 - 0.25;
+//! let matrix = |rows: usize, cols: usize| Array2::from_shape_fn((rows, cols), element);
 //! let config = AttentionConfig::new(16, 4).with_kv_heads(2).with_rotary(Rotary::new(10_000.0));
-//! let weights = AttentionWeights::new(matrix(16, 16), matrix(8, 16), matrix(8, 16), matrix(16, 16));
+//! let (q, k, v, o) = (matrix(16, 16), matrix(8, 16), matrix(8, 16), matrix(16, 16));
+//! let weights = AttentionWeights::new(q, k, v, o);
 //!
 //! let softmax = SoftmaxAttention::new(config, weights)?;
 //! let linear = DijiangAttention::from_softmax(&softmax, DijiangOptions::new())?; // the exchange

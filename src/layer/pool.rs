@@ -33,11 +33,15 @@ impl Slot {
 /// # Examples
 /// ```
 /// use dijiang::attention::KeyMask;
-/// use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention, StatePool};
+/// use dijiang::layer::{
+///     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+///     SoftmaxAttention, StatePool,
+/// };
 /// use ndarray::Array2;
 ///
 /// let eye = || Array2::<f32>::eye(8);
-/// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), AttentionWeights::new(eye(), eye(), eye(), eye()))?;
+/// let weights = AttentionWeights::new(eye(), eye(), eye(), eye());
+/// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights)?;
 /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new())?;
 ///
 /// let mut pool = StatePool::new(&layer, 4)?;

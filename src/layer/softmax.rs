@@ -28,7 +28,8 @@ use crate::layer::weights::AttentionWeights;
 ///
 /// // Queries of zero attend to everything before them alike: running means.
 /// let (zero, one) = (Array2::<f64>::zeros((2, 2)), Array2::eye(2));
-/// let layer = SoftmaxAttention::new(AttentionConfig::new(2, 1), AttentionWeights::new(zero, one.clone(), one.clone(), one))?;
+/// let weights = AttentionWeights::new(zero, one.clone(), one.clone(), one);
+/// let layer = SoftmaxAttention::new(AttentionConfig::new(2, 1), weights)?;
 /// let y = layer.forward(&array![[2.0, 4.0], [4.0, 0.0]], KeyMask::All)?;
 /// assert_eq!(y, array![[2.0, 4.0], [3.0, 2.0]]);
 /// # Ok::<(), dijiang::Error>(())

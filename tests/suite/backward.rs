@@ -36,9 +36,6 @@ fn by_name<T: Real>(gradients: &Gradients<T>, h: usize, name: &str) -> Vec<f64> 
     }
 }
 
-// ------------------------------------------------------------------------------------------------
-// golden values
-
 /// Largest error of every golden gradient, relative to the largest element of that gradient.
 fn golden_gradients<T: Real>(tolerance: f64) {
     let golden = Golden::open("attention_f64.safetensors");
@@ -62,8 +59,8 @@ fn golden_gradients<T: Real>(tolerance: f64) {
                     .collect();
                 let got = by_name(&gradients, 0, name);
                 let largest = |x: &[f64]| x.iter().fold(0.0_f64, |top, x| top.max(x.abs()));
-                // Without a local window the mix cancels: what is left of its gradient is rounding of
-                // sums of this size.
+                // Without a local window the mix cancels: what is left of its gradient is rounding
+                // of sums of this size.
                 let scale =
                     if name == "log_mix" { largest(&gradients.maps[0].log_weight) } else { 0.0 };
                 let scale = scale.max(largest(&expected));
@@ -96,9 +93,6 @@ fn golden_gradients_in_f64() {
 fn golden_gradients_in_f32() {
     golden_gradients::<f32>(2e-3);
 }
-
-// ------------------------------------------------------------------------------------------------
-// finite differences
 
 /// Random parameters and inputs; every choice follows from the seed.
 fn random_problem(seed: u64) -> Problem {
@@ -220,9 +214,6 @@ fn finite_differences() {
         }
     }
 }
-
-// ------------------------------------------------------------------------------------------------
-// properties
 
 /// Gradients of the second part of a sequence, continued from the state of the first, are those of
 /// the whole sequence with nothing asked of the first part.

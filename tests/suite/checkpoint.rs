@@ -231,8 +231,8 @@ fn foreign_tensors_are_refused() {
     }
 }
 
-/// An index says where tensors are; what it says and the shards do not hold is an error at once, and
-/// where there is one file an index beside it is of another time.
+/// An index says where tensors are; what it says and the shards do not hold is an error at once,
+/// and where there is one file an index beside it is of another time.
 #[test]
 fn indices_that_do_not_fit() {
     const INDEX: &str = "model.safetensors.index.json";

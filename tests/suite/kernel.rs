@@ -14,9 +14,6 @@ use rand::SeedableRng;
 use rand::rngs::ChaCha12Rng;
 use rand_distr::{Distribution, StandardNormal};
 
-// ---- inputs and oracles
-// --------------------------------------------------------------------------------------------
-
 fn normals(count: usize, seed: u64) -> Vec<f64> {
     let mut rng = ChaCha12Rng::seed_from_u64(seed);
     (0..count).map(|_| StandardNormal.sample(&mut rng)).collect()
@@ -164,9 +161,6 @@ fn moments(seeds: u64, target: f64, kernel: impl Fn(u64) -> f64) -> Moments {
         rms: (ratios.iter().map(|r| (r - 1.0).powi(2)).sum::<f64>() / n).sqrt(),
     }
 }
-
-// ---- log-features against the formula
-// ------------------------------------------------------------------------------
 
 /// Every parameter of its own: radii, scales, centres, weights, mix.
 fn shaken(mut params: DctParams, seed: u64) -> DctParams {
@@ -363,9 +357,6 @@ fn columns_do_not_depend_on_width_or_neighbours() {
     columns_do_not_depend_on_width::<f32>();
     columns_do_not_depend_on_width::<f64>();
 }
-
-// ---- what the kernel is
-// --------------------------------------------------------------------------------------------
 
 #[test]
 fn a_projection_written_out_is_the_same_map() {
@@ -681,9 +672,6 @@ fn orthogonal_rows_are_orthogonal_with_gaussian_lengths() {
     assert!((squares / 20.0 - d as f64).abs() < 0.7, "mean squared length {}", squares / 20.0);
 }
 
-// ---- configuration
-// -------------------------------------------------------------------------------------------------
-
 #[test]
 fn parameters_are_what_the_config_says() {
     let d = 10;
@@ -765,9 +753,6 @@ fn empty_and_strided_inputs() {
         map.key_log_features(&view.to_owned()).unwrap()
     );
 }
-
-// ---- the code published with the paper
-// -----------------------------------------------------------------------------
 
 fn golden(name: &str) -> (Vec<usize>, Vec<f64>) {
     let path = concat!(
@@ -856,9 +841,6 @@ fn published_features_follow_the_formula() {
         }
     }
 }
-
-// ---- errors
-// --------------------------------------------------------------------------------------------------------
 
 fn refused(change: impl FnOnce(&mut DctParams)) -> Error {
     let mut params =

@@ -18,9 +18,6 @@ use dijiang::reference::{self, Pairs};
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis, concatenate, s};
 
-// ---- models and inputs
-// ---------------------------------------------------------------------------------------------
-
 /// Random weights whose queries and keys come out with deviation about 1, biases included.
 fn random_weights(config: &AttentionConfig, head_dim: usize, seed: u64) -> AttentionWeights<f64> {
     let mut random = Random::new(seed);
@@ -94,9 +91,6 @@ fn streamed<T: Real, A: Attention<T>>(layer: &A, x: &Array2<T>, pieces: &[usize]
     }
     out
 }
-
-// ---- the reference
-// -------------------------------------------------------------------------------------------------
 
 /// x Wᵀ + b, every head rotated at its position.
 fn projected(
@@ -393,9 +387,6 @@ fn single_precision_follows_double() {
     assert_close("linear, streamed", &streamed(&linear, &cast(&x), &[70, 3]), &expected, 1e-4);
 }
 
-// ---- one sequence, however it arrives
-// ------------------------------------------------------------------------------
-
 fn streams_like_forward<A: Attention<f64>>(context: &str, layer: &A) {
     let x = hidden(150, layer.config(), 11);
     let expected = layer.forward(&x, KeyMask::All).unwrap();
@@ -503,9 +494,6 @@ fn state_size_is_constant_for_linear_and_grows_for_softmax() {
     assert!(sizes.iter().all(|size| size.1 == sizes[0].1 && size.1 > 0), "{sizes:?}");
 }
 
-// ---- batches and threads
-// -------------------------------------------------------------------------------------------
-
 fn batches_are_sequences<A: Attention<f64>>(layer: &A) {
     let x: Array3<f64> = Random::new(23).normals((5, 70, layer.config().model_dim), 1.0);
     let masks = Array2::from_shape_fn((5, 70), |(b, i)| (b + 3) * i % 7 != 1);
@@ -591,9 +579,6 @@ fn a_masked_token_is_never_attended_to() {
         }
     }
 }
-
-// ---- heads, rotary, local window
-// --------------------------------------------------------------------------------------
 
 #[test]
 fn a_window_part_over_everything_is_softmax() {
@@ -763,9 +748,6 @@ fn options_reach_the_maps() {
     );
     assert_ne!(radii(&layer, 1), radii(&linear(grouped(), options.with_seed(6), 1), 1));
 }
-
-// ---- calibration
-// ---------------------------------------------------------------------------------------------------
 
 /// A layer whose queries and keys lie far from zero, as those of trained models do.
 fn off_centre(causality: Causality) -> SoftmaxAttention<f64> {
@@ -968,9 +950,6 @@ fn calibration_on_constant_values() {
         "{report:?}"
     );
 }
-
-// ---- bad input
-// -----------------------------------------------------------------------------------------------------
 
 #[test]
 fn impossible_configs() {

@@ -18,9 +18,6 @@ use ndarray::{Array2, s};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};
 
-// ---- layers
-// --------------------------------------------------------------------------------------------------------
-
 #[derive(Clone, Copy, PartialEq)]
 enum Biases {
     None,
@@ -271,9 +268,6 @@ fn assert_same<T: Real>(name: &str, got: &DijiangAttention<T>, expected: &Dijian
     assert_same_bits((name, "prefill and steps"), &got.1, &expected.1);
 }
 
-// ---- round trips
-// ---------------------------------------------------------------------------------------------------
-
 fn round_trips<T: Real>() {
     for (name, layer) in kinds::<T>() {
         for layer in [layer.clone(), calibrated(layer, 5)] {
@@ -437,9 +431,6 @@ fn files_are_standard_and_rewritten_ones_load() {
     assert_same("rewritten", &DijiangAttention::from_safetensors(&parts.bytes()).unwrap(), &layer);
 }
 
-// ---- models and maps
-// -----------------------------------------------------------------------------------------------
-
 #[test]
 fn many_layers() {
     let layers: Vec<_> =
@@ -539,9 +530,6 @@ fn maps_of_another_element_type() {
     let expected = "self_attn.dijiang.0.key.center must be finite and at most 1e15 in magnitude, got 1e20 at index 1";
     assert_eq!(error.to_string(), expected);
 }
-
-// ---- damage
-// --------------------------------------------------------------------------------------------------------
 
 /// A file taken apart.
 #[derive(Clone)]

@@ -203,7 +203,8 @@ fn forged_bytes_are_refused() {
             let mut bytes = bytes[..bytes.len() - 4].to_vec();
             bytes[at..at + 8].copy_from_slice(&size.to_le_bytes());
             bytes.extend(crc32fast::hash(&bytes).to_le_bytes());
-            // A size that takes no room, such as d without a local window, may be another operator's.
+            // A size that takes no room, such as d without a local window, may be another
+            // operator's.
             match CausalState::<f64>::from_bytes(&bytes) {
                 Ok(read) => assert!(size <= 1 && bytes_of(&read) == bytes, "{size} at {at}"),
                 Err(error) => assert!(matches!(error, Error::Format { .. }), "{size} at {at}"),

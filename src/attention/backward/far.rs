@@ -28,8 +28,8 @@ pub(crate) struct FarPart<'a, T> {
 impl<'a, T: Real> FarPart<'a, T> {
     /// Sums over the window's keys, if there is a window: O(n·c·(d + e)) once.
     ///
-    /// `qkv` holds scaled queries and keys. Bidirectional attention allows another number of queries
-    /// than of keys.
+    /// `qkv` holds scaled queries and keys. Bidirectional attention allows another number of
+    /// queries than of keys.
     pub(crate) fn new(
         qkv: HeadQkv<'a, T>,
         causality: Causality,
@@ -62,8 +62,8 @@ impl<'a, T: Real> FarPart<'a, T> {
         padded(self.qkv.v.ncols())
     }
 
-    /// Softmax attention's mass on keys beyond the local window, from 0 to 1 for every query, summed
-    /// over all of them. Everything, if there is no local window.
+    /// Softmax attention's mass on keys beyond the local window, from 0 to 1 for every query,
+    /// summed over all of them. Everything, if there is no local window.
     ///
     /// # Cost
     /// O(n²·(d + e)) with a local window.
@@ -84,8 +84,8 @@ impl<'a, T: Real> FarPart<'a, T> {
         queries.map(share).sum()
     }
 
-    /// The exact outputs of a query over its window keys alone: their numerator `[value_stride]` and
-    /// normaliser, 0 without keys. `None` if there is no local window.
+    /// The exact outputs of a query over its window keys alone: their numerator `[value_stride]`
+    /// and normaliser, 0 without keys. `None` if there is no local window.
     pub(crate) fn window(&self, h: usize, query: usize) -> Option<(&[T], T)> {
         let (sums, stride) = (&self.in_window.as_ref()?[h], self.value_stride());
         Some((&sums.numerator[query * stride..][..stride], sums.total[query]))

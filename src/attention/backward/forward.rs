@@ -229,8 +229,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
     }
 
-    /// Weights of the far part into `a`, of sinks and window into `window.p`, of the block's own keys
-    /// into `s`, and their sum into `total`; all of them scaled by e^−top.
+    /// Weights of the far part into `a`, of sinks and window into `window.p`, of the block's own
+    /// keys into `s`, and their sum into `total`; all of them scaled by e^−top.
     fn weights(&mut self, h: usize, queries: Range<usize>, own: usize) {
         let (ops, pass, state, ahead) = (T::ops(), self.pass, &*self.state, &mut self.ahead);
         let (tokens, width, dim) = (queries.len(), padded(queries.len()), pass.q.shape()[2]);

@@ -89,11 +89,12 @@ struct HeadGradients<T, G> {
 }
 
 impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
-    /// Gradients of a scalar through [`forward`](crate::attention::Operator::forward), from its gradient with respect to
-    /// the output.
+    /// Gradients of a scalar through [`forward`](crate::attention::Operator::forward), from its
+    /// gradient with respect to the output.
     ///
     /// # Shapes
-    /// - `qkv` as for [`forward`](crate::attention::Operator::forward), one sequence; `grad_out`: `[h, n_q, e]`.
+    /// - `qkv` as for [`forward`](crate::attention::Operator::forward), one sequence; `grad_out`:
+    ///   `[h, n_q, e]`.
     ///
     /// # Cost
     /// O(n) time: about 3 times that of the forward pass, which is computed again on the way.
@@ -101,9 +102,9 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// same bits on any number of threads.
     ///
     /// # Errors
-    /// As [`forward`](crate::attention::Operator::forward), `grad_out` being checked like the other arguments,
-    /// [`Error::Conflict`] for several sequences, and [`Error::TooLarge`] for gradients there is no
-    /// room for.
+    /// As [`forward`](crate::attention::Operator::forward), `grad_out` being checked like the other
+    /// arguments, [`Error::Conflict`] for several sequences, and [`Error::TooLarge`] for gradients
+    /// there is no room for.
     ///
     /// # Examples
     /// ```
@@ -133,12 +134,12 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     }
 
     /// [`backward`](Self::backward) into `gradients`, all of which it overwrites. For a loop of
-    /// training: at a few thousand tokens memory that is used again saves a quarter of the time. The
-    /// gradients of maps and decay are allocated anew, m·d numbers or fewer per head.
+    /// training: at a few thousand tokens memory that is used again saves a quarter of the time.
+    /// The gradients of maps and decay are allocated anew, m·d numbers or fewer per head.
     ///
     /// # Shapes
-    /// - as for [`backward`](Self::backward); `gradients`: [`new_gradients`](Self::new_gradients) of
-    ///   n_q queries and n_k keys.
+    /// - as for [`backward`](Self::backward); `gradients`: [`new_gradients`](Self::new_gradients)
+    ///   of n_q queries and n_k keys.
     ///
     /// # Errors
     /// As [`backward`](Self::backward), with [`Error::Shape`] for gradients of other shapes and
@@ -159,8 +160,9 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         self.run_backward(None, qkv, grad_out, gradients, workspace).map(drop)
     }
 
-    /// Gradients through [`prefill`](crate::attention::Operator::prefill), and those with respect to the state it
-    /// starts from, one per key-value head. `state` is the state *before* the prefill.
+    /// Gradients through [`prefill`](crate::attention::Operator::prefill), and those with respect
+    /// to the state it starts from, one per key-value head. `state` is the state *before* the
+    /// prefill.
     ///
     /// The output's gradient is all there is: the state *after* the prefill is taken to have no
     /// further readers.

@@ -114,8 +114,8 @@ impl<T: Real> WindowBuffers<T> {
             .map(|((row, count), y)| (row, count, y))
     }
 
-    /// Scores of the keys (rows) for the queries (columns) of the panel `x`, whose first one belongs
-    /// to key `query`; −∞ where a query must not look.
+    /// Scores of the keys (rows) for the queries (columns) of the panel `x`, whose first one
+    /// belongs to key `query`; −∞ where a query must not look.
     pub(crate) fn score<M>(
         &mut self,
         pass: &Pass<'_, T, M>,

@@ -1,5 +1,5 @@
-//! Causal linear attention by blocks: everything before the block through the sums, the block itself
-//! through the products of its features.
+//! Causal linear attention by blocks: everything before the block through the sums, the block
+//! itself through the products of its features.
 
 use std::ops::Range;
 
@@ -68,8 +68,8 @@ fn width_at(start: usize, n: usize) -> usize {
     padded(block_at(start, n).len())
 }
 
-/// Key weights of the block at `start`, in the sums' frame, into `b`, their row sums into `feature`,
-/// its values into `v`; returns the tokens of the block.
+/// Key weights of the block at `start`, in the sums' frame, into `b`, their row sums into
+/// `feature`, its values into `v`; returns the tokens of the block.
 fn keys<T: Real>(
     head: &Head<'_, T>,
     sums: &mut Sums<T>,

@@ -23,14 +23,14 @@ use crate::low::simd::{LANES, padded};
 
 impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// `state` becomes that of its own segment and the next one, `next`: what feeding it the next
-    /// segment's tokens would have made of it, up to rounding. Any cut will do, within a window chunk
-    /// too.
+    /// segment's tokens would have made of it, up to rounding. Any cut will do, within a window
+    /// chunk too.
     ///
     /// Merging is associative up to rounding, and the empty state of a position is neutral, so that
     /// any scan or reduction over segments gives the states that sequence parallelism needs:
     ///
-    /// 1. every worker [extends](crate::attention::Operator::extend) a [`new_state_at`](Self::new_state_at) the beginning
-    ///    of its segment by its tokens;
+    /// 1. every worker [extends](crate::attention::Operator::extend) a
+    ///    [`new_state_at`](Self::new_state_at) the beginning of its segment by its tokens;
     /// 2. an *exclusive* scan with `merge` gives every worker the state of everything before its
     ///    segment;
     /// 3. every worker prefills its tokens from that state, which gives its outputs: those of one
@@ -43,8 +43,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// not grow with the number of tokens. The example `sequence_parallel` shows it.
     ///
     /// # Cost
-    /// O(m·e) per head, and O(chunk · back) keys through the map with a local window. On the calling
-    /// thread, no allocation.
+    /// O(m·e) per head, and O(chunk · back) keys through the map with a local window. On the
+    /// calling thread, no allocation.
     ///
     /// # Errors
     /// [`Error::Value`] unless `next` begins where `state` ends, [`Error::Foreign`] for states and
@@ -56,8 +56,10 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// use dijiang::kernel::DctMapConfig;
     /// use ndarray::{Array, Array3, s};
     ///
-    /// let attention = LinearConfig::new().with_window(Window::new(4, 1)).build(vec![DctMapConfig::new(8).build::<f64>()?])?;
-    /// let k: Array3<f64> = Array::from_shape_fn((1, 30, 8), |(_, i, j)| ((3 * i + 5 * j) % 7) as f64 / 7.0);
+    /// let map = DctMapConfig::new(8).build::<f64>()?;
+    /// let attention = LinearConfig::new().with_window(Window::new(4, 1)).build(vec![map])?;
+    /// let element = |(_, i, j)| ((3 * i + 5 * j) % 7) as f64 / 7.0;
+    /// let k: Array3<f64> = Array::from_shape_fn((1, 30, 8), element);
     ///
     /// let mut workspace = attention.workspace();
     /// let (first, last) = (k.slice(s![.., ..10, ..]), k.slice(s![.., 10.., ..]));
@@ -102,8 +104,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     }
 }
 
-/// The first sinks of `next`, which ends at `end`, become sinks where some are missing; the others are
-/// none in the whole, and join the sums if they have left the window.
+/// The first sinks of `next`, which ends at `end`, become sinks where some are missing; the others
+/// are none in the whole, and join the sums if they have left the window.
 fn take_sinks<T: Real>(
     head: &Head<'_, T>,
     state: &mut HeadState<T>,
@@ -129,9 +131,9 @@ fn take_sinks<T: Real>(
     }
 }
 
-/// A segment that ends at `cut` is followed by one that leaves the state `next` at its end: chunks of
-/// the first one's window that are outside the window there join the sums, and the next one's window
-/// joins the ring.
+/// A segment that ends at `cut` is followed by one that leaves the state `next` at its end: chunks
+/// of the first one's window that are outside the window there join the sums, and the next one's
+/// window joins the ring.
 fn hand_over<T: Real>(
     head: &Head<'_, T>,
     state: &mut HeadState<T>,

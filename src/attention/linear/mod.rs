@@ -108,8 +108,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// The same maps for queries that see other keys.
     ///
     /// # Errors
-    /// [`Error::Conflict`](crate::Error::Conflict) for bidirectional attention with a local window or
-    /// decay.
+    /// [`Error::Conflict`](crate::Error::Conflict) for bidirectional attention with a local window
+    /// or decay.
     pub fn with_causality(self, causality: Causality) -> Result<Self> {
         if !self.shape.windows.is_empty() {
             causality.check_causal("window")?;
@@ -240,8 +240,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         })
     }
 
-    /// Before `state` changes: it must keep what it was if elements turn out to be out of range. For
-    /// a few tokens they are looked at now; to keep the state would cost more.
+    /// Before `state` changes: it must keep what it was if elements turn out to be out of range.
+    /// For a few tokens they are looked at now; to keep the state would cost more.
     fn begin(
         &self,
         state: &CausalState<T>,

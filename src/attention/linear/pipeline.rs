@@ -12,11 +12,11 @@
 //!                     └──────► k,q
 //! ```
 //!
-//! A thread takes the *key stage* if nobody is on it: it copies the state into a free snapshot, lets
-//! the next segment's keys join the state, and queues the snapshot. Otherwise it takes a queued
-//! snapshot, and computes the segment's outputs from it, for which its keys are met a second time.
-//! Once there are queued snapshots for everybody, the thread on the key stage takes the queries of
-//! the next segment along, which then needs no snapshot.
+//! A thread takes the *key stage* if nobody is on it: it copies the state into a free snapshot,
+//! lets the next segment's keys join the state, and queues the snapshot. Otherwise it takes a
+//! queued snapshot, and computes the segment's outputs from it, for which its keys are met a second
+//! time. Once there are queued snapshots for everybody, the thread on the key stage takes the
+//! queries of the next segment along, which then needs no snapshot.
 //!
 //! Segments, the blocks within and the order of every sum are those of one thread, so the results
 //! are too, bit for bit, on any number of threads. With κ the keys' share of the work (two fifths;

@@ -140,16 +140,16 @@ impl<'r, T: Real> Seen<'r, T> {
         self.sink_width + (self.back - age) * self.slot_width
     }
 
-    /// Where the scores of query `i` lie, up to the last one that any query of its band sees: the own
-    /// chunk comes last.
+    /// Where the scores of query `i` lie, up to the last one that any query of its band sees: the
+    /// own chunk comes last.
     fn scores(&self, i: usize) -> Range<usize> {
         let band_end = self.tokens.min(i / LANES * LANES + LANES);
         let end = self.column(0) + padded(self.within + band_end);
         i * self.stride..i * self.stride + end
     }
 
-    /// Scores of the sinks and the older chunks, then of the queries' own up to the diagonal; −∞ where no key may
-    /// be looked at.
+    /// Scores of the sinks and the older chunks, then of the queries' own up to the diagonal; −∞
+    /// where no key may be looked at.
     fn score(&self, ops: &Ops<T>, x: MatRef<'_, T>, p: &mut [T], ahead: &mut Ahead<T>) {
         let (length, stride, slot_width) = (self.ring.chunk(), self.stride, self.slot_width);
         let rows = x.cols(0..self.tokens).t();

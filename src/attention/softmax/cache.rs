@@ -7,8 +7,8 @@ use crate::attention::rows::{OutOfRange, Valid};
 use crate::attention::scratch::{BLOCK, Scratch};
 use crate::low::simd::{Ops, padded};
 
-/// The keys and values of every token so far: what [`Softmax`](crate::attention::Softmax) needs to decode. Grows with
-/// every token.
+/// The keys and values of every token so far: what [`Softmax`](crate::attention::Softmax) needs to
+/// decode. Grows with every token.
 #[derive(Debug, Clone, PartialEq)]
 pub struct KvCache<T> {
     pub(crate) heads: Vec<HeadCache<T>>,

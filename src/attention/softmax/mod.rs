@@ -1,5 +1,5 @@
-//! [`Softmax`]: exact softmax attention, tiled, with online softmax, and a cache of keys and values to
-//! decode from.
+//! [`Softmax`]: exact softmax attention, tiled, with online softmax, and a cache of keys and values
+//! to decode from.
 
 mod cache;
 
@@ -49,8 +49,8 @@ pub struct SoftmaxConfig {
     /// Causal attention sees local windows alone, and sinks: one window for all key-value heads, or
     /// one for each. Default: none, it sees everything.
     pub windows: Vec<Window>,
-    /// The first s unmasked tokens of a sequence, which every later query sees beside the window. As
-    /// [`LinearConfig::sinks`](crate::attention::LinearConfig::sinks). Default: 0.
+    /// The first s unmasked tokens of a sequence, which every later query sees beside the window.
+    /// As [`LinearConfig::sinks`](crate::attention::LinearConfig::sinks). Default: 0.
     pub sinks: usize,
 }
 
@@ -115,7 +115,8 @@ impl SoftmaxConfig {
     ///
     /// # Errors
     /// [`Error::Value`] for sizes of zero and a scale that is not positive, [`Error::NotDivisible`]
-    /// for heads that are no multiple of the key-value heads, [`Error::Conflict`] for a window of bidirectional attention.
+    /// for heads that are no multiple of the key-value heads, [`Error::Conflict`] for a window of
+    /// bidirectional attention.
     pub fn build<T: Real>(self) -> Result<Softmax<T>> {
         for (argument, value) in [
             ("heads", self.heads),

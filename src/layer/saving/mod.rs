@@ -57,12 +57,17 @@ impl<T: Real> DijiangAttention<T> {
     /// # Examples
     /// ```
     /// use dijiang::attention::KeyMask;
-    /// use dijiang::layer::{Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention};
+    /// use dijiang::layer::{
+    ///     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+    ///     SoftmaxAttention,
+    /// };
     /// use ndarray::Array2;
     ///
     /// let eye = || Array2::<f32>::eye(8);
-    /// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), AttentionWeights::new(eye(), eye(), eye(), eye()))?;
-    /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_window(None))?;
+    /// let weights = AttentionWeights::new(eye(), eye(), eye(), eye());
+    /// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights)?;
+    /// let options = DijiangOptions::new().with_window(None);
+    /// let layer = DijiangAttention::from_softmax(&softmax, options)?;
     /// let file = layer.to_safetensors()?; // std::fs::write(path, &file)
     ///
     /// let loaded = DijiangAttention::<f32>::from_safetensors(&file)?;
@@ -71,7 +76,8 @@ impl<T: Real> DijiangAttention<T> {
     ///
     /// // The maps alone, for a layer made anew from the model's own file.
     /// let maps = layer.save_maps()?;
-    /// let mut anew = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_blocks(2))?;
+    /// let options = DijiangOptions::new().with_blocks(2);
+    /// let mut anew = DijiangAttention::from_softmax(&softmax, options)?;
     /// anew.load_maps(&maps)?;
     /// assert_eq!(anew.forward(&x, KeyMask::All)?, layer.forward(&x, KeyMask::All)?);
     /// assert!(anew.load_maps(&maps[..maps.len() - 1]).is_err()); // and `anew` is as it was
@@ -98,8 +104,8 @@ impl<T: Real> DijiangAttention<T> {
         File::open(bytes)?.layer(ALONE)
     }
 
-    /// What calibration made, without the weights: maps, decays and local window. A small file to go
-    /// with the model's own.
+    /// What calibration made, without the weights: maps, decays and local window. A small file to
+    /// go with the model's own.
     ///
     /// # Cost
     /// Some numbers per feature, in f64.
@@ -169,11 +175,15 @@ pub fn load_layers<T: Real>(bytes: &[u8]) -> Result<Vec<DijiangAttention<T>>> {
 ///
 /// # Examples
 /// ```
-/// use dijiang::layer::{AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention, load_maps, save_maps};
+/// use dijiang::layer::{
+///     AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention,
+///     load_maps, save_maps,
+/// };
 /// use ndarray::Array2;
 ///
 /// let eye = || Array2::<f32>::eye(8);
-/// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), AttentionWeights::new(eye(), eye(), eye(), eye()))?;
+/// let weights = AttentionWeights::new(eye(), eye(), eye(), eye());
+/// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights)?;
 /// let layer = |seed| DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_seed(seed));
 ///
 /// let file = save_maps(&[layer(1)?, layer(2)?])?;

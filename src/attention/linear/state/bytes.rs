@@ -13,8 +13,8 @@
 //! CRC-32 of everything before it, u32
 //! ```
 //!
-//! Version 1, which is read too, had one window for all heads (its chunk and back, 0 and 0 for none, in
-//! place of windows and sinks) and no sinks.
+//! Version 1, which is read too, had one window for all heads (its chunk and back, 0 and 0 for
+//! none, in place of windows and sinks) and no sinks.
 
 use std::sync::Arc;
 

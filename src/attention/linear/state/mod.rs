@@ -26,9 +26,9 @@ use crate::error::{Error, Result};
 ///
 /// Per key-value head: the sums S `[m, e]` of φ(k)·v, the normaliser z `[m]`, the reference
 /// exponent c `[m]` they are scaled by, and with a local window the last `back + 1` chunks of keys
-/// and values, and those of the sinks. Made by [`LinearAttention::new_state`](crate::attention::Operator::new_state), and
-/// fed by its `prefill` and `step`; `clone` is a snapshot to roll back to or to continue several
-/// times.
+/// and values, and those of the sinks. Made by
+/// [`LinearAttention::new_state`](crate::attention::Operator::new_state), and fed by its `prefill`
+/// and `step`; `clone` is a snapshot to roll back to or to continue several times.
 ///
 /// A panic in the middle of a change, in a feature map of your own say, leaves a state that nothing
 /// can be told of: every method refuses it with [`Error::Poisoned`] until it is
@@ -194,8 +194,8 @@ impl<T: Real> HeadState<T> {
         }
     }
 
-    /// Empty, for another head of the same operator, without allocating if the rings of this one are
-    /// as large.
+    /// Empty, for another head of the same operator, without allocating if the rings of this one
+    /// are as large.
     pub(crate) fn reshape(&mut self, shape: HeadShape) {
         self.reset();
         if let (Some(ring), Some(window)) = (&mut self.ring, shape.window) {
