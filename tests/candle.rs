@@ -1,7 +1,6 @@
 //! Attention on candle's tensors against golden values, the crate's own types and itself.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-#[allow(dead_code, reason = "the suite uses the rest")]
 #[path = "suite/common/mod.rs"]
 mod common;
 

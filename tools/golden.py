@@ -42,8 +42,9 @@ def log_features(x, scale, radii, antithetic, gaussian):
     return u
 
 
-def attention(q, k, v, p, causal, chunk=None, back=0, log_decay=None, antithetic=False, gaussian=False, valid=None):
-    """One head; `p` are the parameters of the map, `chunk` and `back` the near part, `valid` a mask of keys."""
+def attention(q, k, v, p, causal, chunk=None, back=0, log_decay=None, antithetic=False, gaussian=False, valid=None, sinks=0):
+    """One head; `p` are the parameters of the map, `chunk` and `back` the window, `valid` a mask of keys, `sinks` how many of the first
+    unmasked keys stay exact."""
     n, d = q.shape
     nk = k.shape[0]
     x, y = q * d**-0.25, k * d**-0.25
@@ -55,15 +56,18 @@ def attention(q, k, v, p, causal, chunk=None, back=0, log_decay=None, antithetic
     i, j = torch.arange(n)[:, None], torch.arange(nk)[None, :]
     if log_decay is not None:
         far = far * torch.exp(log_decay * (i - j).clamp(min=0))
-    w = far
+    exact = torch.zeros(n, nk, dtype=torch.bool)
     if chunk is not None:
-        near = (i // chunk - j // chunk <= back) & (j <= i)
-        w = torch.where(near, torch.exp(x @ y.T), far)
+        exact |= i // chunk - j // chunk <= back
+    present = torch.ones(nk, dtype=torch.bool) if valid is None else valid.bool()
+    exact |= (present & (present.cumsum(0) <= sinks))[None, :]
+    w = torch.where(exact & (j <= i), torch.exp(x @ y.T), far)
     if causal:
         w = w * (j <= i)
     if valid is not None:
         w = w * valid[None, :]
-    return (w / w.sum(1, keepdim=True)) @ v
+    total = w.sum(1, keepdim=True)
+    return (w / torch.where(total > 0, total, 1.0)) @ v  # a row without a key gives zeros
 
 
 def cases():
@@ -79,6 +83,9 @@ def cases():
         "local_decay": dict(causal=True, chunk=16, back=1, log_decay=torch.tensor(-0.05)),
         "full_masked": dict(causal=False, valid=(j % 5 != 2).double()),
         "causal_masked": dict(causal=True, valid=((j % 5 != 2) | (j == 0)).double()),
+        "local_sinks": dict(causal=True, chunk=16, back=1, sinks=4),
+        "local_sinks_decay": dict(causal=True, chunk=8, back=0, sinks=3, log_decay=torch.tensor(-0.05)),
+        "local_sinks_masked": dict(causal=True, chunk=8, back=1, sinks=4, valid=((j % 5 != 2) & (j > 8)).double()),
     }
 
 

@@ -19,6 +19,7 @@ struct Case {
     causal: bool,
     envelope: Envelope,
     window: Option<(usize, usize)>,
+    sinks: usize,
     log_decay: f64,
     valid: Option<Vec<bool>>,
 }
@@ -29,9 +30,11 @@ fn golden_cases(n: usize) -> Vec<Case> {
         causal: true,
         envelope: Envelope::None,
         window: None,
+        sinks: 0,
         log_decay: 0.0,
         valid: None,
     };
+    let local = |chunk, back, sinks| Case { window: Some((chunk, back)), sinks, ..base() };
     let masked =
         |keep_first: bool| Some((0..n).map(|j| j % 5 != 2 || (keep_first && j == 0)).collect());
     vec![
@@ -39,11 +42,18 @@ fn golden_cases(n: usize) -> Vec<Case> {
         base(),
         Case { name: "causal_gaussian", envelope: Envelope::Gaussian, ..base() },
         Case { name: "decay", log_decay: -0.05, ..base() },
-        Case { name: "local", window: Some((16, 1)), ..base() },
-        Case { name: "local0", window: Some((8, 0)), ..base() },
-        Case { name: "local_decay", window: Some((16, 1)), log_decay: -0.05, ..base() },
+        Case { name: "local", ..local(16, 1, 0) },
+        Case { name: "local0", ..local(8, 0, 0) },
+        Case { name: "local_decay", log_decay: -0.05, ..local(16, 1, 0) },
         Case { name: "full_masked", causal: false, valid: masked(false), ..base() },
         Case { name: "causal_masked", valid: masked(true), ..base() },
+        Case { name: "local_sinks", ..local(16, 1, 4) },
+        Case { name: "local_sinks_decay", log_decay: -0.05, ..local(8, 0, 3) },
+        Case {
+            name: "local_sinks_masked",
+            valid: Some((0..n).map(|j| j % 5 != 2 && j > 8).collect()),
+            ..local(8, 1, 4)
+        },
     ]
 }
 
@@ -78,7 +88,8 @@ fn for_each_golden(check: impl Fn(&str, &Setup, PlainMap, &Case, &Inputs<f64>, &
         for case in golden_cases(n) {
             let map = golden_map(&golden, tag, pairing, case.envelope);
             let mut setup = Setup::new(0).sizes(d, e, map.features());
-            (setup.window, setup.log_decay) = (case.window, case.log_decay);
+            (setup.window, setup.sinks) = (case.window, case.sinks);
+            setup.log_decay = case.log_decay;
             let name = format!("{tag}.{}.output", case.name);
             check(&name, &setup, map, &case, &inputs, &one_head(&name));
         }

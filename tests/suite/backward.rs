@@ -1,8 +1,8 @@
 //! Gradients against golden values, finite differences and each other.
 
+#[cfg(feature = "rayon")]
 use crate::common::assert_same_bits;
 use crate::common::gradients::{CASES, Gradients, Problem, golden_problem};
-#[cfg(feature = "rayon")]
 use crate::common::stream::Stream;
 use crate::common::{Golden, Inputs, Random, argument, assert_close, on_threads};
 use dijiang::attention::{BackwardWorkspace, LinearConfig, Operator, Qkv, Window};

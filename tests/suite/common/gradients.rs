@@ -118,10 +118,15 @@ pub fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
     Problem {
         maps: vec![map],
         heads: 1,
-        sinks: 0,
+        sinks: match case {
+            "local_sinks" | "local_sinks_masked" => 4,
+            "local_sinks_decay" => 3,
+            _ => 0,
+        },
         windows: match case {
-            "local" | "local_decay" => vec![Window::new(16, 1)],
-            "local0" => vec![Window::new(8, 0)],
+            "local" | "local_decay" | "local_sinks" => vec![Window::new(16, 1)],
+            "local0" | "local_sinks_decay" => vec![Window::new(8, 0)],
+            "local_sinks_masked" => vec![Window::new(8, 1)],
             _ => Vec::new(),
         },
         log_decay: vec![if case.ends_with("decay") { -0.05 } else { 0.0 }],
@@ -129,6 +134,7 @@ pub fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
         valid: match case {
             "full_masked" => Some((0..n).map(|j| j % 5 != 2).collect()),
             "causal_masked" => Some((0..n).map(|j| j % 5 != 2 || j == 0).collect()),
+            "local_sinks_masked" => Some((0..n).map(|j| j % 5 != 2 && j > 8).collect()),
             _ => None,
         },
         inputs,
@@ -137,7 +143,7 @@ pub fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
 }
 
 /// The cases that the file has gradients of.
-pub const CASES: [&str; 9] = [
+pub const CASES: [&str; 12] = [
     "full",
     "causal",
     "causal_gaussian",
@@ -147,4 +153,7 @@ pub const CASES: [&str; 9] = [
     "local_decay",
     "full_masked",
     "causal_masked",
+    "local_sinks",
+    "local_sinks_decay",
+    "local_sinks_masked",
 ];
