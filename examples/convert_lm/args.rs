@@ -27,7 +27,8 @@ pub(crate) struct Args {
     /// Windows of the text to measure on; 0 means all
     #[arg(long, value_name = "N", default_value_t = 40)]
     pub(crate) windows: usize,
-    /// What to measure, comma-separated [default: everything]
+    /// What to measure, comma-separated [default: softmax, window, planned_window, planned, and
+    /// planned_refit with --refit]
     #[arg(long, value_name = "ROWS", value_enum, value_delimiter = ',')]
     rows: Vec<Row>,
     /// Windows of the calibration text to calibrate on [default: 32768 tokens, 98304 with
@@ -154,8 +155,7 @@ impl Args {
     pub(crate) fn rows(&self) -> Vec<Row> {
         let asked = |row: &Row| match self.rows.is_empty() {
             true => match row {
-                Row::Exchanged | Row::ClosedForm | Row::Pure => false,
-                Row::Calibrated => !self.quick,
+                Row::Exchanged | Row::ClosedForm | Row::Calibrated | Row::Pure => false,
                 Row::PlannedRefit => self.refit,
                 _ => true,
             },
