@@ -16,6 +16,7 @@ mod kernel;
 mod layer;
 mod layer_backward;
 mod packed;
+mod plan;
 mod published;
 mod saving;
 mod segments;
@@ -26,3 +27,14 @@ mod stability;
 mod state;
 mod state_bytes;
 mod values;
+
+#[test]
+fn every_file_is_a_module() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/suite");
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_stem().unwrap().to_str().unwrap();
+        let module = format!("\nmod {name};");
+        assert!(name == "main" || include_str!("main.rs").contains(&module), "{name}");
+    }
+}
