@@ -1,4 +1,4 @@
-//! Attention layers from the model directories of Hugging Face.
+//! Attention layers from the model directories of Hugging Face, and to and from files of our own.
 //!
 //! A directory holds `config.json` and the weights: `model.safetensors`, or the shards that
 //! `model.safetensors.index.json` lists. Tensors are stored in f32, f16, bf16 or f64 and converted
@@ -35,6 +35,10 @@
 //! }
 //! # Ok::<(), dijiang::Error>(())
 //! ```
+//!
+//! What calibration made goes to a small file beside the model's own, and comes back with the same
+//! bits: [`save_maps`] and [`load_maps`]; [`save_layers`] and [`load_layers`] for the weights as
+//! well; methods of [`DijiangAttention`](crate::layer::DijiangAttention) for one layer.
 
 mod config;
 mod families;
@@ -43,6 +47,7 @@ mod json;
 mod keys;
 mod published;
 mod rope;
+mod saving;
 mod tensors;
 
 use std::path::Path;
@@ -53,6 +58,7 @@ use crate::files::fault;
 use crate::layer::{AttentionConfig, AttentionWeights, SoftmaxAttention};
 use config::Config;
 pub use family::Family;
+pub use saving::{load_layers, load_maps, save_layers, save_maps};
 pub use tensors::Tensors;
 
 /// How a model directory is read where its config is not to be taken as it is.

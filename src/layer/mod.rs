@@ -48,7 +48,7 @@
 //!
 //! With the feature `safetensors`, layers and calibrated maps go to files and come back with the
 //! same bits: `DijiangAttention::{to_safetensors, from_safetensors}` and `{save_maps, load_maps}`
-//! for one layer, `save_layers`, `load_layers`, `save_maps` and `load_maps` for a model.
+//! for one layer; [`checkpoint`](crate::guide::checkpoints) has them for a model.
 
 mod backward;
 mod config;
@@ -60,8 +60,6 @@ mod published;
 mod qk_norm;
 mod qkv_proj;
 mod rotary;
-#[cfg(feature = "safetensors")]
-mod saving;
 mod softmax;
 mod weights;
 
@@ -80,8 +78,6 @@ pub(crate) use qkv_proj::{ProjectedQkv, QkvProj};
 #[cfg(feature = "candle")]
 pub(crate) use rotary::RotaryTable;
 pub use rotary::{Rotary, RotaryPairing, RotaryScaling};
-#[cfg(feature = "safetensors")]
-pub use saving::{load_layers, load_maps, save_layers, save_maps};
 pub(crate) use softmax::softmax_of;
 pub use softmax::{SoftmaxAttention, SoftmaxState};
 pub use weights::AttentionWeights;

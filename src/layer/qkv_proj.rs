@@ -93,6 +93,12 @@ impl<T: Real> QkvProj<T> {
         &self.weights
     }
 
+    /// The weights without an output delta.
+    #[cfg(feature = "safetensors")]
+    pub(crate) fn plain_weights(&self) -> &AttentionWeights<T> {
+        self.delta.as_ref().map_or(&self.weights, |delta| &delta.original)
+    }
+
     pub(crate) fn with_output_delta(self, delta: Array2<T>) -> Result<Self> {
         let plain = self.without_output_delta();
         let original = plain.weights.clone();

@@ -1,23 +1,22 @@
 //! [`File`]: what a file says, each part checked as it is read.
 
+use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::sync::Arc;
 
 use ndarray::{Array1, Array2};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
-use super::{FIRST_VERSION, VERSION, Word, config_notes, dtype, weights_shape};
+use super::{CHECKSUM, Checksum, FIRST_VERSION, VERSION, Word, config_notes, dtype, weights_shape};
 use crate::Real;
 use crate::attention::{LinearConfig, Window};
 use crate::check::within;
 use crate::error::{Error, Result};
 use crate::files::{elements, fault, header, quoted};
 use crate::kernel::{DctMap, DctParams, Pairing, Projection, SideParams};
-use crate::layer::config::AttentionConfig;
-use crate::layer::dijiang::DijiangAttention;
-use crate::layer::qkv_proj::QkvProj;
-use crate::layer::rotary::{Rotary, RotaryScaling};
-use crate::layer::weights::AttentionWeights;
+use crate::layer::{
+    AttentionConfig, AttentionWeights, DijiangAttention, QkvProj, Rotary, RotaryScaling,
+};
 
 /// A file whose header is sound. Every count in it that leads to memory being taken is first
 /// compared with a tensor's shape.
@@ -36,9 +35,34 @@ impl<'a> File<'a> {
         let (metadata, start) = header(bytes)?;
         let file = Self { metadata, data: &bytes[start..] };
         match file.note("dijiang.version")? {
-            VERSION | FIRST_VERSION => Ok(file),
+            FIRST_VERSION => Ok(file),
+            VERSION => {
+                let (expected, got) = (file.checksum(), file.note(CHECKSUM)?);
+                if got != expected {
+                    return Err(fault(
+                        CHECKSUM,
+                        format!("{expected}, that of the contents"),
+                        quoted(got),
+                    ));
+                }
+                Ok(file)
+            }
             other => Err(fault("dijiang.version", "1 or 2", quoted(other))),
         }
+    }
+
+    fn checksum(&self) -> String {
+        let mut checksum = Checksum::default();
+        let notes: BTreeMap<_, _> = self.metadata.metadata().iter().flatten().collect();
+        for (name, value) in notes.into_iter().filter(|(name, _)| Checksum::covers(name)) {
+            checksum.add(name, value.as_bytes());
+        }
+        let tensors: BTreeMap<_, _> = self.metadata.tensors().into_iter().collect();
+        for (name, info) in tensors.into_iter().filter(|(name, _)| Checksum::covers(name)) {
+            let (start, end) = info.data_offsets;
+            checksum.add(&name, self.data.get(start..end).unwrap_or_default());
+        }
+        checksum.finish()
     }
 
     fn is_first_version(&self) -> bool {
@@ -108,6 +132,12 @@ impl<'a> File<'a> {
                 Err(fault(name, format!("finite and at most {limit:e} in magnitude"), got))
             }
         }
+    }
+
+    fn matrix<T: Real>(&self, name: &str, shape: &[usize]) -> Result<Array2<T>> {
+        let numbers = self.tensor(name, shape, T::LIMIT)?;
+        Array2::from_shape_vec((shape[0], shape[1]), numbers)
+            .map_err(|error| fault(name, "a matrix", error))
     }
 
     /// A tensor without axes.
@@ -214,11 +244,7 @@ impl<'a> File<'a> {
         config: &AttentionConfig,
     ) -> Result<AttentionWeights<T>> {
         let matrix = |which: char| {
-            let (name, shape) =
-                (format!("{place}{which}_proj.weight"), weights_shape(config, which));
-            let numbers = self.tensor(&name, &shape, T::LIMIT)?;
-            Array2::from_shape_vec((shape[0], shape[1]), numbers)
-                .map_err(|error| fault(name, "a matrix", error))
+            self.matrix(&format!("{place}{which}_proj.weight"), &weights_shape(config, which))
         };
         let weights = AttentionWeights::new(matrix('q')?, matrix('k')?, matrix('v')?, matrix('o')?);
         let note = format!("{place}dijiang.biases");
@@ -296,6 +322,14 @@ impl<'a> File<'a> {
         };
         let heads = (0..proj.config().kv_heads).map(head).collect::<Result<Vec<_>>>()?;
         let (maps, log_decay) = heads.into_iter().unzip();
+        let mut proj = proj.without_output_delta();
+        let delta = name("output_delta");
+        if self.metadata.info(&delta).is_some() {
+            let numbers = self.matrix(&delta, &weights_shape(proj.config(), 'o'))?;
+            proj = proj
+                .with_output_delta(numbers)
+                .map_err(|error| fault_at(&delta, "a delta that W_o has room for", error))?;
+        }
         let layer = DijiangAttention::from_parts(proj, config.with_log_decay(log_decay), maps);
         layer.map_err(|error| {
             fault_at(&name(""), "maps, decays and local windows of one layer", error)

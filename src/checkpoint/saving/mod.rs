@@ -1,19 +1,23 @@
 //! Layers and their maps as safetensors files.
 //!
 //! ```text
-//! __metadata__   dijiang.version = 2, dijiang.layers (files of several layers)
+//! __metadata__   dijiang.version = 2, dijiang.crc32, dijiang.layers (files of several layers)
 //! per layer      self_attn.{q,k,v,o}_proj.{weight,bias}, .{q,k}_norm.weight    the layer's own type
+//!                self_attn.dijiang.output_delta                                the layer's own type
 //! per kv head    self_attn.dijiang.{h}.{query,key}.{center,scale,radii}        F64
 //!                self_attn.dijiang.{h}.{log_weight,log_mix,log_decay}, and .signs or .{deep,dense}.{query,key}
 //! ```
 //!
 //! Several layers are told apart by `model.layers.{l}.` before each name, as in Hugging Face files
 //! of the LLaMA family. Config and choices are metadata under the same names
-//! (`self_attn.dijiang.scale`, `self_attn.dijiang.0.pairing`).
+//! (`self_attn.dijiang.scale`, `self_attn.dijiang.0.pairing`). The output projection stands there
+//! without its delta, which has a tensor of its own. The checksum is over all of this, by
+//! [`Checksum`].
 
 mod read;
 mod write;
 
+use crc32fast::Hasher;
 use safetensors::tensor::Dtype;
 
 use crate::Real;
@@ -21,15 +25,13 @@ use crate::attention::Causality;
 use crate::error::{Error, Result};
 use crate::files::fault;
 use crate::kernel::{Envelope, Pairing, Sides};
-use crate::layer::config::AttentionConfig;
-use crate::layer::dijiang::DijiangAttention;
-use crate::layer::rotary::{RotaryPairing, RotaryScaling};
+use crate::layer::{AttentionConfig, DijiangAttention, RotaryPairing, RotaryScaling};
 use read::File;
 use write::Writer;
 
 /// What this version writes.
 const VERSION: &str = "2";
-/// What it reads too: one local window for all heads, no sinks, no norms.
+/// What it reads too: one local window for all heads, no sinks, no norms, no deltas, no checksum.
 const FIRST_VERSION: &str = "1";
 
 /// Where the only layer of a file lies.
@@ -41,7 +43,7 @@ fn place(l: usize) -> String {
 }
 
 impl<T: Real> DijiangAttention<T> {
-    /// The whole layer as a safetensors file: weights, config, maps, decays and local window.
+    /// The whole layer as a safetensors file: weights, config, maps, decays, windows and sinks.
     ///
     /// Names are those of Hugging Face LLaMA files without their `model.layers.{l}.`
     /// (`self_attn.q_proj.weight`), and `self_attn.dijiang.*` for everything else. The same layer
@@ -104,11 +106,11 @@ impl<T: Real> DijiangAttention<T> {
         File::open(bytes)?.layer(ALONE)
     }
 
-    /// What calibration made, without the weights: maps, decays and local window. A small file to
-    /// go with the model's own.
+    /// What calibration, plan and refit made, without the weights: maps, decays, windows, sinks and
+    /// [output delta](Self::output_delta). A small file to go with the model's own.
     ///
     /// # Cost
-    /// Some numbers per feature, in f64.
+    /// Some numbers per feature, in f64, and a delta if there is one.
     ///
     /// # Errors
     /// As [`to_safetensors`](Self::to_safetensors).
@@ -118,15 +120,16 @@ impl<T: Real> DijiangAttention<T> {
         writer.finish()
     }
 
-    /// Takes over maps, decays and local window that [`save_maps`](Self::save_maps) wrote, whatever
-    /// they were here: with the same weights, the layer then gives the same bits as the saved one.
+    /// Takes over all that [`save_maps`](Self::save_maps) wrote, whatever it was here: with the same
+    /// weights, the layer then gives the same bits as the saved one.
     /// States made before belong to another layer then.
     ///
-    /// Files are not bound to an element type: maps of an `f64` layer fit an `f32` one. The configs
-    /// are compared; other weights of the same config are not noticed.
+    /// Files are not bound to an element type: maps of an `f64` layer fit an `f32` one, deltas do
+    /// not. The configs are compared; other weights of the same config are not noticed.
     ///
     /// # Cost
-    /// What building the maps costs. The weights are neither copied nor looked at.
+    /// What building the maps costs. The weights are neither copied nor looked at, but for the
+    /// output projection where there is a delta.
     ///
     /// # Errors
     /// [`Error::Format`] as [`from_safetensors`](Self::from_safetensors), and for a layer of
@@ -175,9 +178,9 @@ pub fn load_layers<T: Real>(bytes: &[u8]) -> Result<Vec<DijiangAttention<T>>> {
 ///
 /// # Examples
 /// ```
+/// use dijiang::checkpoint::{load_maps, save_maps};
 /// use dijiang::layer::{
 ///     AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention,
-///     load_maps, save_maps,
 /// };
 /// use ndarray::Array2;
 ///
@@ -239,6 +242,31 @@ fn save<'a, T: Real>(
     }
     writer.note("dijiang.layers", count);
     writer.finish()
+}
+
+/// CRC-32 over the format's own notes and then its tensors, each by their names in order: name, a
+/// zero, value or little-endian numbers, a zero.
+#[derive(Default)]
+struct Checksum(Hasher);
+
+/// Where a file says its [`Checksum`].
+const CHECKSUM: &str = "dijiang.crc32";
+
+impl Checksum {
+    /// Whether the format defines what is called so; anything else may lie in a file too.
+    fn covers(name: &str) -> bool {
+        name != CHECKSUM && (name.starts_with("dijiang.") || name.contains("self_attn."))
+    }
+
+    fn add(&mut self, name: &str, value: &[u8]) {
+        for part in [name.as_bytes(), b"\0", value, b"\0"] {
+            self.0.update(part);
+        }
+    }
+
+    fn finish(self) -> String {
+        format!("{:08x}", self.0.finalize())
+    }
 }
 
 /// A choice as a word.

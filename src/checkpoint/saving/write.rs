@@ -5,13 +5,12 @@ use std::slice::from_ref;
 use ndarray::ArrayViewD;
 use safetensors::tensor::Dtype;
 
-use super::{VERSION, Word, config_notes, dtype, weights_shape};
+use super::{CHECKSUM, Checksum, VERSION, Word, config_notes, dtype, weights_shape};
 use crate::Real;
 use crate::error::{Error, Result};
 use crate::files::MAX_HEADER;
 use crate::kernel::{DctParams, Projection};
-use crate::layer::Attention;
-use crate::layer::dijiang::DijiangAttention;
+use crate::layer::{Attention, DijiangAttention};
 
 /// A file being put together: metadata and tensors in the order they are written. The `safetensors`
 /// crate would write the metadata in another order each time.
@@ -87,6 +86,11 @@ impl<'a, T: Real> Writer<'a, T> {
             self.map(&place, map.params());
             self.params(format!("{place}log_decay"), &[], from_ref(log_decay));
         }
+        if let Some(delta) = layer.output_delta() {
+            let numbers = Numbers::Weights(delta.view().into_dyn());
+            let name = format!("{place}dijiang.output_delta");
+            self.tensors.push((name, delta.shape().to_vec(), numbers));
+        }
     }
 
     fn map(&mut self, place: &str, params: &'a DctParams) {
@@ -124,7 +128,7 @@ impl<'a, T: Real> Writer<'a, T> {
     }
 
     pub(super) fn weights(&mut self, place: &str, layer: &'a DijiangAttention<T>) {
-        let weights = layer.weights().as_ref();
+        let weights = layer.proj.plain_weights();
         let mut biases = String::new();
         for (name, matrix, bias) in [
             ('q', &weights.q, &weights.q_bias),
@@ -154,8 +158,25 @@ impl<'a, T: Real> Writer<'a, T> {
         }
     }
 
+    fn checksum(&mut self) -> String {
+        self.notes.sort();
+        self.tensors.sort_by(|(one, ..), (other, ..)| one.cmp(other));
+        let (mut checksum, mut bytes) = (Checksum::default(), Vec::new());
+        for (name, value) in &self.notes {
+            checksum.add(name, value.as_bytes());
+        }
+        for (name, _, numbers) in &self.tensors {
+            bytes.clear();
+            numbers.write(&mut bytes);
+            checksum.add(name, &bytes);
+        }
+        checksum.finish()
+    }
+
     /// The bytes. Wide numbers lie first, so that every tensor is aligned.
     pub(super) fn finish(mut self) -> Result<Vec<u8>> {
+        let checksum = self.checksum();
+        self.note(CHECKSUM, checksum);
         self.tensors.sort_by_key(|(_, _, numbers)| numbers.dtype() != Dtype::F64);
         let notes: Vec<_> =
             self.notes.iter().map(|(name, value)| format!(r#""{name}":"{value}""#)).collect();
