@@ -507,6 +507,11 @@ fn steps_agree_with_the_whole() {
             module.forward(&token, 33, Some(&mut again)),
             "index_pos must be the position of the state, got 33",
         );
+        let other = CandleAttention::from_layer(&layer, DType::F32).unwrap();
+        fails(
+            other.forward(&token, 34, Some(&mut again)),
+            "state cannot be combined with the maps of another layer",
+        );
         fails(
             module.forward(&token.narrow(0, 0, 2).unwrap(), 34, Some(&mut again)),
             "batch is 3, this layer's is 2",

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Module, Result, Tensor, WithDType};
+use candle_core::{DType, Device, Module, Result, Tensor, TensorId, WithDType};
 use candle_nn::{Init, Linear, VarBuilder};
 use ndarray::{Array1, Array2};
 
@@ -294,8 +294,14 @@ impl CandleAttention {
         let maps = self.present_maps()?;
         let params = MapTensors::pack(&maps)?;
         match working_dtype("weights", self.q_proj.weight().dtype())? {
-            DType::F64 => Ok(CandleState::new(build::<f64>(config, &maps, &params)?, batch)?),
-            _ => Ok(CandleState::new(build::<f32>(config, &maps, &params)?, batch)?),
+            DType::F64 => {
+                let attention = build::<f64>(config, &maps, &params)?;
+                Ok(CandleState::new(attention, self.map_ids(), batch)?)
+            }
+            _ => {
+                let attention = build::<f32>(config, &maps, &params)?;
+                Ok(CandleState::new(attention, self.map_ids(), batch)?)
+            }
         }
     }
 
@@ -316,7 +322,8 @@ impl CandleAttention {
     ///
     /// # Errors
     /// [`Error::Tensor`], [`Error::Shape`] and [`Error::Empty`] for `x`, [`Error::Value`] if
-    /// `index_pos` is not where the state is, [`Error::Foreign`] for a state of another batch;
+    /// `index_pos` is not where the state is, [`Error::Foreign`] for a state of another batch,
+    /// [`Error::Conflict`] for one made for other maps;
     /// those of [`causal`](super::causal). After an error the state is unchanged.
     pub fn forward(
         &self,
@@ -367,7 +374,7 @@ impl CandleAttention {
             return Err(Error::Empty { argument: "x" }.into());
         }
         if let Some(state) = &state {
-            state.check(b, index_pos)?;
+            state.check(&self.map_ids(), b, index_pos)?;
         }
         let working = working_dtype("x", x.dtype())?;
         let project = |linear: &Linear, heads: usize, rotary: Option<&Arc<RotaryTable>>| {
@@ -396,6 +403,11 @@ impl CandleAttention {
             }
         };
         self.o_proj.forward(&out.reshape((b, n, heads * self.head_dim))?.to_dtype(x.dtype())?)
+    }
+
+    /// What tells this layer's maps from those of another, and is the same for clones.
+    fn map_ids(&self) -> Vec<TensorId> {
+        self.maps.iter().map(|map| map.query.radii.id()).collect()
     }
 
     /// The maps as they are used: with decays that are decays.

@@ -3,7 +3,7 @@
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Result, Tensor};
+use candle_core::{DType, Device, Result, Tensor, TensorId};
 use ndarray::Axis;
 
 use super::tensors::{Element, HeadLayout, Reading, check_dtype, mask_rows};
@@ -17,10 +17,14 @@ use crate::kernel::DctMap;
 ///
 /// A clone is a snapshot to return to.
 #[derive(Debug, Clone)]
-pub struct CandleState(Typed);
+pub struct CandleState {
+    sequences: Typed,
+    /// The radii of the maps it was made for.
+    maps: Vec<TensorId>,
+}
 
 #[derive(Debug, Clone)]
-enum Typed {
+pub(super) enum Typed {
     F32(Sequences<f32>),
     F64(Sequences<f64>),
 }
@@ -36,36 +40,38 @@ pub(super) struct Sequences<T> {
 
 /// A type with a variant of [`CandleState`].
 pub(super) trait Stateful: Element {
-    fn state(sequences: Sequences<Self>) -> CandleState;
+    fn typed(sequences: Sequences<Self>) -> Typed;
 }
 
 impl Stateful for f32 {
-    fn state(sequences: Sequences<Self>) -> CandleState {
-        CandleState(Typed::F32(sequences))
+    fn typed(sequences: Sequences<Self>) -> Typed {
+        Typed::F32(sequences)
     }
 }
 
 impl Stateful for f64 {
-    fn state(sequences: Sequences<Self>) -> CandleState {
-        CandleState(Typed::F64(sequences))
+    fn typed(sequences: Sequences<Self>) -> Typed {
+        Typed::F64(sequences)
     }
 }
 
 impl CandleState {
     pub(super) fn new<T: Stateful>(
         attention: LinearAttention<T, DctMap<T>>,
+        maps: Vec<TensorId>,
         batch: usize,
     ) -> crate::Result<Self> {
         if batch == 0 {
             return Err(Error::Empty { argument: "batch" });
         }
         let (states, workspace) = (vec![attention.new_state(); batch], attention.step_workspace());
-        Ok(T::state(Sequences { attention: Arc::new(attention), states, workspace }))
+        let sequences = T::typed(Sequences { attention: Arc::new(attention), states, workspace });
+        Ok(Self { sequences, maps })
     }
 
     /// Tokens each sequence has seen.
     pub fn position(&self) -> usize {
-        match &self.0 {
+        match &self.sequences {
             Typed::F32(sequences) => sequences.states.first().map_or(0, CausalState::position),
             Typed::F64(sequences) => sequences.states.first().map_or(0, CausalState::position),
         }
@@ -73,7 +79,7 @@ impl CandleState {
 
     /// Sequences.
     pub fn batch(&self) -> usize {
-        match &self.0 {
+        match &self.sequences {
             Typed::F32(sequences) => sequences.states.len(),
             Typed::F64(sequences) => sequences.states.len(),
         }
@@ -81,7 +87,7 @@ impl CandleState {
 
     /// Bytes of all sequences' states; they do not grow.
     pub fn bytes(&self) -> usize {
-        match &self.0 {
+        match &self.sequences {
             Typed::F32(sequences) => sequences.states.iter().map(CausalState::bytes).sum(),
             Typed::F64(sequences) => sequences.states.iter().map(CausalState::bytes).sum(),
         }
@@ -89,14 +95,22 @@ impl CandleState {
 
     /// Back to the empty state, without allocating.
     pub fn reset(&mut self) {
-        match &mut self.0 {
+        match &mut self.sequences {
             Typed::F32(sequences) => sequences.states.iter_mut().for_each(CausalState::reset),
             Typed::F64(sequences) => sequences.states.iter_mut().for_each(CausalState::reset),
         }
     }
 
-    /// The next tokens are those of as many sequences, at this position.
-    pub(super) fn check(&self, batch: usize, position: usize) -> crate::Result<()> {
+    /// The next tokens are those of as many sequences, at this position, of a layer with these maps.
+    pub(super) fn check(
+        &self,
+        maps: &[TensorId],
+        batch: usize,
+        position: usize,
+    ) -> crate::Result<()> {
+        if maps != self.maps {
+            return Err(Error::Conflict { argument: "state", other: "the maps of another layer" });
+        }
         if batch != self.batch() {
             return Err(Error::Foreign {
                 argument: "state",
@@ -124,7 +138,7 @@ impl CandleState {
         v: &Tensor,
         key_mask: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let expected = match self.0 {
+        let expected = match self.sequences {
             Typed::F32(_) => DType::F32,
             Typed::F64(_) => DType::F64,
         };
@@ -136,7 +150,7 @@ impl CandleState {
             Some(mask) => Some(mask_rows(mask, batch, tokens)?),
             None => None,
         };
-        match &mut self.0 {
+        match &mut self.sequences {
             Typed::F32(sequences) => sequences.extend(q, k, v, valid.as_deref()),
             Typed::F64(sequences) => sequences.extend(q, k, v, valid.as_deref()),
         }

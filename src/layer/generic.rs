@@ -107,6 +107,12 @@ impl<T: Real, A: Operator<T>> Layer<T, A> {
         Ok(self.proj.output(&o))
     }
 
+    /// Whether a state is one of a layer of this shape, its query heads among it.
+    fn check_state(&self, state: &LayerState<T, A::State>) -> Result<()> {
+        self.attention.check_state(&state.attention)?;
+        self.proj.check_scratch(&state.scratch)
+    }
+
     /// The layer's state with this state of its attention, put aside by
     /// [`LayerState::attention`].
     pub(crate) fn state_of(&self, attention: A::State) -> LayerState<T, A::State> {
@@ -159,10 +165,7 @@ impl<T: Real, A: Operator<T>> Layer<T, A> {
         if states.is_empty() {
             return Err(Error::Empty { argument: "states" });
         }
-        for state in states.iter() {
-            self.attention.check_state(&state.attention)?;
-            self.proj.check_scratch(&state.scratch)?;
-        }
+        states.iter().try_for_each(|state| self.check_state(state))?;
         check_shape("out", out, &[states.len(), self.config().model_dim])?;
         let positions: Vec<usize> = states.iter().map(|state| state.position()).collect();
         let ProjectedQkv { q, k, v } = self.proj.project_tokens(x, &positions)?;
@@ -206,6 +209,7 @@ impl<T: Real, A: Operator<T>> Attention<T> for Layer<T, A> {
         x: &ArrayRef2<T>,
         mask: KeyMask<'_>,
     ) -> Result<Array2<T>> {
+        self.check_state(state)?;
         self.run(x, mask, None, Some(&mut [&mut state.attention]))
     }
 
@@ -227,6 +231,7 @@ impl<T: Real, A: Operator<T>> Attention<T> for Layer<T, A> {
         mask: KeyMask<'_>,
     ) -> Result<Array2<T>> {
         check_offsets_of(states.len(), offsets, x.nrows())?;
+        states.iter().try_for_each(|state| self.check_state(state))?;
         let mut states: Vec<_> = states.iter_mut().map(|state| &mut state.attention).collect();
         self.run(x, mask, Some(offsets), Some(&mut states))
     }

@@ -1,5 +1,7 @@
 //! [`StatePool`]: the states of many sequences that come and go.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use ndarray::ArrayRef2;
 
 use crate::Real;
@@ -11,10 +13,15 @@ use crate::layer::dijiang::{DijiangAttention, DijiangState};
 /// Most states of one pool.
 const MOST: usize = 1 << 20;
 
+/// Pools made so far: what tells them apart.
+static POOLS: AtomicU64 = AtomicU64::new(0);
+
 /// A place in a [`StatePool`]. It means one sequence: after [`release`](StatePool::release) it is
-/// refused, also when another sequence has taken its place.
+/// refused, also when another sequence has taken its place, and so it is by every other pool but
+/// clones of its own.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Slot {
+    pool: u64,
     index: usize,
     generation: u64,
 }
@@ -67,6 +74,7 @@ impl Slot {
 /// ```
 #[derive(Debug, Clone)]
 pub struct StatePool<T> {
+    id: u64,
     states: Vec<DijiangState<T>>,
     /// Of each place: odd while it is taken.
     generations: Vec<u64>,
@@ -91,6 +99,7 @@ impl<T: Real> StatePool<T> {
         let state = layer.new_state();
         check_room::<u8>("bytes of a pool", &[capacity, state.bytes()])?;
         Ok(Self {
+            id: POOLS.fetch_add(1, Ordering::Relaxed),
             states: vec![state; capacity],
             generations: vec![0; capacity],
             free: (0..capacity).rev().collect(),
@@ -112,7 +121,7 @@ impl<T: Real> StatePool<T> {
         let index = self.free.pop()?;
         self.states[index].reset();
         self.generations[index] += 1;
-        Some(Slot { index, generation: self.generations[index] })
+        Some(Slot { pool: self.id, index, generation: self.generations[index] })
     }
 
     /// Gives a slot back.
@@ -215,10 +224,12 @@ impl<T: Real> StatePool<T> {
     /// The place of a slot that is taken.
     fn index(&self, slot: Slot) -> Result<usize> {
         match self.generations.get(slot.index) {
-            Some(&generation) if generation == slot.generation => Ok(slot.index),
+            Some(&generation) if slot.pool == self.id && generation == slot.generation => {
+                Ok(slot.index)
+            }
             _ => Err(Error::Value {
                 argument: "slot",
-                expected: "one that is taken",
+                expected: "one of this pool that is taken",
                 got: slot.index as f64,
             }),
         }

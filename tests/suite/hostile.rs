@@ -305,8 +305,24 @@ fn foreign_states() {
             .unwrap_err(),
     );
     foreign(layer.new_state().copy_from(&other.new_state()).unwrap_err());
+    // The same key-value heads, and more query heads.
+    let more = {
+        let (wide, narrow) = (|p| matrix(p, 16, 8), |p| matrix(p, 8, 8));
+        let weights = AttentionWeights::new(wide(3), narrow(5), narrow(7), matrix(9, 8, 16));
+        let config = AttentionConfig::new(8, 4).with_kv_heads(2).with_head_dim(4);
+        let softmax = SoftmaxAttention::new(config, weights).unwrap();
+        DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_window(None)).unwrap()
+    };
+    foreign(more.prefill(&mut layer.new_state(), &x, KeyMask::All).unwrap_err());
+    foreign(
+        more.prefill_packed(&mut [&mut layer.new_state()], &x, &[0, 3], KeyMask::All).unwrap_err(),
+    );
     let mut pool = StatePool::new(&other, 2).unwrap();
     let slot = pool.take().unwrap();
+    let mut another = StatePool::new(&other, 2).unwrap();
+    another.take().unwrap();
+    assert!(matches!(another.get(slot), Err(Error::Value { argument: "slot", .. })));
+    assert!(pool.clone().get(slot).is_ok());
     foreign(
         pool.step(&layer, &[slot], &x.slice(s![..1, ..]), &mut Array2::zeros((1, 8))).unwrap_err(),
     );
