@@ -16,7 +16,7 @@ use crate::threads::{for_each, max_threads};
 /// Largest dimension or number of heads: beyond it nothing of the kind could be allocated.
 const MAX_SIZE: usize = 1 << 20;
 /// Most elements of a state, all heads: 4 GiB in f32.
-const MAX_STATE: usize = 1 << 30;
+pub(crate) const MAX_STATE: usize = 1 << 30;
 /// Largest σ·d. With it no product of an element in range by another, scaled and summed over d,
 /// overflows an f32.
 const MAX_SCALE: f64 = 1e6;

@@ -112,7 +112,7 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
 
     /// Scratch elements that the token methods need.
     fn token_scratch_len(&self) -> usize {
-        LANES * (self.dim() + self.features()) + self.scratch_len(LANES)
+        (LANES * (self.dim() + self.features())).saturating_add(self.scratch_len(LANES))
     }
 
     /// Log-features of one scaled query, as a panel of one token would have them (to rounding): for

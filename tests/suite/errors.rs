@@ -4,6 +4,7 @@ use crate::common::linear::{Setup, TestMap};
 use crate::common::stream::Stream;
 use crate::common::{Inputs, Random, argument, assert_same_bits};
 use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Window, Workspace};
+use dijiang::kernel::FeatureMap;
 use dijiang::reference::{self, Pairs, PlainMap};
 use dijiang::{Error, Real, Result};
 use ndarray::{Array2, Array3, Axis, ShapeBuilder};
@@ -48,6 +49,30 @@ fn maps_without_coordinates_or_features() {
             "{error:?}"
         );
     }
+}
+
+/// A map that asks for all the memory there is.
+#[derive(Debug)]
+struct Greedy;
+
+impl FeatureMap<f64> for Greedy {
+    fn dim(&self) -> usize {
+        4
+    }
+    fn features(&self) -> usize {
+        6
+    }
+    fn scratch_len(&self, _: usize) -> usize {
+        usize::MAX
+    }
+    fn query_panel(&self, _: usize, _: &[f64], _: &mut [f64], _: &mut [f64]) {}
+    fn key_panel(&self, _: usize, _: &[f64], _: &mut [f64], _: &mut [f64]) {}
+}
+
+#[test]
+fn maps_without_measure() {
+    let error = LinearConfig::new().build(vec![Greedy]).map(|_| ()).unwrap_err();
+    assert!(matches!(error, Error::TooLarge { got: usize::MAX, .. }), "{error:?}");
 }
 
 #[test]

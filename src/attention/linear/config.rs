@@ -4,7 +4,7 @@ use std::marker::PhantomData;
 
 use crate::Real;
 use crate::attention::check::{
-    check_exact_part, check_scale, check_size, check_state_size, each_head,
+    MAX_STATE, check_exact_part, check_scale, check_size, check_state_size, each_head,
 };
 use crate::attention::linear::LinearAttention;
 use crate::attention::linear::state::Shape;
@@ -106,8 +106,8 @@ impl LinearConfig {
     /// [`Error::Empty`] without maps, [`Error::Shape`] for maps of different d or m,
     /// [`Error::NotDivisible`] for heads that are no multiple of the maps, [`Error::Value`] and
     /// [`Error::Length`] for the numbers, [`Error::Conflict`] for a window or decay of
-    /// bidirectional attention, [`Error::TooLarge`] for dimensions and local windows beyond 2²⁰ and
-    /// a state of more than 2³⁰ elements.
+    /// bidirectional attention, [`Error::TooLarge`] for dimensions and local windows beyond 2²⁰, and
+    /// a state or scratch memory of a map of more than 2³⁰ elements.
     pub fn build<T: Real, M: FeatureMap<T>>(self, maps: Vec<M>) -> Result<LinearAttention<T, M>> {
         let Some(first) = maps.first() else { return Err(Error::Empty { argument: "maps" }) };
         let (dim, features, kv_heads) = (first.dim(), first.features(), maps.len());
@@ -158,18 +158,14 @@ impl LinearConfig {
                 });
             }
         }
-        let sizes = Sizes {
-            dim,
-            features,
-            value_dim,
-            window: largest,
-            sinks: self.sinks,
-            map: maps
-                .iter()
-                .map(|map| map.scratch_len(BLOCK).max(map.token_scratch_len()))
-                .max()
-                .unwrap_or(0),
-        };
+        let scratch = maps.iter().map(|map| map.scratch_len(BLOCK).max(map.token_scratch_len()));
+        let scratch = scratch.max().unwrap_or(0);
+        if scratch > MAX_STATE {
+            let argument = "scratch elements of a map";
+            return Err(Error::TooLarge { argument, limit: MAX_STATE, got: scratch });
+        }
+        let sizes =
+            Sizes { dim, features, value_dim, window: largest, sinks: self.sinks, map: scratch };
         let attention = LinearAttention {
             maps,
             heads,
