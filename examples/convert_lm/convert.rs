@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use dijiang::attention::{KeyMask, Window};
 use dijiang::calibrate::{
-    CalibrateOptions, CalibrateReport, Fit, Plan, PlanOptions, Planner, Refit,
+    Budget, CalibrateOptions, CalibrateReport, Fit, Plan, PlanOptions, Planner, Refit,
 };
 use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use ndarray::{Array2, ArrayView2};
@@ -31,6 +31,8 @@ pub(crate) struct Converted {
     pub(crate) linear: Vec<Linear>,
     /// The window of every head, if a plan was asked for.
     pub(crate) plan: Option<Plan>,
+    /// The same for windows with nothing behind them, which take as many bytes as those with maps.
+    pub(crate) plan_alone: Option<Plan>,
     /// Time that plan, calibration and refit took, the walks through the model among it.
     pub(crate) seconds: f64,
 }
@@ -47,7 +49,17 @@ pub(crate) fn convert(
     let start = Instant::now();
     let rows = args.rows();
     let planned = rows.iter().any(|row| row.is_planned());
-    let plan = if planned { Some(plan(softmax, args, samples, &tick)?) } else { None };
+    let head_dim = softmax.config().head_dim;
+    let (mut plan, mut plan_alone) = (None, None);
+    if planned {
+        let planner = measured(softmax, args, samples, &tick)?;
+        let chosen = planner.plan(args.plan_budget(head_dim))?;
+        // In tokens of all heads: what the plan holds, sums among it.
+        let tokens = chosen.bytes() as f64 / softmax.config().kv_cache_bytes(1) as f64;
+        let chunk = (tokens - args.sinks as f64) / 2.0;
+        plan_alone = Some(planner.plan(Budget::AverageWindow(chunk))?);
+        plan = Some(chosen);
+    }
 
     let mut linear = Vec::new();
     for &row in rows.iter().filter(|row| row.has_maps()) {
@@ -88,16 +100,16 @@ pub(crate) fn convert(
     for linear in linear.iter_mut().filter(|linear| linear.row == Row::PlannedRefit) {
         refit(softmax, &mut linear.model, samples, &tick)?;
     }
-    Ok(Converted { linear, plan, seconds: start.elapsed().as_secs_f64() })
+    Ok(Converted { linear, plan, plan_alone, seconds: start.elapsed().as_secs_f64() })
 }
 
-/// Which head gets which window, measured with maps in closed form.
-fn plan(
+/// What every window is worth to every head, measured with maps in closed form.
+fn measured(
     softmax: &Llama<SoftmaxAttention<f32>>,
     args: &Args,
     samples: &[&[Token]],
     tick: &impl Fn(),
-) -> Result<Plan> {
+) -> Result<Planner> {
     let samples = &samples[..samples.len().min(PLAN_WINDOWS)];
     let longest = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
     let mut options = PlanOptions::new().with_sinks(args.sinks);
@@ -127,7 +139,7 @@ fn plan(
         walk.advance(teacher)?;
         tick();
     }
-    Ok(planner.plan(args.plan_budget(softmax.config().head_dim))?)
+    Ok(planner)
 }
 
 /// The output projection of every layer in closed form, each on the hidden states that the layers

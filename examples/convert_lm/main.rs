@@ -21,6 +21,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
+use dijiang::attention::Window;
 use dijiang::calibrate::HeadPlan;
 use dijiang::layer::Attention;
 use rayon::ThreadPoolBuilder;
@@ -83,6 +84,11 @@ fn measure(args: &Args) -> Result<Report> {
                 measurement.add(row, &softmax, bytes)?;
             }
             Row::Window => {
+                // As many bytes as the planned rows.
+                let window = match &converted.plan_alone {
+                    Some(plan) => Window::new(plan.average_window() as usize, 1),
+                    None => window,
+                };
                 let windows = || vec![window];
                 let model =
                     softmax.exchange(|layer| layer.clone().with_windows(windows(), args.sinks))?;
@@ -90,7 +96,7 @@ fn measure(args: &Args) -> Result<Report> {
                 measurement.add(row, &model, model.config().kv_cache_bytes(held))?;
             }
             Row::PlannedWindow => {
-                let Some(plan) = &converted.plan else { continue };
+                let Some(plan) = &converted.plan_alone else { continue };
                 let mut model = softmax.exchange(|layer| Ok(layer.clone()))?;
                 for (l, layer) in model.attention_mut().iter_mut().enumerate() {
                     let windowed = layer.clone().with_windows(plan.windows(l)?, plan.sinks());
