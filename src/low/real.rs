@@ -69,7 +69,12 @@ pub(crate) mod sealed {
     use std::collections::HashMap;
     use std::sync::{Arc, Mutex, Weak};
 
-    use rustdct::TransformType2And3;
+    use rustdct::algorithm::type2and3_butterflies::{
+        Type2And3Butterfly2, Type2And3Butterfly4, Type2And3Butterfly8, Type2And3Butterfly16,
+    };
+    use rustdct::algorithm::{Type2And3ConvertToFft, Type2And3SplitRadix};
+    use rustdct::rustfft::FftPlannerScalar;
+    use rustdct::{DctNum, TransformType2And3};
 
     /// Tables by the length they belong to, for as long as somebody uses them.
     pub type Shared<T> = Mutex<HashMap<usize, Weak<Vec<T>>>>;
@@ -77,7 +82,7 @@ pub(crate) mod sealed {
     /// Runs an unnormalised transform of one row in place, with scratch.
     pub type RowTransform<T> = Arc<dyn Fn(&mut [T], &mut [T]) + Send + Sync>;
 
-    /// DCT-II and DCT-III of rows of one length, planned by rustdct.
+    /// DCT-II and DCT-III of rows of one length.
     #[derive(Clone)]
     pub struct RowDct<T> {
         /// X_f = Σ_i x_i cos(π(2i+1)f / 2d), in place.
@@ -88,8 +93,25 @@ pub(crate) mod sealed {
         pub scratch_len: usize,
     }
 
-    pub(super) fn plan<T: rustdct::DctNum>(len: usize) -> RowDct<T> {
-        let plan: Arc<dyn TransformType2And3<T>> = rustdct::DctPlanner::new().plan_dct2(len);
+    /// As rustdct's own planner, which would have rustfft's loops for every CPU compiled into this
+    /// crate: two thirds of its code, for lengths that are no power of two and beyond 128.
+    fn transform<T: DctNum>(len: usize) -> Arc<dyn TransformType2And3<T>> {
+        match len {
+            2 => Arc::new(Type2And3Butterfly2::new()),
+            4 => Arc::new(Type2And3Butterfly4::new()),
+            8 => Arc::new(Type2And3Butterfly8::new()),
+            16 => Arc::new(Type2And3Butterfly16::new()),
+            _ if len.is_power_of_two() && len > 2 => {
+                Arc::new(Type2And3SplitRadix::new(transform(len / 2), transform(len / 4)))
+            }
+            _ => {
+                Arc::new(Type2And3ConvertToFft::new(FftPlannerScalar::new().plan_fft_forward(len)))
+            }
+        }
+    }
+
+    pub(super) fn plan<T: DctNum>(len: usize) -> RowDct<T> {
+        let plan = transform(len);
         let scratch_len = plan.get_scratch_len();
         let second = Arc::clone(&plan);
         RowDct {

@@ -739,7 +739,7 @@ fn whatever_is_missing() {
                 "{name}: {error}"
             );
         }
-        for name in parts.notes.keys() {
+        for name in parts.notes.keys().filter(|name| *name != "dijiang.crc32") {
             let mut parts = parts.clone();
             parts.notes.remove(name);
             assert_eq!(

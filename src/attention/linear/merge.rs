@@ -64,8 +64,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// let mut workspace = attention.workspace();
     /// let (first, last) = (k.slice(s![.., ..10, ..]), k.slice(s![.., 10.., ..]));
     /// let (mut state, mut next) = (attention.new_state(), attention.new_state_at(10)?);
-    /// attention.extend(&mut state, &first, &first, KeyMask::All, &mut workspace)?;
-    /// attention.extend(&mut next, &last, &last, KeyMask::All, &mut workspace)?;
+    /// attention.extend(&mut state, (&first, &first), KeyMask::All, &mut workspace)?;
+    /// attention.extend(&mut next, (&last, &last), KeyMask::All, &mut workspace)?;
     /// attention.merge(&mut state, &next, &mut workspace)?;
     /// assert_eq!((state.start(), state.position()), (0, 30));
     /// # Ok::<(), dijiang::Error>(())
