@@ -11,6 +11,8 @@ pub mod error;
 #[cfg(any(feature = "safetensors", feature = "states"))]
 mod files;
 pub mod guide;
+#[cfg(debug_assertions)]
+mod instances;
 pub mod kernel;
 pub mod layer;
 mod low;
