@@ -11,7 +11,7 @@ pub mod error;
 #[cfg(any(feature = "safetensors", feature = "states"))]
 mod files;
 pub mod guide;
-#[cfg(debug_assertions)]
+#[cfg(all(debug_assertions, not(test)))]
 mod instances;
 pub mod kernel;
 pub mod layer;
