@@ -1,0 +1,137 @@
+// The keys that leave the window join the sums of their segment.
+
+// A tile of keys and values; zeros where there is none to look at, for a masked one may be anything.
+__device__ void load_keys(const Keys &keys, int tile, Element *k, Element *v) {
+    load_rows<D, TILE>(k, [&](int r) {
+        int p = tile * TILE + r;
+        return keys.valid(p) ? keys.key(p) : nullptr;
+    });
+    load_rows<E, TILE>(v, [&](int r) {
+        int p = tile * TILE + r;
+        return keys.valid(p) ? keys.value(p) : nullptr;
+    });
+}
+
+// What the tokens of a tile add to every feature's exponent, seen from position `base`.
+__device__ void key_exponents(const Call &call, const Head &head, const Sequence &sequence,
+                              const Keys &keys, int tile, int base, const Element *k, float *to) {
+    if (threadIdx.x < TILE) {
+        int p = tile * TILE + threadIdx.x;
+        bool joins = keys.valid(p) && !is_sink(sequence, p);
+        float exponent = head.decay == 0.f ? 0.f : head.decay * (base - p);
+        if (call.envelope) exponent -= call.scale * half_norm(k + threadIdx.x * KEY_ROW);
+        to[threadIdx.x] = joins ? exponent : NEVER;
+    }
+}
+
+// The key projection of a block of 64 features.
+struct KeyMap {
+    Rows high, low;
+    float row[2];
+
+    __device__ void load(const Call &call, int kv, int block, Element *k, Element *v) {
+        load_block<D>(k, projection(call, kv, 1, block, 0));
+        if (SPLIT) load_block<D>(v, projection(call, kv, 1, block, SPLIT));
+        commit();
+        arrived<0>();
+        __syncthreads();
+        high.load(k);
+        if (SPLIT) low.load(v);
+        int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+        for (int r = 0; r < 2; r++) row[r] = call.rows[(kv * 2 + 1) * M + f + 8 * r];
+        __syncthreads();
+    }
+};
+
+__device__ void absorb_tile(Softmax &sums, const KeyMap &map, const Element *k, const Element *v,
+                            const float *exponents, Element *scratch) {
+    float s[TILE / 8][4];
+    zero(s);
+    scores(s, map.high, k);
+    if (SPLIT) scores(s, map.low, k);
+    int column = 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int n = 0; n < TILE / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) s[n][i] += map.row[i / 2] + exponents[8 * n + column + i % 2];
+    sums.weigh(s);
+    mix(sums.o, s, v, scratch);
+}
+
+// One segment of one sequence, one head, 64 features.
+extern "C" __global__ void __launch_bounds__(THREADS) absorb(const Call call) {
+    extern __shared__ __align__(16) Element shared[];
+    __shared__ float exponents[2][TILE];
+    Element *k[2] = {shared, shared + TILE * KEY_ROW};
+    Element *v[2] = {shared + 2 * TILE * KEY_ROW, shared + 2 * TILE * KEY_ROW + TILE * VALUE_ROW};
+    Element *scratch = v[1] + TILE * VALUE_ROW, *fixed = scratch + SCRATCH;
+    int kv = blockIdx.y, block = blockIdx.z, i = 0;
+    while (i + 1 < call.count && (int)blockIdx.x >= call.sequences[i + 1].segment) i++;
+    const Sequence &sequence = call.sequences[i];
+    const Head head = call.heads[kv];
+    const Keys keys(call, head, sequence, kv);
+    int segment = blockIdx.x - sequence.segment, first_tile = sequence.position / TILE;
+    int last_tile = (sequence.position + sequence.n - 1) / TILE;
+    int begin = first_tile + segment * call.segment_tiles;
+    int end = min(begin + call.segment_tiles - 1, last_tile);
+    bool ends = end == last_tile;
+    int base = begin * TILE;
+    int at = segment == 0 ? first_kept(head, sequence.position) : first_seen(head, begin);
+    int first = at;
+
+    KeyMap map;
+    // Without a split the projection is read from where it lies.
+    map.load(call, kv, block, SPLIT ? k[0] : fixed, k[1]);
+    Softmax sums;
+    sums.clear();
+    int last = first_seen(head, ends ? end : end + 1);
+    if (at < last) load_keys(keys, at, k[0], v[0]);
+    commit();
+    int first_chunk = begin / head.tiles, chunks = end / head.tiles - first_chunk + 1;
+    for (int chunk = 0; chunk <= chunks; chunk++) {
+        // After the last chunk of the segment, what the next segment finds.
+        int until = chunk < chunks ? max(first, first_seen(head, (first_chunk + chunk) * head.tiles))
+                                   : last;
+        for (; at < until; at++) {
+            int now = (at - first) % 2;
+            if (at + 1 < last) load_keys(keys, at + 1, k[1 - now], v[1 - now]);
+            commit();
+            arrived<1>();
+            __syncthreads();
+            key_exponents(call, head, sequence, keys, at, base, k[now], exponents[now]);
+            __syncthreads();
+            absorb_tile(sums, map, k[now], v[now], exponents[now], scratch);
+            __syncthreads();
+        }
+        if (chunk < chunks && until == first) continue;
+        Softmax row = sums;
+        row.add_up();
+        int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+        int column = 2 * (threadIdx.x % 4);
+        if (chunk < chunks) {
+            long head_at = ((long)blockIdx.x * call.segment_tiles + chunk) * call.kv_heads + kv;
+            Element *to = call.within + head_at * M * E;
+            for (int r = 0; r < 2; r++) {
+                int g = f + 8 * r;
+                float inverse = row.total[r] > 0.f ? 1.f / row.total[r] : 0.f;
+                if (column == 0)
+                    call.within_level[head_at * M + g] =
+                        row.total[r] > 0.f ? row.top[r] + log2f(row.total[r]) : NEVER;
+#pragma unroll
+                for (int n = 0; n < E / 8; n++)
+                    store2(to + (long)g * E + 8 * n + column, row.o[n][2 * r] * inverse,
+                           row.o[n][2 * r + 1] * inverse);
+            }
+        } else {
+            float *to = call.segment_sums + ((long)blockIdx.x * call.kv_heads + kv) * M * (E + 2);
+            for (int r = 0; r < 2; r++) {
+                int g = f + 8 * r;
+                if (column == 0) to[g] = row.top[r], to[M + g] = row.total[r];
+#pragma unroll
+                for (int n = 0; n < E / 8; n++)
+                    *(float2 *)(to + 2 * M + g * E + 8 * n + column) =
+                        make_float2(row.o[n][2 * r], row.o[n][2 * r + 1]);
+            }
+        }
+    }
+}

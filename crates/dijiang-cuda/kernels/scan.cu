@@ -1,0 +1,74 @@
+// What went before each segment, from the sums of the segments and of the state; then the state as it
+// is after the last one.
+
+extern "C" __global__ void __launch_bounds__(256) scan(const Call call) {
+    int kv = blockIdx.y, element = blockIdx.x * 256 + threadIdx.x;
+    const Sequence &sequence = call.sequences[blockIdx.z];
+    const Head head = call.heads[kv];
+    int f = element / E, first_tile = sequence.position / TILE;
+    int last_tile = (sequence.position + sequence.n - 1) / TILE;
+    int segments = (last_tile - first_tile) / call.segment_tiles + 1;
+    float c = NEVER, z = 0.f, s = 0.f;
+    State state = state_of(call, head, max(sequence.slot, 0));
+    if (sequence.slot >= 0 && state.z[f] > 0.f) {
+        c = state.c[f] + head.decay * TILE * (first_tile - first_kept(head, sequence.position));
+        z = state.z[f];
+        s = state.s[element];
+    }
+    const int ahead = 8;
+    for (int i = 0; i < segments; i += ahead) {
+        float next[ahead][3];
+#pragma unroll
+        for (int j = 0; j < ahead; j++) {
+            long at = (long)(sequence.segment + min(i + j, segments - 1)) * call.kv_heads + kv;
+            const float *from = call.segment_sums + at * M * (E + 2);
+            next[j][0] = from[f], next[j][1] = from[M + f], next[j][2] = from[2 * M + element];
+        }
+#pragma unroll
+        for (int j = 0; j < ahead; j++) {
+            if (i + j >= segments) break;
+            long at = (long)(sequence.segment + i + j) * call.kv_heads + kv;
+            call.before[at * M * E + element] = narrow(z > 0.f ? s / z : 0.f);
+            if (element % E == 0) call.before_level[at * M + f] = z > 0.f ? c + log2f(z) : NEVER;
+            float top = fmaxf(c, next[j][0]), frame = top == NEVER ? 0.f : top;
+            float own = exp2f(c - frame), others = exp2f(next[j][0] - frame);
+            c = top;
+            z = z * own + next[j][1] * others;
+            s = s * own + next[j][2] * others;
+            // The next segment's exponents are relative to its own beginning.
+            if (i + j + 1 < segments) c += head.decay * TILE * call.segment_tiles;
+        }
+    }
+    if (sequence.slot >= 0) {
+        int base = first_tile + (segments - 1) * call.segment_tiles;
+        __syncthreads();  // threads of a row have all read what is overwritten now
+        if (element % E == 0) {
+            state.c[f] = z > 0.f ? c + head.decay * TILE * (first_seen(head, last_tile) - base) : 0.f;
+            state.z[f] = z;
+        }
+        state.s[element] = s;
+    }
+}
+
+// Keys and values go to the rings and to the sinks of the states, for the next call.
+extern "C" __global__ void __launch_bounds__(THREADS) keep(const Call call) {
+    int kv = blockIdx.x;
+    const Sequence &sequence = call.sequences[blockIdx.y];
+    if (sequence.slot < 0) return;
+    const Head head = call.heads[kv];
+    const Keys keys(call, head, sequence, kv);
+    State state = keys.state;
+    int end = sequence.position + sequence.n, begin = max(sequence.position, end - head.ring);
+    for (int p = begin; p < end; p++) {
+        int row = p % head.ring;
+        for (int i = threadIdx.x; i < D; i += THREADS) state.ring_k[row * D + i] = keys.key(p)[i];
+        for (int i = threadIdx.x; i < E; i += THREADS) state.ring_v[row * E + i] = keys.value(p)[i];
+        if (threadIdx.x == 0) state.valid[row] = keys.valid(p);
+    }
+    for (int s = 0; s < sequence.sinks; s++) {
+        int p = sequence.sink[s];
+        if (p < sequence.position) continue;
+        for (int i = threadIdx.x; i < D; i += THREADS) state.sink_k[s * D + i] = keys.key(p)[i];
+        for (int i = threadIdx.x; i < E; i += THREADS) state.sink_v[s * E + i] = keys.value(p)[i];
+    }
+}
