@@ -2,6 +2,11 @@
 
 // A tile of keys and values; zeros where there is none to look at, for a masked one may be anything.
 __device__ void load_keys(const Keys &keys, int tile, Element *k, Element *v) {
+    if (keys.plain(tile)) {
+        load_block<D>(k, keys.k + (long)(tile * TILE - keys.position) * D);
+        load_block<E>(v, keys.v + (long)(tile * TILE - keys.position) * E);
+        return;
+    }
     load_rows<D, TILE>(k, [&](int r) {
         int p = tile * TILE + r;
         return keys.valid(p) ? keys.key(p) : nullptr;
@@ -12,9 +17,13 @@ __device__ void load_keys(const Keys &keys, int tile, Element *k, Element *v) {
     });
 }
 
-// What the tokens of a tile add to every feature's exponent, seen from position `base`.
-__device__ void key_exponents(const Call &call, const Head &head, const Sequence &sequence,
+// What the tokens of a tile add to every feature's exponent, seen from position `base`; false if that
+// is nothing.
+__device__ bool key_exponents(const Call &call, const Head &head, const Sequence &sequence,
                               const Keys &keys, int tile, int base, const Element *k, float *to) {
+    bool sinks = sequence.sinks > 0 && sequence.sink[0] < (tile + 1) * TILE &&
+                 sequence.sink[sequence.sinks - 1] >= tile * TILE;
+    if (!call.envelope && head.decay == 0.f && !sinks && keys.plain(tile)) return false;
     if (threadIdx.x < TILE) {
         int p = tile * TILE + threadIdx.x;
         bool joins = keys.valid(p) && !is_sink(sequence, p);
@@ -22,6 +31,8 @@ __device__ void key_exponents(const Call &call, const Head &head, const Sequence
         if (call.envelope) exponent -= call.scale * half_norm(k + threadIdx.x * KEY_ROW);
         to[threadIdx.x] = joins ? exponent : NEVER;
     }
+    __syncthreads();
+    return true;
 }
 
 // The key projection of a block of 64 features.
@@ -29,42 +40,36 @@ struct KeyMap {
     Rows high, low;
     float row[2];
 
-    __device__ void load(const Call &call, int kv, int block, Element *k, Element *v) {
+    __device__ void load(const Call &call, int kv, int block, Element *k, Element *rest) {
         load_block<D>(k, projection(call, kv, 1, block, 0));
-        if (SPLIT) load_block<D>(v, projection(call, kv, 1, block, SPLIT));
+        if (SPLIT) load_block<D>(rest, projection(call, kv, 1, block, SPLIT));
         commit();
         arrived<0>();
         __syncthreads();
         high.load(k);
-        if (SPLIT) low.load(v);
+        if (SPLIT) low.load(rest);
         int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         for (int r = 0; r < 2; r++) row[r] = call.rows[(kv * 2 + 1) * M + f + 8 * r];
         __syncthreads();
     }
 };
 
+// `exponents` is null if they are zero.
 __device__ void absorb_tile(Softmax &sums, const KeyMap &map, const Element *k, const Element *v,
                             const float *exponents, Element *scratch) {
     float s[TILE / 8][4];
-    zero(s);
+    start(s, map.row[0], map.row[1]);
     scores(s, map.high, k);
     if (SPLIT) scores(s, map.low, k);
-    int column = 2 * (threadIdx.x % 4);
-#pragma unroll
-    for (int n = 0; n < TILE / 8; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) s[n][i] += map.row[i / 2] + exponents[8 * n + column + i % 2];
-    sums.weigh(s);
-    mix(sums.o, s, v, scratch);
+    if (exponents) add_columns(s, exponents);
+    sums.add(s, 1.f, v, scratch);
 }
 
 // One segment of one sequence, one head, 64 features.
-extern "C" __global__ void __launch_bounds__(THREADS) absorb(const Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call call) {
     extern __shared__ __align__(16) Element shared[];
-    __shared__ float exponents[2][TILE];
-    Element *k[2] = {shared, shared + TILE * KEY_ROW};
-    Element *v[2] = {shared + 2 * TILE * KEY_ROW, shared + 2 * TILE * KEY_ROW + TILE * VALUE_ROW};
-    Element *scratch = v[1] + TILE * VALUE_ROW, *fixed = scratch + SCRATCH;
+    __shared__ float exponents[TILE];
+    const Tiles tiles(shared);
     int kv = blockIdx.y, block = blockIdx.z, i = 0;
     while (i + 1 < call.count && (int)blockIdx.x >= call.sequences[i + 1].segment) i++;
     const Sequence &sequence = call.sequences[i];
@@ -81,11 +86,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) absorb(const Call call) {
 
     KeyMap map;
     // Without a split the projection is read from where it lies.
-    map.load(call, kv, block, SPLIT ? k[0] : fixed, k[1]);
+    map.load(call, kv, block, SPLIT ? tiles.k[0] : tiles.fixed, tiles.k[1]);
     Softmax sums;
     sums.clear();
     int last = first_seen(head, ends ? end : end + 1);
-    if (at < last) load_keys(keys, at, k[0], v[0]);
+    if (at < last) load_keys(keys, at, tiles.k[0], tiles.v[0]);
     commit();
     int first_chunk = begin / head.tiles, chunks = end / head.tiles - first_chunk + 1;
     for (int chunk = 0; chunk <= chunks; chunk++) {
@@ -94,18 +99,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) absorb(const Call call) {
                                    : last;
         for (; at < until; at++) {
             int now = (at - first) % 2;
-            if (at + 1 < last) load_keys(keys, at + 1, k[1 - now], v[1 - now]);
+            if (at + 1 < last) load_keys(keys, at + 1, tiles.k[1 - now], tiles.v[1 - now]);
             commit();
             arrived<1>();
             __syncthreads();
-            key_exponents(call, head, sequence, keys, at, base, k[now], exponents[now]);
-            __syncthreads();
-            absorb_tile(sums, map, k[now], v[now], exponents[now], scratch);
+            const Element *k = tiles.k[now], *v = tiles.v[now];
+            bool any = key_exponents(call, head, sequence, keys, at, base, k, exponents);
+            absorb_tile(sums, map, k, v, any ? exponents : nullptr, tiles.scratch);
             __syncthreads();
         }
         if (chunk < chunks && until == first) continue;
-        Softmax row = sums;
-        row.add_up();
+        float total[2] = {whole(sums.total[0]), whole(sums.total[2])};
         int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         int column = 2 * (threadIdx.x % 4);
         if (chunk < chunks) {
@@ -113,24 +117,24 @@ extern "C" __global__ void __launch_bounds__(THREADS) absorb(const Call call) {
             Element *to = call.within + head_at * M * E;
             for (int r = 0; r < 2; r++) {
                 int g = f + 8 * r;
-                float inverse = row.total[r] > 0.f ? 1.f / row.total[r] : 0.f;
+                float inverse = total[r] > 0.f ? 1.f / total[r] : 0.f;
                 if (column == 0)
                     call.within_level[head_at * M + g] =
-                        row.total[r] > 0.f ? row.top[r] + log2f(row.total[r]) : NEVER;
+                        total[r] > 0.f ? sums.top[r] + log2f(total[r]) : NEVER;
 #pragma unroll
                 for (int n = 0; n < E / 8; n++)
-                    store2(to + (long)g * E + 8 * n + column, row.o[n][2 * r] * inverse,
-                           row.o[n][2 * r + 1] * inverse);
+                    store2(to + (long)g * E + 8 * n + column, sums.o[n][2 * r] * inverse,
+                           sums.o[n][2 * r + 1] * inverse);
             }
         } else {
             float *to = call.segment_sums + ((long)blockIdx.x * call.kv_heads + kv) * M * (E + 2);
             for (int r = 0; r < 2; r++) {
                 int g = f + 8 * r;
-                if (column == 0) to[g] = row.top[r], to[M + g] = row.total[r];
+                if (column == 0) to[g] = sums.top[r], to[M + g] = total[r];
 #pragma unroll
                 for (int n = 0; n < E / 8; n++)
                     *(float2 *)(to + 2 * M + g * E + 8 * n + column) =
-                        make_float2(row.o[n][2 * r], row.o[n][2 * r + 1]);
+                        make_float2(sums.o[n][2 * r], sums.o[n][2 * r + 1]);
             }
         }
     }

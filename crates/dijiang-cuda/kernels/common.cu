@@ -142,6 +142,10 @@ struct Keys {
         if (p < position) return state.valid[p % ring];
         return !mask || mask[p - position];
     }
+    // A tile of new tokens all of which may be looked at.
+    __device__ bool plain(int tile) const {
+        return !mask && tile * TILE >= position && tile * TILE + TILE <= position + n;
+    }
     __device__ const Element *key(int p) const {
         return p < position ? state.ring_k + (p % ring) * D : k + (long)(p - position) * D;
     }
@@ -173,7 +177,12 @@ __device__ void load_rows(Element *to, Row row) {
 
 // A dense block of 64 rows.
 template <int WIDTH> __device__ void load_block(Element *to, const Element *from) {
-    load_rows<WIDTH, TILE>(to, [&](int r) { return from + r * WIDTH; });
+    const int packs = WIDTH / PACK;
+#pragma unroll
+    for (int j = 0; j < TILE * packs / THREADS; j++) {
+        int i = j * THREADS + threadIdx.x;
+        copy16(to + i / packs * (WIDTH + PACK) + i % packs * PACK, from + i * PACK, true);
+    }
 }
 
 // ---- elements ----
@@ -256,9 +265,11 @@ template <int N> __device__ void scores(float (&acc)[N][4], const Rows &rows, co
     }
 }
 
-// o += weights * tile, tile: N * 8 rows of E; scratch: 64 rows of 64 + 4.
+// o += weights * tile, tile: N * 8 rows of E; total += their sum, a lane's share of it. scratch: 64
+// rows of 64 + 4.
 template <int N>
-__device__ void mix(float (&o)[E / 8][4], const float (&p)[N][4], const float *tile, float *scratch) {
+__device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N][4],
+                    const float *tile, float *scratch) {
     const int stride = TILE + 4;
     int lane = threadIdx.x % 32, column = 2 * (lane % 4);
     float *own = scratch + (threadIdx.x / 32 * 16 + lane / 4) * stride;
@@ -267,6 +278,7 @@ __device__ void mix(float (&o)[E / 8][4], const float (&p)[N][4], const float *t
     for (int n = 0; n < N; n++) {
         *(float2 *)(own + 8 * n + column) = make_float2(p[n][0], p[n][1]);
         *(float2 *)(own + 8 * stride + 8 * n + column) = make_float2(p[n][2], p[n][3]);
+        total[0] += p[n][0] + p[n][1], total[2] += p[n][2] + p[n][3];
     }
     __syncwarp();
 #pragma unroll 2
@@ -280,7 +292,12 @@ __device__ void mix(float (&o)[E / 8][4], const float (&p)[N][4], const float *t
     }
 }
 
-__device__ void round_pair(float &, float &) {}
+// A row's total from its lanes' shares, and back.
+__device__ float whole(float share) {
+    share += __shfl_xor_sync(~0u, share, 1);
+    return share + __shfl_xor_sync(~0u, share, 2);
+}
+__device__ float share(float whole) { return threadIdx.x % 4 == 0 ? whole : 0.f; }
 
 #else
 
@@ -300,7 +317,7 @@ __device__ void ldmatrix_transposed(u32 (&to)[4], const Element *from) {
 #define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
 #endif
 __device__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm volatile(MMA "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+    asm(MMA "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                  : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
@@ -329,14 +346,19 @@ template <int N> __device__ void scores(float (&acc)[N][4], const Rows &rows, co
         }
 }
 
+// The totals are a product with ones: of the weights as rounding has left them, so that what it does
+// to a weight is in the normaliser too.
 template <int N>
-__device__ void mix(float (&o)[E / 8][4], const float (&p)[N][4], const Element *tile, Element *) {
+__device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N][4],
+                    const Element *tile, Element *) {
+    const u32 ones = ELEMENT == 0 ? 0x3f803f80u : 0x3c003c00u;
     int lane = threadIdx.x % 32;
     const Element *at = tile + lane % 16 * (E + PACK) + lane / 16 * 8;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
         u32 a[4] = {pack2(p[2 * i][0], p[2 * i][1]), pack2(p[2 * i][2], p[2 * i][3]),
                     pack2(p[2 * i + 1][0], p[2 * i + 1][1]), pack2(p[2 * i + 1][2], p[2 * i + 1][3])};
+        mma(total, a, ones, ones);
 #pragma unroll
         for (int n = 0; n < E / 8; n += 2) {
             u32 b[4];
@@ -347,67 +369,65 @@ __device__ void mix(float (&o)[E / 8][4], const float (&p)[N][4], const Element 
     }
 }
 
-__device__ void round_pair(float &low, float &high) {
-    u32 both = pack2(low, high);
-    low = low_of(both), high = high_of(both);
-}
+// Every lane of a row has its total.
+__device__ float whole(float share) { return share; }
+__device__ float share(float whole) { return whole; }
 
 #endif
 
-// The online softmax of a warp's 16 rows: the largest exponent, what weights sum up to (a lane's
-// share) and the weighted sum of values.
+// The online softmax of a warp's 16 rows: the largest exponent, what weights sum up to (see `whole`),
+// and the weighted sum of values.
 struct Softmax {
-    float top[2], total[2], o[E / 8][4];
+    float top[2], total[4], o[E / 8][4];
 
     __device__ void clear() {
-        for (int r = 0; r < 2; r++) top[r] = NEVER, total[r] = 0.f;
+        for (int r = 0; r < 2; r++) top[r] = NEVER;
+        for (int i = 0; i < 4; i++) total[i] = 0.f;
 #pragma unroll
         for (int n = 0; n < E / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) o[n][i] = 0.f;
     }
 
-    // Scores become weights, rounded as the product will see them: what rounding does to a weight is
-    // then in the normaliser too.
-    template <int N> __device__ void weigh(float (&s)[N][4]) {
+    // A tile of values with the exponents scale * s, scale > 0.
+    template <int N>
+    __device__ void add(float (&s)[N][4], float scale, const Element *tile, Element *scratch) {
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float most = top[r];
+            float most = NEVER;
 #pragma unroll
             for (int n = 0; n < N; n++) most = fmaxf(most, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
-            most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            most = fmaxf(top[r], scale * fmaxf(most, __shfl_xor_sync(~0u, most, 2)));
             float frame = most == NEVER ? 0.f : most, factor = exp2f_fast(top[r] - frame);
             top[r] = most;
-            float sum = 0.f;
 #pragma unroll
             for (int n = 0; n < N; n++) {
-                float &low = s[n][2 * r], &high = s[n][2 * r + 1];
-                low = exp2f_fast(low - frame), high = exp2f_fast(high - frame);
-                round_pair(low, high);
-                sum += low + high;
+                s[n][2 * r] = exp2f_fast(fmaf(s[n][2 * r], scale, -frame));
+                s[n][2 * r + 1] = exp2f_fast(fmaf(s[n][2 * r + 1], scale, -frame));
             }
-            total[r] = total[r] * factor + sum;
+            total[2 * r] *= factor, total[2 * r + 1] *= factor;
 #pragma unroll
             for (int n = 0; n < E / 8; n++) o[n][2 * r] *= factor, o[n][2 * r + 1] *= factor;
         }
-    }
-
-    // A lane's share of the totals becomes the rows' own.
-    __device__ void add_up() {
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            total[r] += __shfl_xor_sync(~0u, total[r], 1);
-            total[r] += __shfl_xor_sync(~0u, total[r], 2);
-        }
+        mix(o, total, s, tile, scratch);
     }
 };
 
-template <int N> __device__ void zero(float (&s)[N][4]) {
+// Scores start from what each row adds to them.
+template <int N> __device__ void start(float (&s)[N][4], float row0, float row1) {
 #pragma unroll
-    for (int n = 0; n < N; n++)
+    for (int n = 0; n < N; n++) s[n][0] = s[n][1] = row0, s[n][2] = s[n][3] = row1;
+}
+
+// Adds a number to each column.
+template <int N> __device__ void add_columns(float (&s)[N][4], const float *columns) {
+    const float *own = columns + 2 * (threadIdx.x % 4);
 #pragma unroll
-        for (int i = 0; i < 4; i++) s[n][i] = 0.f;
+    for (int n = 0; n < N; n++) {
+        float2 x = *(const float2 *)(own + 8 * n);
+        s[n][0] += x.x, s[n][1] += x.y, s[n][2] += x.x, s[n][3] += x.y;
+    }
 }
 
 // Half the squared norm of a row in shared memory.
@@ -419,9 +439,19 @@ __device__ float half_norm(const Element *row) {
 
 #define KEY_ROW (D + PACK)
 #define VALUE_ROW (E + PACK)
-#define WIDEST (D > E ? KEY_ROW : VALUE_ROW)
-// Shared memory for the weights of a tile, where products do not take them from registers.
+// Two tiles of keys and values; and for products that do not take their operands from registers the
+// weights of a tile and a tile of rows.
 #define SCRATCH (SPLIT ? 0 : TILE * (TILE + 4))
+struct Tiles {
+    Element *k[2], *v[2], *scratch, *fixed;
+    __device__ Tiles(Element *shared) {
+        k[0] = shared, k[1] = shared + TILE * KEY_ROW;
+        v[0] = k[1] + TILE * KEY_ROW, v[1] = v[0] + TILE * VALUE_ROW;
+        scratch = v[1] + TILE * VALUE_ROW, fixed = scratch + SCRATCH;
+    }
+};
+// As many blocks at a time as shared memory has room for.
+#define BLOCKS (D == 64 && E == 64 && SPLIT ? 4 : 2)
 
 // The projection of a side: 0 query, 1 key; its block of 64 features; 0 high, 1 low part.
 __device__ const Element *projection(const Call &call, int kv, int side, int block, int part) {

@@ -1,11 +1,65 @@
 // A tile of 64 queries: over its window, the sinks, and the sums of everything older.
 
-extern "C" __global__ void __launch_bounds__(THREADS) outputs(const Call call) {
+// The queries of a tile and where they lie.
+struct QueryTile {
+    long row;              // of the tile's first query in q and out
+    int first, position, end;
+    __device__ QueryTile(const Call &call, const Sequence &sequence, int h, int t) {
+        position = sequence.position, end = sequence.position + sequence.n, first = t * TILE;
+        row = (long)h * call.tokens + sequence.token + first - position;
+    }
+    __device__ bool has(int r) const { return first + r >= position && first + r < end; }
+    __device__ bool plain() const { return first >= position && first + TILE <= end; }
+};
+
+__device__ void load_queries(const Call &call, const QueryTile &tile, Element *to) {
+    if (tile.plain()) return load_block<D>(to, call.q + tile.row * D);
+    load_rows<D, TILE>(
+        to, [&](int r) { return tile.has(r) ? call.q + (tile.row + r) * D : nullptr; });
+}
+
+// Scores that no query of the tile may look at: of masked keys, and of later ones.
+__device__ void hide(float (&s)[TILE / 8][4], const float *masked, bool diagonal) {
+    if (masked) add_columns(s, masked);
+    if (!diagonal) return;
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
+#pragma unroll
+    for (int n = 0; n < TILE / 8; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (8 * n + 2 * (lane % 4) + i % 2 > row + i / 2 * 8) s[n][i] = NEVER;
+}
+
+__device__ void load_sinks(const Keys &keys, const Sequence &sequence, int sinks, Element *k,
+                           Element *v) {
+    load_rows<D, SINKS>(k, [&](int r) -> const Element * {
+        if (r >= sinks) return nullptr;
+        int p = sequence.sink[r];
+        return p < keys.position ? keys.state.sink_k + r * D : keys.key(p);
+    });
+    load_rows<E, SINKS>(v, [&](int r) -> const Element * {
+        if (r >= sinks) return nullptr;
+        int p = sequence.sink[r];
+        return p < keys.position ? keys.state.sink_v + r * E : keys.value(p);
+    });
+}
+
+// The mean values of one block of 64 features and their exponents: of the segments before, or of the
+// own one up to the window. Null if there are none.
+struct Means {
+    const Element *values;
+    const float *levels;
+};
+
+__device__ float level_of(const Means &means, const Call &call, int kv, int f) {
+    return means.levels ? means.levels[f] + call.rows[kv * 2 * M + f] : NEVER;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS + (BLOCKS == 2 && SPLIT))
+    outputs(const Call call) {
     extern __shared__ __align__(16) Element shared[];
-    __shared__ float level[2][TILE], norm[TILE];
-    Element *k[2] = {shared, shared + TILE * KEY_ROW};
-    Element *v[2] = {shared + 2 * TILE * KEY_ROW, shared + 2 * TILE * KEY_ROW + TILE * VALUE_ROW};
-    Element *scratch = v[1] + TILE * VALUE_ROW, *own = scratch + SCRATCH;
+    __shared__ float masked[2][TILE], level[2][M], norm[TILE];
+    const Tiles tiles(shared);
     int h = blockIdx.y, kv = h / call.group, i = 0;
     while (i + 1 < call.count && (int)blockIdx.x >= call.sequences[i + 1].tile) i++;
     const Sequence &sequence = call.sequences[i];
@@ -13,145 +67,146 @@ extern "C" __global__ void __launch_bounds__(THREADS) outputs(const Call call) {
     const Keys keys(call, head, sequence, kv);
     int first_tile = sequence.position / TILE, t = first_tile + blockIdx.x - sequence.tile;
     int seen = first_seen(head, t);
-    long row0 = (long)h * call.tokens + sequence.token + (long)t * TILE - sequence.position;
-    bool masked = call.mask || sequence.position > 0;
-    int lane = threadIdx.x % 32, column = 2 * (lane % 4);
-    int row = threadIdx.x / 32 * 16 + lane / 4;
+    const QueryTile tile(call, sequence, h, t);
+    int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
 
-    load_rows<D, TILE>(own, [&](int r) {
-        int p = t * TILE + r;
-        return p >= sequence.position && keys.has(p) ? call.q + (row0 + r) * D : nullptr;
-    });
-    load_keys(keys, seen, k[0], v[0]);
+    // Queries by way of the second tile's place.
+    Element *queries = SPLIT ? tiles.k[1] : tiles.fixed;
+    load_queries(call, tile, queries);
+    load_keys(keys, seen, tiles.k[0], tiles.v[0]);
     commit();
+
+    int segment = (t - first_tile) / call.segment_tiles;
+    int begin = first_tile + segment * call.segment_tiles;
+    int first = segment == 0 ? first_kept(head, sequence.position) : first_seen(head, begin);
+    Means means[2] = {};
+    long at = (long)(sequence.segment + segment) * call.kv_heads + kv;
+    if (segment > 0 || sequence.slot >= 0)
+        means[0] = {call.before + at * M * E, call.before_level + at * M};
+    if (seen > first) {
+        int version = t / head.tiles - begin / head.tiles;
+        at = ((long)(sequence.segment + segment) * call.segment_tiles + version) * call.kv_heads + kv;
+        means[1] = {call.within + at * M * E, call.within_level + at * M};
+    }
+    bool far = means[0].values || means[1].values;
+    for (int f = threadIdx.x; far && f < M; f += THREADS)
+        for (int part = 0; part < 2; part++) level[part][f] = level_of(means[part], call, kv, f);
+    int sinks = 0;
+    while (sinks < sequence.sinks && sequence.sink[sinks] < seen * TILE) sinks++;
+
+    arrived<0>();
+    __syncthreads();
     Rows q;
+    q.load(queries);
+    if (call.envelope && threadIdx.x < TILE)
+        norm[threadIdx.x] = half_norm(queries + threadIdx.x * KEY_ROW);
+    __syncthreads();
+
+    // Two places for tiles: while one is worked on, the next one is on its way to the other.
     Softmax rows;
     rows.clear();
-    for (int tile = seen; tile <= t; tile++) {
-        int now = (tile - seen) % 2;
-        if (tile < t) load_keys(keys, tile + 1, k[1 - now], v[1 - now]);
+    int now = 0;
+    for (int key_tile = seen; key_tile <= t; key_tile++, now = 1 - now) {
+        Element *k = tiles.k[1 - now], *v = tiles.v[1 - now];
+        if (key_tile < t) load_keys(keys, key_tile + 1, k, v);
+        else if (sinks > 0) load_sinks(keys, sequence, sinks, k, v);
         commit();
+        bool plain = keys.plain(key_tile);
+        if (!plain && threadIdx.x < TILE)
+            masked[now][threadIdx.x] = keys.valid(key_tile * TILE + threadIdx.x) ? 0.f : NEVER;
         arrived<1>();
-        if (masked && threadIdx.x < TILE)
-            level[now][threadIdx.x] = keys.valid(tile * TILE + threadIdx.x) ? 0.f : NEVER;
         __syncthreads();
-        if (tile == seen) q.load(own);
         float s[TILE / 8][4];
-        zero(s);
-        scores(s, q, k[now]);
-#pragma unroll
-        for (int n = 0; n < TILE / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int key = 8 * n + column + i % 2;
-                s[n][i] *= call.scale;
-                if (masked) s[n][i] += level[now][key];
-                if (tile == t && key > row + i / 2 * 8) s[n][i] = NEVER;
-            }
-        rows.weigh(s);
-        mix(rows.o, s, v[now], scratch);
+        start(s, 0.f, 0.f);
+        scores(s, q, tiles.k[now]);
+        hide(s, plain ? nullptr : masked[now], key_tile == t);
+        rows.add(s, call.scale, tiles.v[now], tiles.scratch);
         __syncthreads();
     }
 
-    int sinks = 0;
-    while (sinks < sequence.sinks && sequence.sink[sinks] < seen * TILE) sinks++;
+    // Place `now` is the sinks', the other one is free for half of what the features need.
+    const int one = 1 - now;
+    auto load_map = [&](int block, int part) {
+        if (part == 0 || SPLIT)
+            load_block<D>(tiles.k[part ? now : one], projection(call, kv, 0, block, part));
+    };
+    auto load_means = [&](int block, int part) {
+        const Element *values = means[part].values;
+        if (values) load_block<E>(tiles.v[part ? now : one], values + block * TILE * E);
+    };
+    if (far) load_map(0, 0), load_means(0, 0);
+    commit();
     if (sinks > 0) {
-        load_rows<D, SINKS>(k[0], [&](int r) -> const Element * {
-            if (r >= sinks) return nullptr;
-            int p = sequence.sink[r];
-            return p < sequence.position ? keys.state.sink_k + r * D : keys.key(p);
-        });
-        load_rows<E, SINKS>(v[0], [&](int r) -> const Element * {
-            if (r >= sinks) return nullptr;
-            int p = sequence.sink[r];
-            return p < sequence.position ? keys.state.sink_v + r * E : keys.value(p);
-        });
-        commit();
-        arrived<0>();
+        arrived<1>();
         __syncthreads();
         float s[SINKS / 8][4];
-        zero(s);
-        scores(s, q, k[0]);
+        start(s, 0.f, 0.f);
+        scores(s, q, tiles.k[now]);
 #pragma unroll
         for (int n = 0; n < SINKS / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                s[n][i] = 8 * n + column + i % 2 < sinks ? s[n][i] * call.scale : NEVER;
-        rows.weigh(s);
-        mix(rows.o, s, v[0], scratch);
+                if (8 * n + 2 * (lane % 4) + i % 2 >= sinks) s[n][i] = NEVER;
+        rows.add(s, call.scale, tiles.v[now], tiles.scratch);
         __syncthreads();
     }
-
-    // The sums: up to the segment, and within it up to the window.
-    int segment = (t - first_tile) / call.segment_tiles;
-    int begin = first_tile + segment * call.segment_tiles;
-    int first = segment == 0 ? first_kept(head, sequence.position) : first_seen(head, begin);
-    bool before = segment > 0 || sequence.slot >= 0;
-    bool within = seen > first;
-    if (before || within) {
-        if (call.envelope && threadIdx.x < TILE)
-            norm[threadIdx.x] = half_norm(own + threadIdx.x * KEY_ROW);
-        long head_at = (long)(sequence.segment + segment) * call.kv_heads + kv;
-        int version = t / head.tiles - begin / head.tiles;
-        long within_at = ((long)(sequence.segment + segment) * call.segment_tiles + version) *
-                             call.kv_heads + kv;
+    if (far) {
+        load_map(0, 1), load_means(0, 1);
+        commit();
+        float shift[2];
+        for (int r = 0; r < 2; r++) {
+            shift[r] = head.decay * ((t - begin) * TILE + row + 8 * r);
+            if (call.envelope) shift[r] -= call.scale * norm[row + 8 * r];
+        }
         for (int block = 0; block < M / TILE; block++) {
-            load_block<D>(k[0], projection(call, kv, 0, block, 0));
-            if (SPLIT) load_block<D>(k[1], projection(call, kv, 0, block, SPLIT));
-            if (before) load_block<E>(v[0], call.before + (head_at * M + block * TILE) * E);
-            if (within) load_block<E>(v[1], call.within + (within_at * M + block * TILE) * E);
-            commit();
-            if (threadIdx.x < TILE) {
-                int f = block * TILE + threadIdx.x;
-                float c = call.rows[kv * 2 * M + f];
-                level[0][threadIdx.x] = before ? c + call.before_level[head_at * M + f] : NEVER;
-                level[1][threadIdx.x] = within ? c + call.within_level[within_at * M + f] : NEVER;
-            }
             arrived<0>();
             __syncthreads();
             float s[TILE / 8][4];
-            zero(s);
-            scores(s, q, k[0]);
-            if (SPLIT) scores(s, q, k[1]);
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float shift = head.decay * ((t - begin) * TILE + row + 8 * r);
-                if (call.envelope) shift -= call.scale * norm[row + 8 * r];
-#pragma unroll
-                for (int n = 0; n < TILE / 8; n++) s[n][2 * r] += shift, s[n][2 * r + 1] += shift;
+            start(s, shift[0], shift[1]);
+            scores(s, q, tiles.k[one]);
+            if (SPLIT) scores(s, q, tiles.k[now]);
+            bool more = block + 1 < M / TILE;
+            if (more) {
+                __syncthreads();
+                load_map(block + 1, 0), load_map(block + 1, 1);
+                commit();
             }
 #pragma unroll
             for (int part = 0; part < 2; part++) {
-                if (!(part == 0 ? before : within)) continue;
+                if (!means[part].values) continue;
                 float w[TILE / 8][4];
 #pragma unroll
                 for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        w[n][i] = s[n][i] + level[part][8 * n + column + i % 2];
-                rows.weigh(w);
-                mix(rows.o, w, v[part], scratch);
+                    for (int i = 0; i < 4; i++) w[n][i] = s[n][i];
+                add_columns(w, level[part] + block * TILE);
+                rows.add(w, 1.f, tiles.v[part ? now : one], tiles.scratch);
             }
-            __syncthreads();
+            if (more) {
+                __syncthreads();
+                load_means(block + 1, 0), load_means(block + 1, 1);
+                commit();
+            }
         }
     }
 
-    rows.add_up();
     // By way of shared memory, for whole lines of stores.
-    Element *tile = k[0];
     __syncthreads();
+    Element *out = tiles.k[0];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float inverse = rows.total[r] > 0.f ? 1.f / rows.total[r] : 0.f;
+        float total = whole(rows.total[2 * r]), inverse = total > 0.f ? 1.f / total : 0.f;
 #pragma unroll
         for (int n = 0; n < E / 8; n++)
-            store2(tile + (row + 8 * r) * VALUE_ROW + 8 * n + column, rows.o[n][2 * r] * inverse,
-                   rows.o[n][2 * r + 1] * inverse);
+            store2(out + (row + 8 * r) * VALUE_ROW + 8 * n + 2 * (lane % 4),
+                   rows.o[n][2 * r] * inverse, rows.o[n][2 * r + 1] * inverse);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < TILE * (E / PACK); i += THREADS) {
-        int r = i / (E / PACK), p = t * TILE + r, at = i % (E / PACK) * PACK;
-        if (p >= sequence.position && keys.has(p))
-            *(float4 *)(call.out + (row0 + r) * E + at) = *(const float4 *)(tile + r * VALUE_ROW + at);
+    const int packs = E / PACK;
+#pragma unroll
+    for (int j = 0; j < TILE * packs / THREADS; j++) {
+        int i = j * THREADS + threadIdx.x, r = i / packs, at = i % packs * PACK;
+        if (tile.has(r))
+            *(float4 *)(call.out + (tile.row + r) * E + at) = *(const float4 *)(out + r * VALUE_ROW + at);
     }
 }

@@ -50,25 +50,30 @@ extern "C" __global__ void __launch_bounds__(256) scan(const Call call) {
     }
 }
 
+// A row, by all threads.
+template <int WIDTH> __device__ void copy_row(Element *to, const Element *from) {
+    for (int i = threadIdx.x; i < WIDTH / PACK; i += THREADS)
+        ((float4 *)to)[i] = ((const float4 *)from)[i];
+}
+
 // Keys and values go to the rings and to the sinks of the states, for the next call.
 extern "C" __global__ void __launch_bounds__(THREADS) keep(const Call call) {
     int kv = blockIdx.x;
     const Sequence &sequence = call.sequences[blockIdx.y];
-    if (sequence.slot < 0) return;
     const Head head = call.heads[kv];
     const Keys keys(call, head, sequence, kv);
-    State state = keys.state;
+    const State &state = keys.state;
     int end = sequence.position + sequence.n, begin = max(sequence.position, end - head.ring);
-    for (int p = begin; p < end; p++) {
+    for (int p = begin + blockIdx.z; p < end; p += gridDim.z) {
         int row = p % head.ring;
-        for (int i = threadIdx.x; i < D; i += THREADS) state.ring_k[row * D + i] = keys.key(p)[i];
-        for (int i = threadIdx.x; i < E; i += THREADS) state.ring_v[row * E + i] = keys.value(p)[i];
+        copy_row<D>(state.ring_k + row * D, keys.key(p));
+        copy_row<E>(state.ring_v + row * E, keys.value(p));
         if (threadIdx.x == 0) state.valid[row] = keys.valid(p);
     }
-    for (int s = 0; s < sequence.sinks; s++) {
+    for (int s = blockIdx.z; s < sequence.sinks; s += gridDim.z) {
         int p = sequence.sink[s];
         if (p < sequence.position) continue;
-        for (int i = threadIdx.x; i < D; i += THREADS) state.sink_k[s * D + i] = keys.key(p)[i];
-        for (int i = threadIdx.x; i < E; i += THREADS) state.sink_v[s * E + i] = keys.value(p)[i];
+        copy_row<D>(state.sink_k + s * D, keys.key(p));
+        copy_row<E>(state.sink_v + s * E, keys.value(p));
     }
 }

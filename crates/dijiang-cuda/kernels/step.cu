@@ -28,12 +28,13 @@ template <bool LARGEST> __device__ float of_block(float x) {
 // Chunks that leave the window join the sums.
 __device__ void retire(const Call &call, const Head &head, const Sequence &sequence, int kv,
                        const Keys &keys, int first, int until, Element *shared, float *exponents) {
-    Element *k = shared, *v = shared + 2 * TILE * KEY_ROW, *scratch = v + 2 * TILE * VALUE_ROW;
+    const Tiles tiles(shared);
+    Element *k = tiles.k[0], *v = tiles.v[0];
     const State &state = keys.state;
     int base = until * TILE, column = 2 * (threadIdx.x % 4);
     for (int block = 0; block < M / TILE; block++) {
         KeyMap map;
-        map.load(call, kv, block, SPLIT ? k : scratch + SCRATCH, k + TILE * KEY_ROW);
+        map.load(call, kv, block, SPLIT ? k : tiles.fixed, tiles.k[1]);
         Softmax sums;
         sums.clear();
         int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
@@ -41,8 +42,8 @@ __device__ void retire(const Call &call, const Head &head, const Sequence &seque
             int g = f + 8 * r;
             if (first == 0 || state.z[g] == 0.f) continue;
             sums.top[r] = state.c[g] + head.decay * TILE * (until - first);
-            // A lane's share of the total: all of it in one.
-            if (column == 0) sums.total[r] = state.z[g];
+            sums.total[2 * r] = share(state.z[g]);
+            if (SPLIT) sums.total[2 * r + 1] = sums.total[2 * r];
 #pragma unroll
             for (int n = 0; n < E / 8; n++) {
                 float2 s = *(const float2 *)(state.s + g * E + 8 * n + column);
@@ -54,17 +55,16 @@ __device__ void retire(const Call &call, const Head &head, const Sequence &seque
             commit();
             arrived<0>();
             __syncthreads();
-            key_exponents(call, head, sequence, keys, tile, base, k, exponents);
-            __syncthreads();
-            absorb_tile(sums, map, k, v, exponents, scratch);
+            bool any = key_exponents(call, head, sequence, keys, tile, base, k, exponents);
+            absorb_tile(sums, map, k, v, any ? exponents : nullptr, tiles.scratch);
             __syncthreads();
         }
-        sums.add_up();
         for (int r = 0; r < 2; r++) {
             int g = f + 8 * r;
+            float total = whole(sums.total[2 * r]);
             if (column == 0) {
-                state.z[g] = sums.total[r];
-                state.c[g] = sums.total[r] > 0.f ? sums.top[r] : 0.f;
+                state.z[g] = total;
+                state.c[g] = total > 0.f ? sums.top[r] : 0.f;
             }
 #pragma unroll
             for (int n = 0; n < E / 8; n++)
@@ -85,7 +85,7 @@ template <int LANES> __device__ float dot(const Element *row, const float *q) {
     return sum_of_lanes<LANES>(sum);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) step(const Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS, 4) step(const Call call) {
     extern __shared__ __align__(16) Element shared[];
     __shared__ float exponents[TILE], query[D], columns[THREADS * (PACK + 4)];
     const int key_lanes = D / PACK, key_rows = THREADS / key_lanes;
@@ -123,7 +123,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) step(const Call call) {
         __syncthreads();
         float top = NEVER;
 #pragma unroll 4
-        for (int i = threadIdx.x / key_lanes; i < exact; i += key_rows) {
+        for (int pass = 0; pass < exact; pass += key_rows) {
+            // All threads of a warp take part in its sums, to the last row.
+            int i = min(pass + (int)threadIdx.x / key_lanes, exact - 1);
             int at = (seen * TILE + i) % head.ring;
             const Element *key = i < window ? state.ring_k + at * D : state.sink_k + (i - window) * D;
             float score = dot<key_lanes>(key, query) * call.scale;

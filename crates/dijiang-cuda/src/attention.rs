@@ -342,18 +342,18 @@ impl<E: Element> Attention<E> {
         self.launch(scan, (rows, kv_heads, sequences), 256, 0, call)?;
         self.launch(outputs, (tiles, self.heads as u32, 1), THREADS, bytes, call)?;
         if has_states {
-            self.launch(keep, (kv_heads, sequences, 1), THREADS, 0, call)?;
+            self.launch(keep, (kv_heads, sequences, 16), THREADS, 0, call)?;
         }
         Ok(())
     }
 
-    /// Two tiles of keys and values, a tile of queries or of the projection, and for f32 the weights
-    /// of a tile.
+    /// As `Tiles` in kernels/common.cu.
     fn shared_bytes(&self) -> usize {
         let Shape { dim, value_dim, .. } = self.shape;
         let pack = 16 / size_of::<E>();
-        let weights = if size_of::<E>() == 4 { TILE + 4 } else { 0 };
-        TILE * (3 * (dim + pack) + 2 * (value_dim + pack) + weights) * size_of::<E>()
+        let (key, value) = (dim + pack, value_dim + pack);
+        let fixed = if size_of::<E>() == 4 { TILE + 4 + key } else { 0 };
+        TILE * (2 * key + 2 * value + fixed) * size_of::<E>()
     }
 
     fn call(

@@ -9,6 +9,7 @@ use std::{env, fs, process};
 use cudarc::nvrtc::result as nvrtc;
 use cudarc::nvrtc::sys;
 
+use crate::element::Element;
 use crate::error::{Error, Result};
 
 const SOURCE: &str = concat!(
@@ -37,6 +38,22 @@ impl Default for Cache {
         let cache = env::var_os("XDG_CACHE_HOME").map(PathBuf::from).or_else(home);
         cache.map_or(Self::Off, |cache| Self::Directory(cache.join("dijiang")))
     }
+}
+
+/// Compiles the kernels for one set of sizes into a cache, on a machine with NVRTC and with or without
+/// a GPU: for a GPU of this compute capability (90 for an H100) and a driver of this version (13000
+/// for CUDA 13.0).
+///
+/// # Errors
+/// [`Error::NoCompiler`], [`Error::Compile`].
+pub fn compile_ahead<E: Element>(
+    [dim, value_dim, features]: [usize; 3],
+    capability: u32,
+    driver: i32,
+    cache: &Cache,
+) -> Result<()> {
+    let target = Target { element: E::CODE, dim, value_dim, features, capability };
+    target.kernels(cache, driver).map(drop)
 }
 
 /// What the kernels are compiled for.

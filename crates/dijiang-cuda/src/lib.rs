@@ -11,7 +11,7 @@ mod pool;
 mod tables;
 
 pub use attention::{Attention, Qkv, Workspace};
-pub use compile::Cache;
+pub use compile::{Cache, compile_ahead};
 pub use cudarc;
 pub use device::Device;
 pub use element::Element;

@@ -3,7 +3,10 @@
 //! ```text
 //! check correct [setups] [seed]    random setups: odd lengths, windows per head, sinks, masks, packed
 //! check decode [tokens]            a long decode, compared at its end
-//! check time                       forward and decode, one line of JSON for each
+//! check time [forward | decode]    one line of JSON for each
+//! check compile [driver] [i]       the kernels these need, into the cache, without a GPU; of the
+//!                                  24 sets only number i
+//! check profile                    each kernel once or twice, for a profiler
 //! ```
 
 mod setup;
@@ -11,7 +14,7 @@ mod time;
 
 use std::error::Error;
 
-use dijiang_cuda::{Device, Element};
+use dijiang_cuda::{Cache, Device, Element, compile_ahead};
 use half::{bf16, f16};
 use rand::rngs::ChaCha8Rng;
 use rand::{Rng, RngExt, SeedableRng};
@@ -21,13 +24,31 @@ use setup::{Setup, compare};
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let number = |i: usize, default: u64| arguments.get(i).map_or(Ok(default), |text| text.parse());
+    if arguments.first().is_some_and(|first| first == "compile") {
+        return compile(number(1, 13000)? as i32, arguments.get(2).map(|i| i.parse()).transpose()?);
+    }
     let device = Device::new(0)?;
     match arguments.first().map(String::as_str) {
         Some("correct") => correct(&device, number(1, 200)?, number(2, 0)?),
         Some("decode") => setup::long_decode(&device, number(1, 1_000_000)? as usize),
         Some("time") => time::all(&device, arguments.get(1).map_or("", String::as_str)),
-        _ => Err("say correct, decode or time".into()),
+        Some("profile") => time::profile(&device),
+        _ => Err("say correct, decode, time, compile or profile".into()),
     }
+}
+
+fn compile(driver: i32, only: Option<usize>) -> Result<(), Box<dyn Error>> {
+    let cache = Cache::default();
+    for (i, sizes) in setup::sizes().enumerate() {
+        let elements: [fn(_, _, _, &_) -> _; 3] =
+            [compile_ahead::<bf16>, compile_ahead::<f16>, compile_ahead::<f32>];
+        for (j, compile) in elements.into_iter().enumerate() {
+            if only.is_none_or(|only| only == 3 * i + j) {
+                compile(sizes, 90, driver, &cache)?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Largest errors of a number type, with what they are allowed to be.

@@ -13,6 +13,14 @@ use rand::{RngExt, SeedableRng};
 
 use crate::normal;
 
+/// d, e and m of all setups.
+pub(crate) fn sizes() -> impl Iterator<Item = [usize; 3]> {
+    let both = [64, 128];
+    both.into_iter()
+        .flat_map(move |d| both.map(|e| (d, e)))
+        .flat_map(|(d, e)| [d, 2 * d].map(|m| [d, e, m]))
+}
+
 /// What an operator and its inputs look like.
 #[derive(Debug, Clone)]
 pub(crate) struct Setup {

@@ -26,13 +26,38 @@ pub(crate) fn all(device: &Device, only: &str) -> Result<(), Box<dyn Error>> {
                 }
             }
             if only != "forward" {
-                for context in [1024, 65536] {
+                for context in [1024, 32768] {
                     decode(device, d, chunk, context)?;
                 }
             }
         }
     }
     Ok(())
+}
+
+/// Each kernel, for a profiler to look at.
+pub(crate) fn profile(device: &Device) -> Result<(), Box<dyn Error>> {
+    for d in [64, 128] {
+        let (attention, len) = (operator(device, d, 64)?, HEADS * TOKENS * d);
+        let (q, k, v) = (random(device, len)?, random(device, len)?, random(device, len)?);
+        let mut out = device.stream().alloc_zeros::<bf16>(len)?;
+        let mut workspace = Workspace::default();
+        for _ in 0..2 {
+            attention.forward(Qkv::new(&q, &k, &v), &mut out, &mut workspace)?;
+        }
+        let mut pool = attention.new_pool(64)?;
+        let all: Vec<usize> = (0..64).collect();
+        let offsets: Vec<usize> = (0..=TOKENS).step_by(TOKENS / 64).collect();
+        let qkv = Qkv::new(&q, &k, &v).with_offsets(&offsets);
+        attention.prefill(&mut pool, &all, qkv, &mut out, &mut workspace)?;
+        let len = HEADS * 64 * d;
+        let (q, k, v) = (random(device, len)?, random(device, len)?, random(device, len)?);
+        let mut out = device.stream().alloc_zeros::<bf16>(len)?;
+        for _ in 0..2 {
+            attention.step(&mut pool, &all, Qkv::new(&q, &k, &v), &mut out, &mut workspace)?;
+        }
+    }
+    Ok(device.stream().synchronize()?)
 }
 
 fn operator(device: &Device, d: usize, chunk: usize) -> Result<Attention<bf16>, Box<dyn Error>> {
@@ -110,6 +135,7 @@ fn decode(device: &Device, d: usize, chunk: usize, context: usize) -> Result<(),
         let qkv = Qkv::new(&q, &k, &v);
         attention.prefill(&mut pool, &[stream], qkv, &mut out, &mut workspace)?;
     }
+    drop((q, k, v, out));
     let len = HEADS * streams * d;
     let (q, k, v) = (random(device, len)?, random(device, len)?, random(device, len)?);
     let mut out = device.stream().alloc_zeros::<bf16>(len)?;
