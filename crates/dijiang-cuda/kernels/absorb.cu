@@ -58,9 +58,10 @@ struct KeyMap {
 __device__ void absorb_tile(Softmax &sums, const KeyMap &map, const Element *k, const Element *v,
                             const float *exponents, Element *scratch) {
     float s[TILE / 8][4];
-    start(s, map.row[0], map.row[1]);
+    zero(s);
     scores(s, map.high, k);
-    if (SPLIT) scores(s, map.low, k);
+    if (SPLIT && large(s)) scores(s, map.low, k);
+    add_rows(s, map.row[0], map.row[1]);
     if (exponents) add_columns(s, exponents);
     sums.add(s, 1.f, v, scratch);
 }
@@ -69,13 +70,14 @@ __device__ void absorb_tile(Softmax &sums, const KeyMap &map, const Element *k, 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call call) {
     extern __shared__ __align__(16) Element shared[];
     __shared__ float exponents[TILE];
-    const Tiles tiles(shared);
-    int kv = blockIdx.y, block = blockIdx.z, i = 0;
-    while (i + 1 < call.count && (int)blockIdx.x >= call.sequences[i + 1].segment) i++;
+    const Tiles tiles{shared};
+    // Blocks that read the same keys are neighbours.
+    int kv = blockIdx.y, block = blockIdx.x % (M / TILE), at_segment = blockIdx.x / (M / TILE), i = 0;
+    while (i + 1 < call.count && at_segment >= call.sequences[i + 1].segment) i++;
     const Sequence &sequence = call.sequences[i];
     const Head head = call.heads[kv];
     const Keys keys(call, head, sequence, kv);
-    int segment = blockIdx.x - sequence.segment, first_tile = sequence.position / TILE;
+    int segment = at_segment - sequence.segment, first_tile = sequence.position / TILE;
     int last_tile = (sequence.position + sequence.n - 1) / TILE;
     int begin = first_tile + segment * call.segment_tiles;
     int end = min(begin + call.segment_tiles - 1, last_tile);
@@ -86,11 +88,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
 
     KeyMap map;
     // Without a split the projection is read from where it lies.
-    map.load(call, kv, block, SPLIT ? tiles.k[0] : tiles.fixed, tiles.k[1]);
+    map.load(call, kv, block, SPLIT ? tiles.k(0) : tiles.fixed(), tiles.k(1));
     Softmax sums;
     sums.clear();
     int last = first_seen(head, ends ? end : end + 1);
-    if (at < last) load_keys(keys, at, tiles.k[0], tiles.v[0]);
+    if (at < last) load_keys(keys, at, tiles.k(0), tiles.v(0));
     commit();
     int first_chunk = begin / head.tiles, chunks = end / head.tiles - first_chunk + 1;
     for (int chunk = 0; chunk <= chunks; chunk++) {
@@ -99,13 +101,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
                                    : last;
         for (; at < until; at++) {
             int now = (at - first) % 2;
-            if (at + 1 < last) load_keys(keys, at + 1, tiles.k[1 - now], tiles.v[1 - now]);
+            if (at + 1 < last) load_keys(keys, at + 1, tiles.k(1 - now), tiles.v(1 - now));
             commit();
             arrived<1>();
             __syncthreads();
-            const Element *k = tiles.k[now], *v = tiles.v[now];
+            const Element *k = tiles.k(now), *v = tiles.v(now);
             bool any = key_exponents(call, head, sequence, keys, at, base, k, exponents);
-            absorb_tile(sums, map, k, v, any ? exponents : nullptr, tiles.scratch);
+            absorb_tile(sums, map, k, v, any ? exponents : nullptr, tiles.scratch());
             __syncthreads();
         }
         if (chunk < chunks && until == first) continue;
@@ -113,7 +115,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
         int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         int column = 2 * (threadIdx.x % 4);
         if (chunk < chunks) {
-            long head_at = ((long)blockIdx.x * call.segment_tiles + chunk) * call.kv_heads + kv;
+            long head_at = ((long)at_segment * call.segment_tiles + chunk) * call.kv_heads + kv;
             Element *to = call.within + head_at * M * E;
             for (int r = 0; r < 2; r++) {
                 int g = f + 8 * r;
@@ -127,7 +129,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
                            sums.o[n][2 * r + 1] * inverse);
             }
         } else {
-            float *to = call.segment_sums + ((long)blockIdx.x * call.kv_heads + kv) * M * (E + 2);
+            float *to = call.segment_sums + ((long)at_segment * call.kv_heads + kv) * M * (E + 2);
             for (int r = 0; r < 2; r++) {
                 int g = f + 8 * r;
                 if (column == 0) to[g] = sums.top[r], to[M + g] = total[r];

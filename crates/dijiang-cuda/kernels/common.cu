@@ -414,10 +414,26 @@ struct Softmax {
     }
 };
 
-// Scores start from what each row adds to them.
-template <int N> __device__ void start(float (&s)[N][4], float row0, float row1) {
+template <int N> __device__ void zero(float (&s)[N][4]) {
 #pragma unroll
-    for (int n = 0; n < N; n++) s[n][0] = s[n][1] = row0, s[n][2] = s[n][3] = row1;
+    for (int n = 0; n < N; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0.f;
+}
+
+// Adds a number to each row.
+template <int N> __device__ void add_rows(float (&s)[N][4], float row0, float row1) {
+#pragma unroll
+    for (int n = 0; n < N; n++) s[n][0] += row0, s[n][1] += row0, s[n][2] += row1, s[n][3] += row1;
+}
+
+// Whether rounding the projection to its high part could be seen in some of a warp's exponents: up to
+// 8 it changes a weight by less than rounding the weight does.
+template <int N> __device__ bool large(const float (&s)[N][4]) {
+    float most = 0.f;
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) most = fmaxf(most, fabsf(s[n][i]));
+    return __any_sync(~0u, !(most <= 8.f));
 }
 
 // Adds a number to each column.
@@ -443,12 +459,11 @@ __device__ float half_norm(const Element *row) {
 // weights of a tile and a tile of rows.
 #define SCRATCH (SPLIT ? 0 : TILE * (TILE + 4))
 struct Tiles {
-    Element *k[2], *v[2], *scratch, *fixed;
-    __device__ Tiles(Element *shared) {
-        k[0] = shared, k[1] = shared + TILE * KEY_ROW;
-        v[0] = k[1] + TILE * KEY_ROW, v[1] = v[0] + TILE * VALUE_ROW;
-        scratch = v[1] + TILE * VALUE_ROW, fixed = scratch + SCRATCH;
-    }
+    Element *shared;
+    __device__ Element *k(int i) const { return shared + i * TILE * KEY_ROW; }
+    __device__ Element *v(int i) const { return k(2) + i * TILE * VALUE_ROW; }
+    __device__ Element *scratch() const { return v(2); }
+    __device__ Element *fixed() const { return v(2) + SCRATCH; }
 };
 // As many blocks at a time as shared memory has room for.
 #define BLOCKS (D == 64 && E == 64 && SPLIT ? 4 : 2)

@@ -44,22 +44,10 @@ __device__ void load_sinks(const Keys &keys, const Sequence &sequence, int sinks
     });
 }
 
-// The mean values of one block of 64 features and their exponents: of the segments before, or of the
-// own one up to the window. Null if there are none.
-struct Means {
-    const Element *values;
-    const float *levels;
-};
-
-__device__ float level_of(const Means &means, const Call &call, int kv, int f) {
-    return means.levels ? means.levels[f] + call.rows[kv * 2 * M + f] : NEVER;
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS + (BLOCKS == 2 && SPLIT))
-    outputs(const Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call call) {
     extern __shared__ __align__(16) Element shared[];
     __shared__ float masked[2][TILE], level[2][M], norm[TILE];
-    const Tiles tiles(shared);
+    const Tiles tiles{shared};
     int h = blockIdx.y, kv = h / call.group, i = 0;
     while (i + 1 < call.count && (int)blockIdx.x >= call.sequences[i + 1].tile) i++;
     const Sequence &sequence = call.sequences[i];
@@ -71,26 +59,25 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS + (BLOCKS == 2 && S
     int lane = threadIdx.x % 32, row = threadIdx.x / 32 * 16 + lane / 4;
 
     // Queries by way of the second tile's place.
-    Element *queries = SPLIT ? tiles.k[1] : tiles.fixed;
+    Element *queries = SPLIT ? tiles.k(1) : tiles.fixed();
     load_queries(call, tile, queries);
-    load_keys(keys, seen, tiles.k[0], tiles.v[0]);
+    load_keys(keys, seen, tiles.k(0), tiles.v(0));
     commit();
 
     int segment = (t - first_tile) / call.segment_tiles;
     int begin = first_tile + segment * call.segment_tiles;
     int first = segment == 0 ? first_kept(head, sequence.position) : first_seen(head, begin);
-    Means means[2] = {};
-    long at = (long)(sequence.segment + segment) * call.kv_heads + kv;
-    if (segment > 0 || sequence.slot >= 0)
-        means[0] = {call.before + at * M * E, call.before_level + at * M};
-    if (seen > first) {
-        int version = t / head.tiles - begin / head.tiles;
-        at = ((long)(sequence.segment + segment) * call.segment_tiles + version) * call.kv_heads + kv;
-        means[1] = {call.within + at * M * E, call.within_level + at * M};
+    // Mean values: of the segments before, and of the own one up to the window.
+    long of_segment = sequence.segment + segment;
+    long before_at = of_segment * call.kv_heads + kv;
+    int version = t / head.tiles - begin / head.tiles;
+    long within_at = (of_segment * call.segment_tiles + version) * call.kv_heads + kv;
+    bool before = segment > 0 || sequence.slot >= 0, within = seen > first, far = before || within;
+    for (int f = threadIdx.x; far && f < M; f += THREADS) {
+        float c = call.rows[kv * 2 * M + f];
+        level[0][f] = before ? c + call.before_level[before_at * M + f] : NEVER;
+        level[1][f] = within ? c + call.within_level[within_at * M + f] : NEVER;
     }
-    bool far = means[0].values || means[1].values;
-    for (int f = threadIdx.x; far && f < M; f += THREADS)
-        for (int part = 0; part < 2; part++) level[part][f] = level_of(means[part], call, kv, f);
     int sinks = 0;
     while (sinks < sequence.sinks && sequence.sink[sinks] < seen * TILE) sinks++;
 
@@ -107,7 +94,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS + (BLOCKS == 2 && S
     rows.clear();
     int now = 0;
     for (int key_tile = seen; key_tile <= t; key_tile++, now = 1 - now) {
-        Element *k = tiles.k[1 - now], *v = tiles.v[1 - now];
+        Element *k = tiles.k(1 - now), *v = tiles.v(1 - now);
         if (key_tile < t) load_keys(keys, key_tile + 1, k, v);
         else if (sinks > 0) load_sinks(keys, sequence, sinks, k, v);
         commit();
@@ -117,41 +104,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS + (BLOCKS == 2 && S
         arrived<1>();
         __syncthreads();
         float s[TILE / 8][4];
-        start(s, 0.f, 0.f);
-        scores(s, q, tiles.k[now]);
+        zero(s);
+        scores(s, q, tiles.k(now));
         hide(s, plain ? nullptr : masked[now], key_tile == t);
-        rows.add(s, call.scale, tiles.v[now], tiles.scratch);
+        rows.add(s, call.scale, tiles.v(now), tiles.scratch());
         __syncthreads();
     }
 
     // Place `now` is the sinks', the other one is free for half of what the features need.
     const int one = 1 - now;
-    auto load_map = [&](int block, int part) {
-        if (part == 0 || SPLIT)
-            load_block<D>(tiles.k[part ? now : one], projection(call, kv, 0, block, part));
+    auto load_high = [&](int block) {
+        load_block<D>(tiles.k(one), projection(call, kv, 0, block, 0));
     };
-    auto load_means = [&](int block, int part) {
-        const Element *values = means[part].values;
-        if (values) load_block<E>(tiles.v[part ? now : one], values + block * TILE * E);
+    auto load_low = [&](int block) {
+        if (SPLIT) load_block<D>(tiles.k(now), projection(call, kv, 0, block, SPLIT));
     };
-    if (far) load_map(0, 0), load_means(0, 0);
+    auto load_before = [&](int block) {
+        const Element *from = call.before + (before_at * M + block * TILE) * E;
+        if (before) load_block<E>(tiles.v(one), from);
+    };
+    auto load_within = [&](int block) {
+        const Element *from = call.within + (within_at * M + block * TILE) * E;
+        if (within) load_block<E>(tiles.v(now), from);
+    };
+    if (far) load_high(0), load_before(0);
     commit();
     if (sinks > 0) {
         arrived<1>();
         __syncthreads();
         float s[SINKS / 8][4];
-        start(s, 0.f, 0.f);
-        scores(s, q, tiles.k[now]);
+        zero(s);
+        scores(s, q, tiles.k(now));
 #pragma unroll
         for (int n = 0; n < SINKS / 8; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 if (8 * n + 2 * (lane % 4) + i % 2 >= sinks) s[n][i] = NEVER;
-        rows.add(s, call.scale, tiles.v[now], tiles.scratch);
+        rows.add(s, call.scale, tiles.v(now), tiles.scratch());
         __syncthreads();
     }
     if (far) {
-        load_map(0, 1), load_means(0, 1);
+        load_low(0), load_within(0);
         commit();
         float shift[2];
         for (int r = 0; r < 2; r++) {
@@ -162,29 +155,32 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS + (BLOCKS == 2 && S
             arrived<0>();
             __syncthreads();
             float s[TILE / 8][4];
-            start(s, shift[0], shift[1]);
-            scores(s, q, tiles.k[one]);
-            if (SPLIT) scores(s, q, tiles.k[now]);
+            zero(s);
+            scores(s, q, tiles.k(one));
+            if (SPLIT && large(s)) scores(s, q, tiles.k(now));
+            add_rows(s, shift[0], shift[1]);
             bool more = block + 1 < M / TILE;
             if (more) {
                 __syncthreads();
-                load_map(block + 1, 0), load_map(block + 1, 1);
+                load_high(block + 1), load_low(block + 1);
                 commit();
             }
-#pragma unroll
-            for (int part = 0; part < 2; part++) {
-                if (!means[part].values) continue;
+            if (before) {
                 float w[TILE / 8][4];
 #pragma unroll
                 for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) w[n][i] = s[n][i];
-                add_columns(w, level[part] + block * TILE);
-                rows.add(w, 1.f, tiles.v[part ? now : one], tiles.scratch);
+                add_columns(w, level[0] + block * TILE);
+                rows.add(w, 1.f, tiles.v(one), tiles.scratch());
+            }
+            if (within) {
+                add_columns(s, level[1] + block * TILE);
+                rows.add(s, 1.f, tiles.v(now), tiles.scratch());
             }
             if (more) {
                 __syncthreads();
-                load_means(block + 1, 0), load_means(block + 1, 1);
+                load_before(block + 1), load_within(block + 1);
                 commit();
             }
         }
@@ -192,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS + (BLOCKS == 2 && S
 
     // By way of shared memory, for whole lines of stores.
     __syncthreads();
-    Element *out = tiles.k[0];
+    Element *out = tiles.k(0);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float total = whole(rows.total[2 * r]), inverse = total > 0.f ? 1.f / total : 0.f;

@@ -10,8 +10,10 @@ extern "C" __global__ void __launch_bounds__(256) scan(const Call call) {
     int segments = (last_tile - first_tile) / call.segment_tiles + 1;
     float c = NEVER, z = 0.f, s = 0.f;
     State state = state_of(call, head, max(sequence.slot, 0));
-    if (sequence.slot >= 0 && state.z[f] > 0.f) {
-        c = state.c[f] + head.decay * TILE * (first_tile - first_kept(head, sequence.position));
+    // Until a chunk has left the window the state's sums mean nothing.
+    int kept = first_kept(head, sequence.position);
+    if (sequence.slot >= 0 && kept > 0 && state.z[f] > 0.f) {
+        c = state.c[f] + head.decay * TILE * (first_tile - kept);
         z = state.z[f];
         s = state.s[element];
     }
@@ -50,10 +52,10 @@ extern "C" __global__ void __launch_bounds__(256) scan(const Call call) {
     }
 }
 
-// A row, by all threads.
+// A row, by all threads; of zeros if there is none.
 template <int WIDTH> __device__ void copy_row(Element *to, const Element *from) {
     for (int i = threadIdx.x; i < WIDTH / PACK; i += THREADS)
-        ((float4 *)to)[i] = ((const float4 *)from)[i];
+        ((float4 *)to)[i] = from ? ((const float4 *)from)[i] : make_float4(0.f, 0.f, 0.f, 0.f);
 }
 
 // Keys and values go to the rings and to the sinks of the states, for the next call.
@@ -66,9 +68,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) keep(const Call call) {
     int end = sequence.position + sequence.n, begin = max(sequence.position, end - head.ring);
     for (int p = begin + blockIdx.z; p < end; p += gridDim.z) {
         int row = p % head.ring;
-        copy_row<D>(state.ring_k + row * D, keys.key(p));
-        copy_row<E>(state.ring_v + row * E, keys.value(p));
-        if (threadIdx.x == 0) state.valid[row] = keys.valid(p);
+        bool valid = keys.valid(p);
+        copy_row<D>(state.ring_k + row * D, valid ? keys.key(p) : nullptr);
+        copy_row<E>(state.ring_v + row * E, valid ? keys.value(p) : nullptr);
+        if (threadIdx.x == 0) state.valid[row] = valid;
     }
     for (int s = blockIdx.z; s < sequence.sinks; s += gridDim.z) {
         int p = sequence.sink[s];

@@ -28,13 +28,13 @@ template <bool LARGEST> __device__ float of_block(float x) {
 // Chunks that leave the window join the sums.
 __device__ void retire(const Call &call, const Head &head, const Sequence &sequence, int kv,
                        const Keys &keys, int first, int until, Element *shared, float *exponents) {
-    const Tiles tiles(shared);
-    Element *k = tiles.k[0], *v = tiles.v[0];
+    const Tiles tiles{shared};
+    Element *k = tiles.k(0), *v = tiles.v(0);
     const State &state = keys.state;
     int base = until * TILE, column = 2 * (threadIdx.x % 4);
     for (int block = 0; block < M / TILE; block++) {
         KeyMap map;
-        map.load(call, kv, block, SPLIT ? k : tiles.fixed, tiles.k[1]);
+        map.load(call, kv, block, SPLIT ? k : tiles.fixed(), tiles.k(1));
         Softmax sums;
         sums.clear();
         int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
@@ -56,7 +56,7 @@ __device__ void retire(const Call &call, const Head &head, const Sequence &seque
             arrived<0>();
             __syncthreads();
             bool any = key_exponents(call, head, sequence, keys, tile, base, k, exponents);
-            absorb_tile(sums, map, k, v, any ? exponents : nullptr, tiles.scratch);
+            absorb_tile(sums, map, k, v, any ? exponents : nullptr, tiles.scratch());
             __syncthreads();
         }
         for (int r = 0; r < 2; r++) {
@@ -85,7 +85,7 @@ template <int LANES> __device__ float dot(const Element *row, const float *q) {
     return sum_of_lanes<LANES>(sum);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 4) step(const Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS, 3) step(const Call call) {
     extern __shared__ __align__(16) Element shared[];
     __shared__ float exponents[TILE], query[D], columns[THREADS * (PACK + 4)];
     const int key_lanes = D / PACK, key_rows = THREADS / key_lanes;
@@ -101,15 +101,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) step(const Call call) {
 
     // The new key and value go to the ring first, and are read from there like the others.
     int slot = p % head.ring;
-    for (int i = threadIdx.x; i < D; i += THREADS) state.ring_k[slot * D + i] = keys.k[i];
-    for (int i = threadIdx.x; i < E; i += THREADS) state.ring_v[slot * E + i] = keys.v[i];
-    if (threadIdx.x == 0) state.valid[slot] = !keys.mask || keys.mask[0];
+    bool valid = keys.valid(p);
+    copy_row<D>(state.ring_k + slot * D, valid ? keys.k : nullptr);
+    copy_row<E>(state.ring_v + slot * E, valid ? keys.v : nullptr);
+    if (threadIdx.x == 0) state.valid[slot] = valid;
     int sinks = 0;
     for (int i = 0; i < sequence.sinks; i++) {
         if (sequence.sink[i] < seen * TILE) sinks = i + 1;
         if (sequence.sink[i] != p) continue;
-        for (int j = threadIdx.x; j < D; j += THREADS) state.sink_k[i * D + j] = keys.k[j];
-        for (int j = threadIdx.x; j < E; j += THREADS) state.sink_v[i * E + j] = keys.v[j];
+        copy_row<D>(state.sink_k + i * D, keys.k);
+        copy_row<E>(state.sink_v + i * E, keys.v);
     }
     __syncthreads();
 
@@ -167,8 +168,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 4) step(const Call call) {
             const Element *value = i < window ? state.ring_v + r * E : state.sink_v + (i - window) * E;
             float x[PACK], w = weights[i];
             widen(*(const float4 *)(value + at), x);
-            // A masked value may be anything.
-            if (w == 0.f) continue;
 #pragma unroll
             for (int j = 0; j < PACK; j++) o[j] += w * x[j];
         }

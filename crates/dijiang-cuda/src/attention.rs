@@ -337,7 +337,7 @@ impl<E: Element> Attention<E> {
         let bytes = self.shared_bytes();
         let Kernels { absorb, scan, outputs, keep, .. } = &*self.kernels;
         let blocks = (features / TILE) as u32;
-        self.launch(absorb, (segments, kv_heads, blocks), THREADS, bytes, call)?;
+        self.launch(absorb, (segments * blocks, kv_heads, 1), THREADS, bytes, call)?;
         let rows = (features * value_dim / 256) as u32;
         self.launch(scan, (rows, kv_heads, sequences), 256, 0, call)?;
         self.launch(outputs, (tiles, self.heads as u32, 1), THREADS, bytes, call)?;

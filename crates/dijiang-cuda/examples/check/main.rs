@@ -3,7 +3,7 @@
 //! ```text
 //! check correct [setups] [seed]    random setups: odd lengths, windows per head, sinks, masks, packed
 //! check decode [tokens]            a long decode, compared at its end
-//! check time [forward | decode]    one line of JSON for each
+//! check time [forward | decode | short]    one line of JSON for each
 //! check compile [driver] [i]       the kernels these need, into the cache, without a GPU; of the
 //!                                  24 sets only number i
 //! check profile                    each kernel once or twice, for a profiler
@@ -55,6 +55,7 @@ fn compile(driver: i32, only: Option<usize>) -> Result<(), Box<dyn Error>> {
 struct Errors {
     name: &'static str,
     limit: f64,
+    rounding: f64,
     forward: f64,
     parts: f64,
     states: f64,
@@ -65,10 +66,19 @@ struct Errors {
 impl Errors {
     fn new<E: Element>(limit: f64) -> Self {
         let name = E::NAME;
-        Self { name, limit, forward: 0.0, parts: 0.0, states: 0.0, setups: 0, failed: 0 }
+        Self {
+            name,
+            limit,
+            rounding: 0.0,
+            forward: 0.0,
+            parts: 0.0,
+            states: 0.0,
+            setups: 0,
+            failed: 0,
+        }
     }
 
-    fn add(&mut self, setup: &Setup, [forward, parts, states]: [f64; 3]) {
+    fn add(&mut self, setup: &Setup, [rounding, forward, parts, states]: [f64; 4]) {
         // NaN must not pass.
         let passes = [forward, parts, states].iter().all(|&error| error <= self.limit);
         if !passes {
@@ -76,6 +86,7 @@ impl Errors {
         }
         self.failed += usize::from(!passes);
         self.setups += 1;
+        self.rounding = larger(self.rounding, rounding);
         self.forward = larger(self.forward, forward);
         self.parts = larger(self.parts, parts);
         self.states = larger(self.states, states);
@@ -97,11 +108,13 @@ fn correct(device: &Device, setups: u64, seed: u64) -> Result<(), Box<dyn Error>
         errors[1].add(&setup, compare::<f16>(device, &setup, inputs)?);
         errors[2].add(&setup, compare::<f32>(device, &setup, inputs)?);
     }
-    println!("type  setups failed  limit    forward  parts+steps  states from and to the CPU");
+    println!(
+        "type  setups failed  limit    rounding  forward  parts+steps  states from and to the CPU"
+    );
     for e in &errors {
         println!(
-            "{:5} {:6} {:6}  {:.1e}  {:.1e}  {:.1e}      {:.1e}",
-            e.name, e.setups, e.failed, e.limit, e.forward, e.parts, e.states
+            "{:5} {:6} {:6}  {:.1e}  {:.1e}   {:.1e}  {:.1e}      {:.1e}",
+            e.name, e.setups, e.failed, e.limit, e.rounding, e.forward, e.parts, e.states
         );
     }
     if errors.iter().all(|e| e.failed == 0) {

@@ -225,13 +225,13 @@ impl<'d, E: Element> Gpu<'d, E> {
     }
 }
 
-/// Relative errors of: the forward pass; prefill in parts, then token by token; states that go to
+/// Relative errors of: rounding exact outputs to the element type; the forward pass; prefill in parts, then token by token; states that go to
 /// the CPU and come back.
 pub(crate) fn compare<E: Element>(
     device: &Device,
     setup: &Setup,
     seed: u64,
-) -> Result<[f64; 3], Box<dyn Error>> {
+) -> Result<[f64; 4], Box<dyn Error>> {
     let (cpu, inputs, offsets) =
         (setup.operator::<f64>()?, setup.inputs::<E>(seed), setup.offsets());
     let qkv = Qkv::new(&inputs.q, &inputs.k, &inputs.v)
@@ -248,7 +248,7 @@ pub(crate) fn compare<E: Element>(
     // All sequences as streams side by side: a third each, then a few tokens by steps.
     let streams: Vec<usize> = (0..offsets.len() - 1).rev().collect();
     let mut pool = gpu.attention.new_pool(streams.len())?;
-    let mut parts = 0.0;
+    let mut parts = Distance::default();
     let longest = offsets.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or(0);
     let mut cuts: Vec<usize> = vec![0, longest / 3, longest / 3 * 2];
     cuts.extend((longest.saturating_sub(70).max(longest / 3 * 2)..=longest).skip(1));
@@ -284,9 +284,16 @@ pub(crate) fn compare<E: Element>(
                 attention.prefill(&mut pool, &of_streams, qkv, out, workspace)
             }
         })?;
-        parts = crate::larger(parts, error(&out, &pick(&expected)));
+        parts.add(&out, &pick(&expected));
     }
-    Ok([forward, parts, states::<E>(&mut gpu, setup, &inputs, &offsets, &expected)?])
+    let rounded = expected.mapv(|x| E::from_f64(x).to_f64());
+    let rounding = error(&rounded, &expected);
+    Ok([
+        rounding,
+        forward,
+        parts.relative(),
+        states::<E>(&mut gpu, setup, &inputs, &offsets, &expected)?,
+    ])
 }
 
 /// The first sequence by turns on the CPU in f32 and on the GPU, its state handed over as bytes.
@@ -304,7 +311,7 @@ fn states<E: Element>(
     let cpu = setup.operator::<f32>()?;
     let mut pool = gpu.attention.new_pool(2)?;
     let mut bytes = cpu.new_state().to_bytes(Storage::Exact);
-    let mut worst = 0.0;
+    let mut distance = Distance::default();
     for (i, cut) in [0, n / 4, n / 2, n / 4 * 3, n].windows(2).enumerate() {
         let part = inputs.part(cut[0], cut[1]);
         let out = if i % 2 == 0 {
@@ -322,19 +329,33 @@ fn states<E: Element>(
             bytes = state.to_bytes(Storage::Exact);
             out.mapv(f64::from)
         };
-        worst = crate::larger(
-            worst,
-            error(&out, &expected.slice(s![.., cut[0]..cut[1], ..]).to_owned()),
-        );
+        distance.add(&out, &expected.slice(s![.., cut[0]..cut[1], ..]).to_owned());
     }
-    Ok(worst)
+    Ok(distance.relative())
 }
 
-/// ‖out − expected‖ / ‖expected‖
+/// ‖out − expected‖ / ‖expected‖ of outputs that come in parts.
+#[derive(Default)]
+struct Distance {
+    difference: f64,
+    size: f64,
+}
+
+impl Distance {
+    fn add(&mut self, out: &Array3<f64>, expected: &Array3<f64>) {
+        self.difference += (out - expected).iter().map(|x| x * x).sum::<f64>();
+        self.size += expected.iter().map(|x| x * x).sum::<f64>();
+    }
+
+    fn relative(&self) -> f64 {
+        if self.difference == 0.0 { 0.0 } else { (self.difference / self.size).sqrt() }
+    }
+}
+
 fn error(out: &Array3<f64>, expected: &Array3<f64>) -> f64 {
-    let norm = |array: &Array3<f64>| array.iter().map(|x| x * x).sum::<f64>().sqrt();
-    let (size, difference) = (norm(expected), norm(&(out - expected)));
-    if difference == 0.0 { 0.0 } else { difference / size }
+    let mut distance = Distance::default();
+    distance.add(out, expected);
+    distance.relative()
 }
 
 /// Many tokens one by one; the last 64 compared with the CPU in f64, which is fed by prefill.

@@ -20,12 +20,14 @@ pub(crate) fn all(device: &Device, only: &str) -> Result<(), Box<dyn Error>> {
     println!("{{\"device\": \"{name}\"}}");
     for d in [64, 128] {
         for chunk in [64, 128] {
-            if only != "decode" {
+            if only == "short" {
+                forward(device, d, chunk, 2048)?;
+            } else if only != "decode" {
                 for n in [1024, 2048, 4096, 8192, 16384, 32768, 65536] {
                     forward(device, d, chunk, n)?;
                 }
             }
-            if only != "forward" {
+            if only != "forward" && only != "short" {
                 for context in [1024, 32768] {
                     decode(device, d, chunk, context)?;
                 }
