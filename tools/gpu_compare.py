@@ -45,6 +45,7 @@ def window_ms(q, k, v, window):
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     n = q.shape[2]
+    torch._dynamo.reset()
     mask = create_block_mask(
         lambda b, h, i, j: (i >= j) & (i - j < window), None, None, n, n, device="cuda"
     )

@@ -116,7 +116,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
         int column = 2 * (threadIdx.x % 4);
         if (chunk < chunks) {
             long head_at = ((long)at_segment * call.segment_tiles + chunk) * call.kv_heads + kv;
-            Element *to = call.within + head_at * M * E;
+            // By way of shared memory, for whole lines of stores.
+            Element *stage = tiles.v((at - 1 - first) % 2);
             for (int r = 0; r < 2; r++) {
                 int g = f + 8 * r;
                 float inverse = total[r] > 0.f ? 1.f / total[r] : 0.f;
@@ -125,9 +126,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
                         total[r] > 0.f ? sums.top[r] + log2f(total[r]) : NEVER;
 #pragma unroll
                 for (int n = 0; n < E / 8; n++)
-                    store2(to + (long)g * E + 8 * n + column, sums.o[n][2 * r] * inverse,
-                           sums.o[n][2 * r + 1] * inverse);
+                    store2(stage + (g - block * TILE) * VALUE_ROW + 8 * n + column,
+                           sums.o[n][2 * r] * inverse, sums.o[n][2 * r + 1] * inverse);
             }
+            __syncthreads();
+            Element *to = call.within + (head_at * M + block * TILE) * E;
+            store_block<E>(to, stage, [](int) { return true; });
+            __syncthreads();
         } else {
             float *to = call.segment_sums + ((long)at_segment * call.kv_heads + kv) * M * (E + 2);
             for (int r = 0; r < 2; r++) {

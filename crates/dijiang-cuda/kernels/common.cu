@@ -185,6 +185,16 @@ template <int WIDTH> __device__ void load_block(Element *to, const Element *from
     }
 }
 
+// 64 rows of WIDTH + PACK elements in shared memory to dense ones; `has(i)` says which.
+template <int WIDTH, class Has> __device__ void store_block(Element *to, const Element *from, Has has) {
+    const int packs = WIDTH / PACK;
+#pragma unroll
+    for (int j = 0; j < TILE * packs / THREADS; j++) {
+        int i = j * THREADS + threadIdx.x, r = i / packs, at = i % packs * PACK;
+        if (has(r)) *(float4 *)(to + r * WIDTH + at) = *(const float4 *)(from + r * (WIDTH + PACK) + at);
+    }
+}
+
 // ---- elements ----
 
 __device__ float exp2f_fast(float x) {
@@ -292,12 +302,11 @@ __device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N]
     }
 }
 
-// A row's total from its lanes' shares, and back.
+// A row's total from its lanes' shares.
 __device__ float whole(float share) {
     share += __shfl_xor_sync(~0u, share, 1);
     return share + __shfl_xor_sync(~0u, share, 2);
 }
-__device__ float share(float whole) { return threadIdx.x % 4 == 0 ? whole : 0.f; }
 
 #else
 
@@ -371,7 +380,6 @@ __device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N]
 
 // Every lane of a row has its total.
 __device__ float whole(float share) { return share; }
-__device__ float share(float whole) { return whole; }
 
 #endif
 

@@ -198,11 +198,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
                    rows.o[n][2 * r] * inverse, rows.o[n][2 * r + 1] * inverse);
     }
     __syncthreads();
-    const int packs = E / PACK;
-#pragma unroll
-    for (int j = 0; j < TILE * packs / THREADS; j++) {
-        int i = j * THREADS + threadIdx.x, r = i / packs, at = i % packs * PACK;
-        if (tile.has(r))
-            *(float4 *)(call.out + (tile.row + r) * E + at) = *(const float4 *)(out + r * VALUE_ROW + at);
-    }
+    store_block<E>(call.out + tile.row * E, out, [&](int r) { return tile.has(r); });
 }

@@ -130,6 +130,14 @@ impl<E: Element> Attention<E> {
             wide.extend(side.matrix.iter().map(|&w| w as f32));
             rows.extend(side.row.iter().map(|&row| row as f32));
         }
+        let needed = shared_bytes::<E>(&shape).max(step_bytes(&shape));
+        if needed > kernels.shared_limit {
+            return Err(Error::Unsupported {
+                argument: "bytes of shared memory",
+                expected: "no more than a block of this GPU can have",
+                got: needed,
+            });
+        }
         let stream = device.stream();
         Ok(Self {
             kernels,
@@ -219,11 +227,9 @@ impl<E: Element> Attention<E> {
         let offsets: Vec<usize> = (0..=n).collect();
         let plan = self.continued(pool, streams, &offsets, &qkv)?;
         let call = self.call(&plan, &qkv, out, Some(&mut pool.states), workspace)?;
-        // Keys in flight, or the weights of a token over window, sinks and features.
-        let longest = self.shape.windows.iter().map(|window| window.tokens()).max().unwrap_or(0);
-        let weights = (longest + SINKS + self.shape.features) * size_of::<f32>();
         let grid = (self.shape.kv_heads() as u32, plan.sequences.len() as u32, 1);
-        self.launch(&self.kernels.step, grid, THREADS, self.shared_bytes().max(weights), call)?;
+        let bytes = shared_bytes::<E>(&self.shape).max(step_bytes(&self.shape));
+        self.launch(&self.kernels.step, grid, THREADS, bytes, call)?;
         advance(pool, &plan);
         Ok(())
     }
@@ -334,7 +340,7 @@ impl<E: Element> Attention<E> {
         let call = self.call(plan, &qkv, out, states, workspace)?;
         let (segments, tiles) = (plan.segments as u32, plan.tiles as u32);
         let sequences = plan.sequences.len() as u32;
-        let bytes = self.shared_bytes();
+        let bytes = shared_bytes::<E>(&self.shape);
         let Kernels { absorb, scan, outputs, keep, .. } = &*self.kernels;
         let blocks = (features / TILE) as u32;
         self.launch(absorb, (segments * blocks, kv_heads, 1), THREADS, bytes, call)?;
@@ -345,15 +351,6 @@ impl<E: Element> Attention<E> {
             self.launch(keep, (kv_heads, sequences, 16), THREADS, 0, call)?;
         }
         Ok(())
-    }
-
-    /// As `Tiles` in kernels/common.cu.
-    fn shared_bytes(&self) -> usize {
-        let Shape { dim, value_dim, .. } = self.shape;
-        let pack = 16 / size_of::<E>();
-        let (key, value) = (dim + pack, value_dim + pack);
-        let fixed = if size_of::<E>() == 4 { TILE + 4 + key } else { 0 };
-        TILE * (2 * key + 2 * value + fixed) * size_of::<E>()
     }
 
     fn call(
@@ -420,6 +417,20 @@ impl<E: Element> Attention<E> {
         unsafe { self.device.stream().launch_builder(kernel).arg(&call).launch(config) }?;
         Ok(())
     }
+}
+
+/// Shared memory of a block, as `Tiles` in kernels/common.cu.
+fn shared_bytes<E>(shape: &Shape) -> usize {
+    let pack = 16 / size_of::<E>();
+    let (key, value) = (shape.dim + pack, shape.value_dim + pack);
+    let fixed = if size_of::<E>() == 4 { TILE + 4 + key } else { 0 };
+    TILE * (2 * key + 2 * value + fixed) * size_of::<E>()
+}
+
+/// Shared memory for the weights of a decoded token over window, sinks and features.
+fn step_bytes(shape: &Shape) -> usize {
+    let longest = shape.windows.iter().map(|window| window.tokens()).max().unwrap_or(0);
+    (longest + SINKS + shape.features) * size_of::<f32>()
 }
 
 fn no_stream(got: usize) -> Error {

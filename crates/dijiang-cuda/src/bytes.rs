@@ -272,3 +272,94 @@ pub(crate) fn decode<E: Element>(
 }
 
 const _: () = assert!(TILE.is_multiple_of(16), "chunks have no padding in the CPU's bytes");
+
+#[cfg(test)]
+mod tests {
+    use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, Operator, Qkv};
+    use dijiang::kernel::{DctMap, DctMapConfig};
+    use ndarray::{Array3, s};
+
+    use super::*;
+
+    fn operator() -> LinearAttention<f32, DctMap<f32>> {
+        let map = |seed| DctMapConfig::new(64).with_seed(seed).build();
+        let maps = vec![map(0).expect("sizes are right"), map(1).expect("sizes are right")];
+        LinearConfig::new()
+            .with_windows(vec![Window::new(64, 1), Window::new(128, 0)])
+            .with_sinks(3)
+            .with_log_decay(vec![0.0, -0.01])
+            .build(maps)
+            .expect("sizes are right")
+    }
+
+    fn tokens(from: usize, n: usize) -> Array3<f32> {
+        let element = |(h, i, j)| ((7 * h + 13 * (from + i) + 5 * j) as f32).sin();
+        Array3::from_shape_fn((2, n, 64), element)
+    }
+
+    fn prefill(
+        operator: &LinearAttention<f32, DctMap<f32>>,
+        from: usize,
+        n: usize,
+        state: &mut CausalState<f32>,
+    ) -> Array3<f32> {
+        let x = tokens(from, n);
+        let valid: Vec<bool> = (from..from + n).map(|i| i % 7 != 1).collect();
+        let qkv = Qkv::new(&x, &x, &x).with_mask(KeyMask::Valid(&valid));
+        operator.prefill(state, qkv).expect("sizes are right")
+    }
+
+    /// From the CPU's bytes to the device's and back, at every kind of position: the state goes on
+    /// as it would have.
+    #[test]
+    fn states_come_back_as_they_went() {
+        let operator = operator();
+        let shape = Shape::of(&operator).expect("the kernels can do it");
+        for n in [1, 5, 64, 127, 128, 129, 300, 640] {
+            let mut state = operator.new_state();
+            prefill(&operator, 0, n, &mut state);
+            let (stream, device) = decode::<f32>(&shape, &state).expect("it is of this shape");
+            assert_eq!(stream.position, n);
+            let bytes = encode::<f32>(&shape, &stream, &device);
+            let mut back = operator.state_from_bytes(&bytes).expect("they are a state");
+            let expected = prefill(&operator, n, 150, &mut state);
+            let got = prefill(&operator, n, 150, &mut back);
+            let error = (&got - &expected).iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+            assert!(error < 1e-5, "{n} tokens: off by {error:e}");
+            assert!(got.slice(s![.., ..1, ..]).iter().all(|x| x.is_finite()));
+        }
+    }
+
+    #[test]
+    fn states_of_other_operators_are_refused() {
+        let operator = operator();
+        let shape = Shape::of(&operator).expect("the kernels can do it");
+        let other = operator.config().with_sinks(2).build(operator.maps().to_vec());
+        let other = other.expect("sizes are right");
+        assert!(matches!(decode::<f32>(&shape, &other.new_state()), Err(Error::Dijiang(_))));
+        let later = operator.new_state_at(64).expect("it is small");
+        assert!(matches!(decode::<f32>(&shape, &later), Err(Error::Value { got: 64, .. })));
+    }
+
+    #[test]
+    fn what_the_kernels_cannot_do_is_said() {
+        let operator = operator();
+        let of = |config: LinearConfig| {
+            Shape::of(&config.build::<f32, _>(operator.maps().to_vec()).expect("the CPU can"))
+        };
+        let config = operator.config();
+        let unsupported = [
+            (of(config.clone().with_windows(vec![])), 0),
+            (of(config.clone().with_window(Window::new(65, 1))), 65),
+            (of(config.clone().with_window(Window::new(65536, 1))), 131072),
+            (of(config.clone().with_value_dim(32)), 32),
+            (of(config.with_sinks(17)), 17),
+        ];
+        for (shape, expected) in unsupported {
+            match shape {
+                Err(Error::Unsupported { got, .. }) => assert_eq!(got, expected),
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+}

@@ -20,6 +20,9 @@ pub struct Device {
     kernels: Arc<Mutex<HashMap<Target, Arc<Kernels>>>>,
 }
 
+/// Bytes of shared memory that no kernel takes more than of its own, whatever a call asks for.
+const STATIC_SHARED: usize = 8192;
+
 /// The kernels for one set of sizes.
 #[derive(Debug)]
 pub(crate) struct Kernels {
@@ -28,6 +31,8 @@ pub(crate) struct Kernels {
     pub(crate) outputs: CudaFunction,
     pub(crate) keep: CudaFunction,
     pub(crate) step: CudaFunction,
+    /// Bytes of shared memory that a block can have.
+    pub(crate) shared_limit: usize,
 }
 
 impl Device {
@@ -108,6 +113,7 @@ impl Device {
             outputs: load("outputs")?,
             keep: load("keep")?,
             step: load("step")?,
+            shared_limit: most.unsigned_abs() as usize - STATIC_SHARED,
         });
         kernels().insert(target, found.clone());
         Ok(found)
