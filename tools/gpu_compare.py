@@ -2,9 +2,9 @@
 
     python tools/gpu_compare.py path/to/check [--window]
 
-`check` is the example of crates/dijiang-cuda, built in release. Needs PyTorch with CUDA. 16 heads, bf16,
-d = e = 64 and 128 (and m = d for ours), 16384 tokens in all or one longer sequence; medians of CUDA
-events after warm-up. `--window` adds PyTorch's sliding window (flex attention, compiled).
+`check` is the example of crates/dijiang-cuda, built in release. Needs PyTorch with CUDA. 16 heads,
+bf16, d = e = 64 and 128 (and m = d for ours), 16384 tokens in all or one longer sequence; medians
+of CUDA events after warm-up. `--window` adds PyTorch's sliding window (flex attention, compiled).
 """
 
 import json
@@ -56,11 +56,13 @@ def window_ms(q, k, v, window):
 def main():
     print(f"torch {torch.__version__}, {torch.cuda.get_device_name()}")
     ours = {}
-    lines = subprocess.run([sys.argv[1], "time", "forward"], capture_output=True, text=True, check=True)
-    for line in map(json.loads, lines.stdout.splitlines()):
+    command = [sys.argv[1], "time", "forward"]
+    lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+    for line in map(json.loads, lines.splitlines()):
         if line.get("what") == "forward":
             ours[line["d"], line["n"], line["chunk"]] = line
-    print("  d      n   flash   cudnn  window |  c=64  ratio TFLOP/s  GB/s |  c=128 ratio TFLOP/s  GB/s")
+    own = "ratio TFLOP/s  GB/s"
+    print(f"  d      n   flash   cudnn  window |  c=64  {own} |  c=128 {own}")
     for d in (64, 128):
         for n in LENGTHS:
             shape = (max(TOKENS // n, 1), HEADS, n, d)

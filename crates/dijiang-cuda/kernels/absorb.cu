@@ -1,6 +1,7 @@
 // The keys that leave the window join the sums of their segment.
 
-// A tile of keys and values; zeros where there is none to look at, for a masked one may be anything.
+// A tile of keys and values; zeros where there is none to look at, for a masked one may be
+// anything.
 __device__ void load_keys(const Keys &keys, int tile, Element *k, Element *v) {
     if (keys.plain(tile)) {
         load_block<D>(k, keys.k + (long)(tile * TILE - keys.position) * D);
@@ -17,8 +18,8 @@ __device__ void load_keys(const Keys &keys, int tile, Element *k, Element *v) {
     });
 }
 
-// What the tokens of a tile add to every feature's exponent, seen from position `base`; false if that
-// is nothing.
+// What the tokens of a tile add to every feature's exponent, seen from position `base`; false if
+// that is nothing.
 __device__ bool key_exponents(const Call &call, const Head &head, const Sequence &sequence,
                               const Keys &keys, int tile, int base, const Element *k, float *to) {
     bool sinks = sequence.sinks > 0 && sequence.sink[0] < (tile + 1) * TILE &&
@@ -72,7 +73,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
     __shared__ float exponents[TILE];
     const Tiles tiles{shared};
     // Blocks that read the same keys are neighbours.
-    int kv = blockIdx.y, block = blockIdx.x % (M / TILE), at_segment = blockIdx.x / (M / TILE), i = 0;
+    int kv = blockIdx.y, i = 0;
+    int block = blockIdx.x % (M / TILE), at_segment = blockIdx.x / (M / TILE);
     while (i + 1 < call.count && at_segment >= call.sequences[i + 1].segment) i++;
     const Sequence &sequence = call.sequences[i];
     const Head head = call.heads[kv];
@@ -97,8 +99,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
     int first_chunk = begin / head.tiles, chunks = end / head.tiles - first_chunk + 1;
     for (int chunk = 0; chunk <= chunks; chunk++) {
         // After the last chunk of the segment, what the next segment finds.
-        int until = chunk < chunks ? max(first, first_seen(head, (first_chunk + chunk) * head.tiles))
-                                   : last;
+        int until = chunk == chunks ? last : first_seen(head, (first_chunk + chunk) * head.tiles);
+        until = max(first, until);
         for (; at < until; at++) {
             int now = (at - first) % 2;
             if (at + 1 < last) load_keys(keys, at + 1, tiles.k(1 - now), tiles.v(1 - now));

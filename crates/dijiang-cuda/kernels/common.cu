@@ -3,9 +3,9 @@
 // Everything is attention with an online softmax over tiles of 64 rows, in log2 units:
 //
 //   the sums of feature f    attend from the row W_f of the key projection to the keys
-//   the outputs of query i   attend to sinks and window, and to the rows W_f of the query projection,
-//                            whose "values" are the mean values S_f / z_f and whose scores are raised
-//                            by l_f = c_f + log2 z_f
+//   the outputs of query i   attend to sinks and window, and to the rows W_f of the query
+//                            projection, whose "values" are the mean values S_f / z_f and whose
+//                            scores are raised by l_f = c_f + log2 z_f
 //
 // so that no weight exceeds 1 and values stay in the range of V, whatever the exponents are.
 
@@ -159,10 +159,13 @@ struct Keys {
 __device__ void copy16(void *to, const void *from, bool there) {
     u32 shared = (u32)__cvta_generic_to_shared(to);
     int bytes = there ? 16 : 0;
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(from), "r"(bytes));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 ::"r"(shared), "l"(from), "r"(bytes));
 }
 __device__ void commit() { asm volatile("cp.async.commit_group;"); }
-template <int PENDING> __device__ void arrived() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING)); }
+template <int PENDING> __device__ void arrived() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING));
+}
 
 // Rows of WIDTH elements into rows of WIDTH + PACK; `row(i)` is null for a row of zeros.
 template <int WIDTH, int ROWS, class Row>
@@ -186,12 +189,14 @@ template <int WIDTH> __device__ void load_block(Element *to, const Element *from
 }
 
 // 64 rows of WIDTH + PACK elements in shared memory to dense ones; `has(i)` says which.
-template <int WIDTH, class Has> __device__ void store_block(Element *to, const Element *from, Has has) {
+template <int WIDTH, class Has>
+__device__ void store_block(Element *to, const Element *from, Has has) {
     const int packs = WIDTH / PACK;
 #pragma unroll
     for (int j = 0; j < TILE * packs / THREADS; j++) {
         int i = j * THREADS + threadIdx.x, r = i / packs, at = i % packs * PACK;
-        if (has(r)) *(float4 *)(to + r * WIDTH + at) = *(const float4 *)(from + r * (WIDTH + PACK) + at);
+        const float4 *pack = (const float4 *)(from + r * (WIDTH + PACK) + at);
+        if (has(r)) *(float4 *)(to + r * WIDTH + at) = *pack;
     }
 }
 
@@ -232,7 +237,9 @@ __device__ float high_of(u32 both) {
 #if ELEMENT == 2
 __device__ float wide(Element x) { return x; }
 __device__ Element narrow(float x) { return x; }
-__device__ void store2(Element *to, float low, float high) { *(float2 *)to = make_float2(low, high); }
+__device__ void store2(Element *to, float low, float high) {
+    *(float2 *)to = make_float2(low, high);
+}
 __device__ void widen(const float4 &pack, float *to) {
     to[0] = pack.x, to[1] = pack.y, to[2] = pack.z, to[3] = pack.w;
 }
@@ -335,7 +342,8 @@ struct Rows {
     u32 a[D / 16][4];
     __device__ void load(const Element *shared) {
         int lane = threadIdx.x % 32;
-        const Element *at = shared + (threadIdx.x / 32 * 16 + lane % 16) * (D + PACK) + lane / 16 * 8;
+        const Element *own = shared + threadIdx.x / 32 * 16 * (D + PACK);
+        const Element *at = own + lane % 16 * (D + PACK) + lane / 16 * 8;
 #pragma unroll
         for (int i = 0; i < D / 16; i++) ldmatrix(a[i], at + 16 * i);
     }
@@ -355,8 +363,8 @@ template <int N> __device__ void scores(float (&acc)[N][4], const Rows &rows, co
         }
 }
 
-// The totals are a product with ones: of the weights as rounding has left them, so that what it does
-// to a weight is in the normaliser too.
+// The totals are a product with ones: of the weights as rounding has left them, so that what it
+// does to a weight is in the normaliser too.
 template <int N>
 __device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N][4],
                     const Element *tile, Element *) {
@@ -365,8 +373,8 @@ __device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N]
     const Element *at = tile + lane % 16 * (E + PACK) + lane / 16 * 8;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
-        u32 a[4] = {pack2(p[2 * i][0], p[2 * i][1]), pack2(p[2 * i][2], p[2 * i][3]),
-                    pack2(p[2 * i + 1][0], p[2 * i + 1][1]), pack2(p[2 * i + 1][2], p[2 * i + 1][3])};
+        const float(&x)[4] = p[2 * i], (&y)[4] = p[2 * i + 1];
+        u32 a[4] = {pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(y[0], y[1]), pack2(y[2], y[3])};
         mma(total, a, ones, ones);
 #pragma unroll
         for (int n = 0; n < E / 8; n += 2) {
@@ -383,8 +391,8 @@ __device__ float whole(float share) { return share; }
 
 #endif
 
-// The online softmax of a warp's 16 rows: the largest exponent, what weights sum up to (see `whole`),
-// and the weighted sum of values.
+// The online softmax of a warp's 16 rows: the largest exponent, what weights sum up to (see
+// `whole`), and the weighted sum of values.
 struct Softmax {
     float top[2], total[4], o[E / 8][4];
 
@@ -433,8 +441,8 @@ template <int N> __device__ void add_rows(float (&s)[N][4], float row0, float ro
     for (int n = 0; n < N; n++) s[n][0] += row0, s[n][1] += row0, s[n][2] += row1, s[n][3] += row1;
 }
 
-// Whether rounding the projection to its high part could be seen in some of a warp's exponents: up to
-// 8 it changes a weight by less than rounding the weight does.
+// Whether rounding the projection to its high part could be seen in some of a warp's exponents: up
+// to 8 it changes a weight by less than rounding the weight does.
 template <int N> __device__ bool large(const float (&s)[N][4]) {
     float most = 0.f;
 #pragma unroll

@@ -1,5 +1,5 @@
-// What went before each segment, from the sums of the segments and of the state; then the state as it
-// is after the last one.
+// What went before each segment, from the sums of the segments and of the state; then the state as
+// it is after the last one.
 
 extern "C" __global__ void __launch_bounds__(256) scan(const Call call) {
     int kv = blockIdx.y, element = blockIdx.x * 256 + threadIdx.x;
@@ -45,7 +45,8 @@ extern "C" __global__ void __launch_bounds__(256) scan(const Call call) {
         int base = first_tile + (segments - 1) * call.segment_tiles;
         __syncthreads();  // threads of a row have all read what is overwritten now
         if (element % E == 0) {
-            state.c[f] = z > 0.f ? c + head.decay * TILE * (first_seen(head, last_tile) - base) : 0.f;
+            float decay = head.decay * TILE * (first_seen(head, last_tile) - base);
+            state.c[f] = z > 0.f ? c + decay : 0.f;
             state.z[f] = z;
         }
         state.s[element] = s;

@@ -46,8 +46,8 @@ __device__ void retire(const Call &call, const Head &head, const Sequence &seque
             absorb_tile(sums, map, k, v, any ? exponents : nullptr, tiles.scratch());
             __syncthreads();
         }
-        // Added to the state's sums here, not as what the products start from: tensor cores truncate,
-        // which over a million tokens would be seen.
+        // Added to the state's sums here, not as what the products start from: tensor cores
+        // truncate, which over a million tokens would be seen.
         int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         for (int r = 0; r < 2; r++) {
             int g = f + 8 * r;
@@ -123,7 +123,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS == 4 ? 4 : 3) step(
             // All threads of a warp take part in its sums, to the last row.
             int i = min(pass + (int)threadIdx.x / key_lanes, exact - 1);
             int at = (seen * TILE + i) % head.ring;
-            const Element *key = i < window ? state.ring_k + at * D : state.sink_k + (i - window) * D;
+            const Element *sink = state.sink_k + (i - window) * D;
+            const Element *key = i < window ? state.ring_k + at * D : sink;
             float score = dot<key_lanes>(key, query) * call.scale;
             if (i < window && !state.valid[at]) score = NEVER;
             if (threadIdx.x % key_lanes == 0) weights[i] = score;
@@ -140,7 +141,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS == 4 ? 4 : 3) step(
         for (int f = threadIdx.x / FEATURE_LANES; f < features; f += THREADS / FEATURE_LANES) {
             int at = threadIdx.x % FEATURE_LANES * 4;
             float4 w = *(const float4 *)(map + f * D + at);
-            float sum = w.x * query[at] + w.y * query[at + 1] + w.z * query[at + 2] + w.w * query[at + 3];
+            const float *x = query + at;
+            float sum = w.x * x[0] + w.y * x[1] + w.z * x[2] + w.w * x[3];
             sum = sum_of_lanes<FEATURE_LANES>(sum);
             float level = state.z[f] > 0.f ? state.c[f] + call.rows[kv * 2 * M + f] + shift : NEVER;
             if (threadIdx.x % FEATURE_LANES == 0) weights[exact + f] = sum + level;
@@ -160,7 +162,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS == 4 ? 4 : 3) step(
 #pragma unroll 4
         for (int i = threadIdx.x / value_lanes; i < exact; i += value_rows) {
             int r = (seen * TILE + i) % head.ring;
-            const Element *value = i < window ? state.ring_v + r * E : state.sink_v + (i - window) * E;
+            const Element *sink = state.sink_v + (i - window) * E;
+            const Element *value = i < window ? state.ring_v + r * E : sink;
             float x[PACK], w = weights[i];
             widen(*(const float4 *)(value + at), x);
 #pragma unroll

@@ -165,7 +165,8 @@ impl<E: Element> Attention<E> {
         })
     }
 
-    /// Whole sequences: `out` is `[h, n, e]`. Work is put on the device's stream and not waited for.
+    /// Whole sequences: `out` is `[h, n, e]`. Work is put on the device's stream and not waited
+    /// for.
     ///
     /// # Errors
     /// [`Error::Length`], [`Error::Value`], [`Error::Driver`].

@@ -31,8 +31,8 @@ impl Shape {
         self.windows.len()
     }
 
-    /// Bytes of one head's part of a state on the device, its window `ring` tokens long; see `State`
-    /// in kernels/common.cu.
+    /// Bytes of one head's part of a state on the device, its window `ring` tokens long; see
+    /// `State` in kernels/common.cu.
     pub(crate) fn head_bytes<E: Element>(&self, ring: usize) -> usize {
         let sums = self.features * (self.value_dim + 2) * size_of::<f32>();
         sums + (ring + SINKS) * (self.dim + self.value_dim) * size_of::<E>() + ring

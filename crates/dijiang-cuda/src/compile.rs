@@ -40,9 +40,9 @@ impl Default for Cache {
     }
 }
 
-/// Compiles the kernels for one set of sizes into a cache, on a machine with NVRTC and with or without
-/// a GPU: for a GPU of this compute capability (90 for an H100) and a driver of this version (13000
-/// for CUDA 13.0).
+/// Compiles the kernels for one set of sizes into a cache, on a machine with NVRTC and with or
+/// without a GPU: for a GPU of this compute capability (90 for an H100) and a driver of this
+/// version (13000 for CUDA 13.0).
 ///
 /// # Errors
 /// [`Error::NoCompiler`], [`Error::Compile`].

@@ -1,7 +1,7 @@
 //! Correctness against the CPU engine in f64, then times, on the first GPU.
 //!
 //! ```text
-//! check correct [setups] [seed]    random setups: odd lengths, windows per head, sinks, masks, packed
+//! check correct [setups] [seed]    random setups: odd lengths, windows, sinks, masks, packed
 //! check decode [tokens]            a long decode, compared at its end
 //! check time [forward | decode | short]    one line of JSON for each
 //! check compile [driver] [i]       the kernels these need, into the cache, without a GPU; of the

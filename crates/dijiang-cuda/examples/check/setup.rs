@@ -225,8 +225,8 @@ impl<'d, E: Element> Gpu<'d, E> {
     }
 }
 
-/// Relative errors of: rounding exact outputs to the element type; the forward pass; prefill in parts, then token by token; states that go to
-/// the CPU and come back.
+/// Relative errors of: rounding exact outputs to the element type; the forward pass; prefill in
+/// parts, then token by token; states that go to the CPU and come back.
 pub(crate) fn compare<E: Element>(
     device: &Device,
     setup: &Setup,
