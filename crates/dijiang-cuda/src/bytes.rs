@@ -349,7 +349,7 @@ mod tests {
         };
         let config = operator.config();
         let unsupported = [
-            (of(config.clone().with_windows(vec![])), 0),
+            (of(config.clone().with_windows(vec![]).with_sinks(0)), 0),
             (of(config.clone().with_window(Window::new(65, 1))), 65),
             (of(config.clone().with_window(Window::new(65536, 1))), 131072),
             (of(config.clone().with_value_dim(32)), 32),
