@@ -309,11 +309,12 @@ __device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N]
     }
 }
 
-// A row's total from its lanes' shares.
+// A row's total from its lanes' shares, and back.
 __device__ float whole(float share) {
     share += __shfl_xor_sync(~0u, share, 1);
     return share + __shfl_xor_sync(~0u, share, 2);
 }
+__device__ float share(float whole) { return threadIdx.x % 4 == 0 ? whole : 0.f; }
 
 #else
 
@@ -388,6 +389,7 @@ __device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N]
 
 // Every lane of a row has its total.
 __device__ float whole(float share) { return share; }
+__device__ float share(float whole) { return whole; }
 
 #endif
 
