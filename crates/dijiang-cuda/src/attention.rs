@@ -1,0 +1,528 @@
+//! [`Attention`]: an operator of the CPU crate, on a GPU.
+
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+use cudarc::driver::{
+    CudaFunction, CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
+};
+use dijiang::attention::{Causality, LinearAttention};
+use dijiang::kernel::{DctMap, Envelope, FeatureMap};
+use dijiang::{Real, attention::CausalState};
+
+use crate::bytes::{Shape, decode, encode};
+use crate::call::{Call, Head, Part, Plan, SINKS, TILE, tiles};
+use crate::device::{Device, Kernels};
+use crate::element::Element;
+use crate::error::{Error, Result, check_len};
+use crate::pool::{Pool, Stream};
+use crate::tables::Side;
+
+/// Threads of a block.
+const THREADS: u32 = 128;
+
+/// Causal linear attention with windows and sinks, on a GPU: what
+/// [`LinearAttention`] computes, with the same maps. Immutable; what changes lives in [`Pool`] and
+/// [`Workspace`].
+#[derive(Debug)]
+pub struct Attention<E> {
+    device: Device,
+    kernels: Arc<Kernels>,
+    shape: Shape,
+    heads: usize,
+    envelope: bool,
+    /// Bytes of a stream's state.
+    state_bytes: usize,
+    of_heads: CudaSlice<Head>,
+    projections: CudaSlice<E>,
+    wide: CudaSlice<f32>,
+    rows: CudaSlice<f32>,
+}
+
+/// Queries, keys and values on the device, with their mask and their sequences.
+///
+/// # Shapes
+/// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, without gaps.
+#[derive(Debug, Clone, Copy)]
+pub struct Qkv<'a, E> {
+    q: &'a CudaSlice<E>,
+    k: &'a CudaSlice<E>,
+    v: &'a CudaSlice<E>,
+    mask: Option<&'a [bool]>,
+    offsets: Option<&'a [usize]>,
+}
+
+impl<'a, E> Qkv<'a, E> {
+    /// One sequence, every key of which takes part.
+    pub fn new(q: &'a CudaSlice<E>, k: &'a CudaSlice<E>, v: &'a CudaSlice<E>) -> Self {
+        Self { q, k, v, mask: None, offsets: None }
+    }
+
+    /// Keys that take part, one entry for each of the n tokens.
+    #[must_use]
+    pub fn with_mask(self, mask: &'a [bool]) -> Self {
+        Self { mask: Some(mask), ..self }
+    }
+
+    /// Several sequences, one after the other: sequence i has the tokens `offsets[i]` to
+    /// `offsets[i + 1]`.
+    #[must_use]
+    pub fn with_offsets(self, offsets: &'a [usize]) -> Self {
+        Self { offsets: Some(offsets), ..self }
+    }
+}
+
+/// Scratch on the device; grows with the longest call.
+#[derive(Debug)]
+pub struct Workspace<E> {
+    sequences: Option<CudaSlice<crate::call::Sequence>>,
+    mask: Option<CudaSlice<u8>>,
+    segment_sums: Option<CudaSlice<f32>>,
+    before: Option<CudaSlice<E>>,
+    before_level: Option<CudaSlice<f32>>,
+    within: Option<CudaSlice<E>>,
+    within_level: Option<CudaSlice<f32>>,
+}
+
+impl<E> Default for Workspace<E> {
+    fn default() -> Self {
+        Self {
+            sequences: None,
+            mask: None,
+            segment_sums: None,
+            before: None,
+            before_level: None,
+            within: None,
+            within_level: None,
+        }
+    }
+}
+
+impl<E: Element> Attention<E> {
+    /// The operator on `device`: its maps are copied there, and the kernels made.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for what these kernels cannot: attention that is bidirectional or
+    /// without windows, chunks that are no multiple of 64, head and value dimensions other than 64
+    /// and 128, features other than 64, 128 and 256, more than 16 sinks, maps of which some have an
+    /// envelope and some do not. [`Error::NoCompiler`], [`Error::Compile`], [`Error::Driver`].
+    pub fn new<T: Real>(
+        device: &Device,
+        attention: &LinearAttention<T, DctMap<T>>,
+    ) -> Result<Self> {
+        let shape = Shape::of(attention)?;
+        let (sides, envelope) = sides(attention)?;
+        let kernels = device.kernels::<E>(shape.dim, shape.value_dim, shape.features)?;
+        let (mut heads, mut state_bytes) = (Vec::new(), 0);
+        for (window, decay) in shape.windows.iter().zip(&shape.log_decay) {
+            let (tiles, back) = tiles(*window)?;
+            let (ring, decay) = (window.tokens() as i32, (decay * std::f64::consts::LOG2_E) as f32);
+            heads.push(Head { tiles, back, ring, decay, state: state_bytes as u64 });
+            state_bytes += shape.head_bytes::<E>(window.tokens());
+        }
+        let (mut projections, mut wide, mut rows) = (Vec::new(), Vec::new(), Vec::new());
+        for side in &sides {
+            let [high, low] = side.split::<E>();
+            projections.extend(high);
+            if size_of::<E>() == 2 {
+                projections.extend(low);
+            }
+            wide.extend(side.matrix.iter().map(|&w| w as f32));
+            rows.extend(side.row.iter().map(|&row| row as f32));
+        }
+        let needed = shared_bytes::<E>(&shape).max(step_bytes(&shape));
+        if needed > kernels.shared_limit {
+            return Err(Error::Unsupported {
+                argument: "bytes of shared memory",
+                expected: "no more than a block of this GPU can have",
+                got: needed,
+            });
+        }
+        let stream = device.stream();
+        Ok(Self {
+            kernels,
+            heads: attention.heads(),
+            envelope,
+            state_bytes,
+            of_heads: stream.clone_htod(&heads)?,
+            projections: stream.clone_htod(&projections)?,
+            wide: stream.clone_htod(&wide)?,
+            rows: stream.clone_htod(&rows)?,
+            shape,
+            device: device.clone(),
+        })
+    }
+
+    /// Empty states for this many streams.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] if there is no room for them.
+    pub fn new_pool(&self, streams: usize) -> Result<Pool<E>> {
+        Ok(Pool {
+            states: self.device.stream().alloc_zeros((streams * self.state_bytes).max(1))?,
+            streams: vec![Stream::default(); streams],
+            element: PhantomData,
+        })
+    }
+
+    /// Whole sequences: `out` is `[h, n, e]`. Work is put on the device's stream and not waited
+    /// for.
+    ///
+    /// # Errors
+    /// [`Error::Length`], [`Error::Value`], [`Error::Driver`].
+    pub fn forward(
+        &self,
+        qkv: Qkv<'_, E>,
+        out: &mut CudaSlice<E>,
+        workspace: &mut Workspace<E>,
+    ) -> Result<()> {
+        let n = self.check(&qkv, out)?;
+        let whole = [0, n];
+        let offsets = qkv.offsets.unwrap_or(&whole);
+        let parts = offsets.windows(2).map(|pair| Part {
+            rows: pair[0]..pair[1],
+            position: 0,
+            slot: None,
+            sinks: &[],
+        });
+        let plan = self.plan(parts, &qkv)?;
+        self.many(&plan, qkv, out, None, workspace)
+    }
+
+    /// The next tokens of some streams: sequence i of `qkv` belongs to stream `streams[i]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward); [`Error::Value`] for a stream that is not there, or twice.
+    pub fn prefill(
+        &self,
+        pool: &mut Pool<E>,
+        streams: &[usize],
+        qkv: Qkv<'_, E>,
+        out: &mut CudaSlice<E>,
+        workspace: &mut Workspace<E>,
+    ) -> Result<()> {
+        let n = self.check(&qkv, out)?;
+        let whole = [0, n];
+        let offsets = qkv.offsets.unwrap_or(&whole);
+        let plan = self.continued(pool, streams, offsets, &qkv)?;
+        self.many(&plan, qkv, out, Some(&mut pool.states), workspace)?;
+        advance(pool, &plan);
+        Ok(())
+    }
+
+    /// The next token of each of some streams, in one kernel: token i of `qkv` belongs to stream
+    /// `streams[i]`.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill).
+    pub fn step(
+        &self,
+        pool: &mut Pool<E>,
+        streams: &[usize],
+        qkv: Qkv<'_, E>,
+        out: &mut CudaSlice<E>,
+        workspace: &mut Workspace<E>,
+    ) -> Result<()> {
+        let n = self.check(&qkv, out)?;
+        check_len("streams", n, streams.len())?;
+        let offsets: Vec<usize> = (0..=n).collect();
+        let plan = self.continued(pool, streams, &offsets, &qkv)?;
+        let call = self.call(&plan, &qkv, out, Some(&mut pool.states), workspace)?;
+        let grid = (self.shape.kv_heads() as u32, plan.sequences.len() as u32, 1);
+        let bytes = shared_bytes::<E>(&self.shape).max(step_bytes(&self.shape));
+        self.launch(&self.kernels.step, grid, THREADS, bytes, call)?;
+        advance(pool, &plan);
+        Ok(())
+    }
+
+    /// The state of a stream as [`CausalState::to_bytes`] writes it.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a stream that is not there; [`Error::Driver`].
+    pub fn state_to_bytes(&self, pool: &Pool<E>, stream: usize) -> Result<Vec<u8>> {
+        let of_stream = pool.streams.get(stream).ok_or(no_stream(stream))?;
+        let from = stream * self.state_bytes;
+        let view = pool.states.slice(from..from + self.state_bytes);
+        let state = self.device.stream().clone_dtoh(&view)?;
+        Ok(encode::<E>(&self.shape, of_stream, &state))
+    }
+
+    /// A stream goes on from the state in `bytes`, of an f32 operator of this shape.
+    ///
+    /// # Errors
+    /// [`Error::Dijiang`] for bytes that are no such state, [`Error::Value`] for a stream that is
+    /// not there or a state that does not begin at position 0; [`Error::Driver`].
+    pub fn state_from_bytes(&self, pool: &mut Pool<E>, stream: usize, bytes: &[u8]) -> Result<()> {
+        let of_stream = pool.streams.get_mut(stream).ok_or(no_stream(stream))?;
+        let state = CausalState::<f32>::from_bytes(bytes)?;
+        let (known, state) = decode::<E>(&self.shape, &state)?;
+        let from = stream * self.state_bytes;
+        let mut view = pool.states.slice_mut(from..from + self.state_bytes);
+        self.device.stream().memcpy_htod(&state, &mut view)?;
+        *of_stream = known;
+        Ok(())
+    }
+
+    /// How many tokens there are.
+    fn check(&self, qkv: &Qkv<'_, E>, out: &CudaSlice<E>) -> Result<usize> {
+        let Shape { dim, value_dim, .. } = self.shape;
+        let n = qkv.q.len() / (self.heads * dim);
+        if n == 0 {
+            return Err(Error::Length { argument: "q", expected: self.heads * dim, got: 0 });
+        }
+        check_len("q", self.heads * n * dim, qkv.q.len())?;
+        check_len("k", self.shape.kv_heads() * n * dim, qkv.k.len())?;
+        check_len("v", self.shape.kv_heads() * n * value_dim, qkv.v.len())?;
+        check_len("out", self.heads * n * value_dim, out.len())?;
+        qkv.mask.map_or(Ok(()), |mask| check_len("mask", n, mask.len()))?;
+        if let Some(offsets) = qkv.offsets {
+            let wrong = |expected, got| Err(Error::Value { argument: "offsets", expected, got });
+            match (offsets.first(), offsets.last()) {
+                (Some(&first), _) if first != 0 => return wrong("0 at first", first),
+                (_, Some(&last)) if last == n => {}
+                _ => return wrong("the number of tokens at last", offsets.len()),
+            }
+            if let Some(pair) = offsets.windows(2).find(|pair| pair[1] < pair[0]) {
+                return wrong("in ascending order", pair[1]);
+            }
+        }
+        Ok(n)
+    }
+
+    fn plan<'p>(
+        &self,
+        parts: impl Iterator<Item = Part<'p>> + Clone,
+        qkv: &Qkv<'_, E>,
+    ) -> Result<Plan> {
+        let blocks = self.shape.kv_heads() * self.shape.features / TILE;
+        Plan::new(parts, qkv.mask, self.shape.sinks, blocks)
+    }
+
+    fn continued(
+        &self,
+        pool: &Pool<E>,
+        streams: &[usize],
+        offsets: &[usize],
+        qkv: &Qkv<'_, E>,
+    ) -> Result<Plan> {
+        check_len("streams", offsets.len() - 1, streams.len())?;
+        check_len("states", pool.streams.len() * self.state_bytes, pool.states.len())?;
+        let mut used = vec![false; pool.streams.len()];
+        for &stream in streams {
+            match used.get_mut(stream) {
+                Some(used) if !*used => *used = true,
+                Some(_) => {
+                    let expected = "each stream once";
+                    return Err(Error::Value { argument: "streams", expected, got: stream });
+                }
+                None => return Err(no_stream(stream)),
+            }
+        }
+        let parts = streams.iter().zip(offsets.windows(2)).map(|(&stream, pair)| Part {
+            rows: pair[0]..pair[1],
+            position: pool.streams[stream].position,
+            slot: Some(stream),
+            sinks: &pool.streams[stream].sinks,
+        });
+        self.plan(parts, qkv)
+    }
+
+    /// Absorb, scan, outputs; with states, what they must remember.
+    fn many(
+        &self,
+        plan: &Plan,
+        qkv: Qkv<'_, E>,
+        out: &mut CudaSlice<E>,
+        states: Option<&mut CudaSlice<u8>>,
+        workspace: &mut Workspace<E>,
+    ) -> Result<()> {
+        let Shape { value_dim, features, .. } = self.shape;
+        let (kv_heads, has_states) = (self.shape.kv_heads() as u32, states.is_some());
+        let call = self.call(plan, &qkv, out, states, workspace)?;
+        let (segments, tiles) = (plan.segments as u32, plan.tiles as u32);
+        let sequences = plan.sequences.len() as u32;
+        let bytes = shared_bytes::<E>(&self.shape);
+        let Kernels { absorb, scan, outputs, keep, .. } = &*self.kernels;
+        let blocks = (features / TILE) as u32;
+        self.launch(absorb, (segments * blocks, kv_heads, 1), THREADS, bytes, call)?;
+        let rows = (features * value_dim / 256) as u32;
+        self.launch(scan, (rows, kv_heads, sequences), 256, 0, call)?;
+        self.launch(outputs, (tiles, self.heads as u32, 1), THREADS, bytes, call)?;
+        if has_states {
+            self.launch(keep, (kv_heads, sequences, 16), THREADS, 0, call)?;
+        }
+        Ok(())
+    }
+
+    fn call(
+        &self,
+        plan: &Plan,
+        qkv: &Qkv<'_, E>,
+        out: &mut CudaSlice<E>,
+        states: Option<&mut CudaSlice<u8>>,
+        workspace: &mut Workspace<E>,
+    ) -> Result<Call> {
+        let stream = self.device.stream();
+        let Shape { value_dim, features, scale, .. } = self.shape;
+        let segments = plan.segments * self.shape.kv_heads();
+        let versions = segments * plan.segment_tiles;
+        let (sums, elements) = (features * (value_dim + 2), features * value_dim);
+        let bytes = |mask: &[bool]| mask.iter().map(|&valid| u8::from(valid)).collect::<Vec<u8>>();
+        let mask = match qkv.mask {
+            Some(mask) => upload(&self.device, &mut workspace.mask, &bytes(mask))?,
+            None => 0,
+        };
+        Ok(Call {
+            q: qkv.q.device_ptr(stream).0,
+            k: qkv.k.device_ptr(stream).0,
+            v: qkv.v.device_ptr(stream).0,
+            out: out.device_ptr_mut(stream).0,
+            mask,
+            heads: self.of_heads.device_ptr(stream).0,
+            sequences: upload(&self.device, &mut workspace.sequences, &plan.sequences)?,
+            count: plan.sequences.len() as i32,
+            kv_heads: self.shape.kv_heads() as i32,
+            group: (self.heads / self.shape.kv_heads()) as i32,
+            tokens: (qkv.q.len() / (self.heads * self.shape.dim)) as i32,
+            segment_tiles: plan.segment_tiles as i32,
+            envelope: i32::from(self.envelope),
+            scale: (scale * std::f64::consts::LOG2_E) as f32,
+            projections: self.projections.device_ptr(stream).0,
+            wide: self.wide.device_ptr(stream).0,
+            rows: self.rows.device_ptr(stream).0,
+            states: states.map_or(0, |states| states.device_ptr_mut(stream).0),
+            state_bytes: self.state_bytes as u64,
+            segment_sums: room(&self.device, &mut workspace.segment_sums, segments * sums)?,
+            before: room(&self.device, &mut workspace.before, segments * elements)?,
+            before_level: room(&self.device, &mut workspace.before_level, segments * features)?,
+            within: room(&self.device, &mut workspace.within, versions * elements)?,
+            within_level: room(&self.device, &mut workspace.within_level, versions * features)?,
+        })
+    }
+
+    fn launch(
+        &self,
+        kernel: &CudaFunction,
+        grid: (u32, u32, u32),
+        threads: u32,
+        shared: usize,
+        call: Call,
+    ) -> Result<()> {
+        let config = LaunchConfig {
+            grid_dim: grid,
+            block_dim: (threads, 1, 1),
+            shared_mem_bytes: shared as u32,
+        };
+        // SAFETY: the kernels take one `Call`; `check` and `call` have made sure that all it points
+        // to is as long as the plan says, and the stream keeps the order in which it is used.
+        unsafe { self.device.stream().launch_builder(kernel).arg(&call).launch(config) }?;
+        Ok(())
+    }
+}
+
+/// Shared memory of a block, as `Tiles` in kernels/common.cu.
+fn shared_bytes<E>(shape: &Shape) -> usize {
+    let pack = 16 / size_of::<E>();
+    let (key, value) = (shape.dim + pack, shape.value_dim + pack);
+    let fixed = if size_of::<E>() == 4 { TILE + 4 + key } else { 0 };
+    TILE * (2 * key + 2 * value + fixed) * size_of::<E>()
+}
+
+/// Shared memory for the weights of a decoded token over window, sinks and features.
+fn step_bytes(shape: &Shape) -> usize {
+    let longest = shape.windows.iter().map(|window| window.tokens()).max().unwrap_or(0);
+    (longest + SINKS + shape.features) * size_of::<f32>()
+}
+
+fn no_stream(got: usize) -> Error {
+    Error::Value { argument: "stream", expected: "less than the streams of the pool", got }
+}
+
+/// The streams have seen what the plan says.
+fn advance<E>(pool: &mut Pool<E>, plan: &Plan) {
+    for sequence in &plan.sequences {
+        let stream = &mut pool.streams[sequence.slot as usize];
+        stream.position = (sequence.position + sequence.n) as usize;
+        stream.sinks = sequence.sink[..sequence.sinks as usize].to_vec();
+    }
+}
+
+/// Query and key side of every head, and whether the maps have an envelope.
+fn sides<T: Real>(attention: &LinearAttention<T, DctMap<T>>) -> Result<(Vec<Side>, bool)> {
+    let (mut sides, mut envelopes) = (Vec::new(), 0);
+    for map in attention.maps() {
+        envelopes += usize::from(map.params().envelope == Envelope::Gaussian);
+        sides.extend(Side::both(map.params(), attention.scale())?);
+    }
+    if envelopes != 0 && envelopes != attention.maps().len() {
+        return Err(Error::Unsupported {
+            argument: "the number of maps with an envelope",
+            expected: "none or all",
+            got: envelopes,
+        });
+    }
+    Ok((sides, envelopes > 0))
+}
+
+impl Shape {
+    /// The shape of an operator, if the kernels can do it.
+    pub(crate) fn of<T: Real>(attention: &LinearAttention<T, DctMap<T>>) -> Result<Self> {
+        let unsupported =
+            |argument, expected, got| Err(Error::Unsupported { argument, expected, got });
+        let shape = Self {
+            dim: attention.maps()[0].dim(),
+            value_dim: attention.value_dim(),
+            features: attention.maps()[0].features(),
+            scale: attention.scale(),
+            sinks: attention.sinks(),
+            windows: attention.windows().to_vec(),
+            log_decay: attention.log_decay().to_vec(),
+        };
+        if attention.causality() != Causality::Causal {
+            return unsupported("the number of directions", "1 (causal attention)", 2);
+        }
+        if shape.windows.is_empty() {
+            return unsupported("the number of windows", "one for each head", 0);
+        }
+        for (argument, size) in [("dim", shape.dim), ("value_dim", shape.value_dim)] {
+            if ![64, 128].contains(&size) {
+                return unsupported(argument, "64 or 128", size);
+            }
+        }
+        if ![64, 128, 256].contains(&shape.features) {
+            return unsupported("features", "64, 128 or 256", shape.features);
+        }
+        if shape.sinks > SINKS {
+            return unsupported("sinks", "at most 16", shape.sinks);
+        }
+        shape.windows.iter().try_for_each(|window| tiles(*window).map(drop))?;
+        Ok(shape)
+    }
+}
+
+/// The address of at least `len` elements.
+fn room<T: DeviceRepr>(
+    device: &Device,
+    slice: &mut Option<CudaSlice<T>>,
+    len: usize,
+) -> Result<u64> {
+    if slice.as_ref().is_none_or(|slice| slice.len() < len) {
+        *slice = None;
+        // SAFETY: the kernels write before they read.
+        *slice = Some(unsafe { device.stream().alloc(len) }?);
+    }
+    Ok(slice.as_mut().map_or(0, |slice| slice.device_ptr_mut(device.stream()).0))
+}
+
+/// The address of a copy of `from`.
+fn upload<T: DeviceRepr>(
+    device: &Device,
+    slice: &mut Option<CudaSlice<T>>,
+    from: &[T],
+) -> Result<u64> {
+    let address = room(device, slice, from.len())?;
+    if let Some(slice) = slice {
+        device.stream().memcpy_htod(from, &mut slice.slice_mut(..from.len()))?;
+    }
+    Ok(address)
+}
