@@ -548,7 +548,7 @@ fn steps_agree_with_the_whole() {
         CandleAttention::from_layer(&layer::<f64>(0, Causality::Causal), DType::F64).unwrap();
     assert_eq!(
         (module.config().heads, module.windows(), module.maps().len()),
-        (4, &[Window::new(8, 1)][..], 2)
+        (4, &[Window::new(8, 1); 2][..], 2)
     );
     let x = tensor(&Random::new(9).normals((2, 30, 24), 1.0));
     let mut state = module.new_state(2).unwrap();
