@@ -90,6 +90,16 @@ impl<'a, T> Qkv<'a, T> {
         Self { key_offsets: Some(key_offsets), ..self }
     }
 
+    /// Queries, keys and values as they were given.
+    pub fn arrays(&self) -> [ArrayView3<'a, T>; 3] {
+        [self.q, self.k, self.v]
+    }
+
+    /// Which keys may be attended to.
+    pub fn mask(&self) -> KeyMask<'a> {
+        self.mask
+    }
+
     /// Number of queries, all sequences together.
     pub(crate) fn queries(&self) -> usize {
         self.q.shape()[1]
