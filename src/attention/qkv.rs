@@ -333,6 +333,11 @@ impl<'a, T: Real> HeadQkv<'a, T> {
         Self { q: self.q.slice_move(s![h..h + 1, .., ..]), ..self }
     }
 
+    /// Whether some token of a block may be attended to.
+    pub(crate) fn any_valid(&self, tokens: Range<usize>) -> bool {
+        self.valid.is_none_or(|valid| valid[tokens].contains(&true))
+    }
+
     /// Some of the tokens, of the first `group` query heads.
     pub(crate) fn segment(self, tokens: Range<usize>, group: usize) -> Self {
         Self {
