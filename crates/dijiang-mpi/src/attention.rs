@@ -1,9 +1,11 @@
 //! Sequence-parallel causal attention.
 
+use std::ops::Range;
+
 use dijiang::Real;
-use dijiang::attention::{CausalState, LinearAttention, Operator, Qkv};
+use dijiang::attention::{CausalState, KeyMask, LinearAttention, Operator, Qkv, Workspace};
 use dijiang::kernel::FeatureMap;
-use ndarray::{Array3, ArrayView3};
+use ndarray::{Array3, ArrayView1, ArrayView3, ArrayViewMut1, ArrayViewMut3, Zip, s};
 
 use crate::error::Result;
 use crate::fingerprint::Fingerprint;
@@ -42,7 +44,8 @@ impl Ranks {
             attention.check_state(state)?;
             check(attention, qkv)?;
             let fingerprint = Fingerprint::new("prefill", self.scan(), attention)?;
-            Ok(Opening { tokens, position: state.position(), fingerprint })
+            let valid = valid(tokens, qkv.mask());
+            Ok(Opening { tokens, valid, position: state.position(), fingerprint })
         }))?;
         let (out, next) = self.attend(attention, state, place, Ok(qkv))?;
         *state = next;
@@ -51,6 +54,14 @@ impl Ranks {
 
     /// From the pieces' tokens to their outputs and the states behind them. A rank that has nothing
     /// to give, because something was wrong before, says so in `qkv`.
+    ///
+    /// ```text
+    /// ranks before the last   keys ── states ── keys and queries ────────
+    /// last rank               first tokens ── states ── first queries again ── other tokens
+    /// ```
+    ///
+    /// Nobody waits for the last rank's state. While it would wait for the others' it computes its
+    /// first tokens over its own keys alone, and adds what is before them when it knows it.
     pub(crate) fn attend<T: Real, M: FeatureMap<T>>(
         &self,
         attention: &LinearAttention<T, M>,
@@ -60,32 +71,143 @@ impl Ranks {
     ) -> Result<(Array3<T>, CausalState<T>)> {
         let own = qkv.and_then(|qkv| {
             attempt(|| {
+                let mut workspace = attention.workspace();
+                let mut first = None;
                 let mut own = match self.rank() {
                     0 => state.clone(),
                     _ => attention.new_state_at(place.start)?,
                 };
-                // Nobody waits for the last one.
-                if place.tokens > 0 && !self.is_last() {
+                let ahead = self.ahead(attention, place);
+                if ahead > 0 {
+                    own = attention.new_state_past_sinks(place.start)?;
+                    let (tokens, workspace) = (Tokens::of(qkv, 0..ahead), &mut workspace);
+                    first = Some(attention.prefill_partial(&mut own, tokens.qkv(), workspace)?);
+                } else if place.tokens > 0 && !self.is_last() {
                     let [_, k, v] = qkv.arrays();
-                    let mut workspace = attention.workspace();
                     attention.extend(&mut own, (&k, &v), qkv.mask(), &mut workspace)?;
                 }
-                Ok((qkv, own))
+                Ok((qkv, own, first, workspace))
             })
         });
-        let (qkv, own) = self.agree(own)?;
-        let before = self.exclusive(attention, own);
+        let (qkv, own, first, mut workspace) = self.agree(own)?;
+        let before = self.exclusive(attention, &own);
         let result = before.and_then(|before| {
             attempt(|| {
                 let mut next = before.unwrap_or_else(|| state.clone());
-                let out = match place.tokens {
-                    0 => Array3::zeros((attention.heads(), 0, attention.value_dim())),
-                    _ => attention.prefill(&mut next, qkv)?,
-                };
+                let (h, e) = (attention.heads(), attention.value_dim());
+                let mut out = Array3::zeros((h, place.tokens, e));
+                let done = first.as_ref().map_or(0, |first| first.shape()[1]);
+                if let Some(first) = first {
+                    let tokens = Tokens::of(qkv, 0..done);
+                    let mut out = out.slice_mut(s![.., ..done, ..]);
+                    let mut earlier = next.clone();
+                    add_earlier(
+                        attention,
+                        &mut earlier,
+                        &tokens,
+                        &first,
+                        &mut out,
+                        &mut workspace,
+                    )?;
+                    attention.merge(&mut next, &own, &mut workspace)?;
+                }
+                if done < place.tokens {
+                    let tokens = Tokens::of(qkv, done..place.tokens);
+                    let mut out = out.slice_mut(s![.., done.., ..]);
+                    let workspace = &mut workspace;
+                    attention.prefill_into(&mut [&mut next], tokens.qkv(), &mut out, workspace)?;
+                }
                 Ok((out, next))
             })
         });
         self.agree(result)
+    }
+
+    /// Tokens that this rank computes before it knows what is before them: on the last rank, as many
+    /// as there is time for while the others absorb their keys.
+    fn ahead<T: Real, M: FeatureMap<T>>(
+        &self,
+        attention: &LinearAttention<T, M>,
+        place: Place,
+    ) -> usize {
+        let sinks_are_before = place.valid_before >= attention.sinks();
+        if self.rank() > 0 && self.is_last() && sinks_are_before {
+            let time = self.cost().keys * place.longest_before as f64;
+            (time as usize).min(place.tokens)
+        } else {
+            0
+        }
+    }
+}
+
+/// Queries whose first outputs are looked at again together.
+const SEGMENT: usize = 4096;
+
+/// Outputs of queries over all keys, from `first`, those over the keys of their own piece, and the
+/// state before it, which moves on with them.
+fn add_earlier<T: Real, M: FeatureMap<T>>(
+    attention: &LinearAttention<T, M>,
+    state: &mut CausalState<T>,
+    tokens: &Tokens<'_, T>,
+    first: &Array3<T>,
+    out: &mut ArrayViewMut3<'_, T>,
+    workspace: &mut Workspace<T>,
+) -> dijiang::Result<()> {
+    let n = first.shape()[1];
+    let nobody = vec![false; n.min(SEGMENT)];
+    for start in (0..n).step_by(SEGMENT) {
+        let rows = start..n.min(start + SEGMENT);
+        let own = first.slice(s![.., rows.clone(), ..]);
+        let tokens = Tokens::of(tokens.qkv(), rows.clone());
+        let qkv = tokens.qkv().with_mask(KeyMask::Valid(&nobody[..rows.len()]));
+        let earlier = attention.prefill_partial(state, qkv, workspace)?;
+        let mut out = out.slice_mut(s![.., rows, ..]);
+        Zip::from(out.rows_mut()).and(own.rows()).and(earlier.rows()).for_each(join);
+    }
+    Ok(())
+}
+
+/// An output over two sets of keys, from those over each, with exponents and normalisers.
+fn join<T: Real>(mut out: ArrayViewMut1<'_, T>, a: ArrayView1<'_, T>, b: ArrayView1<'_, T>) {
+    let e = out.len();
+    let [(s_a, z_a), (s_b, z_b)] = [&a, &b].map(|row| (row[e].to_f64(), row[e + 1].to_f64()));
+    // The weight of a over that of b. Without a key there is no exponent.
+    let ratio = if z_b > 0.0 { z_a / z_b * (s_a - s_b).exp() } else { f64::INFINITY };
+    let share = if z_a > 0.0 { 1.0 / (1.0 + 1.0 / ratio) } else { 0.0 };
+    let [of_a, of_b] = [share, 1.0 - share].map(T::from_f64);
+    Zip::from(&mut out)
+        .and(&a.slice_move(s![..e]))
+        .and(&b.slice_move(s![..e]))
+        .for_each(|out, &a, &b| *out = of_a * a + of_b * b);
+}
+
+/// Some tokens of a [`Qkv`].
+struct Tokens<'a, T> {
+    arrays: [ArrayView3<'a, T>; 3],
+    mask: KeyMask<'a>,
+}
+
+impl<'a, T: Real> Tokens<'a, T> {
+    fn of(qkv: Qkv<'a, T>, tokens: Range<usize>) -> Self {
+        let mask = match qkv.mask() {
+            KeyMask::Valid(valid) => KeyMask::Valid(&valid[tokens.clone()]),
+            all => all,
+        };
+        let some = |array: ArrayView3<'a, T>| array.slice_move(s![.., tokens.clone(), ..]);
+        Self { arrays: qkv.arrays().map(some), mask }
+    }
+
+    fn qkv(&self) -> Qkv<'_, T> {
+        let [q, k, v] = &self.arrays;
+        Qkv::new(q, k, v).with_mask(self.mask)
+    }
+}
+
+/// How many of `n` tokens may be attended to.
+pub(crate) fn valid(n: usize, mask: KeyMask<'_>) -> usize {
+    match mask {
+        KeyMask::Valid(valid) => valid.iter().filter(|&&valid| valid).count(),
+        _ => n,
     }
 }
 

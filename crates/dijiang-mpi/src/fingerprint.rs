@@ -31,14 +31,12 @@ impl Fingerprint {
     ) -> dijiang::Result<Self> {
         let sizes: Vec<_> =
             attention.maps().iter().map(|map| (map.dim(), map.features())).collect();
-        let bytes = size_of::<T>();
-        let options = format!("{:?} {sizes:?} {bytes} {scan:?}", attention.config());
-        let epsilon = if bytes == 4 { f64::from(f32::EPSILON) } else { f64::EPSILON };
+        let options = format!("{:?} {sizes:?} {} {scan:?}", attention.config(), T::NAME);
         Ok(Self {
             call: hash(call.bytes()),
             options: hash(options.bytes()),
             maps: probe(attention.maps())?,
-            tolerance: ROUNDING * epsilon,
+            tolerance: ROUNDING * T::EPSILON.to_f64(),
             weights: 0,
         })
     }

@@ -5,6 +5,7 @@ use dijiang::attention::{KeyMask, Qkv};
 use dijiang::layer::{Attention, DijiangAttention, DijiangState};
 use ndarray::{Array2, Array3, ArrayRef2};
 
+use crate::attention::valid;
 use crate::error::Result;
 use crate::fingerprint::Fingerprint;
 use crate::ranks::{Opening, Ranks, attempt};
@@ -43,7 +44,8 @@ impl Ranks {
             let samples = samples.flat_map(|w| w.iter().step_by(w.len().div_ceil(SAMPLES)));
             let fingerprint = Fingerprint::new("layer", (self.scan(), config), attention)?
                 .with_weights(samples.copied());
-            Ok(Opening { tokens: x.nrows(), position: state.position(), fingerprint })
+            let valid = valid(x.nrows(), mask);
+            Ok(Opening { tokens: x.nrows(), valid, position: state.position(), fingerprint })
         }))?;
         let projected = attempt(|| match x.nrows() {
             0 => Ok([config.heads, config.kv_heads, config.kv_heads]

@@ -2,14 +2,19 @@
 
 use std::cell::Cell;
 use std::fmt;
+use std::ops::Sub;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::{Duration, Instant};
 
+use dijiang::Real;
+use dijiang::attention::{LinearAttention, Qkv};
+use dijiang::kernel::FeatureMap;
 use mpi::topology::{Communicator, SimpleCommunicator};
 use mpi::traits::{CommunicatorCollectives, Root};
 
 use crate::error::{Error, Result};
 use crate::fingerprint::Fingerprint;
+use crate::pieces::Cost;
 use crate::scan::Scan;
 
 /// The ranks that share a sequence: rank i holds the piece before that of rank i + 1.
@@ -20,6 +25,7 @@ use crate::scan::Scan;
 pub struct Ranks {
     comm: SimpleCommunicator,
     scan: Scan,
+    cost: Cost,
     spent: Cell<Spent>,
 }
 
@@ -36,17 +42,36 @@ pub struct Spent {
     pub bytes_sent: u64,
 }
 
+impl Sub for Spent {
+    type Output = Self;
+
+    /// What was spent after `earlier`.
+    fn sub(self, earlier: Self) -> Self {
+        Self {
+            waiting: self.waiting - earlier.waiting,
+            exchanging: self.exchanging - earlier.exchanging,
+            bytes_sent: self.bytes_sent - earlier.bytes_sent,
+        }
+    }
+}
+
 /// Where the piece of a rank lies.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Place {
     /// Position of its first token.
     pub(crate) start: usize,
     pub(crate) tokens: usize,
+    /// Tokens of the ranks before that may be attended to.
+    pub(crate) valid_before: usize,
+    /// Tokens of the longest piece but the last.
+    pub(crate) longest_before: usize,
 }
 
 /// What a rank tells the others before any work is done.
 pub(crate) struct Opening {
     pub(crate) tokens: usize,
+    /// Tokens that may be attended to.
+    pub(crate) valid: usize,
     /// Of the state it was given: that of rank 0 counts.
     pub(crate) position: usize,
     pub(crate) fingerprint: Fingerprint,
@@ -55,7 +80,12 @@ pub(crate) struct Opening {
 impl Ranks {
     /// All ranks of `comm`, in their order. Collective.
     pub fn new(comm: &impl Communicator) -> Self {
-        Self { comm: comm.duplicate(), scan: Scan::default(), spent: Cell::default() }
+        Self {
+            comm: comm.duplicate(),
+            scan: Scan::default(),
+            cost: Cost::default(),
+            spent: Cell::default(),
+        }
     }
 
     /// How states reach the ranks behind; the same on all ranks.
@@ -67,6 +97,40 @@ impl Ranks {
     /// How states reach the ranks behind.
     pub fn scan(&self) -> Scan {
         self.scan
+    }
+
+    /// What a token costs: how much the last rank does while it would wait for the others. Bits of
+    /// its outputs depend on it.
+    #[must_use]
+    pub fn with_cost(self, cost: Cost) -> Self {
+        Self { cost, ..self }
+    }
+
+    /// What a token costs.
+    pub fn cost(&self) -> Cost {
+        self.cost
+    }
+
+    /// What a token costs here, with all ranks at work: the mean of what each finds on its sample,
+    /// best of a few tries. Collective; the same on all ranks.
+    ///
+    /// # Shapes
+    /// - `sample`: as for [`prefill`](Self::prefill), at least one token; some thousands are enough.
+    ///
+    /// # Errors
+    /// [`Error::Rank`] if one of the ranks was given what [`prefill`](Self::prefill) refuses.
+    pub fn measure<T: Real, M: FeatureMap<T>>(
+        &self,
+        attention: &LinearAttention<T, M>,
+        sample: Qkv<'_, T>,
+    ) -> Result<Cost> {
+        let Cost { keys, queries } = self.agree(attempt(|| Cost::measure(attention, sample)))?;
+        let all = self.gather(&[keys.to_bits(), queries.to_bits()]);
+        let mean = |i: usize| {
+            let shares = all.iter().skip(i).step_by(2).map(|&bits| f64::from_bits(bits));
+            shares.sum::<f64>() / self.size() as f64
+        };
+        Ok(Cost::new(mean(0), mean(1)))
     }
 
     /// This rank.
@@ -102,23 +166,27 @@ impl Ranks {
     /// The first exchange of every call: either all ranks go on, each knowing its place, or all
     /// return the same error.
     pub(crate) fn open(&self, own: Result<Opening, String>) -> Result<Place> {
-        let words = match &own {
-            Ok(Opening { tokens, position, fingerprint }) => {
-                [[0, *tokens as u64, *position as u64].as_slice(), &fingerprint.words()].concat()
+        let (own, words) = match own {
+            Ok(Opening { tokens, valid, position, fingerprint }) => {
+                (Ok(tokens), ([0, tokens, valid, position], fingerprint))
             }
-            Err(_) => [[1, 0, 0].as_slice(), &Fingerprint::default().words()].concat(),
+            Err(message) => (Err(message), ([1, 0, 0, 0], Fingerprint::default())),
         };
+        let words = [&words.0.map(|word| word as u64)[..], &words.1.words()].concat();
         let all = self.gather(&words);
         let ranks: Vec<&[u64]> = all.chunks_exact(words.len()).collect();
-        let failed = ranks.iter().position(|words| words[0] != 0);
-        let Opening { tokens, .. } = self.same(failed, own)?;
-        let prints: Vec<_> = ranks.iter().map(|words| Fingerprint::of_words(&words[3..])).collect();
+        let tokens = self.same(ranks.iter().position(|words| words[0] != 0), own)?;
+        let prints: Vec<_> = ranks.iter().map(|words| Fingerprint::of_words(&words[4..])).collect();
         if let Some((rank, what)) = Fingerprint::first_different(&prints) {
             return Err(Error::Differ { rank, what });
         }
-        let before = ranks[..self.rank()].iter().map(|words| words[1]);
-        let start = before.fold(ranks[0][2], u64::saturating_add);
-        Ok(Place { start: usize::try_from(start).unwrap_or(usize::MAX), tokens })
+        let (before, others) = (&ranks[..self.rank()], &ranks[..self.size() - 1]);
+        let sum =
+            |i: usize, first| before.iter().map(|words| words[i]).fold(first, u64::saturating_add);
+        let longest = others.iter().map(|words| words[1]).max().unwrap_or(0);
+        let [start, valid_before, longest_before] = [sum(1, ranks[0][3]), sum(2, 0), longest]
+            .map(|word| usize::try_from(word).unwrap_or(usize::MAX));
+        Ok(Place { start, tokens, valid_before, longest_before })
     }
 
     /// Either all ranks get what they have, or all the error of the first one that failed.

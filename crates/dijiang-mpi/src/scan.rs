@@ -37,7 +37,7 @@ impl Ranks {
     pub(crate) fn exclusive<T: Real, M: FeatureMap<T>>(
         &self,
         attention: &LinearAttention<T, M>,
-        own: CausalState<T>,
+        own: &CausalState<T>,
     ) -> Result<Option<CausalState<T>>, String> {
         let begun = Instant::now();
         let mut merging = Merging { attention, workspace: attention.step_workspace() };
@@ -52,13 +52,13 @@ impl Ranks {
     fn rounds<T: Real, M: FeatureMap<T>>(
         &self,
         merging: &mut Merging<'_, T, M>,
-        own: CausalState<T>,
+        own: &CausalState<T>,
     ) -> Result<Option<CausalState<T>>, String> {
         let (rank, size) = (self.rank(), self.size());
         let mut bytes = own.to_bytes(Storage::Exact);
         let mut received = vec![0; bytes.len()];
         // Of the last `distance` pieces up to this one, and up to the one before.
-        let (mut total, mut before) = (own, None);
+        let (mut total, mut before) = (own.clone(), None);
         let mut result = Ok(());
         for distance in std::iter::successors(Some(1), |d| Some(2 * d)).take_while(|&d| d < size) {
             let (to, from) = (Some(rank + distance), rank.checked_sub(distance));
@@ -89,7 +89,7 @@ impl Ranks {
     fn gathered<T: Real, M: FeatureMap<T>>(
         &self,
         merging: &mut Merging<'_, T, M>,
-        own: CausalState<T>,
+        own: &CausalState<T>,
     ) -> Result<Option<CausalState<T>>, String> {
         let bytes = own.to_bytes(Storage::Exact);
         let mut states = vec![Vec::with_capacity(bytes.len()); self.size()];

@@ -2,6 +2,7 @@
 //! is as good as any.
 
 use std::panic::PanicHookInfo;
+use std::time::{Duration, Instant};
 
 use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, Operator, Window};
 use dijiang::kernel::{DctMap, DctMapConfig, FeatureMap};
@@ -20,13 +21,18 @@ pub(crate) fn is_wanted(info: &PanicHookInfo<'_>) -> bool {
     info.payload().downcast_ref() == Some(&PANIC)
 }
 
+/// In this time a fault must have ended with an error on all ranks.
+const LIMIT: Duration = Duration::from_secs(10);
+
 pub(crate) fn all(ranks: &Ranks) {
     for culprit in 0..ranks.size() {
+        let begun = Instant::now();
         inputs(ranks, culprit);
         panics(ranks, culprit);
         if culprit > 0 {
             differences(ranks, culprit);
         }
+        assert!(begun.elapsed() < LIMIT, "errors must come at once");
     }
 }
 

@@ -14,10 +14,8 @@ use mpi::traits::Communicator;
 /// Set in the processes that are ranks, to what they are to do.
 const ROLE: &str = "DIJIANG_MPI_TEST";
 const SIZES: [usize; 5] = [1, 2, 3, 4, 7];
-/// A job that takes longer hangs.
-const LIMIT: Duration = Duration::from_secs(120);
-/// In this time a fault must have ended with an error on all ranks.
-const FAULT_LIMIT: Duration = Duration::from_secs(10);
+/// A job that takes longer hangs, however busy the machine.
+const LIMIT: Duration = Duration::from_secs(600);
 
 fn main() -> ExitCode {
     if let Ok(role) = std::env::var(ROLE) {
@@ -54,11 +52,10 @@ fn job(role: &str, size: usize) -> Result<(), String> {
     }
     let begun = Instant::now();
     let mut child = command.spawn().map_err(|error| format!("mpirun: {error}"))?;
-    let limit = if role == "equal" { LIMIT } else { FAULT_LIMIT };
     let status = loop {
         match child.try_wait().map_err(|error| error.to_string())? {
             Some(status) => break status,
-            None if begun.elapsed() > limit => {
+            None if begun.elapsed() > LIMIT => {
                 _ = child.kill();
                 return Err("it hangs".into());
             }
