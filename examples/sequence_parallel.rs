@@ -3,8 +3,8 @@
 //!
 //! Each worker sums up its own segment, waits for the state of everything before it, hands on that
 //! of everything up to its end, and computes its outputs. Here workers are threads and messages go
-//! through channels; they are bytes, so that MPI (`MPI_Send` and `MPI_Recv` in this order, or
-//! `MPI_Exscan` with an operation of the user) or sockets do just as well.
+//! through channels; they are bytes, so that sockets do just as well, or MPI: see
+//! `crates/dijiang-mpi`.
 //!
 //! ```sh
 //! cargo run --release --example sequence_parallel

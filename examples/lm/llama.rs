@@ -65,6 +65,11 @@ impl<A: Attention<f32>> Llama<A> {
         self.body.config()
     }
 
+    /// All but the attention layers, for a program that runs those in its own way.
+    pub(crate) fn body(&self) -> &Body {
+        &self.body
+    }
+
     /// How its text becomes tokens.
     pub(crate) fn tokenizer(&self) -> &Tokenizer {
         self.body.tokenizer()

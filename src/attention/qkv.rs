@@ -90,6 +90,16 @@ impl<'a, T> Qkv<'a, T> {
         Self { key_offsets: Some(key_offsets), ..self }
     }
 
+    /// Queries, keys and values as they were given.
+    pub fn arrays(&self) -> [ArrayView3<'a, T>; 3] {
+        [self.q, self.k, self.v]
+    }
+
+    /// Which keys may be attended to.
+    pub fn mask(&self) -> KeyMask<'a> {
+        self.mask
+    }
+
     /// Number of queries, all sequences together.
     pub(crate) fn queries(&self) -> usize {
         self.q.shape()[1]
@@ -321,6 +331,11 @@ impl<'a, T: Real> HeadQkv<'a, T> {
 
     fn with_query_head(self, h: usize) -> Self {
         Self { q: self.q.slice_move(s![h..h + 1, .., ..]), ..self }
+    }
+
+    /// Whether some token of a block may be attended to.
+    pub(crate) fn any_valid(&self, tokens: Range<usize>) -> bool {
+        self.valid.is_none_or(|valid| valid[tokens].contains(&true))
     }
 
     /// Some of the tokens, of the first `group` query heads.

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, ArrayRef1, ArrayRef2, Axis};
+use ndarray::{Array2, Array3, ArrayRef1, ArrayRef2, ArrayRef3, Axis};
 
 use crate::Real;
 use crate::attention::{
@@ -69,6 +69,62 @@ impl<T: Real, A: Operator<T>> Layer<T, A> {
     /// The projection weights.
     pub fn weights(&self) -> &Arc<AttentionWeights<T>> {
         self.proj.weights()
+    }
+
+    /// The attention between the projections.
+    pub fn operator(&self) -> &A {
+        &self.attention
+    }
+
+    /// Queries, keys and values of the tokens `x`, the first of them at `position`: normed and
+    /// rotated, what [`operator`](Self::operator) is given. With [`output`](Self::output), for those
+    /// who run the attention themselves.
+    ///
+    /// # Shapes
+    /// - `x`: `[n, D]`; returns `[h, n, d]`, `[h_kv, n, d]` and `[h_kv, n, d]`.
+    ///
+    /// # Errors
+    /// As [`forward`](Attention::forward) for `x`.
+    ///
+    /// # Examples
+    /// ```
+    /// use dijiang::attention::{KeyMask, Operator, Qkv};
+    /// use dijiang::layer::{
+    ///     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+    ///     SoftmaxAttention,
+    /// };
+    /// use ndarray::Array2;
+    ///
+    /// let eye = || Array2::<f32>::eye(8);
+    /// let weights = AttentionWeights::new(eye(), eye(), eye(), eye());
+    /// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights)?;
+    /// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new())?;
+    ///
+    /// let x = Array2::from_shape_fn((200, 8), |(i, j)| ((i * 3 + j) % 7) as f32 - 3.0);
+    /// let [q, k, v] = layer.project_at(&x, 0)?;
+    /// let heads = layer.operator().forward(Qkv::new(&q, &k, &v))?;
+    /// assert_eq!(layer.output(&heads)?, layer.forward(&x, KeyMask::All)?);
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    pub fn project_at(&self, x: &ArrayRef2<T>, position: usize) -> Result<[Array3<T>; 3]> {
+        self.proj.check_sequence("x", x)?;
+        let ProjectedQkv { q, k, v } = self.proj.project(x, position);
+        Ok([q, k, v].map(|rows| self.proj.into_heads(rows)))
+    }
+
+    /// The layer's outputs from those of the heads.
+    ///
+    /// # Shapes
+    /// - `heads`: `[h, n, d]`; returns `[n, D]`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for `heads` of another shape.
+    pub fn output(&self, heads: &ArrayRef3<T>) -> Result<Array2<T>> {
+        let (h, n, d) = (self.config().heads, heads.shape()[1], self.proj.head_dim());
+        check_shape("heads", heads, &[h, n, d])?;
+        let mut rows = Array2::zeros((n, h * d));
+        self.proj.heads_mut(&mut rows).assign(heads);
+        Ok(self.proj.output(&rows))
     }
 
     /// Hidden states of one or, by `offsets`, several sequences that go on from `states`, or are

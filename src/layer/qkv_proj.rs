@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use ndarray::{
-    Array, Array1, Array2, ArrayRef1, ArrayRef2, ArrayView2, ArrayView3, ArrayViewMut2,
+    Array, Array1, Array2, Array3, ArrayRef1, ArrayRef2, ArrayView2, ArrayView3, ArrayViewMut2,
     ArrayViewMut3, Axis, Dimension, s,
 };
 
@@ -337,6 +337,15 @@ impl<T: Real> QkvProj<T> {
     pub(crate) fn heads<'a>(&self, rows: &'a Array2<T>) -> ArrayView3<'a, T> {
         let (n, width) = rows.dim();
         match rows.view().into_shape_with_order((n, width / self.head_dim, self.head_dim)) {
+            Ok(heads) => heads.permuted_axes([1, 0, 2]),
+            Err(_) => unreachable!("projections lie row after row"),
+        }
+    }
+
+    /// As [`heads`](Self::heads), without a copy.
+    pub(crate) fn into_heads(&self, rows: Array2<T>) -> Array3<T> {
+        let (n, width) = rows.dim();
+        match rows.into_shape_with_order((n, width / self.head_dim, self.head_dim)) {
             Ok(heads) => heads.permuted_axes([1, 0, 2]),
             Err(_) => unreachable!("projections lie row after row"),
         }

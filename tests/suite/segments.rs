@@ -9,7 +9,7 @@ use dijiang::layer::{
     Rotary, SoftmaxAttention,
 };
 use dijiang::{Error, Real};
-use ndarray::{Array2, s};
+use ndarray::{Array2, Array3, s};
 
 fn setups() -> Vec<Setup> {
     [
@@ -158,6 +158,50 @@ fn merging_is_associative() {
                 );
             }
         }
+    }
+}
+
+/// Outputs over a segment's own keys, and over the state before it alone, are those over all keys.
+#[test]
+fn partial_outputs_are_parts_of_the_whole() {
+    fn check<T: Real>(setup: &Setup) {
+        let (attention, mut random) = (setup.build::<T>(), Random::new(setup.seed));
+        let inputs = setup.inputs(TOKENS, TOKENS).cast::<T>();
+        let valid: Vec<bool> = (0..TOKENS).map(|j| j < 20 || random.chance(0.6)).collect();
+        let mut workspace = attention.workspace();
+        let mut state = attention.new_state();
+        let mask = KeyMask::Valid(&valid);
+        let expected = attention.prefill_of(&mut state, &inputs, mask).unwrap();
+        for cut in [20, 64, 101, 300] {
+            let mut before = segment(&attention, &inputs, &valid, 0..cut);
+            let own = inputs.part(cut..TOKENS);
+            let mask = KeyMask::Valid(&valid[cut..]);
+            let mut state = attention.new_state_past_sinks(cut).unwrap();
+            let a =
+                attention.prefill_partial(&mut state, own.qkv().with_mask(mask), &mut workspace);
+            let nobody = vec![false; TOKENS - cut];
+            let masked = own.qkv().with_mask(KeyMask::Valid(&nobody));
+            let kept = before.clone();
+            let b = attention.prefill_partial(&mut before, masked, &mut workspace).unwrap();
+            let (a, e) = (a.unwrap().mapv(Real::to_f64), attention.value_dim());
+            let b = b.mapv(Real::to_f64);
+            let found = Array3::from_shape_fn((attention.heads(), TOKENS - cut, e), |(h, i, j)| {
+                let weight = |x: &Array3<f64>| x[[h, i, e + 1]] * x[[h, i, e]].exp();
+                let (w_a, w_b) = (weight(&a), weight(&b));
+                (w_a * a[[h, i, j]] + w_b * b[[h, i, j]]) / (w_a + w_b)
+            });
+            let context = format!("{setup:?} at {cut}");
+            let expected = expected.slice(s![.., cut.., ..]).mapv(Real::to_f64);
+            assert_close(&context, &found, &expected, tolerance::<T>(20.0, TOKENS));
+            let whole = merged(&attention, &kept, &state);
+            let later = setup.inputs(40, 40).cast::<T>();
+            let of_whole = segment(&attention, &inputs, &valid, 0..TOKENS);
+            assert_equal(&context, &attention, &later, &whole, &of_whole);
+        }
+    }
+    for setup in setups() {
+        check::<f64>(&setup);
+        check::<f32>(&setup);
     }
 }
 

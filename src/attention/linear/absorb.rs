@@ -83,15 +83,17 @@ pub(crate) fn absorb_chunk<T: Real>(
     let (length, slot, stride) = (ring.chunk(), ring.slot(chunk), padded(ring.chunk()));
     for start in (0..length).step_by(BLOCK) {
         let tokens = BLOCK.min(length - start);
-        let width = padded(tokens);
-        for (y, keys) in y.chunks_exact_mut(width).zip(slot.keys.chunks_exact(stride)) {
-            y[..tokens].copy_from_slice(&keys[start..start + tokens]);
-            y[tokens..].fill(T::zero());
-        }
-        let position = chunk * length + start;
+        let (width, position) = (padded(tokens), chunk * length + start);
         let mut valid = [false; BLOCK];
         for (j, valid) in valid[..tokens].iter_mut().enumerate() {
             *valid = slot.valid[start + j] && !sinks.contain(position + j);
+        }
+        if !valid.contains(&true) {
+            continue;
+        }
+        for (y, keys) in y.chunks_exact_mut(width).zip(slot.keys.chunks_exact(stride)) {
+            y[..tokens].copy_from_slice(&keys[start..start + tokens]);
+            y[tokens..].fill(T::zero());
         }
         let block = KeyBlock {
             position,

@@ -35,11 +35,15 @@ pub(crate) fn prefill<T: Real>(
     sums.settle(head.ops);
     let mut start = 0;
     while start < n {
-        let block =
-            Block { tokens: keys(head, sums, &qkv, start, scratch)?, width: width_at(start, n) };
+        let tokens = block_at(start, n);
+        let block = if qkv.any_valid(tokens.clone()) {
+            Block { tokens: keys(head, sums, &qkv, start, scratch)?, width: padded(tokens.len()) }
+        } else {
+            Block { tokens, width: 0 }
+        };
         scratch.features.ahead.aim(block.tokens.end, CAUSAL_BLOCK);
         queries(head, sums, &qkv, &block, out.view_mut(), scratch)?;
-        if sums.started {
+        if block.width > 0 && sums.started {
             let (tokens, width) = (block.tokens.len(), block.width);
             let FeatureScratch { b, feature, ahead, .. } = &mut scratch.features;
             let weights = MatRef::new(b, head.features, tokens, width);
@@ -54,18 +58,13 @@ pub(crate) fn prefill<T: Real>(
 /// Keys and values in scratch.
 struct Block {
     tokens: Range<usize>,
-    /// Columns of the key panel.
+    /// Columns of the key panel; none if no key may be attended to.
     width: usize,
 }
 
 /// Tokens of the block that begins at `start`, if no key cuts it short.
 fn block_at(start: usize, n: usize) -> Range<usize> {
     start..n.min(start + CAUSAL_BLOCK.min(SEGMENT - start % SEGMENT))
-}
-
-/// Columns of the key panel of a block that begins at `start`.
-fn width_at(start: usize, n: usize) -> usize {
-    padded(block_at(start, n).len())
 }
 
 /// Key weights of the block at `start`, in the sums' frame, into `b`, their row sums into
@@ -124,7 +123,11 @@ fn queries<T: Real>(
         let Scratch { x, zeros, .. } = scratch;
         qkv.query_rows(h, rows.clone()).gather(head.ops, head.scale, x, zeros)?;
         weigh(head, sums, block, scratch);
-        scratch.put_outputs(head.value_stride, rows.clone(), out.index_axis_mut(Axis(0), h));
+        // Exponents relative to the frame become those of the weights themselves.
+        for (i, top) in scratch.features.top[..rows.len()].iter_mut().enumerate() {
+            *top += sums.decay(head.log_decay, qkv.position + rows.start + i);
+        }
+        head.put_outputs(scratch, rows.clone(), out.index_axis_mut(Axis(0), h));
     }
     Ok(())
 }
@@ -143,6 +146,9 @@ fn weigh<T: Real>(head: &Head<'_, T>, sums: &Sums<T>, block: &Block, scratch: &m
     let out = Outputs { tokens, numerator: o, total: &mut total[..width] };
     sums.read(head.ops, a, &column[..width], out, ahead);
 
+    if key_width == 0 {
+        return;
+    }
     // Bands of LANES queries: band r needs the keys 0..(r + 1)·LANES only.
     for band in (0..tokens).step_by(LANES) {
         let (rows, columns) = (LANES.min(tokens - band), band + LANES);

@@ -13,7 +13,7 @@ use crate::Real;
 use crate::attention::linear::LinearAttention;
 use crate::attention::linear::absorb::{KeyBlock, absorb, absorb_chunk};
 use crate::attention::linear::head::Head;
-use crate::attention::linear::state::{CausalState, HeadState};
+use crate::attention::linear::state::{CausalState, HeadState, NOWHERE};
 use crate::attention::scratch::{Scratch, Worker};
 use crate::attention::workspace::Workspace;
 use crate::error::{Error, Result};
@@ -40,7 +40,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// `states`): with MPI, `MPI_Exscan` over a user-defined operation that reads two states,
     /// merges and writes one; with a library that only gathers (NCCL), an all-gather of the bytes,
     /// whose number is the same for all, and a merge of those before one's own. What travels does
-    /// not grow with the number of tokens. The example `sequence_parallel` shows it.
+    /// not grow with the number of tokens. The example `sequence_parallel` shows it; the crate
+    /// `dijiang-mpi` of this repository does it.
     ///
     /// # Cost
     /// O(m·e) per head, and O(chunk · back) keys through the map with a local window. On the
@@ -114,7 +115,7 @@ fn take_sinks<T: Real>(
 ) {
     let first_kept = state.ring.as_ref().map_or(end, |ring| ring.first(end));
     let (sinks, stride) = (&next.sinks, padded(next.sinks.room()));
-    for (i, &position) in sinks.positions.iter().enumerate() {
+    for (i, &position) in sinks.positions.iter().enumerate().filter(|(_, at)| **at != NOWHERE) {
         let panel = MatRef::packed(&sinks.keys, head.dim, stride);
         let values = &sinks.values[i * head.value_stride..][..head.value_stride];
         if state.sinks.wants_more() {

@@ -22,7 +22,7 @@ mod window;
 
 use std::marker::PhantomData;
 
-use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayViewMut3, Axis};
+use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayViewMut3, Axis, s};
 
 use crate::Real;
 use crate::attention::operator::{Operator, SequenceState};
@@ -31,6 +31,7 @@ use crate::attention::rows::OutOfRange;
 use crate::attention::scratch::{SEGMENT, Sizes};
 use crate::attention::workspace::Workspace;
 use crate::attention::{Causality, KeyMask, Window};
+use crate::check::check_room;
 use crate::error::Result;
 use crate::kernel::FeatureMap;
 use crate::threads::try_each;
@@ -161,6 +162,89 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// [`Error::TooLarge`](crate::Error::TooLarge) for a position beyond 2⁵².
     pub fn new_state_at(&self, position: usize) -> Result<CausalState<T>> {
         CausalState::at(&self.shape, position)
+    }
+
+    /// As [`new_state_at`](Self::new_state_at), for a segment that has all sinks of its sequence
+    /// before it: none of its tokens becomes one. Such a state has no bytes to be read again.
+    ///
+    /// # Errors
+    /// As [`new_state_at`](Self::new_state_at).
+    pub fn new_state_past_sinks(&self, position: usize) -> Result<CausalState<T>> {
+        let mut state = self.new_state_at(position)?;
+        state.heads.iter_mut().for_each(|head| head.sinks.close());
+        Ok(state)
+    }
+
+    /// [`prefill`](Operator::prefill) of one sequence whose outputs are to be put together with
+    /// those of the same queries over other keys: with every output o the exponent s and the
+    /// normaliser z by which the sum of its weights is z·exp(s). Outputs over both sets of keys are
+    /// then
+    ///
+    /// ```text
+    /// o = (w₁ o₁ + w₂ o₂) / (w₁ + w₂)      w = z·exp(s)
+    /// ```
+    ///
+    /// A query without a key has zeros. For queries over a state alone, mask all keys: that costs
+    /// little.
+    ///
+    /// # Shapes
+    /// - `qkv` as for [`prefill`](Operator::prefill); returns `[h, n, e + 2]`: o, s, z.
+    ///
+    /// # Errors
+    /// As [`prefill`](Operator::prefill).
+    pub fn prefill_partial(
+        &self,
+        state: &mut CausalState<T>,
+        qkv: Qkv<'_, T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<Array3<T>> {
+        let (h, n, e) = qkv.output_shape(self.dims())?;
+        check_room::<T>("outputs", &[h, n, e + 2])?;
+        let mut out = Array3::zeros((h, n, e + 2));
+        self.check_prefill(&[&mut *state], qkv, &out.slice(s![.., .., ..e]), workspace)?;
+        self.run_prefill(&mut [state], qkv, out.view_mut(), workspace)?;
+        Ok(out)
+    }
+
+    fn check_prefill(
+        &self,
+        states: &[&mut CausalState<T>],
+        qkv: Qkv<'_, T>,
+        out: &ArrayRef3<T>,
+        workspace: &Workspace<T>,
+    ) -> Result<()> {
+        self.check_states("prefill", states)?;
+        workspace.check(self.sizes)?;
+        qkv.check_states(states.len())?;
+        qkv.check(self.dims(), out)
+    }
+
+    /// Checked tokens into their states and `out`.
+    fn run_prefill(
+        &self,
+        states: &mut [&mut CausalState<T>],
+        qkv: Qkv<'_, T>,
+        out: ArrayViewMut3<'_, T>,
+        workspace: &mut Workspace<T>,
+    ) -> Result<()> {
+        if let ([state], false) = (&mut *states, qkv.is_packed()) {
+            self.begin(state, qkv, workspace)?;
+            let position = state.position;
+            let heads = state.change().iter_mut().map(|head| Some((position, head)));
+            let result = self.causal(qkv, out, heads, workspace);
+            return self.end(state, result, qkv, workspace);
+        }
+        qkv.check_elements()?;
+        let heads = states.iter_mut().flat_map(|state| {
+            let position = state.position;
+            state.change().iter_mut().map(move |head| Some((position, head)))
+        });
+        let result = self.causal(qkv, out, heads, workspace);
+        debug_assert!(result.is_ok(), "all elements have been looked at");
+        states.iter_mut().zip(qkv.ranges()).for_each(|(state, (queries, _))| {
+            state.changed(queries.len());
+        });
+        Ok(())
     }
 
     pub(crate) fn sizes(&self) -> Sizes {
@@ -371,28 +455,8 @@ impl<T: Real, M: FeatureMap<T>> Operator<T> for LinearAttention<T, M> {
         out: &mut ArrayRef3<T>,
         workspace: &mut Workspace<T>,
     ) -> Result<()> {
-        self.check_states("prefill", states)?;
-        workspace.check(self.sizes)?;
-        qkv.check_states(states.len())?;
-        qkv.check(self.dims(), out)?;
-        if let ([state], false) = (&mut *states, qkv.is_packed()) {
-            self.begin(state, qkv, workspace)?;
-            let position = state.position;
-            let heads = state.change().iter_mut().map(|head| Some((position, head)));
-            let result = self.causal(qkv, out.view_mut(), heads, workspace);
-            return self.end(state, result, qkv, workspace);
-        }
-        qkv.check_elements()?;
-        let heads = states.iter_mut().flat_map(|state| {
-            let position = state.position;
-            state.change().iter_mut().map(move |head| Some((position, head)))
-        });
-        let result = self.causal(qkv, out.view_mut(), heads, workspace);
-        debug_assert!(result.is_ok(), "all elements have been looked at");
-        states.iter_mut().zip(qkv.ranges()).for_each(|(state, (queries, _))| {
-            state.changed(queries.len());
-        });
-        Ok(())
+        self.check_prefill(states, qkv, out, workspace)?;
+        self.run_prefill(states, qkv, out.view_mut(), workspace)
     }
 
     fn extend(

@@ -55,6 +55,10 @@ fn keys<T: Real>(
     if within == 0 {
         retire(head, state, chunk, scratch);
     }
+    if !qkv.any_valid(start..end) {
+        // The slot is clear there.
+        return Ok(end);
+    }
     let HeadState { ring: Some(ring), sinks, .. } = state else { return Ok(n) };
     let slot = ring.slot_mut(chunk);
     let values = &mut slot.values[within * head.value_stride..];
@@ -90,13 +94,14 @@ fn queries<T: Real>(
         let Scratch { x, zeros, .. } = scratch;
         qkv.query_rows(h, block.clone()).gather(head.ops, head.scale, x, zeros)?;
         weigh(head, state, qkv.position + block.start, block.len(), scratch);
-        scratch.put_outputs(head.value_stride, block.clone(), out.index_axis_mut(Axis(0), h));
+        head.put_outputs(scratch, block.clone(), out.index_axis_mut(Axis(0), h));
     }
     Ok(())
 }
 
 /// The sinks and chunks that a block of queries sees, and how their scores lie: a row per query, a
 /// column group for the sinks that have left the window and one per chunk, the oldest chunk first.
+/// The oldest chunks without a key that may be attended to are left out.
 struct Seen<'r, T> {
     ring: &'r Ring<T>,
     sinks: &'r Sinks<T>,
@@ -106,8 +111,8 @@ struct Seen<'r, T> {
     /// The queries' own chunk, and the first query's place in it.
     chunk: usize,
     within: usize,
-    /// Chunks before the own one.
-    back: usize,
+    /// Chunks, the own one included.
+    chunks: usize,
     tokens: usize,
     /// Columns of a chunk, and of all.
     slot_width: usize,
@@ -120,7 +125,9 @@ impl<'r, T: Real> Seen<'r, T> {
         let back = (ring.slots() - 1).min(chunk);
         let sink_count = sinks.before((chunk - back) * ring.chunk());
         let (sink_width, slot_width) = (padded(sink_count), padded(ring.chunk()));
-        let stride = sink_width + (back + 1) * slot_width;
+        let seen = |age: &usize| ring.slot(chunk - age).valid.contains(&true);
+        let chunks = (0..=back).rev().find(seen).map_or(0, |oldest| oldest + 1);
+        let stride = sink_width + chunks * slot_width;
         Self {
             ring,
             sinks,
@@ -128,7 +135,7 @@ impl<'r, T: Real> Seen<'r, T> {
             sink_width,
             chunk,
             within,
-            back,
+            chunks,
             tokens,
             slot_width,
             stride,
@@ -137,14 +144,17 @@ impl<'r, T: Real> Seen<'r, T> {
 
     /// First column of the chunk of this age.
     fn column(&self, age: usize) -> usize {
-        self.sink_width + (self.back - age) * self.slot_width
+        self.sink_width + (self.chunks - 1 - age) * self.slot_width
     }
 
     /// Where the scores of query `i` lie, up to the last one that any query of its band sees: the
     /// own chunk comes last.
     fn scores(&self, i: usize) -> Range<usize> {
         let band_end = self.tokens.min(i / LANES * LANES + LANES);
-        let end = self.column(0) + padded(self.within + band_end);
+        let end = match self.chunks {
+            0 => self.sink_width,
+            _ => self.column(0) + padded(self.within + band_end),
+        };
         i * self.stride..i * self.stride + end
     }
 
@@ -154,7 +164,7 @@ impl<'r, T: Real> Seen<'r, T> {
         let (length, stride, slot_width) = (self.ring.chunk(), self.stride, self.slot_width);
         let rows = x.cols(0..self.tokens).t();
         self.sinks.score(ops, self.sink_count, rows, (&mut *p, stride), Some(&mut *ahead));
-        for age in (0..=self.back).rev() {
+        for age in (0..self.chunks).rev() {
             let slot = self.ring.slot(self.chunk - age);
             let at = self.column(age);
             let last = if age == 0 { self.within + self.tokens } else { length };
@@ -190,7 +200,7 @@ impl<'r, T: Real> Seen<'r, T> {
         let length = self.ring.chunk();
         let sink_scores = MatRef::new(p, self.tokens, self.sink_count, self.stride);
         self.sinks.add_values(ops, self.sink_count, sink_scores, o, Some(&mut *ahead));
-        for age in (0..=self.back).rev() {
+        for age in (0..self.chunks).rev() {
             let slot = self.ring.slot(self.chunk - age);
             let (at, e) = (self.column(age), slot.values.len() / length);
             for band in (0..self.tokens).step_by(LANES) {

@@ -11,7 +11,7 @@ mod sums;
 #[cfg(feature = "states")]
 pub use bytes::Storage;
 pub(crate) use ring::Ring;
-pub(crate) use sinks::Sinks;
+pub(crate) use sinks::{NOWHERE, Sinks};
 pub(crate) use sums::{Outputs, PENDING, Pending, Sums, ceiling};
 
 use std::sync::Arc;

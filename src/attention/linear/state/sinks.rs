@@ -20,6 +20,9 @@ pub(crate) struct Sinks<T> {
     value_stride: usize,
 }
 
+/// The position of what stands in for a sink of an earlier segment.
+pub(crate) const NOWHERE: usize = usize::MAX;
+
 impl<T: Real> Sinks<T> {
     pub(crate) fn new(sinks: usize, dim: usize, value_dim: usize) -> Self {
         Self {
@@ -52,6 +55,11 @@ impl<T: Real> Sinks<T> {
         self.positions.clone_from(&from.positions);
         self.keys.clone_from(&from.keys);
         self.values.clone_from(&from.values);
+    }
+
+    /// No token becomes one any more: what lies before has them all.
+    pub(crate) fn close(&mut self) {
+        self.positions.resize(self.room(), NOWHERE);
     }
 
     /// Whether the next unmasked token becomes one.

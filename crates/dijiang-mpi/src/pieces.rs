@@ -1,0 +1,87 @@
+//! How long the pieces should be.
+
+use std::time::Instant;
+
+use dijiang::Real;
+use dijiang::attention::{KeyMask, LinearAttention, Operator, Qkv};
+use dijiang::kernel::FeatureMap;
+
+/// Tries of a measurement; the fastest one counts.
+const TRIES: usize = 3;
+
+/// What parts of the work on a token cost, all of it in a [`prefill`](crate::Ranks::prefill) on one
+/// rank being 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub struct Cost {
+    /// Its key joining the state, κ. Default: 0.35.
+    pub keys: f64,
+    /// Its query reading a state, ρ. Default: 0.35.
+    pub queries: f64,
+}
+
+impl Default for Cost {
+    fn default() -> Self {
+        Self { keys: 0.35, queries: 0.35 }
+    }
+}
+
+impl Cost {
+    /// Of a key that joins the state, and of a query that reads it, each as a share of a token's
+    /// whole cost: numbers from 0 to 1, others are taken for the nearest of these.
+    pub fn new(keys: f64, queries: f64) -> Self {
+        let share = |share: f64| if share > 0.0 { share.min(1.0) } else { 0.0 };
+        let (keys, queries) = (share(keys), share(queries));
+        Self { keys, queries }
+    }
+
+    /// What a process finds by itself: see [`Ranks::measure`](crate::Ranks::measure).
+    pub(crate) fn measure<T: Real, M: FeatureMap<T>>(
+        attention: &LinearAttention<T, M>,
+        sample: Qkv<'_, T>,
+    ) -> dijiang::Result<Self> {
+        let [q, k, v] = sample.arrays();
+        let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
+        let nobody = vec![false; q.shape()[1]];
+        let mut best = [f64::INFINITY; 3];
+        for _ in 0..TRIES {
+            let mut own = attention.new_state();
+            let begun = Instant::now();
+            attention.extend(&mut own, (&k, &v), sample.mask(), &mut workspace)?;
+            best[0] = best[0].min(begun.elapsed().as_secs_f64());
+            let begun = Instant::now();
+            attention.prefill_partial(&mut state, sample, &mut workspace)?;
+            best[1] = best[1].min(begun.elapsed().as_secs_f64());
+            let earlier = Qkv::new(&q, &k, &v).with_mask(KeyMask::Valid(&nobody));
+            let begun = Instant::now();
+            attention.prefill_partial(&mut state, earlier, &mut workspace)?;
+            best[2] = best[2].min(begun.elapsed().as_secs_f64());
+        }
+        let [keys, all, queries] = best;
+        Ok(Self::new(keys / all, queries / all))
+    }
+}
+
+/// Lengths of the pieces of n tokens with which all ranks finish together; they add up to n.
+///
+/// ```text
+/// T = n_i (1 + κ)                 a rank before the last: its keys, and then all of its tokens
+/// T = n_P + ρ·κ n_i               the last one: all of its tokens, and again the queries of those
+///                                 that it computed while the others went through their keys
+/// ```
+///
+/// # Examples
+/// ```
+/// use dijiang_mpi::{Cost, pieces};
+///
+/// assert_eq!(pieces(1000, 2, Cost::new(0.4, 0.4)), [446, 554]);
+/// assert_eq!(pieces(1000, 3, Cost::new(0.0, 0.0)), [333, 333, 334]);
+/// ```
+pub fn pieces(n: usize, ranks: usize, cost: Cost) -> Vec<usize> {
+    let Some(before) = ranks.checked_sub(1) else { return Vec::new() };
+    let last = 1.0 + cost.keys - cost.queries * cost.keys;
+    let piece = (n as f64 / (before as f64 + last)) as usize;
+    let mut lengths = vec![piece; before];
+    lengths.push(n - before * piece);
+    lengths
+}
