@@ -109,7 +109,7 @@ impl<T: Real, A: Operator<T>> Layer<T, A> {
     pub fn project_at(&self, x: &ArrayRef2<T>, position: usize) -> Result<[Array3<T>; 3]> {
         self.proj.check_sequence("x", x)?;
         let ProjectedQkv { q, k, v } = self.proj.project(x, position);
-        Ok([q, k, v].map(|rows| self.proj.into_heads(rows)))
+        Ok([q, k, v].map(|rows| self.proj.owned_heads(rows)))
     }
 
     /// The layer's outputs from those of the heads.

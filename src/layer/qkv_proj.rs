@@ -343,7 +343,7 @@ impl<T: Real> QkvProj<T> {
     }
 
     /// As [`heads`](Self::heads), without a copy.
-    pub(crate) fn into_heads(&self, rows: Array2<T>) -> Array3<T> {
+    pub(crate) fn owned_heads(&self, rows: Array2<T>) -> Array3<T> {
         let (n, width) = rows.dim();
         match rows.into_shape_with_order((n, width / self.head_dim, self.head_dim)) {
             Ok(heads) => heads.permuted_axes([1, 0, 2]),
