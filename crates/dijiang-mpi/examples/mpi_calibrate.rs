@@ -9,6 +9,7 @@
 #[allow(dead_code, reason = "each example uses its own part")]
 #[path = "../../../examples/lm/mod.rs"]
 mod lm;
+mod start;
 
 use std::error::Error;
 use std::ops::ControlFlow;
@@ -18,7 +19,8 @@ use std::time::Instant;
 use clap::Parser;
 use dijiang::attention::KeyMask;
 use dijiang::calibrate::CalibrateOptions;
-use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, save_maps};
+use dijiang::checkpoint::save_maps;
+use dijiang::layer::{Attention, DijiangAttention, DijiangOptions};
 use lm::llama::Llama;
 use lm::text::Text;
 use mpi::topology::SimpleCommunicator;
@@ -48,14 +50,7 @@ struct Args {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let universe = mpi::initialize().ok_or("MPI was initialised before")?;
-    let world = universe.world();
-    if let Err(error) = run(&args, &world) {
-        // The others may be waiting for this rank.
-        eprintln!("rank {}: {error}", world.rank());
-        world.abort(1);
-    }
-    Ok(())
+    start::on_all_ranks(|world| run(&args, world))
 }
 
 fn run(args: &Args, world: &SimpleCommunicator) -> Result<(), Box<dyn Error>> {

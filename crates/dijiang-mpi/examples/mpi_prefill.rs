@@ -9,6 +9,7 @@
 #[allow(dead_code, reason = "each example uses its own part")]
 #[path = "../../../examples/lm/mod.rs"]
 mod lm;
+mod start;
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -16,12 +17,12 @@ use std::time::Instant;
 
 use clap::Parser;
 use dijiang::attention::KeyMask;
-use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, load_maps};
+use dijiang::checkpoint::load_maps;
+use dijiang::layer::{Attention, DijiangAttention, DijiangOptions};
 use dijiang_mpi::{Cost, Ranks, pieces};
 use lm::llama::Llama;
 use lm::text::Text;
 use mpi::topology::SimpleCommunicator;
-use mpi::traits::Communicator;
 use ndarray::{Array1, s};
 
 /// Tokens that are shown: the most likely ones.
@@ -48,14 +49,7 @@ struct Args {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let universe = mpi::initialize().ok_or("MPI was initialised before")?;
-    let world = universe.world();
-    if let Err(error) = run(&args, &world) {
-        // The others may be waiting for this rank.
-        eprintln!("rank {}: {error}", world.rank());
-        world.abort(1);
-    }
-    Ok(())
+    start::on_all_ranks(|world| run(&args, world))
 }
 
 fn run(args: &Args, world: &SimpleCommunicator) -> Result<(), Box<dyn Error>> {

@@ -8,6 +8,8 @@
 //! RAYON_NUM_THREADS=1 mpirun -n 2 target/release/examples/mpi_speed --tokens 262144 --window 128
 //! ```
 
+mod start;
+
 use std::error::Error;
 use std::time::Instant;
 
@@ -16,7 +18,7 @@ use dijiang::attention::{LinearAttention, LinearConfig, Operator, Qkv, Window};
 use dijiang::kernel::{DctMap, DctMapConfig};
 use dijiang_mpi::{Cost, Ranks, Scan, pieces};
 use mpi::topology::SimpleCommunicator;
-use mpi::traits::{Communicator, CommunicatorCollectives};
+use mpi::traits::CommunicatorCollectives;
 use ndarray::Array3;
 
 /// Tokens that the cost of one is measured on.
@@ -47,14 +49,7 @@ struct Args {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let universe = mpi::initialize().ok_or("MPI was initialised before")?;
-    let world = universe.world();
-    if let Err(error) = run(&args, &world) {
-        // The others may be waiting for this rank.
-        eprintln!("rank {}: {error}", world.rank());
-        world.abort(1);
-    }
-    Ok(())
+    start::on_all_ranks(|world| run(&args, world))
 }
 
 fn run(args: &Args, world: &SimpleCommunicator) -> Result<(), Box<dyn Error>> {
