@@ -4,9 +4,9 @@
 //! cargo run --release --example cross_attention
 //! ```
 //!
-//! Queries of one sequence, keys and values of another: `LinearAttention::full`. Where the queries
-//! come one by one, the memory is taken in once and read with a masked key for every query, at a
-//! cost that does not depend on its length.
+//! Queries of one sequence, keys and values of another: bidirectional attention. Where the queries
+//! come one by one, a causal state takes the memory in once and is read with a masked key for every
+//! query, at a cost that does not depend on the memory's length.
 //!
 //! There is no local window here, so the map has to stand for all of softmax, and the paper's does
 //! not: of the maps that need no calibration, those that are unbiased for exp(x·y) get better with
@@ -17,7 +17,9 @@ use std::time::Instant;
 use clap::Parser;
 use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use dijiang::Result;
-use dijiang::attention::{KeyMask, LinearAttention, LinearConfig, Operator, Qkv, SoftmaxConfig};
+use dijiang::attention::{
+    Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, SoftmaxConfig,
+};
 use dijiang::kernel::{DctMap, DctMapConfig, Envelope, Mixing, Radial};
 use ndarray::{Array, Array2, Array3, ArrayView2, Axis, s};
 use rand::SeedableRng;
@@ -103,7 +105,8 @@ struct Memory {
 fn row(features: usize, q: &Array3<f32>, memory: &Memory) -> Result<Vec<String>> {
     let Memory { k, v, valid } = memory;
     let mask = KeyMask::Valid(valid);
-    let exact = SoftmaxConfig::new(HEADS, DIM).build::<f32>()?;
+    let exact = SoftmaxConfig::new(HEADS, DIM).with_causality(Causality::Bidirectional);
+    let exact = exact.build::<f32>()?;
     let paper = DctMapConfig::new(DIM);
     let normal_rows =
         paper.clone().with_blocks(features).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
@@ -139,8 +142,10 @@ fn row(features: usize, q: &Array3<f32>, memory: &Memory) -> Result<Vec<String>>
 
     // The memory once, without anybody to ask; then queries whose own keys are masked, which leaves
     // the state as it is.
+    let linear = linear.with_causality(Causality::Causal)?;
+    let exact = SoftmaxConfig::new(HEADS, DIM).build::<f32>()?;
     let (mut state, mut cache) = (linear.new_state(), exact.new_state());
-    linear.prefill(&mut state, Qkv::new(&Array3::zeros(k.raw_dim()), k, v).with_mask(mask))?;
+    linear.extend(&mut state, (k, v), mask, &mut workspace)?;
     exact.extend(&mut cache, (k, v), mask, &mut exact_workspace)?;
     let some = q.slice(s![.., ..q.len_of(Axis(1)).min(100), ..]);
     let (nothing, mut one, unseen) =
@@ -188,7 +193,8 @@ fn attention(
         // The mean of |x + y|² over all pairs of centred ones.
         DctMap::from_params(if oprf { params.with_oprf(query.1 + key.1)? } else { params })
     };
-    LinearConfig::new().build((0..HEADS).map(map).collect::<Result<_>>()?)
+    let config = LinearConfig::new().with_causality(Causality::Bidirectional);
+    config.build((0..HEADS).map(map).collect::<Result<_>>()?)
 }
 
 /// Mean and total variance of the scaled vectors √σ·q or √σ·k, σ = 1/√d.
