@@ -141,7 +141,7 @@ fn weights(
     head: usize,
     x: &Array2<f32>,
 ) -> Result<(Array2<f64>, Array2<f64>)> {
-    let (q, k, _) = softmax.project(x)?;
+    let [q, k, _] = softmax.project_at(x, 0)?;
     let kv_head = head / heads(softmax).1;
     // √σ each, σ = 1/√d unless the model has another scale.
     let scale = softmax.config().scale.unwrap_or(1.0).sqrt();

@@ -225,7 +225,7 @@ fn scaled(
     root: f64,
     hidden: &Array2<f32>,
 ) -> dijiang::Result<(Array3<f64>, Array3<f64>, Array3<f64>)> {
-    let (q, k, v) = softmax.project(hidden)?;
+    let [q, k, v] = softmax.project_at(hidden, 0)?;
     Ok((q.mapv(|q| root * f64::from(q)), k.mapv(|k| root * f64::from(k)), v.mapv(f64::from)))
 }
 

@@ -109,6 +109,9 @@ impl<T: Real, A: Operator<T>> Layer<T, A> {
     pub fn project_at(&self, x: &ArrayRef2<T>, position: usize) -> Result<[Array3<T>; 3]> {
         self.proj.check_sequence("x", x)?;
         let ProjectedQkv { q, k, v } = self.proj.project(x, position);
+        for (argument, rows) in [("q", &q), ("k", &k), ("v", &v)] {
+            check_elements(argument, rows)?;
+        }
         Ok([q, k, v].map(|rows| self.proj.owned_heads(rows)))
     }
 

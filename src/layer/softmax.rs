@@ -6,15 +6,12 @@
 
 use std::sync::Arc;
 
-use ndarray::{Array2, Array3, ArrayRef2};
-
 use crate::Real;
 use crate::attention::{KvCache, Softmax, SoftmaxConfig, Window};
-use crate::check::check_elements;
 use crate::error::{Error, Result};
 use crate::layer::config::AttentionConfig;
 use crate::layer::generic::{Layer, LayerState};
-use crate::layer::qkv_proj::{ProjectedQkv, QkvProj};
+use crate::layer::qkv_proj::QkvProj;
 use crate::layer::weights::AttentionWeights;
 
 /// A softmax attention layer: O(n²) time, and a cache that grows with every token.
@@ -75,26 +72,6 @@ impl<T: Real> SoftmaxAttention<T> {
         }
         let attention = softmax_of(&self.proj, windows, sinks)?;
         Ok(Self { attention, ..self })
-    }
-
-    /// Queries, keys and values of every head, after the rotary embedding: what the layer's
-    /// attention is computed from, for looking at it or for attention of another kind. Positions
-    /// count from 0. Allocates.
-    ///
-    /// # Shapes
-    /// - `x`: `[n, D]`, returns `[h, n, d]`, `[h_kv, n, d]`, `[h_kv, n, d]`.
-    ///
-    /// # Errors
-    /// [`Error::Shape`], [`Error::Empty`] and [`Error::NonFinite`], as
-    /// [`forward`](crate::layer::Attention::forward).
-    pub fn project(&self, x: &ArrayRef2<T>) -> Result<(Array3<T>, Array3<T>, Array3<T>)> {
-        self.proj.check_sequence("x", x)?;
-        let ProjectedQkv { q, k, v } = self.proj.project(x, 0);
-        for (argument, rows) in [("q", &q), ("k", &k), ("v", &v)] {
-            check_elements(argument, rows)?;
-        }
-        let heads = |rows: Array2<T>| self.proj.heads(&rows).as_standard_layout().into_owned();
-        Ok((heads(q), heads(k), heads(v)))
     }
 }
 

@@ -62,7 +62,7 @@ fn rotary_embeddings_are_those_of_transformers() {
         };
         let half = numbers("cos", 0).len();
         let x = Array2::from_shape_fn((length, 16), |(_, i)| f64::from(i < half || i >= 2 * half));
-        let (q, k, _) = layer.project(&x).unwrap();
+        let [q, k, _] = layer.project_at(&x, 0).unwrap();
         for (row, position) in case["positions"].as_array().unwrap().iter().enumerate() {
             let position = position.as_u64().unwrap() as usize;
             let passed = vec![1.0; 16 - 2 * half];

@@ -115,7 +115,7 @@ fn endless_sequences_are_refused_at_once() {
     layer(&softmax(), rows(8), heads(3, 8));
     layer(&linear(None), rows(8), heads(3, 8));
     layer(&published(), rows(8), heads(3, 8));
-    too_large(softmax().project(&rows(8)));
+    too_large(softmax().project_at(&rows(8), 0));
     too_large(linear(None).backward(&rows(8), KeyMask::All, &rows(8)));
     too_large(
         linear(None).calibrate(&[rows(8)], &CalibrateOptions::new(), |_| ControlFlow::Continue(())),

@@ -132,7 +132,7 @@ fn the_formula_on_long_sequences() {
     let softmax =
         dijiang::layer::SoftmaxAttention::new(layer.config().clone(), layer.weights().clone())
             .unwrap();
-    let (q, k, v) = softmax.project(&x).unwrap();
+    let [q, k, v] = softmax.project_at(&x, 0).unwrap();
     let published = layer.published_weights();
     let mut heads = Array2::zeros((n, 24));
     for h in 0..3 {
