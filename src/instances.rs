@@ -7,7 +7,7 @@ use ndarray::{Array1, Array2, ArrayView2};
 
 use crate::Real;
 use crate::attention::{KeyMask, Operator};
-use crate::calibrate::{CalibrateOptions, Planner, Refit};
+use crate::calibrate::{CalibrateOptions, Planner, Refit, Sample};
 use crate::error::Result;
 use crate::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Padding,
@@ -25,7 +25,8 @@ fn everything<T: Real>() -> Result<()> {
     let mut linear = DijiangAttention::from_softmax(&softmax, DijiangOptions::new())?;
     let x: ArrayView2<'_, T> = softmax.weights().q.view();
     linear.calibrate(&[x], &CalibrateOptions::new(), |_| ControlFlow::Continue(()))?;
-    Planner::new(crate::calibrate::PlanOptions::new())?.measure(&softmax, &linear, &[(x, x)])?;
+    let sample = Sample::new(&softmax, &x)?;
+    Planner::new(crate::calibrate::PlanOptions::new())?.measure(&linear, &[(&sample, x)])?;
     Refit::new(&linear).add(&linear, x, x, x)?;
     linear.backward(&x, KeyMask::All, &x)?;
     StatePool::new(&linear, 1)?;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 use dijiang::attention::Window;
 use dijiang::calibrate::{Budget, ProjectionFit};
+use dijiang::layer::DijiangOptions;
 use serde::Serialize;
 
 use crate::lm::error::{Error, Result};
@@ -73,13 +74,15 @@ pub(crate) struct Args {
     /// Tokens per window [default: the model's max_position_embeddings]
     #[arg(long, value_name = "N")]
     pub(crate) context: Option<usize>,
-    /// Chunk length of the local windows, on average over all key-value heads where they are
-    /// planned [default: 64, longer for heads narrower than 64]
+    /// Half of the tokens that a head holds as they are, on average over all key-value heads where
+    /// windows are planned: a chunk, if there is one chunk back [default: 64, longer for heads
+    /// narrower than 64]
     #[arg(long, value_name = "N", visible_alias = "chunk")]
     average_window: Option<usize>,
-    /// Whole chunks of the local window before the query's own
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    back: usize,
+    /// Whole chunks of the local window before the query's own. The more of them, the more of
+    /// what is held a query sees
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    pub(crate) back: usize,
     /// Blocks of head_dim features each
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub(crate) blocks: usize,
@@ -98,6 +101,10 @@ pub(crate) struct Args {
     /// Threads; 0 means one per core
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) threads: usize,
+    /// Where to keep what was fitted, of the last row with maps: what `recall` reads, and
+    /// `dijiang::checkpoint::load_maps`
+    #[arg(long, value_name = "FILE")]
+    pub(crate) save: Option<PathBuf>,
     /// Print one JSON object instead of text
     #[arg(long)]
     pub(crate) json: bool,
@@ -164,6 +171,17 @@ impl Args {
         Row::value_variants().iter().copied().filter(asked).collect()
     }
 
+    /// The models with maps that the rows ask for, but for the refit of one of them.
+    pub(crate) fn models(&self) -> Vec<Row> {
+        let rows = self.rows();
+        let asked = |row: &Row| match row {
+            Row::PlannedRefit => false,
+            Row::Planned => rows.contains(row) || rows.contains(&Row::PlannedRefit),
+            row => row.has_maps() && rows.contains(row),
+        };
+        Row::value_variants().iter().copied().filter(asked).collect()
+    }
+
     /// Options that make no sense by themselves.
     pub(crate) fn check(&self) -> Result<()> {
         let fault =
@@ -219,14 +237,28 @@ impl Args {
 
     /// The exact local window of heads of this dimension.
     pub(crate) fn window(&self, head_dim: usize) -> Window {
-        Window::new(self.average_window.unwrap_or(Window::for_dim(head_dim).chunk), self.back)
+        self.window_of(2 * self.average_window.unwrap_or(Window::for_dim(head_dim).chunk))
+    }
+
+    /// A window that holds no more than so many tokens.
+    pub(crate) fn window_of(&self, tokens: usize) -> Window {
+        Window::new(tokens / self.back.saturating_add(1), self.back)
+    }
+
+    /// The layers before they are calibrated, but for their windows.
+    pub(crate) fn options(&self) -> DijiangOptions {
+        DijiangOptions::new().with_blocks(self.blocks).with_seed(self.seed).with_sinks(self.sinks)
     }
 
     /// What the plan may cost.
     pub(crate) fn plan_budget(&self, head_dim: usize) -> Budget {
         match self.budget_bytes {
             Some(bytes) => Budget::Bytes(bytes),
-            None => Budget::AverageWindow(self.window(head_dim).chunk as f64),
+            // Sinks take their place from the windows.
+            None => {
+                let exact = self.window(head_dim).tokens().saturating_sub(self.sinks);
+                Budget::AverageWindow(exact as f64 / 2.0)
+            }
         }
     }
 

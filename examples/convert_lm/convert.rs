@@ -5,18 +5,24 @@ use std::time::{Duration, Instant};
 
 use dijiang::attention::{KeyMask, Window};
 use dijiang::calibrate::{
-    Budget, CalibrateOptions, CalibrateReport, Fit, Plan, PlanOptions, Planner, Refit,
+    Budget, CalibrateOptions, CalibrateReport, Fit, Plan, PlanOptions, Planner, Refit, Sample,
 };
-use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, SoftmaxAttention};
-use ndarray::{Array2, ArrayView2};
+use dijiang::kernel::DctMap;
+use dijiang::layer::{Attention, DijiangAttention, SoftmaxAttention};
+use ndarray::Array2;
 
 use crate::args::{Args, Row};
 use crate::lm::error::{Error, Result};
 use crate::lm::llama::Llama;
 use crate::lm::tokens::Token;
+use crate::lm::walk::Walk;
 
 /// Windows of text that a plan is measured on, at most.
 const PLAN_WINDOWS: usize = 4;
+/// A mix with which a map weighs nothing.
+const SILENT: f64 = -60.0;
+/// Share of the steps by gradient that fit the maps a plan is measured with.
+const PLANNING_SHARE: f64 = 0.4;
 
 /// A model with linear attention, and what calibration did to each of its layers.
 pub(crate) struct Linear {
@@ -33,6 +39,8 @@ pub(crate) struct Converted {
     pub(crate) plan: Option<Plan>,
     /// The same for windows with nothing behind them, which take as many bytes as those with maps.
     pub(crate) plan_alone: Option<Plan>,
+    /// Tokens that a uniform window holds in as many bytes.
+    pub(crate) window_alone: Option<usize>,
     /// Time that plan, calibration and refit took, the walks through the model among it.
     pub(crate) seconds: f64,
 }
@@ -48,98 +56,132 @@ pub(crate) fn convert(
 ) -> Result<Converted> {
     let start = Instant::now();
     let rows = args.rows();
-    let planned = rows.iter().any(|row| row.is_planned());
-    let head_dim = softmax.config().head_dim;
-    let (mut plan, mut plan_alone) = (None, None);
-    if planned {
-        let planner = measured(softmax, args, samples, &tick)?;
-        let chosen = planner.plan(args.plan_budget(head_dim))?;
+    let mut calibrator = Calibrator::new(args, softmax.config().layers, samples);
+    let (mut plan, mut plan_alone, mut window_alone, mut planning) = (None, None, None, Vec::new());
+    if rows.iter().any(|row| row.is_planned()) {
+        let [with_maps, alone];
+        ([with_maps, alone], planning) = measured(softmax, args, samples, &mut calibrator, &tick)?;
+        let chosen = with_maps.plan(args.plan_budget(softmax.config().head_dim))?;
         // In tokens of all heads: what the plan holds, sums among it.
         let tokens = chosen.bytes() as f64 / softmax.config().kv_cache_bytes(1) as f64;
-        let chunk = (tokens - args.sinks as f64) / 2.0;
-        plan_alone = Some(planner.plan(Budget::AverageWindow(chunk))?);
+        let exact = tokens - args.sinks as f64;
+        window_alone = Some(exact as usize);
+        if rows.contains(&Row::PlannedWindow) {
+            plan_alone = Some(alone.plan(Budget::AverageWindow(exact / 2.0))?);
+        }
         plan = Some(chosen);
     }
 
     let mut linear = Vec::new();
-    for &row in rows.iter().filter(|row| row.has_maps()) {
-        let options = DijiangOptions::new().with_blocks(args.blocks).with_seed(args.seed);
-        let options = options.with_sinks(args.sinks);
-        let options = options.with_window((row != Row::Pure).then_some(window));
+    for row in args.models() {
+        let options = args.options().with_window((row != Row::Pure).then_some(window));
         let mut model =
             softmax.exchange(|layer| DijiangAttention::from_softmax(layer, options.clone()))?;
-        if let (true, Some(plan)) = (row.is_planned(), &plan) {
-            for (l, layer) in model.attention_mut().iter_mut().enumerate() {
-                *layer = plan.apply(l, layer).map_err(Error::in_layer(l))?;
+        let mut reports = Vec::new();
+        if let (Row::Planned, Some(plan)) = (row, &plan) {
+            for (l, (layer, (maps, report))) in
+                model.attention_mut().iter_mut().zip(planning.drain(..)).enumerate()
+            {
+                let planned = plan.apply(l, layer).and_then(|layer| layer.with_maps(maps));
+                *layer = planned.map_err(Error::in_layer(l))?;
+                reports.push(report);
             }
         }
-        linear.push(Linear { row, model, reports: Vec::new() });
+        linear.push(Linear { row, model, reports });
     }
-    let mut calibrator = Calibrator::new(args, softmax.config().layers, samples, &linear);
-    if linear.iter().any(|linear| linear.row.is_calibrated()) {
-        softmax.each_attention_input(samples, |l, inputs| {
-            let mut of_plan: Option<(DijiangAttention<f32>, CalibrateReport)> = None;
-            for linear in linear.iter_mut().filter(|linear| linear.row.is_calibrated()) {
+    // The plan's maps in closed form are as good as new ones.
+    let is_fitted = |row: Row| match row {
+        Row::Planned => args.steps() > 0,
+        row => row.is_calibrated(),
+    };
+    if linear.iter().any(|linear| is_fitted(linear.row)) {
+        let mut walk = softmax.walk(samples);
+        while let Some(l) = walk.layer() {
+            let teacher = &softmax.attention()[l];
+            let samples = layer_samples(l, teacher, &walk)?;
+            for linear in linear.iter_mut().filter(|linear| is_fitted(linear.row)) {
                 let layer = &mut linear.model.attention_mut()[l];
-                // The refit starts from the same maps.
-                let known = of_plan.clone().filter(|_| linear.row == Row::PlannedRefit);
-                let (calibrated, report) = match known {
-                    Some(known) => known,
-                    None => calibrator.calibrate(l, linear.row, layer, inputs)?,
-                };
-                *layer = calibrated.clone();
-                linear.reports.push(report.clone());
-                if linear.row == Row::Planned {
-                    of_plan = Some((calibrated, report));
-                }
+                let report = calibrator.calibrate(l, Stage::Row(linear.row), layer, &samples)?;
+                linear.reports.truncate(l);
+                linear.reports.push(report);
             }
+            walk.advance_with(|w, _| samples[w].output(teacher))?;
             tick();
-            Ok(())
-        })?;
+        }
     }
-    for linear in linear.iter_mut().filter(|linear| linear.row == Row::PlannedRefit) {
-        refit(softmax, &mut linear.model, samples, &tick)?;
+    if rows.contains(&Row::PlannedRefit) {
+        let planned = linear.iter().find(|linear| linear.row == Row::Planned);
+        if let Some(Linear { model, reports, .. }) = planned {
+            let (row, reports) = (Row::PlannedRefit, reports.clone());
+            let mut model = model.exchange(|layer| Ok(layer.clone()))?;
+            refit(softmax, &mut model, samples, &tick)?;
+            linear.push(Linear { row, model, reports });
+        }
     }
-    Ok(Converted { linear, plan, plan_alone, seconds: start.elapsed().as_secs_f64() })
+    let seconds = start.elapsed().as_secs_f64();
+    Ok(Converted { linear, plan, plan_alone, window_alone, seconds })
 }
 
-/// What every window is worth to every head, measured with maps in closed form.
+/// The maps of a layer, and what calibration did to them.
+type Fitted = (Vec<DctMap<f32>>, CalibrateReport);
+
+/// What every window is worth to every head, with maps behind it and with nothing; and the maps,
+/// for every layer: fitted behind a small window.
 fn measured(
     softmax: &Llama<SoftmaxAttention<f32>>,
     args: &Args,
     samples: &[&[Token]],
+    calibrator: &mut Calibrator,
     tick: &impl Fn(),
-) -> Result<Planner> {
-    let samples = &samples[..samples.len().min(PLAN_WINDOWS)];
+) -> Result<([Planner; 2], Vec<Fitted>)> {
     let longest = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
     let mut options = PlanOptions::new().with_sinks(args.sinks);
     // A window that holds all of a sample is no window.
     options.windows.retain(|window| window.tokens() < longest);
-    let mut planner = Planner::new(options)?;
-    let options = DijiangOptions::new()
-        .with_blocks(args.blocks)
-        .with_seed(args.seed)
-        .with_sinks(args.sinks)
-        .with_window(Window::new(64.min(longest.div_ceil(4)), 1));
-    let mut walk = softmax.walk(samples);
+    let mut with_maps = Planner::new(options)?;
+    let mut alone = with_maps.clone();
+    let window = Window::new(16.min(longest.div_ceil(16)), 7);
+    let options = args.options().with_window(window);
+    let (mut walk, mut maps) = (softmax.walk(samples), Vec::new());
     while let Some(l) = walk.layer() {
         let teacher = &softmax.attention()[l];
-        let inputs = walk.inputs();
-        let views: Vec<ArrayView2<'_, f32>> = inputs.iter().map(|input| input.view()).collect();
-        let samples: Vec<_> = views
-            .iter()
-            .zip(walk.hidden())
-            .map(|(input, hidden)| (*input, hidden.view()))
-            .collect();
+        let samples = layer_samples(l, teacher, &walk)?;
         let mut layer =
             DijiangAttention::from_softmax(teacher, options.clone()).map_err(Error::in_layer(l))?;
-        let closed = CalibrateOptions::new().with_steps(0);
-        layer.calibrate(&views, &closed, proceed).map_err(Error::in_layer(l))?;
-        planner.measure(teacher, &layer, &samples).map_err(Error::in_layer(l))?;
-        walk.advance(teacher)?;
+        let report = calibrator.calibrate(l, Stage::Planning, &mut layer, &samples)?;
+        let hidden = walk.hidden().iter().map(|hidden| hidden.view());
+        let spread = samples.len().div_ceil(PLAN_WINDOWS);
+        let measured: Vec<_> = samples.iter().zip(hidden).step_by(spread).collect();
+        with_maps.measure(&layer, &measured).map_err(Error::in_layer(l))?;
+        if args.rows().contains(&Row::PlannedWindow) {
+            let silent = silenced(&layer).map_err(Error::in_layer(l))?;
+            alone.measure(&silent, &measured).map_err(Error::in_layer(l))?;
+        }
+        maps.push((layer.maps().to_vec(), report));
+        walk.advance_with(|w, _| samples[w].output(teacher))?;
         tick();
     }
-    Ok(planner)
+    Ok(([with_maps, alone], maps))
+}
+
+/// The layer with maps that weigh nothing beside what is exact.
+fn silenced(layer: &DijiangAttention<f32>) -> dijiang::Result<DijiangAttention<f32>> {
+    let silent = |map: &DctMap<f32>| {
+        let mut params = map.params().clone();
+        params.log_mix = SILENT;
+        DctMap::from_params(params)
+    };
+    layer.clone().with_maps(layer.maps().iter().map(silent).collect::<dijiang::Result<_>>()?)
+}
+
+/// What softmax attention makes of the windows before layer `l`.
+fn layer_samples(
+    l: usize,
+    teacher: &SoftmaxAttention<f32>,
+    walk: &Walk<'_>,
+) -> Result<Vec<Sample<f32>>> {
+    let inputs = walk.inputs().into_iter();
+    inputs.map(|input| Sample::new(teacher, &input).map_err(Error::in_layer(l))).collect()
 }
 
 /// The output projection of every layer in closed form, each on the hidden states that the layers
@@ -175,6 +217,15 @@ fn refit(
     Ok(())
 }
 
+/// What a calibration is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// The maps that a plan is measured with.
+    Planning,
+    /// The maps of a row.
+    Row(Row),
+}
+
 /// Calibrates layer after layer, by gradient within a limit of time.
 struct Calibrator {
     trained: CalibrateOptions,
@@ -185,7 +236,7 @@ struct Calibrator {
 }
 
 impl Calibrator {
-    fn new(args: &Args, layers: usize, samples: &[&[Token]], linear: &[Linear]) -> Self {
+    fn new(args: &Args, layers: usize, samples: &[&[Token]]) -> Self {
         let longest = samples.iter().map(|sample| sample.len()).max().unwrap_or(1);
         let trained = CalibrateOptions::new()
             .with_projection(args.projection())
@@ -193,44 +244,48 @@ impl Calibrator {
             .with_batch(args.batch(longest))
             .with_learning_rate(args.learning_rate)
             .with_seed(args.seed);
-        let rows: Vec<Row> = linear.iter().map(|linear| linear.row).collect();
-        let shared = rows.contains(&Row::Planned) && rows.contains(&Row::PlannedRefit);
-        let by_gradient = rows.iter().filter(|row| row.is_by_gradient()).count();
+        let planned = usize::from(args.rows().iter().any(|row| row.is_planned()));
+        let by_gradient = args.models().iter().filter(|row| row.is_by_gradient()).count();
         Self {
             trained,
             limit: args.seconds(),
             spent: Duration::ZERO,
-            left: (by_gradient - usize::from(shared)) * layers,
+            left: (planned + by_gradient) * layers,
         }
     }
 
-    /// The layer with index `l` of one model, which is given `inputs`.
+    /// The layer with index `l` of one model.
     fn calibrate(
         &mut self,
         l: usize,
-        row: Row,
-        layer: &DijiangAttention<f32>,
-        inputs: &[ArrayView2<'_, f32>],
-    ) -> Result<(DijiangAttention<f32>, CalibrateReport)> {
+        stage: Stage,
+        layer: &mut DijiangAttention<f32>,
+        samples: &[Sample<f32>],
+    ) -> Result<CalibrateReport> {
         let start = Instant::now();
         let mut options = self.trained.clone();
-        if row.is_by_gradient() {
+        if stage == Stage::Row(Row::ClosedForm) {
+            options = options.with_steps(0);
+        } else {
             // What is left of the time, shared out among the calibrations that are left.
             let limit = self
                 .limit
                 .map(|limit| (limit - self.spent.as_secs_f64()).max(0.1) / self.left.max(1) as f64);
             self.left = self.left.saturating_sub(1);
             options = options.with_seconds(limit);
-        } else {
-            options = options.with_steps(0);
         }
-        if row == Row::Pure {
-            options = options.with_decay(Fit::Train);
+        // Planned maps are fitted twice.
+        let steps = options.steps;
+        let planning = (PLANNING_SHARE * steps as f64) as usize;
+        match stage {
+            Stage::Planning => options = options.with_steps(planning),
+            Stage::Row(row) if row.is_planned() => options = options.with_steps(steps - planning),
+            Stage::Row(Row::Pure) => options = options.with_decay(Fit::Train),
+            Stage::Row(_) => {}
         }
-        let mut layer = layer.clone();
-        let report = layer.calibrate(inputs, &options, proceed).map_err(Error::in_layer(l))?;
+        let report = layer.calibrate_on(samples, &options, proceed).map_err(Error::in_layer(l))?;
         self.spent += start.elapsed();
-        Ok((layer, report))
+        Ok(report)
     }
 }
 

@@ -21,8 +21,8 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use clap::Parser;
-use dijiang::attention::Window;
 use dijiang::calibrate::HeadPlan;
+use dijiang::checkpoint::save_maps;
 use dijiang::layer::Attention;
 use rayon::ThreadPoolBuilder;
 
@@ -85,10 +85,7 @@ fn measure(args: &Args) -> Result<Report> {
             }
             Row::Window => {
                 // As many bytes as the planned rows.
-                let window = match &converted.plan_alone {
-                    Some(plan) => Window::new(plan.average_window() as usize, 1),
-                    None => window,
-                };
+                let window = converted.window_alone.map_or(window, |tokens| args.window_of(tokens));
                 let windows = || vec![window];
                 let model =
                     softmax.exchange(|layer| layer.clone().with_windows(windows(), args.sinks))?;
@@ -119,6 +116,10 @@ fn measure(args: &Args) -> Result<Report> {
     let rows = measurement.rows;
 
     let writer = converted.linear.iter().rfind(|linear| linear.row != Row::Pure);
+    if let (Some(path), Some(linear)) = (&args.save, writer) {
+        let maps = save_maps(linear.model.attention())?;
+        std::fs::write(path, maps).map_err(|source| Error::Io { path: path.clone(), source })?;
+    }
     let (generated, seconds_per_token) = match writer {
         Some(linear) => write(&linear.model, args, &prompt, &progress)?,
         None => write(&softmax, args, &prompt, &progress)?,
@@ -137,7 +138,7 @@ fn measure(args: &Args) -> Result<Report> {
         context,
         average_window: match &converted.plan {
             Some(plan) => plan.average_window(),
-            None => window.chunk as f64,
+            None => window.tokens() as f64 / 2.0,
         },
         back: window.back,
         features: args.blocks * softmax.config().head_dim,

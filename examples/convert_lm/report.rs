@@ -22,7 +22,7 @@ pub(crate) struct Report {
     pub(crate) windows: usize,
     /// Tokens per window.
     pub(crate) context: usize,
-    /// Chunk length of the exact local window, on average over all key-value heads.
+    /// Half of the tokens that a local window holds, on average over all key-value heads.
     pub(crate) average_window: f64,
     /// Whole chunks of the local window before the query's own.
     pub(crate) back: usize,
@@ -128,11 +128,12 @@ impl From<&CalibrateReport> for LayerReport {
 #[derive(Debug, Serialize)]
 pub(crate) struct PlanReport {
     sinks: usize,
-    /// Chunk length of every key-value head, first layer first.
-    chunks: Vec<Vec<usize>>,
+    /// Tokens that the window of every key-value head holds, first layer first.
+    windows: Vec<Vec<usize>>,
     /// Energy that every head's error was measured to leave in the residual stream.
     errors: Vec<Vec<f64>>,
-    /// What less memory would have cost: average chunk length, bytes of state, error of all heads.
+    /// What less memory would have cost: half of the tokens a window holds on average, bytes of
+    /// state, error of all heads.
     frontier: Vec<(f64, usize, f64)>,
 }
 
@@ -141,11 +142,11 @@ impl From<&Plan> for PlanReport {
         let heads = |value: &dyn Fn(&HeadPlan) -> f64| -> Vec<Vec<f64>> {
             plan.layers().iter().map(|layer| layer.iter().map(value).collect()).collect()
         };
-        let chunk = |head: &HeadPlan| head.window.chunk;
+        let tokens = |head: &HeadPlan| head.window.tokens();
         let point = |point: &Point| (point.average_window, point.bytes, point.error);
         Self {
             sinks: plan.sinks(),
-            chunks: plan.layers().iter().map(|layer| layer.iter().map(chunk).collect()).collect(),
+            windows: plan.layers().iter().map(|layer| layer.iter().map(tokens).collect()).collect(),
             errors: heads(&|head| head.error),
             frontier: plan.frontier().iter().map(point).collect(),
         }
@@ -156,22 +157,22 @@ impl PlanReport {
     /// How many heads got which window, and a few points of the frontier.
     fn text(&self) -> String {
         let mut counts = BTreeMap::new();
-        for &chunk in self.chunks.iter().flatten() {
-            *counts.entry(chunk).or_insert(0) += 1;
+        for &tokens in self.windows.iter().flatten() {
+            *counts.entry(tokens).or_insert(0) += 1;
         }
         let counts: Vec<String> =
-            counts.iter().map(|(chunk, heads)| format!("{heads} heads {chunk}")).collect();
+            counts.iter().map(|(tokens, heads)| format!("{tokens} in {heads} heads")).collect();
         let step = self.frontier.len().div_ceil(6).max(1);
         let points = self.frontier.iter().rev().step_by(step).collect::<Vec<_>>();
         let points: Vec<String> = points
             .iter()
             .rev()
             .map(|(average, bytes, error)| {
-                format!("{error:.2e} at {average:.0} ({} kB)", bytes / 1000)
+                format!("{error:.2e} at {:.0} ({} kB)", 2.0 * average, bytes / 1000)
             })
             .collect();
         format!(
-            "plan: chunks of {}\npredicted error by average chunk: {}\n",
+            "plan: tokens held exactly: {}\npredicted error by their average: {}\n",
             counts.join(", "),
             points.join(", ")
         )
@@ -219,7 +220,7 @@ impl Report {
             .logits_difference
             .map(|found| format!("softmax logits agree with the golden ones within {found:.1e}\n"));
         format!(
-            "{}{}\n\n{table}\n{chosen}{}{} windows of {} {}, local windows of {:.0} tokens on average and {} chunk(s) back, m = {} features per head\n\
+            "{}{}\n\n{table}\n{chosen}{}{} windows of {} {}, {:.0} tokens held exactly per head, m = {} features\n\
              planned and calibrated on {} tokens in {} steps and {:.1} s; {:.1} s in all\n\
              decoding ({}): {:.0} tokens/s; softmax's key-value cache is {} kB after {} tokens and goes on growing",
             self.prompt,
@@ -228,8 +229,7 @@ impl Report {
             self.windows,
             self.context,
             if self.vocabulary == 256 { "bytes" } else { "tokens" },
-            self.average_window,
-            self.back,
+            2.0 * self.average_window,
             self.features,
             self.calibration_tokens,
             self.steps,

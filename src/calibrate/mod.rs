@@ -8,19 +8,17 @@
 //! √σ·q (over all query heads that share the map) and of y = √σ·k. They leave the kernel that is
 //! approximated as it is and shrink the error of the approximation. Then the decay, where it is to
 //! be fitted, from a grid of half-lives, and the mix g, which weighs the kernel against the exact
-//! local window, by bisection: what far keys add should be half of what it is in softmax attention,
+//! local window, by least squares: with
 //!
 //! ```text
-//! Σ (ô − n)·(o − n) = ½ Σ (o − n)²        n: outputs over the window keys alone
+//! g ← g + log( Σ (ô − n)·(o − n) / Σ (ô − n)² )        n: outputs over the window keys alone
 //! ```
 //!
-//! or more or less, where the error would otherwise hardly fall.
+//! which would be exact at once if outputs were linear in exp(g).
 //!
 //! Then by gradient: Adam with cosine decay of the step length on scales, radii, log-weights, mix
 //! and, where they are to be fitted, decay and centres. Only the far part is computed in every
-//! step; the sums over window keys are constants. At the end the mix is searched again, now for all
-//! of what far keys should add. (Of two mixes the one with the smaller squared error is not the one
-//! with the better model: it shrinks what is noisy.)
+//! step; the sums over window keys are constants.
 //!
 //! Some of the samples are held out of all this. By the error on them the best of the steps is
 //! taken; and a head whose error on them did not fall keeps its old numbers.
@@ -29,22 +27,25 @@ mod adam;
 mod objective;
 mod plan;
 mod refit;
+mod sample;
 
 use std::ops::{ControlFlow, Range};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use ndarray::{ArrayView1, ArrayView2};
 
 use crate::Real;
+use crate::attention::Causality;
 use crate::check::check_positive;
 use crate::error::{Error, Result};
 use crate::kernel::{DctMap, DctParams};
 use crate::layer::{DijiangAttention, mixed};
 
 use adam::{Adam, Moved};
-use objective::{FarShare, HeadParams, Objective, Sample};
+use objective::{HeadParams, Objective};
 pub use plan::{Budget, HeadPlan, Plan, PlanOptions, Planner, Point};
 pub use refit::Refit;
+pub use sample::Sample;
 
 /// Steps between two looks at the held-out samples.
 const LOOK: usize = 10;
@@ -54,20 +55,10 @@ const MOST_STEPS: usize = 1 << 24;
 const HALF_LIVES: usize = 11;
 /// The mix is searched between these.
 const MIX: (f64, f64) = (-12.0, 4.0);
-/// Halvings of that range.
-const HALVINGS: usize = 12;
-/// Share of the softmax outputs' far part that the far part of a map in closed form should make up.
-/// Half: what such a map gets wrong harms a model more than what it leaves out, which looks to the
-/// model like a shorter text.
-const CLOSED_FORM_SHARE: f64 = 0.5;
-/// The same after at least [`TRAINED`] steps by gradient: all of it. The mix of least error would
-/// be smaller, as for any noisy estimate, in a way that all tokens of a text share, and models bear
-/// that worse than noise. In between after fewer.
-const TRAINED_SHARE: f64 = 1.0;
-/// Steps after which a map counts as trained.
-const TRAINED: f64 = 50.0;
-/// Neither share is worth an error above so much of the one before.
-const WORTH: f64 = 0.97;
+/// Where the search begins: from below, outputs being concave in exp(g).
+const FIRST_MIX: f64 = -4.0;
+/// Its passes.
+const MIX_PASSES: usize = 6;
 /// One of so many samples is held out.
 const HELD_OUT: usize = 8;
 
@@ -128,10 +119,8 @@ pub struct CalibrateOptions {
     pub centers: Fit,
     /// What the projection is fitted as. Default: [`ProjectionFit::Keep`].
     pub projection: ProjectionFit,
-    /// Seconds after which it should end: so many less what the last search of the mix will take,
-    /// as far as the one before the steps tells, the steps end, their lengths having fallen to 0 by
-    /// then. The closed form always finishes. With a limit the result depends on the machine and
-    /// its load. Default: none.
+    /// Seconds after which the steps end, their lengths having fallen to 0 by then. The closed form
+    /// always finishes. With a limit the result depends on the machine and its load. Default: none.
     pub seconds: Option<f64>,
     /// Seed of the order in which samples are taken. Default: 0.
     pub seed: u64,
@@ -206,7 +195,10 @@ impl CalibrateOptions {
         Self { seed, ..self }
     }
 
-    fn check(&self) -> Result<()> {
+    fn check(&self, causality: Causality) -> Result<()> {
+        if self.decay == Fit::Train {
+            causality.check_causal("decay")?;
+        }
         positive("learning_rate", self.learning_rate)?;
         check_positive("batch", self.batch)?;
         self.seconds.map_or(Ok(()), |seconds| positive("seconds", seconds))?;
@@ -263,8 +255,8 @@ pub struct HeadReport {
     pub log_mix: f64,
     /// log γ after.
     pub log_decay: f64,
-    /// The share of softmax attention's mass that is on far keys: what the map stands for. 1
-    /// without a local window.
+    /// The share of softmax attention's mass that is on far keys, in the last sample: what the map
+    /// stands for. 1 without a local window.
     pub far_mass: f64,
 }
 
@@ -306,12 +298,12 @@ impl<T: Real> DijiangAttention<T> {
     ///   positions from 0.
     ///
     /// # Cost
-    /// Softmax attention once (twice on the held-out samples), then linear attention's far part 12
-    /// times over the samples for the closed form, forward and backward once per step over
-    /// [`batch`](CalibrateOptions::batch) of them, and 12 times over the samples again; with no
-    /// local window, where the mix cancels, the steps alone. Fitting decay adds 12 times. Heads and
-    /// samples in parallel; without a limit of time the result does not depend on the number of
-    /// threads. Memory: about 5·n·h·d numbers for n tokens in all samples.
+    /// Softmax attention once (twice for the last sample), then linear attention's far part 6 times
+    /// over the samples for the closed form, and forward and backward once per step over
+    /// [`batch`](CalibrateOptions::batch) of them; with no local window, where the mix cancels, the
+    /// steps alone. Fitting decay adds 12 times. Heads and samples in parallel; without a limit of
+    /// time the result does not depend on the number of threads. Memory: about 5·n·h·d numbers for
+    /// n tokens in all samples.
     ///
     /// # Errors
     /// [`Error::Empty`] without samples or for an empty one, [`Error::Shape`] for one of another
@@ -355,12 +347,25 @@ impl<T: Real> DijiangAttention<T> {
         options: &CalibrateOptions,
         progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
     ) -> Result<CalibrateReport> {
+        options.check(self.proj.config().causality)?;
+        let samples = samples.iter().map(|x| Sample::new(self, x)).collect::<Result<Vec<_>>>()?;
+        self.calibrate_on(&samples, options, progress)
+    }
+
+    /// As [`calibrate`](Self::calibrate), with what softmax attention makes of the samples: in O(n).
+    ///
+    /// # Errors
+    /// As [`calibrate`](Self::calibrate), and [`Error::Foreign`] for samples of a layer of another
+    /// shape.
+    pub fn calibrate_on(
+        &mut self,
+        samples: &[Sample<T>],
+        options: &CalibrateOptions,
+        progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
+    ) -> Result<CalibrateReport> {
         let start = Instant::now();
-        options.check()?;
-        if options.decay == Fit::Train {
-            self.proj.config().causality.check_causal("decay")?;
-        }
-        let samples = capture(self, samples)?;
+        options.check(self.proj.config().causality)?;
+        let samples = long_enough(self, samples)?;
         let decays = self.log_decay().iter();
         let old = self
             .maps()
@@ -376,11 +381,12 @@ impl<T: Real> DijiangAttention<T> {
         } else {
             (0..samples.len(), 0..samples.len())
         };
-        let tokens = |set: &Range<usize>| samples[set.clone()].iter().map(Sample::len).sum();
+        let tokens =
+            |set: &Range<usize>| samples[set.clone()].iter().map(|sample| sample.len()).sum();
         let (trained_on, held_out) = (tokens(&train), if apart { tokens(&held) } else { 0 });
 
         let mut objective = Objective::new(&self.proj, (self.windows(), self.sinks()), &samples);
-        let far_mass = objective.far_mass(held.clone());
+        let far_mass = objective.far_mass(samples.len() - 1);
         let run = Run {
             options,
             start,
@@ -410,19 +416,18 @@ impl<T: Real> DijiangAttention<T> {
     }
 }
 
-/// Projects the samples that reach beyond the local window.
-fn capture<T: Real>(
+/// The samples that reach beyond the local window.
+fn long_enough<'s, T: Real>(
     layer: &DijiangAttention<T>,
-    samples: &[ArrayView2<'_, T>],
-) -> Result<Vec<Sample<T>>> {
+    samples: &'s [Sample<T>],
+) -> Result<Vec<&'s Sample<T>>> {
     if samples.is_empty() {
         return Err(Error::Empty { argument: "samples" });
     }
+    samples.iter().try_for_each(|sample| sample.check(&layer.proj))?;
     let window = layer.windows().iter().map(|window| window.tokens()).min().unwrap_or(0);
-    let longest = samples.iter().map(|x| x.nrows()).max().unwrap_or(0);
-    let samples =
-        samples.iter().map(|x| Sample::new(&layer.proj, x)).collect::<Result<Vec<_>>>()?;
-    let samples: Vec<_> = samples.into_iter().filter(|sample| sample.len() > window).collect();
+    let longest = samples.iter().map(Sample::len).max().unwrap_or(0);
+    let samples: Vec<_> = samples.iter().filter(|sample| sample.len() > window).collect();
     if samples.is_empty() {
         return Err(Error::Value {
             argument: "samples",
@@ -445,13 +450,6 @@ struct Best {
 impl Best {
     fn keep_if_better(&mut self, head: &HeadParams, error: f64) {
         if error < self.after {
-            (self.head, self.after) = (head.clone(), error);
-        }
-    }
-
-    /// `head` for good, if it is better than the numbers that were given.
-    fn settle(&mut self, head: &HeadParams, error: f64) {
-        if error < self.before {
             (self.head, self.after) = (head.clone(), error);
         }
     }
@@ -499,13 +497,8 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         self.report(&best)?;
 
         let mut closed = self.fit_decay(objective, closed, &best)?;
-        let mut limits = Vec::new();
         if self.window {
-            let given = objective.far_shares(&old, self.train.clone()).into_iter();
-            limits = given.map(|far| far.map_or(f64::INFINITY, |far| WORTH * far.error)).collect();
-            closed = self.fit_mix(objective, closed, &best, |h, far| {
-                far.is_below(CLOSED_FORM_SHARE, limits[h])
-            })?;
+            closed = self.fit_mix(objective, closed, &best)?;
         }
         let errors = objective.errors(&closed, self.held.clone(), &held_variance);
         best.iter_mut().zip(&errors).for_each(|(best, &error)| best.closed_form = error);
@@ -513,28 +506,7 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         self.report(&best)?;
 
         if self.options.steps > 0 {
-            let (mut search, start) = (Duration::ZERO, Instant::now());
-            if self.window {
-                let heads = best.iter().map(|best| best.head.clone()).collect();
-                let heads =
-                    self.fit_mix(objective, heads, &best, |_, far| far.is_below_least_squares())?;
-                let errors = objective.errors(&heads, self.held.clone(), &held_variance);
-                keep_best(&mut best, &heads, &errors);
-                search = start.elapsed();
-            }
-            let steps = self.descend(objective, &mut best, &held_variance, search)?;
-            if self.window {
-                let share = CLOSED_FORM_SHARE
-                    + (TRAINED_SHARE - CLOSED_FORM_SHARE) * (steps as f64 / TRAINED).min(1.0);
-                let heads = best.iter().map(|best| best.head.clone()).collect();
-                let heads =
-                    self.fit_mix(objective, heads, &best, |h, far| far.is_below(share, limits[h]))?;
-                let errors = objective.errors(&heads, self.held.clone(), &held_variance);
-                best.iter_mut()
-                    .zip(heads.iter().zip(&errors))
-                    .for_each(|(best, (head, &error))| best.settle(head, error));
-                self.report(&best)?;
-            }
+            self.descend(objective, &mut best, &held_variance)?;
         }
         Ok(best)
     }
@@ -542,12 +514,8 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
     /// Passes and steps there will be.
     fn total(&self) -> usize {
         let decays = if self.options.decay == Fit::Train { 1 + HALF_LIVES } else { 0 };
-        let mix = if self.window { HALVINGS } else { 0 };
-        let adam = match self.options.steps {
-            0 => 0,
-            steps => steps + if self.window { 2 * HALVINGS + 1 } else { 0 },
-        };
-        1 + decays + mix + 1 + adam
+        let mix = if self.window { MIX_PASSES } else { 0 };
+        1 + decays + mix + 1 + self.options.steps
     }
 
     /// The half-life of least error, or none.
@@ -587,39 +555,36 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
         Ok(nearest.into_iter().map(|(_, head)| head).collect())
     }
 
-    /// The mix by bisection: `is_below` says of each head whether it should be larger.
+    /// The mix by least squares.
     fn fit_mix<T: Real>(
         &mut self,
         objective: &mut Objective<'_, T>,
         mut heads: Vec<HeadParams>,
         best: &[Best],
-        is_below: impl Fn(usize, &FarShare) -> bool,
     ) -> Result<Vec<HeadParams>> {
-        let mut ranges = vec![MIX; heads.len()];
-        for _ in 0..HALVINGS {
-            heads
-                .iter_mut()
-                .zip(&ranges)
-                .for_each(|(head, (low, high))| head.params.log_mix = 0.5 * (low + high));
+        heads.iter_mut().for_each(|head| head.params.log_mix = FIRST_MIX);
+        let mut searched = vec![true; heads.len()];
+        for _ in 0..MIX_PASSES {
             let shares = objective.far_shares(&heads, self.train.clone());
-            for (h, ((low, high), far)) in ranges.iter_mut().zip(&shares).enumerate() {
-                let below = far.is_some_and(|far| is_below(h, &far));
-                *if below { low } else { high } = heads[h].params.log_mix;
+            for ((head, searched), far) in heads.iter_mut().zip(&mut searched).zip(shares) {
+                let factor = far.map_or(0.0, |far| far.least_squares());
+                // Where far keys only do harm, there are none from then on.
+                *searched &= factor > 0.0;
+                let mix = if *searched { head.params.log_mix + factor.ln() } else { MIX.0 };
+                head.params.log_mix = mix.clamp(MIX.0, MIX.1);
             }
             self.report(best)?;
         }
         Ok(heads)
     }
 
-    /// Adam, from the best numbers so far, until `rest` before the limit of time; returns the
-    /// number of steps made.
+    /// Adam, from the best numbers so far, until the limit of time.
     fn descend<T: Real>(
         &mut self,
         objective: &mut Objective<'_, T>,
         best: &mut [Best],
         variance: &[f64],
-        rest: Duration,
-    ) -> Result<usize> {
+    ) -> Result<()> {
         let CalibrateOptions { steps, batch, learning_rate, .. } = *self.options;
         let moved = Moved {
             mix: self.window,
@@ -639,17 +604,12 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
             .map(|best| Ok(Adam::new(first(best)?, moved)))
             .collect::<Result<Vec<Adam>>>()?;
         let mut shuffler = Shuffler::new(self.options.seed, self.train.clone());
-        let mut made = 0;
         for step in 0..steps {
-            let share = |seconds: f64| {
-                self.start.elapsed().as_secs_f64()
-                    / (seconds - rest.as_secs_f64()).max(f64::MIN_POSITIVE)
-            };
+            let share = |seconds: f64| self.start.elapsed().as_secs_f64() / seconds;
             let passed = self.options.seconds.map_or(0.0, share);
             let passed = passed.max(step as f64 / steps as f64);
             let last = passed >= 1.0 || step + 1 == steps;
             if passed < 1.0 {
-                made += 1;
                 let batch = shuffler.deal(batch.min(self.train.len()));
                 let heads: Vec<HeadParams> = adam.iter().map(|adam| adam.head.clone()).collect();
                 let gradients = objective.gradients(&heads, &batch, &row_variance);
@@ -671,7 +631,7 @@ impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
                 break;
             }
         }
-        Ok(made)
+        Ok(())
     }
 
     /// One more pass or step is made.

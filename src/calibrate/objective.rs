@@ -6,11 +6,10 @@ use std::ops::Range;
 use ndarray::{Array2, ArrayRef1, ArrayView2, ArrayView3, Axis, s};
 
 use crate::Real;
-use crate::attention::{FarPart, HeadQkv, Operator, Qkv, Tape, Window};
-use crate::error::Result;
+use crate::attention::{FarPart, HeadQkv, Tape, Window};
+use crate::calibrate::Sample;
 use crate::kernel::{DctGradients, DctMap, DctParams, DctSums, DifferentiableMap};
-use crate::layer::softmax_of;
-use crate::layer::{DijiangAttention, ProjectedQkv, QkvProj};
+use crate::layer::QkvProj;
 use crate::threads::{for_each, max_threads};
 
 /// The numbers of one key-value head that calibration may change.
@@ -27,55 +26,6 @@ pub(super) struct HeadGradient {
     pub(super) log_decay: f64,
 }
 
-/// One sample, projected and scaled, with what softmax attention makes of it: x, teacher `[n,
-/// h·d]`; y, v `[n, h_kv·d]`.
-pub(super) struct Sample<T> {
-    x: Array2<T>,
-    y: Array2<T>,
-    v: Array2<T>,
-    teacher: Array2<T>,
-}
-
-impl<T: Real> Sample<T> {
-    pub(super) fn new(projections: &QkvProj<T>, hidden: &ArrayView2<'_, T>) -> Result<Self> {
-        projections.check_sequence("samples", hidden)?;
-        let ProjectedQkv { mut q, mut k, v } = projections.project(hidden, 0);
-        let exact = softmax_of(projections, Vec::new(), 0)?;
-        let mut teacher = Array2::zeros(q.raw_dim());
-        {
-            let (q, k, v) = (projections.heads(&q), projections.heads(&k), projections.heads(&v));
-            let (mut out, mut workspace) = (projections.heads_mut(&mut teacher), exact.workspace());
-            exact.forward_into(Qkv::new(&q, &k, &v), &mut out, &mut workspace)?;
-        }
-        let root = T::from_f64(projections.scale().sqrt());
-        q.mapv_inplace(|q| q * root);
-        k.mapv_inplace(|k| k * root);
-        Ok(Self { x: q, y: k, v, teacher })
-    }
-
-    /// What softmax attention makes of it, `[n, h·d]`.
-    pub(super) fn teacher(&self) -> &Array2<T> {
-        &self.teacher
-    }
-
-    /// What `layer`'s attention makes of it, `[n, h·d]`.
-    pub(super) fn outputs(&self, layer: &DijiangAttention<T>) -> Result<Array2<T>> {
-        let proj = &layer.proj;
-        let (q, k, v) = (proj.heads(&self.x), proj.heads(&self.y), proj.heads(&self.v));
-        let attention = layer.attention.config().with_scale(1.0).build(layer.maps().to_vec())?;
-        let mut out = Array2::zeros(self.x.raw_dim());
-        let mut heads = proj.heads_mut(&mut out);
-        let mut workspace = attention.workspace();
-        attention.forward_into(Qkv::new(&q, &k, &v), &mut heads, &mut workspace)?;
-        Ok(out)
-    }
-
-    /// Tokens.
-    pub(super) fn len(&self) -> usize {
-        self.x.nrows()
-    }
-}
-
 /// What far keys add to the outputs of a head: o being the softmax outputs, n those over window
 /// keys alone, ô the linear ones.
 #[derive(Debug, Clone, Copy, Default)]
@@ -89,19 +39,11 @@ pub(super) struct FarShare {
 }
 
 impl FarShare {
-    /// Whether the mix should be larger to add `share` of what far keys should add; or, where the
-    /// error is not below `limit` and not below that without a far part, to have the least error.
-    pub(super) fn is_below(&self, share: f64, limit: f64) -> bool {
-        match self.error < self.whole.min(limit) {
-            true => self.along < share * self.whole,
-            false => self.is_below_least_squares(),
-        }
-    }
-
-    /// Whether a multiple of what is added, larger than one, would have the least squared error: Σ
-    /// (ô − n)² < Σ (ô − n)·(o − n).
-    pub(super) fn is_below_least_squares(&self) -> bool {
-        self.error + self.along < self.whole
+    /// The multiple of what is added that has the least squared error, Σ (ô − n)·(o − n) / Σ (ô −
+    /// n)²; 0 where nothing is added that should be.
+    pub(super) fn least_squares(&self) -> f64 {
+        let square = self.error + 2.0 * self.along - self.whole;
+        if self.along > 0.0 && square > 0.0 { self.along / square } else { 0.0 }
     }
 }
 
@@ -212,7 +154,7 @@ impl<'a, T: Real> Objective<'a, T> {
     pub(super) fn new(
         projections: &QkvProj<T>,
         exact_keys: (&[Window], usize),
-        samples: &'a [Sample<T>],
+        samples: &[&'a Sample<T>],
     ) -> Self {
         let (config, (windows, sinks)) = (projections.config(), exact_keys);
         let (heads, group, d) =
@@ -223,7 +165,7 @@ impl<'a, T: Real> Objective<'a, T> {
             &mut vec![(); max_threads().min(slots.len())],
             slots.iter_mut().enumerate(),
             |(), (i, slot)| {
-                let (head, sample) = (i / samples.len(), &samples[i % samples.len()]);
+                let (head, sample) = (i / samples.len(), samples[i % samples.len()]);
                 let own = s![.., head * d..(head + 1) * d];
                 let queries = |rows: &'a Array2<T>| {
                     let heads = head * group..(head + 1) * group;
@@ -276,19 +218,14 @@ impl<'a, T: Real> Objective<'a, T> {
         self.variance(head, set) / rows.max(1) as f64
     }
 
-    /// Softmax attention's mass on far keys, as a share of all of it, of every head.
-    pub(super) fn far_mass(&mut self, set: Range<usize>) -> Vec<f64> {
-        let mut sums = vec![0.0; self.parts.len() * set.len()];
-        let parts = self.parts.iter().flat_map(|parts| &parts[set.clone()]);
-        for_each(&mut self.tapes, parts.zip(&mut sums), |_, (part, sum)| {
-            *sum = part.far.far_mass()
+    /// Softmax attention's mass on far keys in one sample, as a share of all of it, of every head.
+    pub(super) fn far_mass(&mut self, sample: usize) -> Vec<f64> {
+        let mut shares = vec![0.0; self.parts.len()];
+        let parts = self.parts.iter().map(|parts| &parts[sample]).zip(&mut shares);
+        for_each(&mut self.tapes, parts, |_, (part, share)| {
+            *share = part.far.far_mass() / part.rows().max(1) as f64;
         });
-        let rows =
-            |parts: &[Part<'_, T>]| parts.iter().map(Part::rows).sum::<usize>().max(1) as f64;
-        sums.chunks(set.len())
-            .zip(&self.parts)
-            .map(|(sums, parts)| sums.iter().sum::<f64>() / rows(&parts[set.clone()]))
-            .collect()
+        shares
     }
 
     /// The error of every head, relative to `variance`; infinite where it is not a number, or

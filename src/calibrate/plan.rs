@@ -15,13 +15,13 @@
 use ndarray::{Array2, ArrayView2, Axis, s};
 
 use super::energy;
-use super::objective::Sample;
+use super::sample::Sample;
 use crate::Real;
 use crate::attention::{Window, check_exact_part, largest_window};
 use crate::check::{check_len, check_shape};
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
-use crate::layer::{Attention, DijiangAttention, SoftmaxAttention};
+use crate::layer::{Attention, DijiangAttention};
 use crate::low::simd::product;
 use crate::threads::{max_threads, try_each};
 
@@ -31,7 +31,8 @@ use crate::threads::{max_threads, try_each};
 pub enum Budget {
     /// Bytes of state of one sequence.
     Bytes(usize),
-    /// Chunk length of a head's window, on average.
+    /// Half of the tokens that a head's window holds, on average: the length of a chunk, if there is
+    /// one chunk back.
     AverageWindow(f64),
     /// Multiply-adds of a token's attention, all heads: what decoding time goes by.
     Work(usize),
@@ -41,8 +42,9 @@ pub enum Budget {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct PlanOptions {
-    /// Windows on offer, each larger than the one before. Default: chunks of 16, 32, 64, 128, 256,
-    /// 512 and 1024 tokens, one chunk back.
+    /// Windows on offer, each larger than the one before. Default: 32, 64, 128, 256, 512, 1024 and
+    /// 2048 tokens in eight chunks, or in chunks of 16. A query sees all of them but, on average,
+    /// half a chunk: with two chunks a quarter of the window lies idle, with eight a sixteenth.
     pub windows: Vec<Window>,
     /// Sinks beside every window. Default: 4.
     pub sinks: usize,
@@ -50,7 +52,10 @@ pub struct PlanOptions {
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        let windows = [16, 32, 64, 128, 256, 512, 1024].map(|chunk| Window::new(chunk, 1));
+        let windows = [32, 64, 128, 256, 512, 1024, 2048].map(|tokens: usize| {
+            let chunk = (tokens / 8).max(16);
+            Window::new(chunk, tokens / chunk - 1)
+        });
         Self { windows: windows.to_vec(), sinks: 4 }
     }
 }
@@ -80,7 +85,7 @@ impl PlanOptions {
 /// # Examples
 /// ```
 /// use dijiang::attention::Window;
-/// use dijiang::calibrate::{Budget, PlanOptions, Planner};
+/// use dijiang::calibrate::{Budget, PlanOptions, Planner, Sample};
 /// use dijiang::layer::{
 ///     AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention,
 /// };
@@ -96,7 +101,8 @@ impl PlanOptions {
 /// let windows = [4, 8, 16, 32].map(|chunk| Window::new(chunk, 1));
 /// let mut planner = Planner::new(PlanOptions::new().with_windows(windows.to_vec()))?;
 /// let x = Array2::from_shape_fn((200, 8), |(i, j)| ((i * 13 + j * 29) % 23) as f64 / 8.0 - 1.0);
-/// planner.measure(&softmax, &linear, &[(x.view(), x.view())])?; // one layer of one window of text
+/// let sample = Sample::new(&softmax, &x)?;
+/// planner.measure(&linear, &[(&sample, x.view())])?; // one layer of one window of text
 ///
 /// let plan = planner.plan(Budget::AverageWindow(16.0))?;
 /// assert!(plan.average_window() <= 16.0);
@@ -137,7 +143,7 @@ pub struct HeadPlan {
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
 pub struct Point {
-    /// Chunk length on average.
+    /// Half of the tokens that a head's window holds, on average.
     pub average_window: f64,
     /// Bytes of state, all heads.
     pub bytes: usize,
@@ -175,23 +181,21 @@ impl Planner {
 
     /// Measures the model's next layer.
     ///
-    /// `linear` is the layer that will take the place of `softmax`, its maps calibrated with the
-    /// smallest window say; its own windows and sinks do not matter. `samples` holds for every
-    /// window of text what the attention layer is given (after the block's norm), and the hidden
-    /// states that enter the block (the residual stream), both `[n, D]`.
+    /// `linear` is the layer that will take the place of the softmax layer, its maps calibrated
+    /// behind the smallest window say; its own windows and sinks do not matter. `samples` holds for
+    /// every window of text the softmax layer's sample, and the hidden states that enter the block
+    /// (the residual stream), `[n, D]`.
     ///
     /// # Cost
-    /// O(n²) for the softmax outputs, and a pass of linear attention for every window on offer.
-    /// Keeps a few numbers per head.
+    /// A pass of linear attention for every window on offer. Keeps a few numbers per head.
     ///
     /// # Errors
-    /// [`Error::Empty`] without samples, those of [`forward`](Attention::forward) for each of them,
+    /// [`Error::Empty`] without samples, [`Error::Foreign`] for those of a layer of another shape,
     /// [`Error::Shape`] for hidden states of another shape. After an error nothing was added.
     pub fn measure<T: Real>(
         &mut self,
-        softmax: &SoftmaxAttention<T>,
         linear: &DijiangAttention<T>,
-        samples: &[(ArrayView2<'_, T>, ArrayView2<'_, T>)],
+        samples: &[(&Sample<T>, ArrayView2<'_, T>)],
     ) -> Result<()> {
         if samples.is_empty() {
             return Err(Error::Empty { argument: "samples" });
@@ -202,20 +206,20 @@ impl Planner {
             .iter()
             .map(|&window| linear.clone().with_windows(vec![window], self.options.sinks))
             .collect::<Result<_>>()?;
-        let kv_heads = softmax.config().kv_heads;
-        let grams = (0..kv_heads).map(|head| gram(softmax, head)).collect::<Vec<_>>();
+        let kv_heads = linear.config().kv_heads;
+        let grams = (0..kv_heads).map(|head| gram(linear, head)).collect::<Vec<_>>();
         let mut errors = vec![vec![0.0; offers.len()]; kv_heads];
         let mut rows = 0;
-        for (input, hidden) in samples {
-            check_shape("hidden states", hidden, input.shape())?;
-            let sample = Sample::new(&softmax.proj, input)?;
+        for (sample, hidden) in samples {
+            sample.check(&linear.proj)?;
+            check_shape("hidden states", hidden, &[sample.len(), linear.config().model_dim])?;
             let energies: Vec<f64> = hidden.rows().into_iter().map(energy).collect();
             let mut of_offers: Vec<Vec<f64>> = vec![Vec::new(); offers.len()];
             let threads = &mut vec![(); max_threads().min(offers.len())];
             // The largest windows first: nobody waits for them at the end.
             let items = offers.iter().zip(&mut of_offers).rev();
             try_each(threads, items, |(), (offer, errors)| {
-                *errors = residual_errors(offer, &sample, &grams, &energies)?;
+                *errors = residual_errors(offer, sample, &grams, &energies)?;
                 Ok::<(), Error>(())
             })?;
             for (offer, of_heads) in of_offers.into_iter().enumerate() {
@@ -223,7 +227,7 @@ impl Planner {
                     errors[offer] += error;
                 }
             }
-            rows += input.nrows();
+            rows += sample.len();
         }
         let measured = errors.into_iter().map(|errors| Measured {
             errors: errors.into_iter().map(|error| error / rows as f64).collect(),
@@ -246,7 +250,7 @@ impl Planner {
         let heads: Vec<&Measured> = self.layers.iter().flatten().collect();
         let cost = |head: &Measured, offer: usize| match budget {
             Budget::Bytes(_) => head.bytes[offer] as f64,
-            Budget::AverageWindow(_) => self.options.windows[offer].chunk as f64,
+            Budget::AverageWindow(_) => half(self.options.windows[offer]),
             Budget::Work(_) => head.work[offer] as f64,
         };
         let (argument, limit) = match budget {
@@ -281,13 +285,18 @@ impl Planner {
     /// Where a choice for every head lies.
     fn point(&self, chosen: &[usize]) -> Point {
         let heads = || self.layers.iter().flatten().zip(chosen);
-        let chunks: usize = chosen.iter().map(|&offer| self.options.windows[offer].chunk).sum();
+        let halves: f64 = chosen.iter().map(|&offer| half(self.options.windows[offer])).sum();
         Point {
-            average_window: chunks as f64 / chosen.len() as f64,
+            average_window: halves / chosen.len() as f64,
             bytes: heads().map(|(head, &offer)| head.bytes[offer]).sum(),
             error: heads().map(|(head, &offer)| head.errors[offer]).sum(),
         }
     }
+}
+
+/// Half of the tokens that a window holds.
+fn half(window: Window) -> f64 {
+    window.tokens() as f64 / 2.0
 }
 
 /// The head and the window whose step up gains most per unit of cost, of those that fit in `left`.
@@ -326,10 +335,10 @@ impl Plan {
         &self.frontier
     }
 
-    /// Chunk length of a head's window, on average.
+    /// Half of the tokens that a head's window holds, on average.
     pub fn average_window(&self) -> f64 {
         let heads = || self.layers.iter().flatten();
-        heads().map(|head| head.window.chunk as f64).sum::<f64>() / heads().count() as f64
+        heads().map(|head| half(head.window)).sum::<f64>() / heads().count() as f64
     }
 
     /// Bytes of state of one sequence, all layers.
@@ -367,7 +376,7 @@ impl Plan {
 }
 
 /// W_oᵀ W_o of a key-value head's columns, `[group·d, group·d]`.
-fn gram<T: Real>(layer: &SoftmaxAttention<T>, head: usize) -> Array2<T> {
+fn gram<T: Real>(layer: &DijiangAttention<T>, head: usize) -> Array2<T> {
     let width = layer.config().heads / layer.config().kv_heads * layer.proj.head_dim();
     let columns = layer.weights().o.slice(s![.., head * width..(head + 1) * width]);
     let mut gram = Array2::zeros((width, width));
@@ -391,7 +400,7 @@ fn residual_errors<T: Real>(
     energies: &[f64],
 ) -> Result<Vec<f64>> {
     let mut difference = sample.outputs(layer)?;
-    difference -= sample.teacher();
+    difference -= &sample.teacher;
     let width = difference.ncols() / grams.len();
     let errors = grams.iter().enumerate().map(|(head, gram)| {
         let own = difference.slice(s![.., head * width..(head + 1) * width]);

@@ -4,11 +4,11 @@ use std::ops::ControlFlow;
 
 use crate::common::{Random, argument};
 use dijiang::Error;
-use dijiang::attention::Window;
-use dijiang::calibrate::{CalibrateOptions, CalibrateReport, Fit, ProjectionFit};
+use dijiang::attention::{KeyMask, Window};
+use dijiang::calibrate::{CalibrateOptions, CalibrateReport, Fit, ProjectionFit, Sample};
 use dijiang::kernel::{DctParams, Pairing, Projection, Sides};
 use dijiang::layer::{
-    AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
+    Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     SoftmaxAttention,
 };
 use ndarray::{Array2, ArrayView2};
@@ -100,10 +100,8 @@ fn the_gradient_goes_far_beyond_the_closed_form() {
         assert!(
             told.iter().enumerate().all(|(i, told)| told.done == i + 1 && told.done <= told.total)
         );
-        // The last look at the mix is not one for a smaller error.
         assert!(
-            told[..told.len() - 1]
-                .windows(2)
+            told.windows(2)
                 .all(|pair| pair[1].error <= pair[0].error && pair[1].total == pair[0].total)
         );
         let last = told[told.len() - 1];
@@ -261,6 +259,36 @@ fn threads_change_no_bit() {
     let mut layer = layer(window());
     calibrate(&mut layer, &samples, &options.with_seed(6));
     assert_ne!(one.1, numbers(&layer), "the seed means nothing");
+}
+
+/// What softmax attention makes of the samples may be known already; it must be of such a layer.
+#[test]
+fn samples_made_before() {
+    let options = CalibrateOptions::new().with_steps(10);
+    let (softmax, texts) = (exact(Causality::Causal), texts());
+    let samples: Vec<_> = texts.iter().map(|x| Sample::new(&softmax, x).unwrap()).collect();
+    let (mut with, mut without) = (layer(window()), layer(window()));
+    let report = with.calibrate_on(&samples, &options, |_| ControlFlow::Continue(())).unwrap();
+    assert_eq!(report, calibrate(&mut without, &texts, &options));
+    assert_eq!(numbers(&with), numbers(&without));
+    let expected = softmax.forward(&texts[0], KeyMask::All).unwrap();
+    assert_eq!(samples[0].output(&softmax).unwrap(), expected);
+
+    let weights = AttentionWeights::new(
+        Array2::eye(8),
+        Array2::eye(8),
+        Array2::eye(8),
+        Array2::<f64>::eye(8),
+    );
+    let other = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap();
+    let foreign = Sample::new(&other, &Array2::ones((100, 8))).unwrap();
+    let result = with.calibrate_on(&[foreign.clone()], &options, |_| panic!("nothing to tell"));
+    assert_eq!(argument(&result.unwrap_err()), "sample");
+    assert_eq!(argument(&foreign.output(&softmax).unwrap_err()), "sample");
+    assert_eq!(
+        Sample::new(&softmax, &Array2::zeros((0, texts[0].ncols()))).unwrap_err(),
+        Error::Empty { argument: "samples" }
+    );
 }
 
 /// Samples within the local window are left out; with no others there is nothing to learn from.

@@ -2,7 +2,7 @@
 
 use crate::common::{Random, argument, assert_close};
 use dijiang::attention::{KeyMask, Window};
-use dijiang::calibrate::{Budget, Plan, PlanOptions, Planner, Refit};
+use dijiang::calibrate::{Budget, Plan, PlanOptions, Planner, Refit, Sample};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
     SoftmaxAttention,
@@ -49,9 +49,11 @@ fn measured() -> (Planner, Vec<DijiangAttention<f64>>) {
     for l in 0..3 {
         let softmax = softmax(6, 3, l);
         let texts = [text(101, 10 + l), text(160, 20 + l)];
-        let samples = texts.each_ref().map(|(x, hidden)| (x.view(), hidden.view()));
+        let samples = texts.each_ref().map(|(x, _)| Sample::new(&softmax, x).unwrap());
+        let hidden = texts.iter().map(|(_, hidden)| hidden.view());
+        let samples: Vec<_> = samples.iter().zip(hidden).collect();
         model.push(linear(&softmax));
-        planner.measure(&softmax, &model[model.len() - 1], &samples).unwrap();
+        planner.measure(&model[model.len() - 1], &samples).unwrap();
     }
     (planner, model)
 }
@@ -66,7 +68,8 @@ fn the_measure_is_its_formula() {
     let softmax = softmax(2, 1, 1);
     let (x, hidden) = text(150, 2);
     let mut planner = planner(2);
-    planner.measure(&softmax, &linear(&softmax), &[(x.view(), hidden.view())]).unwrap();
+    let sample = Sample::new(&softmax, &x).unwrap();
+    planner.measure(&linear(&softmax), &[(&sample, hidden.view())]).unwrap();
     for chunk in CHUNKS {
         let window = Window::new(chunk, 1);
         let layer = linear(&softmax).with_windows(vec![window], 2).unwrap();
@@ -156,12 +159,14 @@ fn impossible_plans() {
         "heads of the plan"
     );
 
-    let (softmax, mut planner) = (softmax(6, 3, 1), planner);
+    let mut planner = planner;
     let (x, hidden) = text(50, 1);
+    let [own, other] = [3, 2].map(|kv_heads| Sample::new(&softmax(6, kv_heads, 1), &x).unwrap());
     let short = hidden.slice(s![..49, ..]);
-    let mut measure = |samples: &[_]| planner.measure(&softmax, &model[0], samples).unwrap_err();
+    let mut measure = |samples: &[_]| planner.measure(&model[0], samples).unwrap_err();
     assert_eq!(argument(&measure(&[])), "samples");
-    assert_eq!(argument(&measure(&[(x.view(), short)])), "hidden states");
+    assert_eq!(argument(&measure(&[(&own, short)])), "hidden states");
+    assert_eq!(argument(&measure(&[(&other, hidden.view())])), "sample");
     assert_eq!(plan, planner.plan(Budget::AverageWindow(8.0)).unwrap(), "nothing was added");
 }
 
