@@ -6,7 +6,7 @@ use ndarray::ArrayViewMut2;
 
 use crate::Real;
 use crate::attention::Window;
-use crate::attention::linear::state::{HeadShape, HeadState, Ring, Sums};
+use crate::attention::linear::state::{HeadShape, HeadState, PENDING, Ring, Sums};
 use crate::attention::rows::normalise;
 use crate::check::check_same;
 use crate::error::Result;
@@ -73,7 +73,7 @@ impl<T: Real> Worker<T> {
         Self {
             scratch: Scratch::new(sizes),
             state: HeadState::new(HeadShape { dim, features, value_dim, window, sinks }),
-            part: Sums::new(features, value_dim, window),
+            part: Sums::new(features, value_dim, PENDING),
         }
     }
 

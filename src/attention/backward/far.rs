@@ -93,7 +93,7 @@ impl<'a, T: Real> FarPart<'a, T> {
 
     /// Memory for passes through maps of this shape.
     pub(crate) fn tape<M: DifferentiableMap<T>>(&self, map: &M) -> Tape<T> {
-        Tape::new(map, self.qkv.v.ncols(), self.window)
+        Tape::new(map, self.qkv.v.ncols())
     }
 
     /// The outputs, handed over block by block: query head, its queries, and their outputs

@@ -250,9 +250,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         let result = try_each(&mut workspace.tapes, items, |tape, (inputs, sinks)| {
             let (((qkv, q), grad_out), ((k, v), result)) = (inputs, sinks);
             check_head(&qkv, grad_out)?;
-            let tape = tape.get_or_insert_with(|| {
-                Tape::new(&self.maps()[qkv.head], self.sizes().value_dim, self.sizes().window)
-            });
+            let tape = tape
+                .get_or_insert_with(|| Tape::new(&self.maps()[qkv.head], self.sizes().value_dim));
             let position = state.map_or(0, |state| state.position);
             let state = state.map(|state| &state.heads[qkv.head]);
             let qkv = HeadQkv { position, ..qkv };

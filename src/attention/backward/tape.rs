@@ -28,7 +28,6 @@ use super::pass::{GradientSinks, OutputGradient, Pass};
 use super::reverse::Reverse;
 use super::window_keys::WindowBuffers;
 use crate::Real;
-use crate::attention::Window;
 use crate::attention::linear::state::Sums;
 use crate::attention::scratch::BLOCK;
 use crate::kernel::DifferentiableMap;
@@ -81,11 +80,7 @@ pub(crate) struct Tape<T> {
 }
 
 impl<T: Real> Tape<T> {
-    pub(crate) fn new<M: DifferentiableMap<T>>(
-        map: &M,
-        value_dim: usize,
-        window: Option<Window>,
-    ) -> Self {
+    pub(crate) fn new<M: DifferentiableMap<T>>(map: &M, value_dim: usize) -> Self {
         let (dim, features) = (map.dim(), map.features());
         Self {
             events: Vec::new(),
@@ -98,7 +93,7 @@ impl<T: Real> Tape<T> {
             values: Vec::new(),
             sums: vec![T::ZERO; features * padded(value_dim)],
             norm: vec![T::ZERO; features],
-            state: Sums::new(features, value_dim, window),
+            state: Sums::new(features, value_dim, 0),
             window: WindowBuffers::default(),
             block: Buffers::new(dim, features, value_dim),
         }

@@ -2,20 +2,19 @@
 //! of a prompt.
 //!
 //! ```text
-//! magic "dijiang\0", then little-endian u32: format version 3, bytes per number of the layer,
+//! magic "dijiang\0", then little-endian u32: format version 2, bytes per number of the layer,
 //!      storage;
 //! u64: heads, d, m, e, windows (none, or one for each head), sinks s, start, position
 //! per window u64 chunk, u64 back
-//! per head   u64 reference position, u8 started, u8 pending keys; c, z; without a window what
-//!            rounding kept out of z; S; without a window what rounding kept out of S, pending
-//!            weights and values; with one the window's keys and values, and one byte each for
-//!            validity; with sinks u8 how many there are, s times u64 position, keys, values
+//! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of z;
+//!            S, what rounding kept out of S; pending weights and values; the window's keys and values,
+//!            and one byte each for validity; with sinks u8 how many there are, s times u64 position,
+//!            keys, values
 //! CRC-32 of everything before it, u32
 //! ```
 //!
-//! Version 2, which is read too, had what rounding kept out of z and S with a window as well;
-//! version 1 one window for all heads (its chunk and back, 0 and 0 for none, in place of windows and
-//! sinks) and no sinks.
+//! Version 1, which is read too, had one window for all heads (its chunk and back, 0 and 0 for
+//! none, in place of windows and sinks) and no sinks.
 
 use std::sync::Arc;
 
@@ -31,7 +30,7 @@ use crate::kernel::FeatureMap;
 use crate::low::simd::padded;
 
 const MAGIC: &[u8; 8] = b"dijiang\0";
-const VERSION: u32 = 3;
+const VERSION: u32 = 2;
 /// Bytes of the magic, three u32 and eight u64.
 const HEADER: usize = 8 + 3 * 4 + 8 * 8;
 /// Bytes of a window's chunk and back.
@@ -227,7 +226,7 @@ impl Header {
         }
         let table = if version == 1 { 0 } else { shape.windows.len() * WINDOW };
         let mut state = CausalState { start, position, ..CausalState::new(&shape) };
-        let mut reader = Reader { bytes: &body[HEADER + table..], version, storage, sound: true };
+        let mut reader = Reader { bytes: &body[HEADER + table..], storage, sound: true };
         for head in &mut state.heads {
             read_head(head, &mut reader);
             let positions = &head.sinks.positions;
@@ -274,8 +273,7 @@ fn length<T: Real>(shape: &Shape, storage: Storage, version: u32) -> u128 {
         0 => heads * PENDING as u128 * (features + row) * width,
         _ => shape.windows.iter().map(window_bytes).sum(),
     };
-    let rest = if version < 3 || shape.windows.is_empty() { 1 } else { 0 };
-    let sums = 10 + features * ((2 + rest) * size_of::<T>() as u128 + (1 + rest) * row * width);
+    let sums = 8 + 2 + 3 * features * size_of::<T>() as u128 + 2 * features * row * width;
     let table = if version == 1 { 0 } else { shape.windows.len() * WINDOW };
     (HEADER + table + CHECKSUM) as u128 + heads * (sums + sink_bytes) + exact
 }
@@ -331,7 +329,6 @@ fn write<T: Real>(numbers: &[T], storage: Storage, out: &mut Vec<u8>) {
 /// What is left of the bytes. Their number has been checked.
 struct Reader<'a> {
     bytes: &'a [u8],
-    version: u32,
     storage: Storage,
     /// Whether everything read so far makes sense.
     sound: bool,
@@ -355,16 +352,6 @@ impl<'a> Reader<'a> {
         out.iter_mut().zip(values).for_each(|(out, x)| *out = T::from_f64(x));
     }
 
-    /// What rounding kept out of `sums`, which takes it where a state no longer keeps any.
-    fn rest<T: Real>(&mut self, storage: Storage, sums: &mut [T], rest: &mut [T]) {
-        if self.version >= 3 || !rest.is_empty() {
-            return self.numbers(storage, rest);
-        }
-        let mut kept = vec![T::ZERO; sums.len()];
-        self.numbers(storage, &mut kept);
-        sums.iter_mut().zip(kept).for_each(|(sum, kept)| *sum += kept);
-    }
-
     fn flags(&mut self, out: &mut [bool]) {
         let bytes = self.take(out.len());
         self.sound &= bytes.iter().all(|&byte| byte <= 1);
@@ -382,14 +369,11 @@ fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
     sums.started = started[0];
     sums.pending.len = reader.take(1).first().copied().unwrap_or_default().into();
     reader.sound &= sums.pending.len == 0 || !sums.pending.weights.is_empty();
-    for numbers in [&mut sums.reference, &mut sums.norm] {
+    for numbers in [&mut sums.reference, &mut sums.norm, &mut sums.norm_rest] {
         reader.numbers(Storage::Exact, numbers);
     }
-    reader.rest(Storage::Exact, &mut sums.norm, &mut sums.norm_rest);
-    let storage = reader.storage;
-    reader.numbers(storage, &mut sums.numerator);
-    reader.rest(storage, &mut sums.numerator, &mut sums.numerator_rest);
-    for numbers in [&mut sums.pending.weights, &mut sums.pending.values] {
+    let (storage, Pending { weights, values, .. }) = (reader.storage, &mut sums.pending);
+    for numbers in [&mut sums.numerator, &mut sums.numerator_rest, weights, values] {
         reader.numbers(storage, numbers);
     }
     if let Some(ring) = ring {

@@ -188,7 +188,7 @@ impl<T: Real> HeadState<T> {
     pub(crate) fn new(shape: HeadShape) -> Self {
         let HeadShape { dim, features, value_dim, window, sinks } = shape;
         Self {
-            sums: Sums::new(features, value_dim, window),
+            sums: Sums::new(features, value_dim, if window.is_some() { 0 } else { PENDING }),
             ring: window.map(|window| Ring::new(window, dim, value_dim)),
             sinks: Sinks::new(sinks, dim, value_dim),
         }

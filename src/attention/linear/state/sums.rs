@@ -1,7 +1,6 @@
 //! [`Sums`]: running sums over features, in a frame that keeps them in range.
 
 use crate::Real;
-use crate::attention::Window;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, Ops, padded};
 
@@ -19,8 +18,8 @@ pub(crate) struct Sums<T> {
     pub(crate) numerator: Vec<T>,
     /// z `[m]`.
     pub(crate) norm: Vec<T>,
-    /// What rounding has kept out of S, and of z: sums over millions of single keys would stand
-    /// still without it. Empty with a local window, which hands over whole chunks.
+    /// What rounding has kept out of S, and of z: sums over millions of keys would stand still
+    /// without it.
     pub(crate) numerator_rest: Vec<T>,
     pub(crate) norm_rest: Vec<T>,
     /// c `[m]`.
@@ -67,15 +66,14 @@ pub(crate) fn ceiling<T: Real>() -> T {
 }
 
 impl<T: Real> Sums<T> {
-    /// Empty sums over keys that leave a local window, or over all keys.
-    pub(crate) fn new(features: usize, value_dim: usize, window: Option<Window>) -> Self {
+    /// Empty sums, with room for `pending` decoded keys: 0 or [`PENDING`].
+    pub(crate) fn new(features: usize, value_dim: usize, pending: usize) -> Self {
         let zeros = |rows: usize| vec![T::zero(); rows * padded(value_dim)];
-        let (rest, pending) = if window.is_some() { (0, 0) } else { (features, PENDING) };
         Self {
             numerator: zeros(features),
             norm: vec![T::zero(); features],
-            numerator_rest: zeros(rest),
-            norm_rest: vec![T::zero(); rest],
+            numerator_rest: zeros(features),
+            norm_rest: vec![T::zero(); features],
             reference: vec![T::zero(); features],
             reference_position: 0,
             pending: Pending {
@@ -89,10 +87,7 @@ impl<T: Real> Sums<T> {
 
     /// Elements held.
     pub(crate) fn len(&self) -> usize {
-        self.numerator.len()
-            + self.norm.len()
-            + self.numerator_rest.len()
-            + self.norm_rest.len()
+        2 * (self.numerator.len() + self.norm.len())
             + self.reference.len()
             + self.pending.weights.len()
             + self.pending.values.len()
@@ -143,19 +138,9 @@ impl<T: Real> Sums<T> {
         }
     }
 
-    /// Where new terms are added, before [`fold`](Self::fold): for S, for z.
-    fn open(&mut self) -> (&mut [T], &mut [T]) {
-        match self.numerator_rest.is_empty() {
-            true => (&mut self.numerator, &mut self.norm),
-            false => (&mut self.numerator_rest, &mut self.norm_rest),
-        }
-    }
-
     fn fold(&mut self, ops: &Ops<T>) {
-        if !self.numerator_rest.is_empty() {
-            (ops.fold)(&mut self.norm, &mut self.norm_rest);
-            (ops.fold)(&mut self.numerator, &mut self.numerator_rest);
-        }
+        (ops.fold)(&mut self.norm, &mut self.norm_rest);
+        (ops.fold)(&mut self.numerator, &mut self.numerator_rest);
     }
 
     /// λ(position − p₀).
@@ -184,13 +169,10 @@ impl<T: Real> Sums<T> {
                 self.reference[f] = current.max(candidate);
                 let factor = (current - self.reference[f]).exp();
                 if factor != T::one() {
-                    let row = f * stride..(f + 1) * stride;
-                    (ops.scale)(factor, &mut self.numerator[row.clone()]);
+                    (ops.scale)(factor, &mut self.numerator[f * stride..(f + 1) * stride]);
+                    (ops.scale)(factor, &mut self.numerator_rest[f * stride..(f + 1) * stride]);
                     self.norm[f] *= factor;
-                    if !self.numerator_rest.is_empty() {
-                        (ops.scale)(factor, &mut self.numerator_rest[row]);
-                        self.norm_rest[f] *= factor;
-                    }
+                    self.norm_rest[f] *= factor;
                 }
             } else {
                 self.reference[f] = candidate;
@@ -218,12 +200,13 @@ impl<T: Real> Sums<T> {
         let stride = self.stride();
         for (f, &candidate) in candidate.iter().enumerate() {
             let factor = (candidate - self.reference[f]).exp();
+            self.norm_rest[f] += factor * (other.norm[f] + other.norm_rest[f]);
             let row = f * stride..(f + 1) * stride;
-            let (numerator, norm) = self.open();
-            let rest = other.numerator_rest.get(row.clone()).unwrap_or_default();
-            add_scaled(&mut numerator[row.clone()], factor, &other.numerator[row], rest);
-            let rest = other.norm_rest.get(f..=f).unwrap_or_default();
-            add_scaled(&mut norm[f..=f], factor, &other.norm[f..=f], rest);
+            let sums = other.numerator[row.clone()].iter().zip(&other.numerator_rest[row.clone()]);
+            self.numerator_rest[row]
+                .iter_mut()
+                .zip(sums)
+                .for_each(|(own, (&sum, &rest))| *own += factor * (sum + rest));
         }
         self.fold(ops);
     }
@@ -277,9 +260,8 @@ impl<T: Real> Sums<T> {
         ahead: &mut Ahead<T>,
     ) {
         let (m, stride) = (self.norm.len(), self.stride());
-        let (numerator, norm) = self.open();
-        norm.iter_mut().zip(row_sums).for_each(|(norm, &sum)| *norm += sum);
-        let sums = MatMut::packed(numerator, m, stride);
+        self.norm_rest.iter_mut().zip(row_sums).for_each(|(rest, &sum)| *rest += sum);
+        let sums = MatMut::packed(&mut self.numerator_rest, m, stride);
         (ops.matmul_ahead)(sums, Accum::Add, weights, values, Some(ahead));
         self.fold(ops);
     }
@@ -322,14 +304,5 @@ impl<T: Real> Sums<T> {
     /// e, padded to whole lane groups.
     pub(crate) fn stride(&self) -> usize {
         self.numerator.len() / self.norm.len()
-    }
-}
-
-/// Adds `factor` times the sums, with what rounding kept out of them, if anything.
-fn add_scaled<T: Real>(own: &mut [T], factor: T, sums: &[T], rest: &[T]) {
-    let sums = own.iter_mut().zip(sums);
-    match rest.is_empty() {
-        true => sums.for_each(|(own, &sum)| *own += factor * sum),
-        false => sums.zip(rest).for_each(|((own, &sum), &rest)| *own += factor * (sum + rest)),
     }
 }
