@@ -34,7 +34,7 @@ pub enum Error {
         argument: &'static str,
     },
     /// A single number is outside its domain.
-    #[error("{argument} must be {expected}, got {got}")]
+    #[error("{argument} must be {expected}, got {}", Number(*got))]
     Value {
         /// The argument's name.
         argument: &'static str,
@@ -44,7 +44,7 @@ pub enum Error {
         got: f64,
     },
     /// An element of an array or list is NaN, infinite, or too large to be worked with.
-    #[error("{argument}[{index}] must be finite and at most {limit:e} in magnitude, got {got}")]
+    #[error("{argument}[{index}] must be finite and at most {limit:e} in magnitude, got {}", Number(*got))]
     NonFinite {
         /// The argument's name.
         argument: &'static str,
@@ -77,7 +77,8 @@ pub enum Error {
         /// The value that was given (saturated where it overflows).
         got: usize,
     },
-    /// A state, cache or workspace was made by a layer of another shape.
+    /// A state, cache or workspace was made by a layer of another shape, or a state by one with
+    /// other maps, whose fingerprint is another.
     #[error(
         "the {argument} belongs to another layer: its {what} is {got}, this layer's is {expected}"
     )]
@@ -91,9 +92,9 @@ pub enum Error {
         /// The given object's value.
         got: usize,
     },
-    /// A panic, in a feature map say, left the object half changed: only `reset` or a copy of a
-    /// whole one makes it useful again.
-    #[error("{argument} was left half changed by a panic: reset it or copy a whole one over it")]
+    /// A panic, in a feature map say, or log-features that are no numbers left the object half
+    /// changed: only `reset` or a copy of a whole one makes it useful again.
+    #[error("{argument} was left half changed by a failure: reset it or copy a whole one over it")]
     Poisoned {
         /// The argument's name.
         argument: &'static str,
@@ -141,6 +142,18 @@ pub enum Error {
     /// A progress callback asked to stop.
     #[error("cancelled by the caller; nothing was changed")]
     Cancelled,
+}
+
+/// A number in a message: one that would be long is written as a power of ten.
+struct Number(f64);
+
+impl std::fmt::Display for Number {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0.abs() {
+            size if size < 1e7 && (size >= 1e-3 || size == 0.0) => write!(formatter, "{}", self.0),
+            _ => write!(formatter, "{:e}", self.0),
+        }
+    }
 }
 
 /// `std::result::Result` with this crate's [`Error`].

@@ -622,6 +622,46 @@ fn a_var_builder_reads_the_crates_files() {
     }
 }
 
+/// Sizes, positions and batches that nobody can hold are refused before anything is taken.
+#[test]
+fn what_nobody_can_hold() {
+    fn too_large<T>(result: Result<T>) {
+        let error = result.map(|_| ()).unwrap_err().to_string();
+        assert!(error.contains("must be at most"), "{error}");
+    }
+    let map = MapTensors::new(&DctMapConfig::new(4).params().unwrap(), 0.0).unwrap();
+    for dtype in [DType::F32, DType::F16, DType::F64] {
+        let one = Tensor::zeros((1, 1, 1, 4), dtype, &Device::Cpu).unwrap();
+        for layout in [HeadLayout::HeadsFirst, HeadLayout::TokensFirst] {
+            let shape = match layout {
+                HeadLayout::HeadsFirst => (1, 1, 1 << 50, 4),
+                HeadLayout::TokensFirst => (1, 1 << 50, 1, 4),
+            };
+            let endless = one.broadcast_as(shape).unwrap();
+            let options = AttentionOptions::new().with_layout(layout);
+            too_large(causal(&endless, &endless, &endless, &[map.clone()], &options));
+            too_large(full(&endless, &one, &one, &[map.clone()], &options));
+            too_large(full(&one, &endless, &endless, &[map.clone()], &options));
+        }
+    }
+    let layer = layer::<f32>(0, Causality::Causal);
+    let module = CandleAttention::from_layer(&layer, DType::F32).unwrap();
+    for batch in [1 << 40, usize::MAX / 2, usize::MAX] {
+        too_large(module.new_state(batch));
+    }
+    let x = Tensor::zeros((1, 2, 24), DType::F32, &Device::Cpu).unwrap();
+    for position in [(1 << 52) + 1, usize::MAX - 1, usize::MAX] {
+        too_large(module.forward(&x, position, None));
+    }
+    module.forward(&x, 1 << 52, None).unwrap();
+    for blocks in [1 << 40, usize::MAX] {
+        let vars = VarMap::new();
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+        let options = DijiangOptions::new().with_blocks(blocks);
+        too_large(CandleAttention::new(layer.config(), &options, vb));
+    }
+}
+
 /// The gradients of every weight and of the input, against those of the ndarray layer.
 #[test]
 fn the_ndarray_layers_gradients() {

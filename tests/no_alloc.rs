@@ -13,6 +13,10 @@ use common::stream::Stream;
 use common::{Inputs, Random};
 use dijiang::Real;
 use dijiang::attention::{KeyMask, Operator, Qkv};
+use dijiang::layer::{
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+    SoftmaxAttention, StatePool,
+};
 use ndarray::{Array2, Array3};
 
 /// The system's allocator, with a count of what it was asked for.
@@ -311,4 +315,53 @@ fn peak_memory_does_not_depend_on_the_number_of_tokens() {
             }
         }
     });
+}
+
+/// A layer of eight query heads of dimension d on one key-value head.
+fn softmax(d: usize) -> SoftmaxAttention<f32> {
+    let matrix = |rows: usize, columns: usize| {
+        Array2::from_shape_fn((rows, columns), |(i, j)| {
+            ((i * 37 + j * 11) % 19) as f32 / 40.0 - 0.2
+        })
+    };
+    let (wide, narrow) = (8 * d, d);
+    let (q, o) = (matrix(wide, wide), matrix(wide, wide));
+    let weights = AttentionWeights::new(q, matrix(narrow, wide), matrix(narrow, wide), o);
+    SoftmaxAttention::new(AttentionConfig::new(wide, 8).with_kv_heads(1), weights).unwrap()
+}
+
+/// States are made for the sequences in work, not for all.
+#[test]
+fn short_sequences_share_one_state() {
+    on_one_thread(|| {
+        let softmax = softmax(16);
+        let linear = DijiangAttention::from_softmax(&softmax, DijiangOptions::new()).unwrap();
+        let n = 10_000;
+        let x = Array2::from_shape_fn((n, 128), |(i, j)| ((i * 13 + j * 29) % 23) as f32 / 8.0);
+        let (each, all): (Vec<usize>, _) = ((0..=n).collect(), [0, n]);
+        let exact = measure(|| drop(softmax.forward_packed(&x, &each, KeyMask::All).unwrap())).1;
+        let peak = |offsets: &[usize]| {
+            measure(|| drop(linear.forward_packed(&x, offsets, KeyMask::All).unwrap())).1
+        };
+        let (short, long) = (peak(&each), peak(&all));
+        assert!(2 * short <= 3 * exact, "{short} bytes, softmax attention {exact}");
+        assert!(short < long + 3 * size_of_val(&each[..]), "{short} bytes, one sequence {long}");
+
+        let one = x.slice(ndarray::s![..1, ..]);
+        let empty: Vec<usize> = std::iter::repeat_n(0, 30_000).chain([1]).collect();
+        let many = measure(|| drop(linear.forward_packed(&one, &empty, KeyMask::All).unwrap())).1;
+        let none = measure(|| drop(linear.forward_packed(&one, &[0, 1], KeyMask::All).unwrap())).1;
+        assert!(many < none + 3 * size_of_val(&empty[..]), "{many} bytes, of one {none}");
+    });
+}
+
+/// What a pool says it takes is what it takes.
+#[test]
+fn a_pool_takes_what_it_says() {
+    let layer = DijiangAttention::from_softmax(&softmax(64), DijiangOptions::new()).unwrap();
+    let mut pool = None;
+    let (_, peak) = measure(|| pool = Some(StatePool::new(&layer, 20).unwrap()));
+    let pool = pool.unwrap();
+    assert!((pool.bytes()..pool.bytes() + pool.bytes() / 20).contains(&peak), "{peak} bytes");
+    assert!(pool.bytes() / 20 < 240_000, "{} bytes a slot", pool.bytes() / 20);
 }

@@ -19,7 +19,7 @@ const MAX_SIZE: usize = 1 << 20;
 pub(crate) const MAX_STATE: usize = 1 << 30;
 /// Largest σ·d. With it no product of an element in range by another, scaled and summed over d,
 /// overflows an f32.
-const MAX_SCALE: f64 = 1e6;
+pub(crate) const MAX_SCALE: f64 = 1e6;
 
 /// A size from 1 to [`MAX_SIZE`].
 pub(crate) fn check_size(argument: &'static str, got: usize) -> Result<()> {

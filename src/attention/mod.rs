@@ -36,6 +36,8 @@ use std::ops::Range;
 pub use backward::{AttentionGradients, BackwardWorkspace, StateGradients};
 pub(crate) use backward::{FarPart, Tape};
 pub(crate) use check::{check_exact_part, check_state_size};
+#[cfg(feature = "candle")]
+pub(crate) use linear::MAX_POSITION;
 #[cfg(feature = "states")]
 pub use linear::Storage;
 pub(crate) use linear::largest_window;

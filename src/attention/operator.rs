@@ -31,11 +31,15 @@ pub trait SequenceState: Debug + Clone + PartialEq + Send {
 /// - [`Error::Value`](crate::Error::Value) for offsets that do not begin with 0, fall, or do not
 ///   end with the number of tokens;
 /// - [`Error::Foreign`](crate::Error::Foreign) for a state or workspace of an operator of another
-///   shape, [`Error::Poisoned`](crate::Error::Poisoned) for a state that a panic left half changed;
+///   shape, or a state of one with other maps, [`Error::Poisoned`](crate::Error::Poisoned) for a
+///   state that was left half changed;
 /// - [`Error::TooLarge`](crate::Error::TooLarge) for outputs there is no room for;
 /// - [`Error::NonFinite`](crate::Error::NonFinite) for elements beyond
 ///   [`Real::LIMIT`]. Keys that the mask hides, and their values, are not looked at. States are
 ///   unchanged after it; what an output argument holds means nothing.
+///
+/// And while the work is done: [`Error::Value`](crate::Error::Value) for a feature map whose
+/// log-features are not finite. States that were being changed are poisoned after it.
 pub trait Operator<T: Real>: Debug + Send + Sync {
     /// What one sequence leaves behind. A clone is a snapshot to return to.
     type State: SequenceState;
@@ -46,15 +50,16 @@ pub trait Operator<T: Real>: Debug + Send + Sync {
     /// Whether a state can go on here.
     ///
     /// # Errors
-    /// [`Error::Foreign`](crate::Error::Foreign) for a state of an operator of another shape,
-    /// [`Error::Poisoned`](crate::Error::Poisoned) for one that a panic left half changed.
+    /// [`Error::Foreign`](crate::Error::Foreign) for a state of an operator of another shape or
+    /// with other maps, [`Error::Poisoned`](crate::Error::Poisoned) for one that was left half
+    /// changed.
     fn check_state(&self, state: &Self::State) -> Result<()>;
 
     /// Scratch for every method, for as many threads as the current pool has.
     fn workspace(&self) -> Workspace<T>;
 
-    /// Scratch for [`step`](Self::step), smaller: for one thread, and without room for long
-    /// prefills.
+    /// Scratch for [`step`](Self::step), smaller: for one thread. What other methods need more is
+    /// made at their first call.
     fn step_workspace(&self) -> Workspace<T>;
 
     /// Whole sequences. Allocates the output and scratch.

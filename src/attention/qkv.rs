@@ -235,6 +235,11 @@ impl<T: Real> Qkv<'_, T> {
         }
     }
 
+    /// What [`OutOfRange`] was: an element, or what a feature map made of those in range.
+    pub(crate) fn out_of_range(&self) -> Error {
+        self.check_elements().err().unwrap_or_else(not_finite)
+    }
+
     /// Every element that is looked at is in range.
     pub(crate) fn check_elements(&self) -> Result<()> {
         check_all("q", &self.q, None)?;
@@ -354,6 +359,11 @@ impl<'a, T: Real> HeadQkv<'a, T> {
     pub(crate) fn check_queries(&self, tokens: Range<usize>) -> Result<(), OutOfRange> {
         (0..self.q.shape()[0]).try_for_each(|h| self.query_rows(h, tokens.clone()).check())
     }
+}
+
+/// A feature map made no numbers of elements in range.
+pub(crate) fn not_finite() -> Error {
+    Error::Value { argument: "log-features of a map", expected: "finite", got: f64::NAN }
 }
 
 /// Offsets begin with 0, never fall, and end with the number of tokens.

@@ -11,8 +11,8 @@ use crate::low::simd::{LANES, Ops, padded};
 /// The tokens a block of work may look at: `None` for all.
 pub(crate) type Valid<'a> = Option<&'a [bool]>;
 
-/// An element is no number, or beyond [`Real::LIMIT`]. The public function that was called finds
-/// out which one.
+/// An element is no number, or beyond [`Real::LIMIT`], or a feature map made no numbers of elements
+/// in range. The public function that was called finds out which one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct OutOfRange;
 
@@ -119,9 +119,15 @@ fn proves<T: Real>(squares: T) -> bool {
     squares <= T::from_f64(T::LIMIT * T::LIMIT)
 }
 
-/// `out = sums / total`, zeros where there was nothing to sum.
-pub(crate) fn normalise<T: Real>(sums: &[T], total: T, out: ArrayViewMut1<'_, T>) {
-    put_row(sums, if total > T::zero() { T::one() / total } else { T::zero() }, out);
+/// `out = sums / total`, zeros where there was nothing to sum. Whatever has not been finite on the
+/// way makes the total no number.
+pub(crate) fn normalise<T: Real>(
+    sums: &[T],
+    total: T,
+    out: ArrayViewMut1<'_, T>,
+) -> Result<(), OutOfRange> {
+    put_row(sums, if total > T::ZERO { T::ONE / total } else { T::ZERO }, out);
+    if total < -T::NEG_INFINITY { Ok(()) } else { Err(OutOfRange) }
 }
 
 /// `out = factor · row`, without the row's padding.

@@ -7,7 +7,7 @@ use ndarray::ArrayViewMut2;
 use crate::Real;
 use crate::attention::Window;
 use crate::attention::linear::state::{HeadShape, HeadState, PENDING, Ring, Sums};
-use crate::attention::rows::normalise;
+use crate::attention::rows::{OutOfRange, normalise};
 use crate::check::check_same;
 use crate::error::Result;
 use crate::low::simd::{Ahead, LANES, padded};
@@ -60,7 +60,14 @@ impl Sizes {
 /// One thread's scratch, and the states that outlive no call.
 #[derive(Debug, Clone)]
 pub(crate) struct Worker<T> {
+    sizes: Sizes,
     pub(crate) scratch: Scratch<T>,
+    whole: Option<Whole<T>>,
+}
+
+/// What a worker needs beyond steps.
+#[derive(Debug, Clone)]
+pub(crate) struct Whole<T> {
     /// Of a sequence that is computed whole.
     pub(crate) state: HeadState<T>,
     /// Sums that join others.
@@ -68,18 +75,31 @@ pub(crate) struct Worker<T> {
 }
 
 impl<T: Real> Worker<T> {
+    /// For steps; what else it needs it makes when it needs it.
+    pub(crate) fn for_steps(sizes: Sizes) -> Self {
+        Self { sizes, scratch: Scratch::new(sizes), whole: None }
+    }
+
     pub(crate) fn new(sizes: Sizes) -> Self {
-        let Sizes { dim, features, value_dim, window, sinks, .. } = sizes;
-        Self {
-            scratch: Scratch::new(sizes),
+        let mut worker = Self::for_steps(sizes);
+        worker.all();
+        worker
+    }
+
+    /// Everything it has.
+    pub(crate) fn all(&mut self) -> (&mut Scratch<T>, &mut Whole<T>) {
+        let Sizes { dim, features, value_dim, window, sinks, .. } = self.sizes;
+        let whole = self.whole.get_or_insert_with(|| Whole {
             state: HeadState::new(HeadShape { dim, features, value_dim, window, sinks }),
             part: Sums::new(features, value_dim, PENDING),
-        }
+        });
+        (&mut self.scratch, whole)
     }
 
     /// Elements held.
     pub(crate) fn len(&self) -> usize {
-        self.scratch.len() + self.state.len() + self.part.len()
+        let whole = self.whole.as_ref().map_or(0, |whole| whole.state.len() + whole.part.len());
+        self.scratch.len() + whole
     }
 }
 
@@ -156,10 +176,10 @@ impl<T: Real> Scratch<T> {
         stride: usize,
         queries: Range<usize>,
         mut out: ArrayViewMut2<'_, T>,
-    ) {
-        for (i, query) in queries.enumerate() {
-            normalise(&self.o[i * stride..], self.total[i], out.row_mut(query));
-        }
+    ) -> Result<(), OutOfRange> {
+        queries.enumerate().try_for_each(|(i, query)| {
+            normalise(&self.o[i * stride..], self.total[i], out.row_mut(query))
+        })
     }
 
     /// Elements held.

@@ -28,17 +28,16 @@ pub struct Workspace<T> {
 impl<T: Real> Workspace<T> {
     /// For as many threads as the current pool has.
     pub(crate) fn new(sizes: Sizes) -> Self {
-        Self::for_threads(sizes, max_threads())
+        Self::of(sizes, vec![Worker::new(sizes); max_threads()])
     }
 
-    pub(crate) fn for_threads(sizes: Sizes, threads: usize) -> Self {
-        Self {
-            sizes,
-            workers: vec![Worker::new(sizes); threads],
-            snapshot: Vec::new(),
-            pipelines: Vec::new(),
-            parts: Vec::new(),
-        }
+    /// For one thread, and no more than steps need.
+    pub(crate) fn for_steps(sizes: Sizes) -> Self {
+        Self::of(sizes, vec![Worker::for_steps(sizes)])
+    }
+
+    fn of(sizes: Sizes, workers: Vec<Worker<T>>) -> Self {
+        Self { sizes, workers, snapshot: Vec::new(), pipelines: Vec::new(), parts: Vec::new() }
     }
 
     /// Room for a state of this shape to go back to.
@@ -67,7 +66,7 @@ impl<T: Real> Workspace<T> {
     /// Makes room for the sums of as many parts of full attention's keys.
     pub(crate) fn share_keys(&mut self, parts: usize) {
         if self.parts.len() != parts {
-            self.parts = vec![self.workers[0].part.clone(); parts];
+            self.parts = vec![self.workers[0].all().1.part.clone(); parts];
         }
     }
 

@@ -38,8 +38,8 @@ use crate::Real;
 use crate::attention::Causality;
 use crate::check::check_positive;
 use crate::error::{Error, Result};
-use crate::kernel::{DctMap, DctParams};
-use crate::layer::{DijiangAttention, mixed};
+use crate::kernel::{DctMap, DctParams, mixed};
+use crate::layer::DijiangAttention;
 
 use adam::{Adam, Moved};
 use objective::{HeadParams, Objective};

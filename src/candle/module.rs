@@ -12,7 +12,7 @@ use super::rotate::rotate;
 use super::state::CandleState;
 use super::tensors::{HeadLayout, check_cpu, check_dtype, working_dtype};
 use crate::Real;
-use crate::attention::{LinearConfig, Window};
+use crate::attention::{LinearConfig, MAX_POSITION, Window};
 use crate::error::Error;
 use crate::kernel::{DctMap, Mixing, Pairing};
 use crate::layer::{
@@ -81,7 +81,8 @@ impl CandleAttention {
     ///
     /// # Errors
     /// Those of the `VarBuilder` for missing tensors and other shapes; what
-    /// [`AttentionConfig::check`] finds; [`Error::Conflict`] for a sliding window and for norms of
+    /// [`AttentionConfig::check`] finds; [`Error::Value`] and [`Error::TooLarge`] for impossible
+    /// `options`; [`Error::Conflict`] for a sliding window and for norms of
     /// queries and keys.
     pub fn new(
         config: &AttentionConfig,
@@ -89,6 +90,7 @@ impl CandleAttention {
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
         let (config, head_dim) = config.resolved()?;
+        options.check(head_dim)?;
         let (width, kv_width) = (config.heads * head_dim, config.kv_heads * head_dim);
         let q_proj = projection(config.model_dim, width, vb.pp("q_proj"))?;
         let k_proj = projection(config.model_dim, kv_width, vb.pp("k_proj"))?;
@@ -280,8 +282,8 @@ impl CandleAttention {
     /// another layer.
     ///
     /// # Errors
-    /// [`Error::Empty`] for a batch of 0, [`Error::Conflict`] for a bidirectional layer, and what
-    /// is wrong with the maps.
+    /// [`Error::Empty`] for a batch of 0, [`Error::TooLarge`] for one there is no room for,
+    /// [`Error::Conflict`] for a bidirectional layer, and what is wrong with the maps.
     pub fn new_state(&self, batch: usize) -> Result<CandleState> {
         self.config.causality.check_causal("state")?;
         let config = LinearConfig {
@@ -322,9 +324,9 @@ impl CandleAttention {
     ///
     /// # Errors
     /// [`Error::Tensor`], [`Error::Shape`] and [`Error::Empty`] for `x`, [`Error::Value`] if
-    /// `index_pos` is not where the state is, [`Error::Foreign`] for a state of another batch,
-    /// [`Error::Conflict`] for one made for other maps;
-    /// those of [`causal`](super::causal). After an error the state is unchanged.
+    /// `index_pos` is not where the state is, [`Error::TooLarge`] if it is beyond 2⁵²,
+    /// [`Error::Foreign`] for a state of another batch, [`Error::Conflict`] for one made for other
+    /// maps; those of [`causal`](super::causal). After an error the state is unchanged.
     pub fn forward(
         &self,
         x: &Tensor,
@@ -375,6 +377,10 @@ impl CandleAttention {
         }
         if let Some(state) = &state {
             state.check(&self.map_ids(), b, index_pos)?;
+        }
+        if index_pos > MAX_POSITION {
+            let (argument, limit, got) = ("index_pos", MAX_POSITION, index_pos);
+            return Err(Error::TooLarge { argument, limit, got }.into());
         }
         let working = working_dtype("x", x.dtype())?;
         let project = |linear: &Linear, heads: usize, rotary: Option<&Arc<RotaryTable>>| {

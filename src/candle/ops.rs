@@ -15,6 +15,7 @@ use super::maps::{MapTensors, packed_gradients};
 use super::tensors::{Element, HeadLayout, Reading, Sizes, check_dtype, mask_rows, working_dtype};
 use crate::attention::Causality;
 use crate::attention::{KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window};
+use crate::check::check_room;
 use crate::error::Error;
 use crate::kernel::DctMap;
 
@@ -86,7 +87,8 @@ impl<'a> AttentionOptions<'a> {
 ///
 /// # Errors
 /// [`Error::Tensor`] for tensors of another rank, type or device, [`Error::Shape`] for sizes that
-/// do not fit, [`Error::Empty`] for an empty batch, and those of [`Operator::forward`] and
+/// do not fit, [`Error::Empty`] for an empty batch, [`Error::TooLarge`] for tensors and outputs
+/// there is no room for, broadcast ones counted whole, and those of [`Operator::forward`] and
 /// [`DctMap::from_params`], all of them within a [`candle_core::Error::Wrapped`].
 pub fn causal(
     q: &Tensor,
@@ -129,6 +131,12 @@ fn attention(
     check_dtype("k", k, dtype, "of the type of q")?;
     check_dtype("v", v, dtype, "of the type of q")?;
     let sizes = check_shapes(causality, q, k, v, maps, options)?;
+    for (argument, x) in [("q", q), ("k", k), ("v", v)] {
+        match working {
+            DType::F64 => check_room::<f64>(argument, x.dims())?,
+            _ => check_room::<f32>(argument, x.dims())?,
+        }
+    }
     let [q, k, v] = [q.to_dtype(working)?, k.to_dtype(working)?, v.to_dtype(working)?];
     let out = match working {
         DType::F64 => run::<f64>(causality, sizes, q, k, v, maps, options),
@@ -240,6 +248,7 @@ impl<T: Element> Problem<T> {
     fn forward(&self, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<(Vec<T>, Shape)> {
         let Sizes { batch, heads, tokens, .. } = Sizes::of("q", q, self.layout)?;
         let value_dim = v.dim(3)?;
+        check_room::<T>("outputs", &[batch, heads, tokens, value_dim])?;
         let mut out = vec![T::ZERO; batch * heads * tokens * value_dim];
         let [q, k, v] =
             [("q", q), ("k", k), ("v", v)].map(|(name, x)| Reading::new(name, x, self.layout));

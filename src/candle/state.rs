@@ -8,7 +8,7 @@ use ndarray::Axis;
 
 use super::tensors::{Element, HeadLayout, Reading, check_dtype, mask_rows};
 use crate::attention::{CausalState, KeyMask, LinearAttention, Operator, Qkv, Workspace};
-use crate::check::check_elements;
+use crate::check::{check_elements, check_room};
 use crate::error::Error;
 use crate::kernel::DctMap;
 
@@ -64,7 +64,9 @@ impl CandleState {
         if batch == 0 {
             return Err(Error::Empty { argument: "batch" });
         }
-        let (states, workspace) = (vec![attention.new_state(); batch], attention.step_workspace());
+        let state = attention.new_state();
+        check_room::<u8>("states", &[batch, state.bytes().max(size_of::<CausalState<T>>())])?;
+        let (states, workspace) = (vec![state; batch], attention.step_workspace());
         let sequences = T::typed(Sequences { attention: Arc::new(attention), states, workspace });
         Ok(Self { sequences, maps })
     }

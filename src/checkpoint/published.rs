@@ -61,6 +61,18 @@ impl<T: Real> PublishedAttention<T> {
                 "none at the second position".to_owned(),
             ));
         };
+        let log_decay: Vec<f64> = log_decay;
+        for (powers, &decay) in powers.chunks_exact(positions).zip(&log_decay) {
+            // Rounded to 16 bits at most.
+            let differs = |(j, power): (usize, &f64)| {
+                let expected = (decay * j as f64).exp();
+                (power - expected).abs() > 0.01 * expected + 1e-7
+            };
+            if let Some(at) = powers.iter().enumerate().position(differs) {
+                let expected = format!("powers of {:e}", decay.exp());
+                return Err(fault(decays, expected, format!("{:e} at {at}", powers[at])));
+            }
+        }
         let published = PublishedWeights::new(
             radii,
             log_decay,

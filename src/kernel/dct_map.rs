@@ -409,6 +409,12 @@ impl<T: Real> FeatureMap<T> for DctMap<T> {
             }),
         }
     }
+
+    /// Of the parameters: the same on every machine, for `f32` and `f64`, and for equal
+    /// parameters however they were come by.
+    fn fingerprint(&self) -> u64 {
+        self.inner.params.fingerprint()
+    }
 }
 
 impl<T: Real> Inner<T> {

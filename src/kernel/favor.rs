@@ -188,6 +188,10 @@ impl<T: Real> FeatureMap<T> for FavorMap<T> {
     fn key_panel(&self, width: usize, y: &[T], out: &mut [T], scratch: &mut [T]) {
         self.map.key_panel(width, y, out, scratch);
     }
+
+    fn fingerprint(&self) -> u64 {
+        self.map.fingerprint()
+    }
 }
 
 /// `count` rows ω, `[count, dim]`.

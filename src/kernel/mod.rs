@@ -84,6 +84,7 @@ use crate::simd::{LANES, padded};
 /// Implementors work on *panels*: column = token, row = coordinate or feature, row-major, so that
 /// tokens lie along SIMD lanes and the features are ready for the matrix products of attention. A
 /// column's result must depend on that column alone, bit for bit, whatever the width of the panel.
+/// Log-features must be finite: attention over others is refused, and its states are poisoned.
 pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     /// Head dimension d.
     fn dim(&self) -> usize;
@@ -139,6 +140,19 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
         });
     }
 
+    /// A number that is the same for the same map, and all but surely another one for another map.
+    /// States remember that of their operator, in their bytes too, and no other operator takes them.
+    ///
+    /// The provided method hashes the log-features of one token, to the last bit. A map whose states
+    /// go from one kind of machine to another, where they may be rounded differently, hashes its
+    /// parameters instead.
+    fn fingerprint(&self) -> u64 {
+        let element = |(_, i): (usize, usize)| T::from_f64(((7 * i + 3) % 11) as f64 / 11.0 - 0.4);
+        let token = Array2::from_shape_fn((1, self.dim()), element);
+        let sides = [self.query_log_features(&token), self.key_log_features(&token)];
+        hash(sides.iter().flatten().flatten().map(|x| x.to_f64().to_bits()))
+    }
+
     /// Log-features a_f(x) of scaled queries, rows are tokens. Allocates.
     ///
     /// # Shapes
@@ -165,6 +179,24 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
             self.key_panel(w, y, o, s)
         })
     }
+}
+
+/// A hash of these words, by SplitMix64's output function.
+pub(crate) fn hash(words: impl Iterator<Item = u64>) -> u64 {
+    words.fold(0, |hash, word| mixed((hash ^ word).wrapping_add(0x9e37_79b9_7f4a_7c15)))
+}
+
+/// A parameter as a word to [`hash`], to the precision of f32: mathematical functions round
+/// differently on different machines.
+pub(crate) fn word(parameter: f64) -> u64 {
+    (parameter as f32).to_bits().into()
+}
+
+/// SplitMix64's output for the state `z` [Steele, Lea, Flood 2014].
+pub(crate) fn mixed(mut z: u64) -> u64 {
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
 }
 
 /// Runs a panel method on one token.

@@ -2,6 +2,7 @@
 
 use super::dct_map::projection_matrix;
 use super::sampler::MAX_POINTS;
+use super::{hash, word};
 use crate::Real;
 use crate::check::{check_len, check_room};
 use crate::error::{Error, Result};
@@ -268,6 +269,22 @@ impl DctParams {
     /// Rows P of the projection: projected coordinates u_f, features before pairing.
     pub(super) fn rows(&self) -> usize {
         self.query.radii.len()
+    }
+
+    /// A hash of all that log-features are made of.
+    pub(super) fn fingerprint(&self) -> u64 {
+        let (kind, signs): (u64, &[f64]) = match &self.projection {
+            Projection::Dct => (0, &[]),
+            Projection::Mixed { signs } => (1, signs),
+            Projection::Deep { .. } => (2, &[]),
+            Projection::Dense { .. } => (3, &[]),
+        };
+        let (query, key) = self.projection.sides();
+        let sides = [&self.query, &self.key].map(|side| [&side.center, &side.scale, &side.radii]);
+        let numbers = [signs, query, key, &self.log_weight, &[self.log_mix]];
+        let numbers = sides.iter().flatten().map(|numbers| &numbers[..]).chain(numbers);
+        let choices = [kind, self.envelope as u64, self.pairing as u64];
+        hash(choices.into_iter().chain(numbers.flatten().map(|&number| word(number))))
     }
 
     /// Checks lengths, finiteness and ties; numbers must be at most [`Real::LIMIT`] of the type

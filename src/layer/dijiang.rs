@@ -17,7 +17,8 @@ use crate::attention::{
 use crate::check::check_len;
 use crate::error::{Error, Result};
 use crate::kernel::{
-    DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial, Sides,
+    DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial,
+    Sides, mixed,
 };
 use crate::layer::config::check_no_sliding;
 use crate::layer::generic::{Layer, LayerState};
@@ -177,6 +178,11 @@ impl DijiangOptions {
         }
     }
 
+    /// What is wrong with the sizes of the maps, for this head dimension.
+    pub(crate) fn check(&self, dim: usize) -> Result<()> {
+        self.map(dim, 0).check()
+    }
+
     /// The map of one key-value head.
     fn map(&self, dim: usize, head: usize) -> DctMapConfig {
         DctMapConfig {
@@ -194,16 +200,9 @@ impl DijiangOptions {
     }
 }
 
-/// SplitMix64 of seed and head: different streams for different heads [Steele, Lea, Flood 2014].
+/// SplitMix64 of seed and head: different streams for different heads.
 fn head_seed(seed: u64, head: usize) -> u64 {
     mixed(seed.wrapping_add((head as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15)))
-}
-
-/// SplitMix64's output for the state `z`.
-pub(crate) fn mixed(mut z: u64) -> u64 {
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 /// A DCT-kernelized linear attention layer: O(n) time, and a state of constant size.
@@ -259,7 +258,8 @@ impl<T: Real> DijiangState<T> {
     /// from one.
     ///
     /// # Errors
-    /// [`Error::Foreign`] for a state of a layer of another shape; this one is unchanged then.
+    /// [`Error::Foreign`] for a state of a layer of another shape or with other maps; this one is
+    /// unchanged then.
     pub fn copy_from(&mut self, from: &Self) -> Result<()> {
         self.attention.copy_from(&from.attention)
     }
@@ -284,7 +284,7 @@ impl<T: Real> DijiangAttention<T> {
         check_no_sliding(proj.config())?;
         let (heads, d) = (proj.config().kv_heads, proj.head_dim());
         let (windows, sinks) = options.exact_part(proj.config().causality);
-        options.map(d, 0).check()?;
+        options.check(d)?;
         let features =
             options.blocks * d * if options.pairing == Pairing::Antithetic { 2 } else { 1 };
         check_state_size(heads, d, features, d, largest_window(windows))?;
@@ -325,7 +325,7 @@ impl<T: Real> DijiangAttention<T> {
     /// The layer's state with this state of its attention, put aside by [`LayerState::attention`].
     ///
     /// # Errors
-    /// [`Error::Foreign`] for a state of a layer of another shape.
+    /// [`Error::Foreign`] for a state of a layer of another shape or with other maps.
     pub fn resume(&self, state: CausalState<T>) -> Result<DijiangState<T>> {
         self.attention.check_state(&state)?;
         Ok(self.state_of(state))
@@ -390,7 +390,7 @@ impl<T: Real> DijiangAttention<T> {
     }
 
     /// Replaces the maps, one per key-value head: calibrated elsewhere, or loaded from a file.
-    /// States made before mean something else to the new maps: start new ones.
+    /// States made before are refused by other maps: start new ones.
     ///
     /// # Cost
     /// None beside the maps' own: they are moved in.

@@ -59,6 +59,11 @@ impl<T: Real, S: SequenceState> LayerState<T, S> {
         self.attention.bytes()
     }
 
+    /// Bytes of state and scratch memory.
+    pub(crate) fn bytes_with_scratch(&self) -> usize {
+        self.bytes() + self.workspace.bytes() + self.scratch.bytes()
+    }
+
     /// Back to the empty state, without allocating.
     pub fn reset(&mut self) {
         self.attention.reset();

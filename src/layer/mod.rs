@@ -68,7 +68,6 @@ pub use backward::LayerGradients;
 pub use config::AttentionConfig;
 #[cfg(feature = "candle")]
 pub(crate) use config::check_no_sliding;
-pub(crate) use dijiang::mixed;
 pub use dijiang::{DijiangAttention, DijiangOptions, DijiangState};
 pub use generic::{Layer, LayerState};
 pub use packed::Padding;
@@ -133,8 +132,9 @@ pub trait Attention<T: Real>: Send + Sync {
     ///
     /// # Errors
     /// As [`forward`](Self::forward); [`Error::Conflict`] if the layer is bidirectional;
-    /// [`Error::Foreign`] for the state of a layer of another shape. After an error the state is
-    /// unchanged.
+    /// [`Error::Foreign`] for the state of a layer of another shape or with other maps. After an
+    /// error the state is unchanged; after an [`Error::Value`] for maps whose numbers overflow it is
+    /// poisoned.
     fn prefill(
         &self,
         state: &mut Self::State,
@@ -142,7 +142,8 @@ pub trait Attention<T: Real>: Send + Sync {
         mask: KeyMask<'_>,
     ) -> Result<Array2<T>>;
 
-    /// The next token.
+    /// The next token. There is no mask: where a batch of sequences steps and some of them have
+    /// ended, leave those out.
     ///
     /// # Shapes
     /// - `x`: `[D]`, `out`: `[D]`

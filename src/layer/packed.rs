@@ -4,7 +4,7 @@ use ndarray::{Array2, Array3, ArrayRef2, ArrayRef3, s};
 
 use crate::Real;
 use crate::attention::{KeyMask, ranges};
-use crate::check::{check_len, check_shape};
+use crate::check::{check_len, check_room, check_shape};
 use crate::error::{Error, Result};
 
 /// On which side of its tokens a sequence is padded.
@@ -31,6 +31,7 @@ pub(super) fn each<T: Real>(
     if let KeyMask::Valid(valid) = mask {
         check_len("mask", x.nrows(), valid.len())?;
     }
+    check_room::<T>("hidden states", x.shape())?;
     let mut out = Array2::zeros(x.raw_dim());
     for (i, tokens) in ranges(offsets).enumerate().filter(|(_, tokens)| !tokens.is_empty()) {
         let mask = mask.of(tokens.clone());
@@ -62,6 +63,8 @@ pub(super) fn padded<T: Real>(
         Padding::Right => 0..length,
         Padding::Left => n - length..n,
     };
+    // The sequences' own tokens, and outputs for all.
+    check_room::<T>("hidden states", &[2, b, n, model_dim])?;
     let mut rows = Array2::zeros((offsets[b], model_dim));
     for ((x, &length), tokens) in x.outer_iter().zip(lengths).zip(ranges(&offsets)) {
         rows.slice_mut(s![tokens, ..]).assign(&x.slice(s![own(length), ..]));

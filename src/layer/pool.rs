@@ -85,7 +85,8 @@ impl<T: Real> StatePool<T> {
     /// Room for `capacity` sequences in `layer`.
     ///
     /// # Cost
-    /// `capacity` times the bytes of a state and of the scratch memory of a step.
+    /// `capacity` times the bytes of a state and of the scratch memory of a step: see
+    /// [`bytes`](Self::bytes).
     ///
     /// # Errors
     /// [`Error::Value`] for a capacity of 0, [`Error::TooLarge`] for one beyond 2²⁰ or without room
@@ -97,7 +98,7 @@ impl<T: Real> StatePool<T> {
         }
         layer.config().causality.check_causal("a pool of states")?;
         let state = layer.new_state();
-        check_room::<u8>("bytes of a pool", &[capacity, state.bytes()])?;
+        check_room::<u8>("bytes of a pool", &[capacity, state.bytes_with_scratch()])?;
         Ok(Self {
             id: POOLS.fetch_add(1, Ordering::Relaxed),
             states: vec![state; capacity],
@@ -109,6 +110,11 @@ impl<T: Real> StatePool<T> {
     /// Sequences there is room for.
     pub fn capacity(&self) -> usize {
         self.states.len()
+    }
+
+    /// Bytes of all slots: of each a state, and the scratch memory of a step.
+    pub fn bytes(&self) -> usize {
+        self.states.iter().map(DijiangState::bytes_with_scratch).sum()
     }
 
     /// Slots taken.

@@ -17,7 +17,7 @@ use crate::Real;
 use crate::attention::KeyMask;
 use crate::check::{check_elements, check_finite, check_len, check_same, check_shape};
 use crate::error::{Error, Result};
-use crate::kernel::{published_projection, softmax_rows};
+use crate::kernel::{hash, published_projection, softmax_rows, word};
 use crate::layer::Attention;
 use crate::layer::config::{AttentionConfig, check_no_sliding};
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj, StepScratch};
@@ -160,6 +160,8 @@ pub struct PublishedAttention<T> {
     weights: Arc<PublishedWeights<T>>,
     /// diag(t)·C, transposed: features are the softmax of z·P, `[d, d]`.
     projection: Arc<Array2<T>>,
+    /// Of radii and decays: what states are told apart by.
+    fingerprint: u64,
 }
 
 /// What one sequence leaves behind for its next tokens, at constant size.
@@ -169,6 +171,8 @@ pub struct PublishedState<T> {
     sums: Array3<T>,
     position: usize,
     scratch: StepScratch<T>,
+    /// Of the layer.
+    fingerprint: u64,
 }
 
 impl<T: Real> PublishedState<T> {
@@ -233,7 +237,9 @@ impl<T: Real> PublishedAttention<T> {
         }
         published.check(config, d)?;
         let projection = Arc::new(published_projection(&published.radii));
-        Ok(Self { proj, weights: published, projection })
+        let numbers = published.radii.iter().chain(&published.log_decay);
+        let fingerprint = hash(numbers.map(|&number| word(number)));
+        Ok(Self { proj, weights: published, projection, fingerprint })
     }
 
     /// The projection weights.
@@ -363,7 +369,13 @@ impl<T: Real> PublishedAttention<T> {
     fn check_state(&self, state: &PublishedState<T>) -> Result<()> {
         let (config, d) = (self.proj.config(), self.proj.head_dim());
         let (heads, dim, _) = state.sums.dim();
-        check_same("state", [("number of heads", config.heads, heads), ("head dimension", d, dim)])
+        let fingerprints = (self.fingerprint as usize, state.fingerprint as usize);
+        let pairs = [
+            ("number of heads", config.heads, heads),
+            ("head dimension", d, dim),
+            ("fingerprint", fingerprints.0, fingerprints.1),
+        ];
+        check_same("state", pairs)
     }
 }
 
@@ -380,6 +392,7 @@ impl<T: Real> Attention<T> for PublishedAttention<T> {
             sums: Array3::zeros((heads, d, d)),
             position: 0,
             scratch: self.proj.step_scratch(),
+            fingerprint: self.fingerprint,
         }
     }
 
@@ -421,7 +434,7 @@ impl<T: Real> Attention<T> for PublishedAttention<T> {
         out: &mut ArrayRef1<T>,
     ) -> Result<()> {
         self.check_state(state)?;
-        let PublishedState { sums, position, scratch } = state;
+        let PublishedState { sums, position, scratch, .. } = state;
         check_len("out", self.config().model_dim, out.len())?;
         self.proj.project_token(x, *position, scratch)?;
         let StepScratch { q, k, v, o, .. } = &mut *scratch;

@@ -75,6 +75,15 @@ pub(crate) struct StepScratch<T> {
     angles: Option<Angles<T>>,
 }
 
+impl<T> StepScratch<T> {
+    /// Bytes held, but for a few angles.
+    pub(crate) fn bytes(&self) -> usize {
+        let Self { x, y, q, k, v, o, .. } = self;
+        let elements = x.len() + y.len() + q.len() + k.len() + v.len() + o.len();
+        elements * size_of::<T>()
+    }
+}
+
 impl<T: Real> QkvProj<T> {
     pub(crate) fn new(config: AttentionConfig, weights: Arc<AttentionWeights<T>>) -> Result<Self> {
         let (config, head_dim) = config.resolved()?;

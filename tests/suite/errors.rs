@@ -746,6 +746,15 @@ fn messages() {
         message(&inputs, KeyMask::All),
         "q[7] must be finite and at most 1e15 in magnitude, got NaN"
     );
+    inputs.q[[0, 1, 2]] = 1e30;
+    assert_eq!(
+        message(&inputs, KeyMask::All),
+        format!("q[7] must be finite and at most 1e15 in magnitude, got {:e}", f64::from(1e30_f32))
+    );
+    let scale = |got: f64| Error::Value { argument: "scale", expected: "one", got }.to_string();
+    let ends = [0.0, -2.5, 4096.0, 1e300, 1e-300, f64::NAN, f64::NEG_INFINITY];
+    let texts = ends.map(|got| scale(got).replace("scale must be one, got ", ""));
+    assert_eq!(texts, ["0", "-2.5", "4096", "1e300", "1e-300", "NaN", "-inf"]);
     inputs.k = Array3::zeros((1, 5, 5));
     assert_eq!(message(&inputs, KeyMask::All), "k: axis 1 must have length 4, got 5");
 }

@@ -7,14 +7,15 @@ use std::path::{Path, PathBuf};
 
 use crate::common::stream::Stream;
 use crate::common::{argument, assert_same_bits};
-use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
+use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Storage, Window};
 use dijiang::calibrate::CalibrateOptions;
 use dijiang::checkpoint::{Checkpoint, Tensors};
 use dijiang::kernel::{
-    DctMap, DctMapConfig, DctParams, FavorConfig, FeatureMap, published_features,
+    DctMap, DctMapConfig, DctParams, Envelope, FavorConfig, FeatureMap, Mixing, Pairing,
+    published_features,
 };
 use dijiang::layer::{
-    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
+    Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Padding,
     PublishedAttention, PublishedWeights, SoftmaxAttention, StatePool,
 };
 use dijiang::{Error, reference};
@@ -111,6 +112,18 @@ fn endless_sequences_are_refused_at_once() {
         too_large(layer.forward(&rows, KeyMask::All));
         too_large(layer.prefill(&mut layer.new_state(), &rows, KeyMask::All));
         too_large(layer.forward_batch(&batch, None));
+        let whole = [0, ENDLESS];
+        too_large(layer.forward_packed(&rows, &whole, KeyMask::All));
+        let packed = &mut [&mut layer.new_state()];
+        too_large(layer.prefill_packed(packed, &rows, &whole, KeyMask::All));
+        // A few tokens of their own, and endless padding.
+        for padding in [Padding::Left, Padding::Right] {
+            for lengths in [[3, 0, 1], [ENDLESS, 3, 0], [0; 3]] {
+                too_large(layer.forward_padded(&batch, &lengths, padding));
+                let states = &mut [(); 3].map(|()| layer.new_state());
+                too_large(layer.prefill_padded(&mut states.each_mut(), &batch, &lengths, padding));
+            }
+        }
     }
     layer(&softmax(), rows(8), heads(3, 8));
     layer(&linear(None), rows(8), heads(3, 8));
@@ -336,6 +349,154 @@ fn foreign_states() {
         softmax.new_state()
     };
     foreign(softmax().prefill(&mut small.clone(), &x, KeyMask::All).unwrap_err());
+}
+
+/// Operators of one shape that differ in one number or choice only: each takes the states of an
+/// equal one built anew, and of no other, in every method.
+#[test]
+fn states_of_other_maps() {
+    let config = || DctMapConfig::new(4).with_blocks(2);
+    let params = || config().params().unwrap();
+    let changed = |change: fn(&mut DctParams)| {
+        let mut params = params();
+        change(&mut params);
+        params
+    };
+    let maps: Vec<DctParams> = vec![
+        params(),
+        config().with_seed(1).params().unwrap(),
+        config().with_mixing(Mixing::Mixed).params().unwrap(),
+        params().to_deep(),
+        params().to_dense().unwrap(),
+        DctMapConfig::new(4).with_pairing(Pairing::Antithetic).params().unwrap(),
+        changed(|params| params.envelope = Envelope::Gaussian),
+        changed(|params| params.query.center[3] = 1e-3),
+        changed(|params| params.key.center[3] = 1e-3),
+        changed(|params| params.query.scale[7] *= 1.001),
+        changed(|params| params.key.scale[7] *= 1.001),
+        changed(|params| params.query.radii[7] *= 1.001),
+        changed(|params| params.key.radii[7] *= 1.001),
+        changed(|params| params.log_weight[7] += 1e-3),
+        changed(|params| params.log_mix = 1e-3),
+    ];
+    let window = || LinearConfig::new().with_window(Window::new(2, 1)).with_sinks(1);
+    let build = |config: LinearConfig, params: &DctParams| {
+        config.build(vec![DctMap::<f32>::from_params(params.clone()).unwrap()]).unwrap()
+    };
+    let all = || {
+        let others = [window().with_log_decay(vec![-0.1]), window().with_scale(0.25)];
+        let others = others.map(|config| build(config, &params()));
+        maps.iter().map(|params| build(window(), params)).chain(others).collect::<Vec<_>>()
+    };
+    let x = text(5).insert_axis(Axis(0)).slice_move(s![.., .., ..4]);
+    let token = x.slice(s![.., 0, ..]);
+    for (i, own) in all().iter().enumerate() {
+        for (j, attention) in all().iter().enumerate() {
+            let mut fed = own.new_state();
+            own.prefill(&mut fed, Qkv::new(&x, &x, &x)).unwrap();
+            let (state, workspace) = (|| fed.clone(), &mut attention.workspace());
+            let (mut a, mut b, mut out) = (state(), state(), Array2::zeros((1, 4)));
+            let mut next = attention.new_state_at(5).unwrap();
+            let results = [
+                attention.check_state(&fed),
+                attention.prefill(&mut state(), Qkv::new(&x, &x, &x)).map(|_| ()),
+                attention
+                    .prefill_packed(
+                        &mut [&mut a, &mut b],
+                        Qkv::new(&x, &x, &x).with_offsets(&[0, 2, 5]),
+                    )
+                    .map(|_| ()),
+                attention
+                    .prefill_partial(&mut state(), Qkv::new(&x, &x, &x), workspace)
+                    .map(|_| ()),
+                attention.extend(&mut state(), (&x, &x), KeyMask::All, workspace),
+                attention.step(
+                    &mut state(),
+                    Qkv::token(&token, &token, &token),
+                    &mut out,
+                    workspace,
+                ),
+                attention.prefill_backward(&fed, Qkv::new(&x, &x, &x), &x).map(|_| ()),
+                attention.merge(&mut state(), &next, workspace),
+                attention.merge(&mut attention.new_state(), &own.new_state(), workspace),
+                next.copy_from(&fed),
+                attention.state_from_bytes(&fed.to_bytes(Storage::Exact)).map(|_| ()),
+            ];
+            for (method, result) in results.into_iter().enumerate() {
+                let refused = matches!(result, Err(Error::Foreign { what: "fingerprint", .. }));
+                let right = if i == j { result.is_ok() } else { refused };
+                assert!(right, "state of {i} in {j}, method {method}: {result:?}");
+            }
+        }
+    }
+}
+
+/// Layers of one shape, and what is made of their states.
+#[test]
+fn states_of_layers_with_other_maps() {
+    let layer = |seed: u64| {
+        let options = DijiangOptions::new().with_window(Window::new(8, 1)).with_seed(seed);
+        DijiangAttention::from_softmax(&softmax(), options).unwrap()
+    };
+    let (own, twin, other, x) = (layer(0), layer(0), layer(1), text(3));
+    let row = x.slice(s![..1, ..]);
+    let mut pool = StatePool::new(&own, 2).unwrap();
+    let slot = pool.take().unwrap();
+    pool.step(&twin, &[slot], &row, &mut Array2::zeros((1, 8))).unwrap();
+    let state = pool.get(slot).unwrap().clone();
+    let mut out = Array2::zeros((1, 8));
+    for result in [
+        pool.step(&other, &[slot], &row, &mut out),
+        other.step_batch(&mut [&mut state.clone()], &row, &mut out),
+        other.step(&mut state.clone(), &x.row(0), &mut Array1::zeros(8)),
+        other.prefill(&mut state.clone(), &x, KeyMask::All).map(|_| ()),
+        other.prefill_packed(&mut [&mut state.clone()], &x, &[0, 3], KeyMask::All).map(|_| ()),
+        other.extend(&mut state.clone(), &x, KeyMask::All),
+        other.merge(&mut state.clone(), &other.new_state_at(1).unwrap()),
+        other.resume(state.attention().clone()).map(|_| ()),
+        other.state_from_bytes(&state.to_bytes(Storage::Exact)).map(|_| ()),
+        // Maps that were exchanged.
+        own.clone()
+            .with_maps(other.maps().to_vec())
+            .unwrap()
+            .resume(state.attention().clone())
+            .map(|_| ()),
+        own.clone()
+            .with_log_decay(vec![-0.1; 2])
+            .unwrap()
+            .resume(state.attention().clone())
+            .map(|_| ()),
+    ] {
+        assert!(matches!(result, Err(Error::Foreign { what: "fingerprint", .. })), "{result:?}");
+    }
+    twin.step(&mut state.clone(), &x.row(0), &mut Array1::zeros(8)).unwrap();
+    let mut moved = twin.state_from_bytes(&state.to_bytes(Storage::Exact)).unwrap();
+    twin.with_weights(softmax().weights().as_ref().clone())
+        .unwrap()
+        .prefill(&mut moved, &x, KeyMask::All)
+        .unwrap();
+
+    let published = |radius: f64, decay: f64| {
+        let base = published();
+        let mut weights = base.published_weights().as_ref().clone();
+        (weights.radii[1], weights.log_decay[0]) = (radius, decay);
+        PublishedAttention::new(base.config().clone(), base.weights().clone(), weights).unwrap()
+    };
+    let own = published(1.0, -0.1);
+    let mut state = own.new_state();
+    published(1.0, -0.1).prefill(&mut state, &x, KeyMask::All).unwrap();
+    for other in [published(1.5, -0.1), published(1.0, -0.2)] {
+        let results = [
+            other.prefill(&mut state, &x, KeyMask::All).map(|_| ()),
+            other.step(&mut state, &x.row(0), &mut Array1::zeros(8)),
+        ];
+        for result in results {
+            assert!(
+                matches!(result, Err(Error::Foreign { what: "fingerprint", .. })),
+                "{result:?}"
+            );
+        }
+    }
 }
 
 /// A directory of its own, gone at the end.

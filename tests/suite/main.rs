@@ -11,6 +11,7 @@ mod checkpoint;
 mod checkpoint_config;
 mod checkpoint_keys;
 mod errors;
+mod faulty_maps;
 mod hostile;
 mod kernel;
 mod layer;

@@ -94,6 +94,15 @@ fn decays_from_powers_that_vanish() {
     for (found, expected) in layer.published_weights().log_decay.iter().zip(decays) {
         assert!((found - expected).abs() < 1e-8, "{found} is not {expected}");
     }
+    // One number that is no power, and all powers times one.
+    for (at, factor) in [(1, 1.02), (700, 0.9), (0, 2.0)] {
+        let mut table = powers.clone();
+        let at = 4 * (positions + at);
+        let power = f32::from_le_bytes(*table[at..].first_chunk().unwrap());
+        table[at..at + 4].copy_from_slice(&(factor * power).to_le_bytes());
+        let error = with_powers(vec![1, 4, positions, 1], &table).unwrap_err();
+        assert!(matches!(&error, Error::Format { name, .. } if name == "D1"), "{error}");
+    }
     let zeros = [1.0_f32, 0.0].repeat(4).into_iter().flat_map(f32::to_le_bytes).collect::<Vec<_>>();
     assert!(
         matches!(with_powers(vec![1, 4, 2, 1], &zeros), Err(Error::Format { name, .. }) if name == "D1")

@@ -4,14 +4,9 @@
 use crate::common::linear::Setup;
 use crate::common::stream::Stream;
 use crate::common::{Inputs, Random, assert_close, assert_same_bits, to_f64};
-use dijiang::attention::{
-    CausalState, KeyMask, LinearConfig, Operator, Qkv, SequenceState, Window,
-};
-use dijiang::kernel::{DctMap, DctMapConfig, FeatureMap};
-use dijiang::{Error, Real};
-use ndarray::{Array2, Array3, Axis, concatenate, s};
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering};
+use dijiang::Real;
+use dijiang::attention::{KeyMask, Operator, Qkv, SequenceState};
+use ndarray::{Array2, Axis, concatenate, s};
 
 fn setups() -> Vec<Setup> {
     vec![
@@ -348,65 +343,4 @@ fn pieces_against_the_reference() {
             1e-12,
         );
     }
-}
-
-/// A map that panics when it is told to.
-#[derive(Debug)]
-struct Panicking<'a>(DctMap<f64>, &'a AtomicBool);
-
-impl FeatureMap<f64> for Panicking<'_> {
-    fn dim(&self) -> usize {
-        self.0.dim()
-    }
-    fn features(&self) -> usize {
-        self.0.features()
-    }
-    fn scratch_len(&self, width: usize) -> usize {
-        self.0.scratch_len(width)
-    }
-    fn query_panel(&self, width: usize, x: &[f64], out: &mut [f64], scratch: &mut [f64]) {
-        self.0.query_panel(width, x, out, scratch);
-    }
-    fn key_panel(&self, width: usize, y: &[f64], out: &mut [f64], scratch: &mut [f64]) {
-        assert!(!self.1.load(Ordering::Relaxed), "as told");
-        self.0.key_panel(width, y, out, scratch);
-    }
-}
-
-#[test]
-fn a_panic_poisons_the_state() {
-    let told = AtomicBool::new(false);
-    let map = Panicking(DctMapConfig::new(4).build().unwrap(), &told);
-    let config = LinearConfig::new().with_window(Window::new(2, 0)).with_sinks(1);
-    let attention = config.build(vec![map]).unwrap();
-    let mut random = Random::new(3);
-    let [q, k, v] = [(); 3].map(|()| random.normals((1, 9, 4), 1.0));
-    let mut state = attention.new_state();
-    attention.prefill(&mut state, Qkv::new(&q, &k, &v)).unwrap();
-    let whole = state.clone();
-
-    told.store(true, Ordering::Relaxed);
-    let caught = catch_unwind(AssertUnwindSafe(|| {
-        attention.prefill(&mut state, Qkv::new(&q, &k, &v)).map(|_| ())
-    }));
-    assert!(caught.is_err());
-    told.store(false, Ordering::Relaxed);
-
-    let poisoned = Error::Poisoned { argument: "state" };
-    assert_eq!(attention.prefill(&mut state, Qkv::new(&q, &k, &v)).unwrap_err(), poisoned);
-    let token = |x: &Array3<f64>| x.index_axis(Axis(1), 0).to_owned();
-    let (q1, k1, v1) = (token(&q), token(&k), token(&v));
-    let mut out = Array2::from_elem((1, 4), f64::NAN);
-    let mut workspace = attention.step_workspace();
-    let mut step = |state: &mut CausalState<f64>| {
-        attention.step(state, Qkv::token(&q1, &k1, &v1), &mut out, &mut workspace)
-    };
-    assert_eq!(step(&mut state).unwrap_err(), poisoned);
-
-    // A snapshot brings it back, and so does the beginning.
-    state.copy_from(&whole).unwrap();
-    step(&mut state).unwrap();
-    state.reset();
-    attention.prefill(&mut state, Qkv::new(&q, &k, &v)).unwrap();
-    assert_eq!(state, whole);
 }

@@ -162,16 +162,17 @@ fn forged_bytes_are_refused() {
         attention.state_from_bytes(&bytes)
     };
     assert!(forged(0, b"dijiang\0").is_ok());
-    let payload = 8 + 12 + 64;
-    let cases: [(&str, usize, &[u8]); 12] = [
+    let payload = 8 + 12 + 72;
+    let cases: [(&str, usize, &[u8]); 13] = [
         ("magic", 0, b"DIJIANG\0"),
-        ("version", 8, &[3]),
+        ("version", 8, &[4]),
         ("type", 12, &[4]),
         ("storage", 16, &[9]),
         ("heads", 20, &[0xff; 8]),
         ("a start after the position", 68, &[0xff, 0]),
         ("sums of no tokens", 76, &[0; 8]),
         ("a position that cannot be counted on", 76, &[0xff; 8]),
+        ("other maps", 84, &[0xff]),
         ("a frame after the position", payload, &[0xff; 8]),
         ("started", payload + 8, &[2]),
         ("pending keys", payload + 9, &[17]),
@@ -223,6 +224,83 @@ fn forged_bytes_are_refused() {
         );
     }
     assert!(setup.build::<f32>().state_from_bytes(&bytes).is_err());
+}
+
+/// Any number of a state made another one, with a checksum that fits: it is refused, or whoever goes
+/// on from it gets finite numbers, or an error.
+#[test]
+fn forged_numbers_do_no_harm() {
+    fn check<T: Real>(setup: &Setup) {
+        let attention = setup.build::<T>();
+        let later = setup.inputs(20, 20).cast();
+        let (mut read, mut refused) = (0, 0);
+        let bytes = states(&attention, setup).remove(2).to_bytes(Storage::Exact);
+        let payload = 92 + if setup.window.is_some() { 16 * setup.kv_heads } else { 0 };
+        let values = [-1.0, -1e-3, 0.0, 1e-38, 1e20, 1e38, -3e38, 1e300].map(T::from_f64);
+        for value in values.into_iter().filter(|x| x.to_f64().is_finite()) {
+            let number = match size_of::<T>() {
+                4 => (value.to_f64() as f32).to_le_bytes().to_vec(),
+                _ => value.to_f64().to_le_bytes().to_vec(),
+            };
+            // An odd step: on numbers and across them.
+            for at in (payload..bytes.len() - 4).step_by(5) {
+                let mut forged = bytes[..bytes.len() - 4].to_vec();
+                let end = forged.len().min(at + number.len());
+                forged[at..end].copy_from_slice(&number[..end - at]);
+                forged.extend(crc32fast::hash(&forged).to_le_bytes());
+                let Ok(mut state) = attention.state_from_bytes(&forged) else {
+                    refused += 1;
+                    continue;
+                };
+                read += 1;
+                let mut other = state.clone();
+                for out in [
+                    attention.prefill_of(&mut state, &later, KeyMask::All),
+                    attention.prefill_of(&mut other, &later.part(0..1), KeyMask::All),
+                ] {
+                    let finite = out.map_or(true, |out| out.iter().all(|x| x.to_f64().is_finite()));
+                    assert!(finite, "{setup:?}, {}: {value} at {at}", T::NAME);
+                }
+            }
+        }
+        assert!(read > 0 && refused > 0, "{setup:?}: {read} read, {refused} refused");
+    }
+    for setup in [Setup::new(7).sizes(2, 2, 1), Setup::new(8).sizes(2, 2, 1).window(2, 1)] {
+        check::<f32>(&setup);
+        check::<f64>(&setup);
+    }
+}
+
+/// Versions 1 and 2, which said nothing of the maps.
+#[test]
+fn earlier_versions_are_read() {
+    for setup in [Setup::new(7).sizes(2, 2, 1), Setup::new(8).sizes(2, 2, 1).window(2, 1)] {
+        let attention = setup.build::<f64>();
+        let stranger = Setup { seed: 99, ..setup.clone() }.build::<f64>();
+        for state in states(&attention, &setup) {
+            let bytes = state.to_bytes(Storage::Exact);
+            assert!(matches!(
+                stranger.state_from_bytes(&bytes),
+                Err(Error::Foreign { what: "fingerprint", .. })
+            ));
+            let head = 92 + setup.window.map_or(0, |_| 16 * setup.kv_heads);
+            let (window, rest) = (&bytes[92..head], &bytes[head..bytes.len() - 4]);
+            let first = window.get(..16).unwrap_or(&[0; 16]);
+            let versions: [(u32, Vec<&[u8]>); 2] = [
+                (2, vec![&bytes[12..84], window, rest]),
+                (1, vec![&bytes[12..52], first, &bytes[68..84], rest]),
+            ];
+            for (version, parts) in versions {
+                let mut old = [&bytes[..8], &version.to_le_bytes(), &parts.concat()].concat();
+                old.extend(crc32fast::hash(&old).to_le_bytes());
+                assert!(attention.state_from_bytes(&old).unwrap() == state, "version {version}");
+                // Nobody can tell whose these are.
+                let read = CausalState::from_bytes(&old).unwrap();
+                attention.check_state(&read).unwrap();
+                stranger.check_state(&read).unwrap();
+            }
+        }
+    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use dijiang::attention::{Causality, LinearAttention};
 use dijiang::kernel::{DctMap, Envelope, FeatureMap};
 use dijiang::{Real, attention::CausalState};
 
-use crate::bytes::{Shape, decode, encode};
+use crate::bytes::{Shape, decode, encode, foreign};
 use crate::call::{Call, Head, Part, Plan, SINKS, TILE, tiles};
 use crate::device::{Device, Kernels};
 use crate::element::Element;
@@ -161,6 +161,7 @@ impl<E: Element> Attention<E> {
         Ok(Pool {
             states: self.device.stream().alloc_zeros((streams * self.state_bytes).max(1))?,
             streams: vec![Stream::default(); streams],
+            fingerprint: self.shape.fingerprint,
             element: PhantomData,
         })
     }
@@ -240,6 +241,7 @@ impl<E: Element> Attention<E> {
     /// # Errors
     /// [`Error::Value`] for a stream that is not there; [`Error::Driver`].
     pub fn state_to_bytes(&self, pool: &Pool<E>, stream: usize) -> Result<Vec<u8>> {
+        self.check_pool(pool)?;
         let of_stream = pool.streams.get(stream).ok_or(no_stream(stream))?;
         let from = stream * self.state_bytes;
         let view = pool.states.slice(from..from + self.state_bytes);
@@ -247,12 +249,14 @@ impl<E: Element> Attention<E> {
         Ok(encode::<E>(&self.shape, of_stream, &state))
     }
 
-    /// A stream goes on from the state in `bytes`, of an f32 operator of this shape.
+    /// A stream goes on from the state in `bytes`, of an f32 operator of this shape and with these
+    /// maps.
     ///
     /// # Errors
     /// [`Error::Dijiang`] for bytes that are no such state, [`Error::Value`] for a stream that is
     /// not there or a state that does not begin at position 0; [`Error::Driver`].
     pub fn state_from_bytes(&self, pool: &mut Pool<E>, stream: usize, bytes: &[u8]) -> Result<()> {
+        self.check_pool(pool)?;
         let of_stream = pool.streams.get_mut(stream).ok_or(no_stream(stream))?;
         let state = CausalState::<f32>::from_bytes(bytes)?;
         let (known, state) = decode::<E>(&self.shape, &state)?;
@@ -261,6 +265,15 @@ impl<E: Element> Attention<E> {
         self.device.stream().memcpy_htod(&state, &mut view)?;
         *of_stream = known;
         Ok(())
+    }
+
+    /// Whether a pool is of this operator.
+    fn check_pool(&self, pool: &Pool<E>) -> Result<()> {
+        check_len("states", pool.streams.len() * self.state_bytes, pool.states.len())?;
+        match self.shape.fingerprint == pool.fingerprint {
+            true => Ok(()),
+            false => Err(foreign("pool", self.shape.fingerprint, pool.fingerprint)),
+        }
     }
 
     /// How many tokens there are.
@@ -306,7 +319,7 @@ impl<E: Element> Attention<E> {
         qkv: &Qkv<'_, E>,
     ) -> Result<Plan> {
         check_len("streams", offsets.len() - 1, streams.len())?;
-        check_len("states", pool.streams.len() * self.state_bytes, pool.states.len())?;
+        self.check_pool(pool)?;
         let mut used = vec![false; pool.streams.len()];
         for &stream in streams {
             match used.get_mut(stream) {
@@ -477,6 +490,7 @@ impl Shape {
             sinks: attention.sinks(),
             windows: attention.windows().to_vec(),
             log_decay: attention.log_decay().to_vec(),
+            fingerprint: attention.fingerprint(),
         };
         if attention.causality() != Causality::Causal {
             return unsupported("the number of directions", "1 (causal attention)", 2);

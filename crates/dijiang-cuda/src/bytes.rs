@@ -1,4 +1,4 @@
-//! States of the device to and from the bytes of the CPU crate (its format, version 2).
+//! States of the device to and from the bytes of the CPU crate (its format, version 3).
 //!
 //! The device keeps exponents in units of log 2, no compensation of rounding, keys as they came and
 //! in rows; the bytes have natural logarithms, scaled keys, in columns.
@@ -24,6 +24,8 @@ pub(crate) struct Shape {
     pub(crate) sinks: usize,
     pub(crate) windows: Vec<Window>,
     pub(crate) log_decay: Vec<f64>,
+    /// The operator's.
+    pub(crate) fingerprint: u64,
 }
 
 impl Shape {
@@ -110,14 +112,14 @@ fn transposed(matrix: &[f64], columns: usize) -> Vec<f64> {
 pub(crate) fn encode<E: Element>(shape: &Shape, stream: &Stream, mut state: &[u8]) -> Vec<u8> {
     let (dim, value_dim, features) = (shape.dim, shape.value_dim, shape.features);
     let mut out = MAGIC.to_vec();
-    [2u32, 4, 0].iter().for_each(|word| out.extend(word.to_le_bytes()));
+    [3u32, 4, 0].iter().for_each(|word| out.extend(word.to_le_bytes()));
     let sizes = [shape.kv_heads(), dim, features, value_dim, shape.kv_heads(), shape.sinks];
     let places = [0, stream.position];
     let windows = shape.windows.iter().flat_map(|window| [window.chunk, window.back]);
-    let mut put = |numbers: &mut dyn Iterator<Item = usize>| {
-        numbers.for_each(|number| out.extend((number as u64).to_le_bytes()));
-    };
-    put(&mut sizes.into_iter().chain(places).chain(windows));
+    let numbers = sizes.into_iter().chain(places).map(|number| number as u64);
+    let windows = windows.map(|number| number as u64);
+    let numbers = numbers.chain([shape.fingerprint]).chain(windows);
+    numbers.for_each(|number| out.extend(number.to_le_bytes()));
     for window in &shape.windows {
         let head = HeadState::read::<E>(shape, window.tokens(), &mut state);
         let base = shape.base(*window, stream.position);
@@ -176,6 +178,12 @@ pub(crate) fn encode<E: Element>(shape: &Shape, stream: &Stream, mut state: &[u8
     out
 }
 
+/// A state or pool of an operator with other maps.
+pub(crate) fn foreign(argument: &'static str, expected: u64, got: u64) -> Error {
+    let (what, expected, got) = ("fingerprint", expected as usize, got as usize);
+    Error::Dijiang(dijiang::Error::Foreign { argument, what, expected, got })
+}
+
 /// What the host must know of a state, and the state as the device keeps it.
 pub(crate) fn decode<E: Element>(
     shape: &Shape,
@@ -193,6 +201,7 @@ pub(crate) fn decode<E: Element>(
     let mut header = || number(&mut rest);
     let sizes = [(); 6].map(|()| header());
     let places = [(); 2].map(|()| header());
+    let fingerprint = header();
     let (dim, value_dim, features) = (shape.dim, shape.value_dim, shape.features);
     let own = [shape.kv_heads(), dim, features, value_dim, shape.kv_heads(), shape.sinks];
     let windows = shape.windows.iter().all(|window| {
@@ -204,6 +213,9 @@ pub(crate) fn decode<E: Element>(
         let (expected, got) = different.map_or((0, 1), |i| (own[i], sizes[i]));
         let error = dijiang::Error::Foreign { argument: "state", what, expected, got };
         return Err(Error::Dijiang(error));
+    }
+    if ![0, shape.fingerprint as usize].contains(&fingerprint) {
+        return Err(foreign("state", shape.fingerprint, fingerprint as u64));
     }
     let [start, position] = places;
     if start != 0 {
@@ -337,6 +349,11 @@ mod tests {
         let other = operator.config().with_sinks(2).build(operator.maps().to_vec());
         let other = other.expect("sizes are right");
         assert!(matches!(decode::<f32>(&shape, &other.new_state()), Err(Error::Dijiang(_))));
+        let other = operator.config().with_log_decay(vec![-0.02; 2]);
+        let other = other.build(operator.maps().to_vec()).expect("sizes are right");
+        let of_others = decode::<f32>(&shape, &other.new_state());
+        let fingerprint = |error: &Error| error.to_string().contains("fingerprint");
+        assert!(of_others.is_err_and(|error| fingerprint(&error)));
         let later = operator.new_state_at(64).expect("it is small");
         assert!(matches!(decode::<f32>(&shape, &later), Err(Error::Value { got: 64, .. })));
     }

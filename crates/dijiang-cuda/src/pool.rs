@@ -13,6 +13,8 @@ use crate::element::Element;
 pub struct Pool<E> {
     pub(crate) states: CudaSlice<u8>,
     pub(crate) streams: Vec<Stream>,
+    /// Of the operator that made it.
+    pub(crate) fingerprint: u64,
     pub(crate) element: PhantomData<E>,
 }
 

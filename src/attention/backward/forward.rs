@@ -462,6 +462,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         for i in 0..width {
             inverse[i] = if total[i] > T::ZERO { T::ONE / total[i] } else { T::ZERO };
             delta[i] *= inverse[i];
+            self.tape.finite &= i >= tokens || total[i] < -T::NEG_INFINITY;
             if i < tokens && total[i] > T::ZERO {
                 self.tape.shifts[at + i] = shift[i] - total[i].ln();
                 self.tape.deltas[at + i] = delta[i];

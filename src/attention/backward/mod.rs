@@ -18,7 +18,7 @@ use ndarray::{
 use crate::Real;
 use crate::attention::linear::LinearAttention;
 use crate::attention::linear::state::{CausalState, HeadState};
-use crate::attention::qkv::{HeadQkv, Qkv};
+use crate::attention::qkv::{HeadQkv, Qkv, not_finite};
 use crate::attention::rows::{OutOfRange, Rows, put_row};
 use crate::attention::scratch::Sizes;
 use crate::check::{check_elements, check_room, check_shape};
@@ -143,8 +143,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     ///
     /// # Errors
     /// As [`backward`](Self::backward), with [`Error::Shape`] for gradients of other shapes and
-    /// [`Error::Foreign`] for a workspace of another operator's shape. After [`Error::NonFinite`]
-    /// the contents of `gradients` mean nothing.
+    /// [`Error::Foreign`] for a workspace of another operator's shape. After [`Error::NonFinite`],
+    /// and [`Error::Value`] for a map, the contents of `gradients` mean nothing.
     pub fn backward_into(
         &self,
         qkv: Qkv<'_, T>,
@@ -257,11 +257,12 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             let qkv = HeadQkv { position, ..qkv };
             *result =
                 Some(self.head_backward(state, qkv, grad_out, InputGradients { q, k, v }, tape));
-            Ok(())
+            if tape.finite { Ok(()) } else { Err(OutOfRange) }
         });
         if let Err(OutOfRange) = result {
             qkv.check_elements()?;
             check_elements("grad_out", grad_out)?;
+            return Err(not_finite());
         }
         gradients.maps.clear();
         gradients.log_decay.clear();

@@ -62,6 +62,8 @@ pub(crate) struct Tape<T> {
     pub(crate) positions: Vec<usize>,
     /// λ(p_i − p₀) − log D_i, `[group, n_q]`.
     pub(crate) shifts: Vec<T>,
+    /// Whether all normalisers have been numbers.
+    pub(crate) finite: bool,
     /// δ_i, `[group, n_q]`.
     pub(crate) deltas: Vec<T>,
     /// ȯ, if it came from a loss, `[group, n_q, e_padded]`.
@@ -87,6 +89,7 @@ impl<T: Real> Tape<T> {
             references: Vec::new(),
             positions: Vec::new(),
             shifts: Vec::new(),
+            finite: true,
             deltas: Vec::new(),
             output_gradient: Vec::new(),
             keys: Vec::new(),
@@ -119,6 +122,7 @@ impl<T: Real> Tape<T> {
             }
             None => state.reset(),
         }
+        self.finite = true;
         self.events.clear();
         self.references.clear();
         self.positions.clear();

@@ -127,7 +127,7 @@ fn queries<T: Real>(
         for (i, top) in scratch.features.top[..rows.len()].iter_mut().enumerate() {
             *top += sums.decay(head.log_decay, qkv.position + rows.start + i);
         }
-        head.put_outputs(scratch, rows.clone(), out.index_axis_mut(Axis(0), h));
+        head.put_outputs(scratch, rows.clone(), out.index_axis_mut(Axis(0), h))?;
     }
     Ok(())
 }

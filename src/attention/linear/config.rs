@@ -12,7 +12,7 @@ use crate::attention::scratch::{BLOCK, Sizes};
 use crate::attention::{Causality, Window};
 use crate::check::{check_finite, check_len, check_positive};
 use crate::error::{Error, Result};
-use crate::kernel::FeatureMap;
+use crate::kernel::{FeatureMap, hash, word};
 
 /// How [`LinearAttention`] is to be built.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -164,6 +164,9 @@ impl LinearConfig {
             let argument = "scratch elements of a map";
             return Err(Error::TooLarge { argument, limit: MAX_STATE, got: scratch });
         }
+        let of_heads = maps.iter().zip(&log_decay);
+        let of_heads = of_heads.flat_map(|(map, &decay)| [map.fingerprint(), word(decay)]);
+        let fingerprint = hash(of_heads.chain([word(scale)])).max(1);
         let sizes =
             Sizes { dim, features, value_dim, window: largest, sinks: self.sinks, map: scratch };
         let attention = LinearAttention {
@@ -180,6 +183,7 @@ impl LinearConfig {
                 value_dim,
                 windows: windows.into(),
                 sinks: self.sinks,
+                fingerprint,
             },
             element: PhantomData,
         };

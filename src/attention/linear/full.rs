@@ -14,7 +14,7 @@ use crate::attention::linear::head::Head;
 use crate::attention::linear::state::{Outputs, Sums};
 use crate::attention::qkv::HeadQkv;
 use crate::attention::rows::{OutOfRange, Rows};
-use crate::attention::scratch::{BLOCK, FeatureScratch, SEGMENT, Scratch, Worker};
+use crate::attention::scratch::{BLOCK, FeatureScratch, SEGMENT, Scratch, Whole, Worker};
 use crate::low::simd::{Ahead, padded};
 use crate::threads::{for_each, try_each};
 
@@ -31,7 +31,7 @@ pub(crate) fn attend<T: Real>(
     out: ArrayViewMut3<'_, T>,
     worker: &mut Worker<T>,
 ) -> Result<(), OutOfRange> {
-    let Worker { scratch, state, part } = worker;
+    let (scratch, Whole { state, part }) = worker.all();
     let sums = &mut state.sums;
     for (i, keys) in parts(qkv.k.nrows()).enumerate() {
         sum(head, &qkv, keys, if i == 0 { &mut *sums } else { &mut *part }, scratch)?;
@@ -135,7 +135,7 @@ fn read<T: Real>(
             ahead.aim(block.end, BLOCK);
             let sums_of = Outputs { tokens, numerator: o, total: &mut total[..width] };
             sums.read(head.ops, a, &column[..width], sums_of, ahead);
-            scratch.put_outputs(head.value_stride, block, out.view_mut());
+            scratch.put_outputs(head.value_stride, block, out.view_mut())?;
         }
     }
     Ok(())

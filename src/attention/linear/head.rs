@@ -5,6 +5,7 @@ use std::ops::Range;
 use ndarray::{ArrayViewMut2, s};
 
 use crate::Real;
+use crate::attention::rows::OutOfRange;
 use crate::attention::scratch::Scratch;
 use crate::kernel::FeatureMap;
 use crate::low::simd::{Ops, padded};
@@ -55,15 +56,16 @@ impl<'a, T: Real> Head<'a, T> {
         scratch: &Scratch<T>,
         queries: Range<usize>,
         mut out: ArrayViewMut2<'_, T>,
-    ) {
+    ) -> Result<(), OutOfRange> {
         let e = self.value_dim;
         let outputs = out.slice_mut(s![.., ..e]);
-        scratch.put_outputs(self.value_stride, queries.clone(), outputs);
+        scratch.put_outputs(self.value_stride, queries.clone(), outputs)?;
         if out.ncols() > e {
             for (i, query) in queries.enumerate() {
                 out[[query, e]] = scratch.features.top[i];
                 out[[query, e + 1]] = scratch.total[i];
             }
         }
+        Ok(())
     }
 }

@@ -14,7 +14,9 @@ use crate::attention::linear::LinearAttention;
 use crate::attention::linear::absorb::{KeyBlock, absorb, absorb_chunk};
 use crate::attention::linear::head::Head;
 use crate::attention::linear::state::{CausalState, HeadState, NOWHERE};
-use crate::attention::scratch::{Scratch, Worker};
+use crate::attention::qkv::not_finite;
+use crate::attention::rows::OutOfRange;
+use crate::attention::scratch::{Scratch, Whole};
 use crate::attention::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
@@ -45,11 +47,13 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     ///
     /// # Cost
     /// O(m·e) per head, and O(chunk · back) keys through the map with a local window. On the
-    /// calling thread, no allocation.
+    /// calling thread, no allocation but for the first time in a
+    /// [`step_workspace`](crate::attention::Operator::step_workspace).
     ///
     /// # Errors
     /// [`Error::Value`] unless `next` begins where `state` ends, [`Error::Foreign`] for states and
-    /// a workspace of another shape; nothing is changed then.
+    /// a workspace of another shape or states of other maps; nothing is changed then. `state` is
+    /// poisoned after an [`Error::Value`] for log-features that are not finite.
     ///
     /// # Examples
     /// ```
@@ -90,7 +94,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         if next.position == next.start() {
             return Ok(());
         }
-        let Worker { scratch, part, .. } = workspace.first();
+        let (scratch, Whole { part, .. }) = workspace.first().all();
         let (cut, end) = (state.position, next.position);
         for (h, (own, next)) in state.change().iter_mut().zip(&next.heads).enumerate() {
             let head = self.head(h);
@@ -99,6 +103,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             part.copy(&next.sums);
             part.settle(head.ops);
             own.sums.join(head.ops, head.log_decay, part, &mut scratch.features.feature);
+            own.sums.check().map_err(|OutOfRange| not_finite())?;
         }
         state.changed(end - cut);
         Ok(())

@@ -26,7 +26,7 @@ use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayViewMut3, Axis, s};
 
 use crate::Real;
 use crate::attention::operator::{Operator, SequenceState};
-use crate::attention::qkv::{Dims, HeadQkv, Qkv};
+use crate::attention::qkv::{Dims, HeadQkv, Qkv, not_finite};
 use crate::attention::rows::OutOfRange;
 use crate::attention::scratch::{SEGMENT, Sizes};
 use crate::attention::workspace::Workspace;
@@ -42,6 +42,8 @@ pub use config::LinearConfig;
 pub(crate) use config::largest as largest_window;
 pub(crate) use head::Head;
 pub use state::CausalState;
+#[cfg(feature = "candle")]
+pub(crate) use state::MAX_POSITION;
 #[cfg(feature = "states")]
 pub use state::Storage;
 
@@ -139,6 +141,12 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// Softmax scale σ.
     pub fn scale(&self) -> f64 {
         self.scale
+    }
+
+    /// A number that tells its maps, decay and scale from others: the same for the same ones. Its
+    /// states know it, in their bytes too.
+    pub fn fingerprint(&self) -> u64 {
+        self.shape.fingerprint
     }
 
     /// What it was built from, every default filled in.
@@ -240,7 +248,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             state.change().iter_mut().map(move |head| Some((position, head)))
         });
         let result = self.causal(qkv, out, heads, workspace);
-        debug_assert!(result.is_ok(), "all elements have been looked at");
+        result.map_err(|OutOfRange| not_finite())?;
         states.iter_mut().zip(qkv.ranges()).for_each(|(state, (queries, _))| {
             state.changed(queries.len());
         });
@@ -284,8 +292,9 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         let mut items = qkv.heads(out).zip(states);
         if !Pipeline::<T>::pays(qkv.sequences() * heads) || longest <= SEGMENT {
             return try_each(&mut workspace.workers, items, |worker, ((qkv, out), state)| {
-                let (qkv, state) = continued(qkv, state, &mut worker.state, shape);
-                pipeline::prefill(&self.head(qkv.head), state, qkv, out, &mut worker.scratch)
+                let (scratch, whole) = worker.all();
+                let (qkv, state) = continued(qkv, state, &mut whole.state, shape);
+                pipeline::prefill(&self.head(qkv.head), state, qkv, out, scratch)
             });
         }
         workspace.share_heads(shape);
@@ -293,12 +302,13 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         for _ in 0..qkv.sequences() {
             let items = items.by_ref().take(heads).zip(&mut *pipelines);
             try_each(workers, items, |worker, (((qkv, out), state), pipeline)| {
-                let (qkv, state) = continued(qkv, state, &mut worker.state, shape);
+                let (scratch, whole) = worker.all();
+                let (qkv, state) = continued(qkv, state, &mut whole.state, shape);
                 let head = self.head(qkv.head);
                 if qkv.k.nrows() > SEGMENT {
                     pipeline.prefill(&head, state, qkv, out)
                 } else {
-                    pipeline::prefill(&head, state, qkv, out, &mut worker.scratch)
+                    pipeline::prefill(&head, state, qkv, out, scratch)
                 }
             })?;
         }
@@ -343,7 +353,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         Ok(())
     }
 
-    /// After it changed: back to what it was, if elements were out of range.
+    /// After it changed: back to what it was, if elements were out of range. If the map's features
+    /// were, it stays poisoned.
     fn end(
         &self,
         state: &mut CausalState<T>,
@@ -351,10 +362,11 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
         qkv: Qkv<'_, T>,
         workspace: &Workspace<T>,
     ) -> Result<()> {
-        if result.is_ok() {
+        let Err(OutOfRange) = result else {
             state.changed(qkv.keys());
             return Ok(());
-        }
+        };
+        let Err(error) = qkv.check_elements() else { return Err(not_finite()) };
         if state.is_fresh() {
             state.change().iter_mut().for_each(HeadState::reset);
         } else {
@@ -362,7 +374,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             heads.for_each(|(head, kept)| head.copy(kept));
         }
         state.changed(0);
-        qkv.check_elements()
+        Err(error)
     }
 }
 
@@ -413,7 +425,7 @@ impl<T: Real, M: FeatureMap<T>> Operator<T> for LinearAttention<T, M> {
     }
 
     fn step_workspace(&self) -> Workspace<T> {
-        Workspace::for_threads(self.sizes, 1)
+        Workspace::for_steps(self.sizes)
     }
 
     fn forward(&self, qkv: Qkv<'_, T>) -> Result<Array3<T>> {
@@ -435,7 +447,7 @@ impl<T: Real, M: FeatureMap<T>> Operator<T> for LinearAttention<T, M> {
             Causality::Causal => self.causal(qkv, out, std::iter::repeat_with(|| None), workspace),
             Causality::Bidirectional => self.full(qkv, out, workspace),
         };
-        result.or_else(|OutOfRange| qkv.check_elements())
+        result.map_err(|OutOfRange| qkv.out_of_range())
     }
 
     fn prefill_packed(
@@ -496,12 +508,12 @@ impl<T: Real, M: FeatureMap<T>> Operator<T> for LinearAttention<T, M> {
         for ((qkv, out), head_state) in heads.zip(state.change()) {
             let (head, qkv) = (self.head(qkv.head), HeadQkv { position, ..qkv });
             let scratch = &mut workspace.first().scratch;
-            if qkv.is_valid(0) {
-                step::step(&head, head_state, qkv, out, scratch);
+            let result = if qkv.is_valid(0) {
+                step::step(&head, head_state, qkv, out, scratch)
             } else {
-                let result = pipeline::prefill(&head, head_state, qkv, out, scratch);
-                debug_assert!(result.is_ok(), "all elements have been looked at");
-            }
+                pipeline::prefill(&head, head_state, qkv, out, scratch)
+            };
+            result.map_err(|OutOfRange| not_finite())?;
         }
         state.changed(1);
         Ok(())

@@ -40,6 +40,8 @@ use crate::threads::{for_each, max_threads};
 const WORKERS: usize = 4;
 
 /// The next tokens of one head on the calling thread. After an error the state holds anything.
+///
+/// Keys whose log-features are no numbers are found in the sums, whoever reads them or not.
 pub(crate) fn prefill<T: Real>(
     head: &Head<'_, T>,
     state: &mut HeadState<T>,
@@ -48,9 +50,10 @@ pub(crate) fn prefill<T: Real>(
     scratch: &mut Scratch<T>,
 ) -> Result<(), OutOfRange> {
     match state.ring {
-        Some(_) => window::prefill(head, state, qkv, out, scratch),
-        None => causal::prefill(head, &mut state.sums, qkv, out, scratch),
+        Some(_) => window::prefill(head, state, qkv, out, scratch)?,
+        None => causal::prefill(head, &mut state.sums, qkv, out, scratch)?,
     }
+    state.sums.check()
 }
 
 /// The memory for several threads to share one head.

@@ -8,7 +8,7 @@ use crate::attention::linear::absorb::retire;
 use crate::attention::linear::head::Head;
 use crate::attention::linear::state::{HeadState, PENDING, Pending, Ring, Sums, ceiling};
 use crate::attention::qkv::HeadQkv;
-use crate::attention::rows::normalise;
+use crate::attention::rows::{OutOfRange, normalise};
 use crate::attention::scratch::{FeatureScratch, Scratch};
 use crate::low::mat::MatRef;
 use crate::low::simd::padded;
@@ -21,7 +21,7 @@ pub(crate) fn step<T: Real>(
     qkv: HeadQkv<'_, T>,
     mut out: ArrayViewMut3<'_, T>,
     scratch: &mut Scratch<T>,
-) {
+) -> Result<(), OutOfRange> {
     let (position, key) = (qkv.position, qkv.k.row(0));
     let chunk = state.ring.as_ref().map(Ring::chunk);
     if let Some(chunk) = chunk.filter(|&chunk| position.is_multiple_of(chunk)) {
@@ -47,8 +47,9 @@ pub(crate) fn step<T: Real>(
             Some(ring) => read_window(head, state, ring, position, scratch),
             None => read(head, &state.sums, scratch),
         };
-        normalise(&scratch.o, total, out.slice_mut(s![h, 0, ..]));
+        normalise(&scratch.o, total, out.slice_mut(s![h, 0, ..]))?;
     }
+    Ok(())
 }
 
 /// `out = scale · row`.

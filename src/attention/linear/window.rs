@@ -94,7 +94,7 @@ fn queries<T: Real>(
         let Scratch { x, zeros, .. } = scratch;
         qkv.query_rows(h, block.clone()).gather(head.ops, head.scale, x, zeros)?;
         weigh(head, state, qkv.position + block.start, block.len(), scratch);
-        head.put_outputs(scratch, block.clone(), out.index_axis_mut(Axis(0), h));
+        head.put_outputs(scratch, block.clone(), out.index_axis_mut(Axis(0), h))?;
     }
     Ok(())
 }

@@ -222,7 +222,7 @@ impl<T: Real> Softmax<T> {
             let queries = qkv.query_rows(0, start..n.min(start + BLOCK));
             self.tiles(Keys::Given(&qkv), queries.clone(), visible, scratch)?;
             let out = out.index_axis_mut(Axis(0), 0);
-            scratch.put_outputs(padded(self.config.value_dim), queries.tokens, out);
+            scratch.put_outputs(padded(self.config.value_dim), queries.tokens, out)?;
         }
         Ok(())
     }
@@ -244,7 +244,7 @@ impl<T: Real> Softmax<T> {
                 let visible = |i: usize| self.visible(qkv.head, qkv.position + i, sinks);
                 self.tiles(Keys::Cached(cache), queries.clone(), visible, scratch)?;
                 let out = out.index_axis_mut(Axis(0), h);
-                scratch.put_outputs(padded(self.config.value_dim), queries.tokens, out);
+                scratch.put_outputs(padded(self.config.value_dim), queries.tokens, out)?;
             }
         }
         Ok(())
@@ -382,7 +382,7 @@ impl<T: Real> Operator<T> for Softmax<T> {
     }
 
     fn step_workspace(&self) -> Workspace<T> {
-        Workspace::for_threads(self.sizes(), 1)
+        Workspace::for_steps(self.sizes())
     }
 
     fn forward(&self, qkv: Qkv<'_, T>) -> Result<Array3<T>> {

@@ -177,13 +177,13 @@ unsafe fn tile<S: Simd, const R: usize, const C: usize>(
     }
 }
 
-/// exp(x) for x ≤ 88; zero far below the range of the type.
+/// exp(x) for x ≤ 88; zero far below the range of the type. NaN for NaN.
 #[inline(always)]
 fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
     let c = |value: f64| simd.splat(S::T::from_f64(value));
     let single = size_of::<S::T>() == 4;
-    // Below this 2ⁿ is zero, and −∞ must not reach the subtraction.
-    let x = simd.max(x, c(if single { -150.0 } else { -1100.0 }));
+    // Below this 2ⁿ is zero, and −∞ must not reach the subtraction. NaN stays, coming second.
+    let x = simd.max(c(if single { -150.0 } else { -1100.0 }), x);
     let n = simd.round(simd.mul(x, c(std::f64::consts::LOG2_E)));
     // ln 2 in two parts, the first with enough trailing zeros that n·HIGH is exact (Cody and
     // Waite).

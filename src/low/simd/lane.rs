@@ -31,11 +31,12 @@ pub(super) trait Simd: Copy {
     fn mul(self, a: Self::V, b: Self::V) -> Self::V;
     /// a·b + c, with one rounding where the CPU has it.
     fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
-    /// The larger one, lane by lane; unspecified for NaN.
+    /// The larger one, lane by lane; `b` if one of them is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// To the nearest integer, for magnitudes up to 2^20.
     fn round(self, a: Self::V) -> Self::V;
-    /// a·2ⁿ for integral n from −2^20 to the exponent range; zero (or nearly) below it.
+    /// a·2ⁿ for integral n from −2^20 to the exponent range; zero (or nearly) below it. NaN if both
+    /// are.
     fn scale2(self, a: Self::V, n: Self::V) -> Self::V;
     /// Whether every lane is a number of at most this magnitude.
     fn within(self, a: Self::V, limit: Self::V) -> bool;

@@ -240,6 +240,13 @@ impl<T: Real> Suite<T> {
         (self.ops.exp_panel)(&mut far, &[T::ZERO], &[T::ZERO; 16]);
         assert!(far.iter().all(|&x| x == T::ZERO), "{} {far:?}", self.ops.name);
         assert_eq!((self.ops.exp_sum)(&mut [T::ZERO; 16], T::ZERO).to_f64(), 16.0);
+        // What is no number stays none, and is found in the sum.
+        for at in 0..16 {
+            let mut row = [T::ZERO; 16];
+            row[at] = T::from_f64(f64::NAN);
+            assert!((self.ops.exp_sum)(&mut row, T::ZERO).to_f64().is_nan(), "{}", self.ops.name);
+            assert!(row.iter().enumerate().all(|(i, x)| x.to_f64().is_nan() == (i == at)));
+        }
     }
 
     fn reductions(&mut self) {

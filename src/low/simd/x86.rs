@@ -106,7 +106,7 @@ impl Simd for Avx512F32 {
         unsafe {
             // Lanes whose result would be no normal number are left out: they cost a hundred times
             // the others.
-            let normal = _mm512_cmp_ps_mask::<_CMP_GE_OQ>(n, _mm512_set1_ps(-126.0));
+            let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(n, _mm512_set1_ps(-126.0));
             _mm512_maskz_scalef_ps(normal, a, n)
         }
     }
@@ -215,7 +215,7 @@ impl Simd for Avx512F64 {
     fn scale2(self, a: __m512d, n: __m512d) -> __m512d {
         // SAFETY: the token proves the instruction set.
         unsafe {
-            let normal = _mm512_cmp_pd_mask::<_CMP_GE_OQ>(n, _mm512_set1_pd(-1022.0));
+            let normal = _mm512_cmp_pd_mask::<_CMP_NLT_UQ>(n, _mm512_set1_pd(-1022.0));
             _mm512_maskz_scalef_pd(normal, a, n)
         }
     }

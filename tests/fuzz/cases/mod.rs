@@ -76,6 +76,7 @@ fn kind(error: &Error) -> &'static str {
         Error::NotDivisible { .. } => "NotDivisible",
         Error::TooLarge { .. } => "TooLarge",
         Error::Foreign { .. } => "Foreign",
+        Error::Poisoned { .. } => "Poisoned",
         Error::Conflict { .. } => "Conflict",
         Error::Format { .. } => "Format",
         Error::Io { .. } => "Io",

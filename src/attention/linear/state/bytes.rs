@@ -2,9 +2,9 @@
 //! of a prompt.
 //!
 //! ```text
-//! magic "dijiang\0", then little-endian u32: format version 2, bytes per number of the layer,
+//! magic "dijiang\0", then little-endian u32: format version 3, bytes per number of the layer,
 //!      storage;
-//! u64: heads, d, m, e, windows (none, or one for each head), sinks s, start, position
+//! u64: heads, d, m, e, windows (none, or one for each head), sinks s, start, position, fingerprint
 //! per window u64 chunk, u64 back
 //! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of z;
 //!            S, what rounding kept out of S; pending weights and values; the window's keys and values,
@@ -13,16 +13,19 @@
 //! CRC-32 of everything before it, u32
 //! ```
 //!
-//! Version 1, which is read too, had one window for all heads (its chunk and back, 0 and 0 for
-//! none, in place of windows and sinks) and no sinks.
+//! Versions 1 and 2, which are read too, had no fingerprint, and version 1 one window for all heads
+//! (its chunk and back, 0 and 0 for none, in place of windows and sinks) and no sinks.
 
 use std::sync::Arc;
 
 use half::bf16;
 
-use super::{CausalState, HeadState, MAX_POSITION, PENDING, Pending, Ring, Shape, Sinks, Sums};
+use super::{
+    CausalState, HeadState, MAX_POSITION, PENDING, Pending, Ring, Shape, Sinks, Sums, ceiling,
+};
 use crate::Real;
 use crate::attention::Window;
+use crate::attention::check::MAX_SCALE;
 use crate::attention::linear::LinearAttention;
 use crate::error::Result;
 use crate::files::{elements, fault};
@@ -30,9 +33,9 @@ use crate::kernel::FeatureMap;
 use crate::low::simd::padded;
 
 const MAGIC: &[u8; 8] = b"dijiang\0";
-const VERSION: u32 = 2;
-/// Bytes of the magic, three u32 and eight u64.
-const HEADER: usize = 8 + 3 * 4 + 8 * 8;
+const VERSION: u32 = 3;
+/// Bytes of the magic and three u32.
+const PREFIX: usize = 8 + 3 * 4;
 /// Bytes of a window's chunk and back.
 const WINDOW: usize = 2 * 8;
 const CHECKSUM: usize = 4;
@@ -80,7 +83,7 @@ impl<T: Real> CausalState<T> {
     /// One pass over the state; one allocation of its size, or less of it with another storage than
     /// [`Storage::Exact`].
     pub fn to_bytes(&self, storage: Storage) -> Vec<u8> {
-        let Shape { heads, dim, features, value_dim, ref windows, sinks } = self.shape;
+        let Shape { heads, dim, features, value_dim, ref windows, sinks, fingerprint } = self.shape;
         let mut out = Vec::with_capacity(length::<T>(&self.shape, storage, VERSION) as usize);
         out.extend_from_slice(MAGIC);
         for number in [VERSION, size_of::<T>() as u32, storage.code()] {
@@ -89,8 +92,10 @@ impl<T: Real> CausalState<T> {
         let numbers =
             [heads, dim, features, value_dim, windows.len(), sinks, self.start, self.position];
         let windows = windows.iter().flat_map(|window| [window.chunk, window.back]);
-        for number in numbers.into_iter().chain(windows) {
-            out.extend_from_slice(&(number as u64).to_le_bytes());
+        let words = |number: usize| number as u64;
+        let numbers = numbers.into_iter().map(words).chain([fingerprint]);
+        for number in numbers.chain(windows.map(words)) {
+            out.extend_from_slice(&number.to_le_bytes());
         }
         for head in &self.heads {
             match storage {
@@ -123,7 +128,7 @@ impl<T: Real> CausalState<T> {
     /// element type, cut short, too long or damaged.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let header = Header::read::<T>(bytes)?;
-        let Shape { heads, dim, features, value_dim, ref windows, sinks } = header.shape;
+        let Shape { heads, dim, features, value_dim, ref windows, sinks, .. } = header.shape;
         let windows = windows.iter().flat_map(|window| [window.chunk, window.back.max(1)]);
         let sizes = [heads, dim, features, value_dim, sinks.max(1)].into_iter().chain(windows);
         match { sizes }.find(|size| !(1..=bytes.len()).contains(size)) {
@@ -134,21 +139,22 @@ impl<T: Real> CausalState<T> {
 }
 
 impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
-    /// The state that [`CausalState::to_bytes`] wrote, for an operator of this shape; which maps it
-    /// was fed by is not noticed.
+    /// The state that [`CausalState::to_bytes`] wrote, of an operator of this shape and with these
+    /// maps. Earlier versions of this crate wrote nothing of the maps: their states are taken for
+    /// this operator's.
     ///
     /// # Cost
     /// One pass over the bytes. Memory is taken for this operator's state only, after length,
     /// header and checksum have been found to be right.
     ///
     /// # Errors
-    /// [`Error::Foreign`](crate::Error::Foreign) for the state of an operator of another shape,
-    /// [`Error::Format`](crate::Error::Format) for bytes that are no state, of another version or
-    /// element type, cut short, too long or damaged.
+    /// [`Error::Foreign`](crate::Error::Foreign) for the state of an operator of another shape or
+    /// with other maps, [`Error::Format`](crate::Error::Format) for bytes that are no state, of
+    /// another version or element type, cut short, too long or damaged.
     pub fn state_from_bytes(&self, bytes: &[u8]) -> Result<CausalState<T>> {
         let header = Header::read::<T>(bytes)?;
         self.shape().check(&header.shape)?;
-        header.state(bytes)
+        Header { shape: self.shape().clone(), ..header }.state(bytes)
     }
 }
 
@@ -164,11 +170,11 @@ struct Header {
 impl Header {
     fn read<T: Real>(bytes: &[u8]) -> Result<Self> {
         let short = || fault("state", "at least a header", format!("{} bytes", bytes.len()));
-        let (header, _) = bytes.split_at_checked(HEADER).ok_or_else(short)?;
-        if header[..8] != MAGIC[..] {
+        let (prefix, rest) = bytes.split_at_checked(PREFIX).ok_or_else(short)?;
+        if prefix[..8] != MAGIC[..] {
             return Err(fault("state", "to begin with \"dijiang\"", "something else"));
         }
-        let words: Vec<u32> = elements(&header[8..20], u32::from_le_bytes);
+        let words: Vec<u32> = elements(&prefix[8..], u32::from_le_bytes);
         let version = words[0];
         if !(1..=VERSION).contains(&version) {
             return Err(fault("state version", format!("1 to {VERSION}"), version));
@@ -184,20 +190,22 @@ impl Header {
             .into_iter()
             .find(|storage| storage.code() == words[2]);
         let storage = storage.ok_or_else(|| fault("state storage", "0, 1 or 2", words[2]))?;
-        let numbers: Vec<u64> = elements(&header[20..], u64::from_le_bytes);
+        let (numbers, rest) = rest.split_at_checked(numbers_len(version)).ok_or_else(short)?;
+        let numbers: Vec<u64> = elements(numbers, u64::from_le_bytes);
         let size = |i: usize| usize::try_from(numbers[i]).unwrap_or(usize::MAX);
         let (windows, sinks) = match version {
             1 if numbers[4..6] == [0, 0] => (Vec::new(), 0),
             // A state takes more bytes than it has heads.
             1 => (vec![Window::new(size(4), size(5)); size(0).min(bytes.len())], 0),
-            _ => (read_windows(&bytes[HEADER..], size(4))?, size(5)),
+            _ => (read_windows(rest, size(4))?, size(5)),
         };
         let (heads, windows): (_, Arc<[Window]>) = (size(0), windows.into());
         if !windows.is_empty() && windows.len() != heads {
             return Err(fault("state windows", format!("none, or {heads}"), windows.len()));
         }
         let [dim, features, value_dim] = [1, 2, 3].map(size);
-        let shape = Shape { heads, dim, features, value_dim, windows, sinks };
+        let fingerprint = numbers.get(8).copied().unwrap_or(0);
+        let shape = Shape { heads, dim, features, value_dim, windows, sinks, fingerprint };
         Ok(Self { version, storage, shape, start: numbers[6], position: numbers[7] })
     }
 
@@ -224,9 +232,9 @@ impl Header {
         if checksum != crc32fast::hash(body).to_le_bytes() {
             return Err(fault("state checksum", "that of the bytes", "another"));
         }
-        let table = if version == 1 { 0 } else { shape.windows.len() * WINDOW };
         let mut state = CausalState { start, position, ..CausalState::new(&shape) };
-        let mut reader = Reader { bytes: &body[HEADER + table..], storage, sound: true };
+        let body = &body[header_len(&shape, version)..];
+        let mut reader = Reader { bytes: body, storage, sound: true };
         for head in &mut state.heads {
             read_head(head, &mut reader);
             let positions = &head.sinks.positions;
@@ -238,13 +246,25 @@ impl Header {
                 head.sums.reference_position <= next && head.sums.pending.len <= PENDING;
             // Without a token there is nothing in the sums.
             reader.sound &= next > start || !head.sums.started && head.sums.pending.len == 0;
+            reader.sound &= is_possible(head, shape.dim, position - start);
         }
         if reader.sound {
             Ok(state)
         } else {
-            Err(fault("state", "made of finite numbers and counts in range", "others"))
+            Err(fault("state", "made of numbers and counts that tokens leave behind", "others"))
         }
     }
+}
+
+/// Bytes of the header's u64.
+fn numbers_len(version: u32) -> usize {
+    8 * if version < 3 { 8 } else { 9 }
+}
+
+/// Bytes before the first head.
+fn header_len(shape: &Shape, version: u32) -> usize {
+    let table = if version == 1 { 0 } else { shape.windows.len() * WINDOW };
+    PREFIX + numbers_len(version) + table
 }
 
 /// The table of `count` windows at the beginning of `bytes`.
@@ -274,8 +294,7 @@ fn length<T: Real>(shape: &Shape, storage: Storage, version: u32) -> u128 {
         _ => shape.windows.iter().map(window_bytes).sum(),
     };
     let sums = 8 + 2 + 3 * features * size_of::<T>() as u128 + 2 * features * row * width;
-    let table = if version == 1 { 0 } else { shape.windows.len() * WINDOW };
-    (HEADER + table + CHECKSUM) as u128 + heads * (sums + sink_bytes) + exact
+    (header_len(shape, version) + CHECKSUM) as u128 + heads * (sums + sink_bytes) + exact
 }
 
 /// Moves the frame up to where no feature's weights sum up to more than one, which in `f64` may be
@@ -286,6 +305,40 @@ fn raise_frame<T: Real>(sums: &mut Sums<T>) {
     if sums.started {
         sums.rebase(T::ops(), 0.0, sums.reference_position, &candidate);
     }
+}
+
+/// Whether a head's numbers are such as `tokens` tokens in range may have left: then outputs are
+/// finite, unless the map's features are not.
+fn is_possible<T: Real>(head: &HeadState<T>, dim: usize, tokens: usize) -> bool {
+    let HeadState { sums, ring, sinks } = head;
+    // Numbers kept in bf16 may have been rounded up.
+    let limit = 1.01 * T::LIMIT;
+    let within = |numbers: &[T], limit: f64| numbers.iter().all(|x| x.abs().to_f64() <= limit);
+    let key_limit = limit * (MAX_SCALE / dim as f64).sqrt();
+    let mut exact = within(&sinks.keys, key_limit) && within(&sinks.values, limit);
+    for (i, numbers) in ring.iter().flat_map(Ring::numbers).enumerate() {
+        exact &= within(numbers, if i % 2 == 0 { key_limit } else { limit });
+    }
+    let weight = 1.01 * ceiling::<T>().to_f64().exp();
+    let Pending { weights, values, .. } = &sums.pending;
+    let pending = within(values, limit) && weights.iter().all(|&w| w >= T::ZERO);
+    let pending = pending && within(weights, weight);
+    let stride = sums.stride();
+    let rows = sums.numerator.chunks_exact(stride).zip(sums.numerator_rest.chunks_exact(stride));
+    let norms = sums.norm.iter().zip(&sums.norm_rest);
+    // Weights are relative to one of them, so a sum of them is about 1 at least; and there is room
+    // for 10¹² tokens.
+    let most = if sums.started { weight * tokens.min(1 << 40) as f64 } else { 0.0 };
+    let mut sums = norms.zip(rows);
+    exact
+        && pending
+        && sums.all(|((&norm, &rest), (sums, rests))| {
+            let limit = limit * norm.to_f64();
+            (norm == T::ZERO || (1e-30..=most).contains(&norm.to_f64()))
+                && rest.abs().to_f64() <= 0.01 * norm.to_f64()
+                && within(sums, limit)
+                && within(rests, limit)
+        })
 }
 
 fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>) {

@@ -30,9 +30,12 @@ use crate::error::{Error, Result};
 /// [`LinearAttention::new_state`](crate::attention::Operator::new_state), and fed by its `prefill`
 /// and `step`; `clone` is a snapshot to roll back to or to continue several times.
 ///
-/// A panic in the middle of a change, in a feature map of your own say, leaves a state that nothing
-/// can be told of: every method refuses it with [`Error::Poisoned`] until it is
-/// [`reset`](Self::reset) or [copied over](Self::copy_from).
+/// It knows whose it is: an operator of another shape, or with other maps, decay or scale, refuses
+/// it with [`Error::Foreign`]. An equal operator, built anew from the same parameters, takes it.
+///
+/// A panic in the middle of a change, or log-features that are no numbers, of a feature map of your
+/// own say, leaves a state that nothing can be told of: every method refuses it with
+/// [`Error::Poisoned`] until it is [`reset`](Self::reset) or [copied over](Self::copy_from).
 #[derive(Debug, Clone, PartialEq)]
 pub struct CausalState<T> {
     pub(crate) heads: Vec<HeadState<T>>,
@@ -56,6 +59,8 @@ pub(crate) struct Shape {
     /// One for each head, or none.
     pub(crate) windows: Arc<[Window]>,
     pub(crate) sinks: usize,
+    /// Of maps, decay and scale; 0 for a state saved before states knew it, which any operator takes.
+    pub(crate) fingerprint: u64,
 }
 
 /// The shape of one head's state.
@@ -106,8 +111,8 @@ impl<T: Real> CausalState<T> {
     /// from one.
     ///
     /// # Errors
-    /// [`Error::Foreign`] for a state of an operator of another shape, [`Error::Poisoned`] for one
-    /// that a panic left half changed; this one is unchanged then.
+    /// [`Error::Foreign`] for a state of an operator of another shape or with other maps,
+    /// [`Error::Poisoned`] for one that was left half changed; this one is unchanged then.
     pub fn copy_from(&mut self, from: &Self) -> Result<()> {
         from.check(&self.shape)?;
         (self.start, self.position) = (from.start, from.position);
@@ -139,7 +144,7 @@ impl<T: Real> CausalState<T> {
         self.changing = false;
     }
 
-    /// Whether this state was made by an operator of this shape, and is whole.
+    /// Whether this state was made by an operator of this shape and with these maps, and is whole.
     pub(crate) fn check(&self, shape: &Shape) -> Result<()> {
         shape.check(&self.shape)?;
         if self.changing { Err(Error::Poisoned { argument: "state" }) } else { Ok(()) }
@@ -169,7 +174,11 @@ impl Shape {
             ("window back", window(self).1, window(got).1),
             ("number of sinks", self.sinks, got.sinks),
         ];
-        check_same("state", pairs)
+        check_same("state", pairs)?;
+        match (self.fingerprint, got.fingerprint) {
+            (0, _) | (_, 0) => Ok(()),
+            (own, got) => check_same("state", [("fingerprint", own as usize, got as usize)]),
+        }
     }
 }
 

@@ -1,6 +1,7 @@
 //! [`Sums`]: running sums over features, in a frame that keeps them in range.
 
 use crate::Real;
+use crate::attention::rows::OutOfRange;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, Ops, padded};
 
@@ -264,6 +265,11 @@ impl<T: Real> Sums<T> {
         let sums = MatMut::packed(&mut self.numerator_rest, m, stride);
         (ops.matmul_ahead)(sums, Accum::Add, weights, values, Some(ahead));
         self.fold(ops);
+    }
+
+    /// The normalisers are numbers, and so have all weights been that joined the sums.
+    pub(crate) fn check(&self) -> Result<(), OutOfRange> {
+        if self.norm.iter().all(|&norm| norm < -T::NEG_INFINITY) { Ok(()) } else { Err(OutOfRange) }
     }
 
     /// The sums hold nothing: no key has joined them, as in the first block of a sequence, or none
