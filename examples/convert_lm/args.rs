@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
 use dijiang::attention::Window;
-use dijiang::calibrate::{Budget, ProjectionFit};
+use dijiang::calibrate::{Budget, Plan, Planner, ProjectionFit};
 use dijiang::layer::DijiangOptions;
 use serde::Serialize;
 
@@ -74,9 +74,10 @@ pub(crate) struct Args {
     /// Tokens per window [default: the model's max_position_embeddings]
     #[arg(long, value_name = "N")]
     pub(crate) context: Option<usize>,
-    /// Half of the tokens that a head holds as they are, on average over all key-value heads where
-    /// windows are planned: a chunk, if there is one chunk back [default: 64, longer for heads
-    /// narrower than 64]
+    /// Half of the tokens that a local window holds, on average over all key-value heads where they
+    /// are planned: a chunk, if there is one chunk back. All of the state, with sinks and what maps
+    /// need, takes at most 8/7 of the bytes of so many tokens: 128 at a context of 2048 is a seventh
+    /// of softmax's cache [default: 96, longer for heads narrower than 64]
     #[arg(long, value_name = "N", visible_alias = "chunk")]
     average_window: Option<usize>,
     /// Whole chunks of the local window before the query's own. The more of them, the more of
@@ -237,7 +238,8 @@ impl Args {
 
     /// The exact local window of heads of this dimension.
     pub(crate) fn window(&self, head_dim: usize) -> Window {
-        self.window_of(2 * self.average_window.unwrap_or(Window::for_dim(head_dim).chunk))
+        let default = Window::for_dim(head_dim).chunk * 3 / 2;
+        self.window_of(2 * self.average_window.unwrap_or(default))
     }
 
     /// A window that holds no more than so many tokens.
@@ -250,15 +252,19 @@ impl Args {
         DijiangOptions::new().with_blocks(self.blocks).with_seed(self.seed).with_sinks(self.sinks)
     }
 
-    /// What the plan may cost.
-    pub(crate) fn plan_budget(&self, head_dim: usize) -> Budget {
-        match self.budget_bytes {
-            Some(bytes) => Budget::Bytes(bytes),
-            // Sinks take their place from the windows.
-            None => {
-                let exact = self.window(head_dim).tokens().saturating_sub(self.sinks);
-                Budget::AverageWindow(exact as f64 / 2.0)
-            }
+    /// The plan within the budget; a token's keys and values take `token_bytes` in all heads.
+    pub(crate) fn plan(
+        &self,
+        planner: &Planner,
+        head_dim: usize,
+        token_bytes: usize,
+    ) -> dijiang::Result<Plan> {
+        let tokens = self.window(head_dim).tokens();
+        let bytes = self.budget_bytes.unwrap_or(tokens * token_bytes * 8 / 7);
+        let plan = planner.plan(Budget::Bytes(bytes))?;
+        match self.budget_bytes.is_none() && 2.0 * plan.average_window() > tokens as f64 {
+            true => planner.plan(Budget::AverageWindow(tokens as f64 / 2.0)),
+            false => Ok(plan),
         }
     }
 

@@ -61,9 +61,10 @@ pub(crate) fn convert(
     if rows.iter().any(|row| row.is_planned()) {
         let [with_maps, alone];
         ([with_maps, alone], planning) = measured(softmax, args, samples, &mut calibrator, &tick)?;
-        let chosen = with_maps.plan(args.plan_budget(softmax.config().head_dim))?;
+        let token_bytes = softmax.config().kv_cache_bytes(1);
+        let chosen = args.plan(&with_maps, softmax.config().head_dim, token_bytes)?;
         // In tokens of all heads: what the plan holds, sums among it.
-        let tokens = chosen.bytes() as f64 / softmax.config().kv_cache_bytes(1) as f64;
+        let tokens = chosen.bytes() as f64 / token_bytes as f64;
         let exact = tokens - args.sinks as f64;
         window_alone = Some(exact as usize);
         if rows.contains(&Row::PlannedWindow) {
