@@ -362,6 +362,7 @@ fn a_pool_takes_what_it_says() {
     let mut pool = None;
     let (_, peak) = measure(|| pool = Some(StatePool::new(&layer, 20).unwrap()));
     let pool = pool.unwrap();
-    assert!((pool.bytes()..pool.bytes() + pool.bytes() / 20).contains(&peak), "{peak} bytes");
-    assert!(pool.bytes() / 20 < 240_000, "{} bytes a slot", pool.bytes() / 20);
+    assert!((pool.bytes()..pool.bytes() / 10 * 11).contains(&peak), "{peak} bytes");
+    // Of which the state is 99 072.
+    assert!(pool.bytes() / 20 < 270_000, "{} bytes a slot", pool.bytes() / 20);
 }

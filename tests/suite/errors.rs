@@ -623,9 +623,12 @@ fn states_of_another_layer() {
             "{other:?}: {error:?}"
         );
     }
-    // Another layer of the same shape is no stranger.
-    let twin = Setup { seed: 9, ..home.clone() }.build::<f32>();
-    attention.prefill_of(&mut twin.new_state(), &inputs, KeyMask::All).unwrap();
+    // An equal layer built anew is no stranger; one of the same shape with other maps is.
+    let mut twin = home.build::<f32>().new_state();
+    attention.prefill_of(&mut twin, &inputs, KeyMask::All).unwrap();
+    let mut other = Setup { seed: 9, ..home.clone() }.build::<f32>().new_state();
+    let error = attention.prefill_of(&mut other, &inputs, KeyMask::All).unwrap_err();
+    assert!(matches!(error, Error::Foreign { what: "fingerprint", .. }), "{error:?}");
 }
 
 #[test]

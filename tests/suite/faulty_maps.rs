@@ -5,7 +5,7 @@ use std::fmt::Debug;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::common::{Random, argument, cast};
+use crate::common::{argument, cast};
 use dijiang::attention::{
     CausalState, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window,
 };
@@ -111,7 +111,7 @@ fn attention<'a, T: Real>(
     left: &'a AtomicUsize,
 ) -> Attention<'a, T> {
     let map = DctMapConfig::new(FEATURES).with_seed(3).build().unwrap();
-    let config = LinearConfig { windows: window.into_iter().collect(), ..LinearConfig::new() };
+    let config = LinearConfig::new().with_windows(window.into_iter().collect());
     let sinks = if window.is_some() { 1 } else { 0 };
     let maps = vec![Faulty { map, left, fault }];
     config.with_heads(2).with_sinks(sinks).with_log_decay(vec![-0.01]).build(maps).unwrap()

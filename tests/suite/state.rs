@@ -6,7 +6,7 @@ use crate::common::stream::Stream;
 use crate::common::{Inputs, Random, assert_close, assert_same_bits, to_f64};
 use dijiang::Real;
 use dijiang::attention::{KeyMask, Operator, Qkv, SequenceState};
-use ndarray::{Array2, Axis, concatenate, s};
+use ndarray::{Array2, Array3, Axis, concatenate, s};
 
 fn setups() -> Vec<Setup> {
     vec![
