@@ -207,10 +207,7 @@ impl PlainMap {
         let mut out = Array2::zeros((n, self.features()));
         for row in 0..n {
             let token = z.row(row).to_vec();
-            let mut centred = token.clone();
-            for i in 0..d {
-                centred[i] -= side.center[i];
-            }
+            let centred: Vec<f64> = token.iter().zip(&side.center).map(|(z, mu)| z - mu).collect();
             let p = match self.envelope {
                 Envelope::None => 0.0,
                 Envelope::Gaussian => -0.5 * dot(&centred, &centred),

@@ -41,14 +41,15 @@ const PANELS: usize = 32;
 ///
 /// # Examples
 /// ```
-/// use dijiang::kernel::{DctMapConfig, DifferentiableMap};
+/// use dijiang::kernel::{DctMapConfig, DifferentiableMap, PanelGradients};
 ///
 /// // loss = Σ_f a_f(x): its gradient with respect to x is Σ_f A_f, with respect to log_mix it is m.
 /// let map = DctMapConfig::new(4).build::<f64>()?;
 /// let (width, mut grad_x) = (16, vec![0.0; 4 * 16]);
 /// let (x, grad_a) = (vec![0.5; 4 * width], vec![1.0; 4 * width]);
 /// let mut sums = map.new_sums();
-/// map.query_vjp(width, &x, &grad_a, Some(&mut grad_x), &mut sums, &mut vec![0.0; map.vjp_scratch_len(width)]);
+/// let panel = PanelGradients { width, x: &x, grad: &grad_a, grad_x: Some(&mut grad_x) };
+/// map.query_vjp(panel, &mut sums, &mut vec![0.0; map.vjp_scratch_len(width)]);
 /// assert_eq!(map.gradients(&sums).log_mix, 4.0 * 16.0);
 /// # Ok::<(), dijiang::Error>(())
 /// ```
@@ -66,41 +67,32 @@ pub trait DifferentiableMap<T: Real>: FeatureMap<T> {
     fn vjp_scratch_len(&self, width: usize) -> usize;
 
     /// Carries the gradient with respect to the log-features of a panel of queries over to the
-    /// queries and parameters.
-    ///
-    /// # Shapes
-    /// - `x`: `[d, width]`, the scaled queries; `grad_a`: `[m, width]`, zero in columns that stand
-    ///   for no token; `width` is a multiple of 16.
-    /// - `grad_x`: `[d, width]`, added to; `None` if nobody wants it.
-    /// - `scratch`: at least [`vjp_scratch_len`](Self::vjp_scratch_len) elements, contents garbage
-    ///   before and after.
+    /// queries and parameters. `scratch` has at least [`vjp_scratch_len`](Self::vjp_scratch_len)
+    /// elements, contents garbage before and after.
     ///
     /// # Cost
     /// Two matrix products of m·d·width, or one without `grad_x`; two batches of transforms for a
     /// projection by batched transforms. Does not allocate.
-    fn query_vjp(
-        &self,
-        width: usize,
-        x: &[T],
-        grad_a: &[T],
-        grad_x: Option<&mut [T]>,
-        sums: &mut Self::Sums,
-        scratch: &mut [T],
-    );
+    fn query_vjp(&self, panel: PanelGradients<'_, T>, sums: &mut Self::Sums, scratch: &mut [T]);
 
     /// The same for keys.
-    fn key_vjp(
-        &self,
-        width: usize,
-        y: &[T],
-        grad_b: &[T],
-        grad_y: Option<&mut [T]>,
-        sums: &mut Self::Sums,
-        scratch: &mut [T],
-    );
+    fn key_vjp(&self, panel: PanelGradients<'_, T>, sums: &mut Self::Sums, scratch: &mut [T]);
 
     /// The gradients with respect to the parameters of this map. Allocates.
     fn gradients(&self, sums: &Self::Sums) -> Self::Gradients;
+}
+
+/// A panel of queries or keys and the gradients with respect to it.
+#[derive(Debug)]
+pub struct PanelGradients<'a, T> {
+    /// Its columns, a multiple of 16.
+    pub width: usize,
+    /// Scaled queries x or keys y, `[d, width]`.
+    pub x: &'a [T],
+    /// With respect to the log-features, `[m, width]`; zero in columns that stand for no token.
+    pub grad: &'a [T],
+    /// With respect to `x`, `[d, width]`, added to; `None` if nobody wants it.
+    pub grad_x: Option<&'a mut [T]>,
 }
 
 /// The gradients with respect to the parameters of one side.
@@ -305,21 +297,13 @@ impl<T: Real> Table<T> {
         })
     }
 
-    fn vjp(
-        &self,
-        width: usize,
-        x: &[T],
-        grad: &[T],
-        grad_x: Option<&mut [T]>,
-        sums: &mut SideSums<T>,
-        scratch: &mut [T],
-    ) {
-        if width == 0 {
+    fn vjp(&self, panel: PanelGradients<'_, T>, sums: &mut SideSums<T>, scratch: &mut [T]) {
+        if panel.width == 0 {
             return;
         }
         match self {
-            Self::Lanes(table) => table.vjp(width, x, grad, grad_x, &mut sums.last, scratch),
-            Self::Matrix(table) => table.vjp(width, x, grad, grad_x, &mut sums.last, scratch),
+            Self::Lanes(table) => table.vjp(panel, &mut sums.last, scratch),
+            Self::Matrix(table) => table.vjp(panel, &mut sums.last, scratch),
         }
         sums.count();
     }
@@ -364,15 +348,8 @@ impl<T: Real> LanesTable<T> {
         }
     }
 
-    fn vjp(
-        &self,
-        width: usize,
-        x: &[T],
-        grad: &[T],
-        grad_x: Option<&mut [T]>,
-        sums: &mut [T],
-        scratch: &mut [T],
-    ) {
+    fn vjp(&self, panel: PanelGradients<'_, T>, sums: &mut [T], scratch: &mut [T]) {
+        let PanelGradients { width, x, grad, grad_x } = panel;
         let (ops, m, dim, rows) = (T::ops(), self.ones.len(), self.center.len(), self.scale.len());
         let size = dim * width;
         let (panel, scratch) = scratch.split_at_mut(size);
@@ -468,15 +445,8 @@ impl<T: Real> MatrixTable<T> {
         self.jacobian.len() / self.features
     }
 
-    fn vjp(
-        &self,
-        width: usize,
-        x: &[T],
-        grad: &[T],
-        grad_x: Option<&mut [T]>,
-        sums: &mut [T],
-        scratch: &mut [T],
-    ) {
+    fn vjp(&self, panel: PanelGradients<'_, T>, sums: &mut [T], scratch: &mut [T]) {
+        let PanelGradients { width, x, grad, grad_x } = panel;
         let ops = T::ops();
         let (m, dim, stride) = (self.features, self.dim(), padded(self.dim()));
         let (rows, scratch) = scratch.split_at_mut(stride * width);
@@ -631,28 +601,12 @@ impl<T: Real> DifferentiableMap<T> for DctMap<T> {
         (2 * padded(self.dim()) + 1) * width + width.max(self.dim())
     }
 
-    fn query_vjp(
-        &self,
-        width: usize,
-        x: &[T],
-        grad_a: &[T],
-        grad_x: Option<&mut [T]>,
-        sums: &mut DctSums<T>,
-        scratch: &mut [T],
-    ) {
-        self.tables().query.vjp(width, x, grad_a, grad_x, &mut sums.query, scratch);
+    fn query_vjp(&self, panel: PanelGradients<'_, T>, sums: &mut DctSums<T>, scratch: &mut [T]) {
+        self.tables().query.vjp(panel, &mut sums.query, scratch);
     }
 
-    fn key_vjp(
-        &self,
-        width: usize,
-        y: &[T],
-        grad_b: &[T],
-        grad_y: Option<&mut [T]>,
-        sums: &mut DctSums<T>,
-        scratch: &mut [T],
-    ) {
-        self.tables().key.vjp(width, y, grad_b, grad_y, &mut sums.key, scratch);
+    fn key_vjp(&self, panel: PanelGradients<'_, T>, sums: &mut DctSums<T>, scratch: &mut [T]) {
+        self.tables().key.vjp(panel, &mut sums.key, scratch);
     }
 
     fn gradients(&self, sums: &DctSums<T>) -> DctGradients {
@@ -693,28 +647,12 @@ impl<T: Real> DifferentiableMap<T> for FavorMap<T> {
         self.as_dct().vjp_scratch_len(width)
     }
 
-    fn query_vjp(
-        &self,
-        width: usize,
-        x: &[T],
-        grad_a: &[T],
-        grad_x: Option<&mut [T]>,
-        sums: &mut DctSums<T>,
-        scratch: &mut [T],
-    ) {
-        self.as_dct().query_vjp(width, x, grad_a, grad_x, sums, scratch);
+    fn query_vjp(&self, panel: PanelGradients<'_, T>, sums: &mut DctSums<T>, scratch: &mut [T]) {
+        self.as_dct().query_vjp(panel, sums, scratch);
     }
 
-    fn key_vjp(
-        &self,
-        width: usize,
-        y: &[T],
-        grad_b: &[T],
-        grad_y: Option<&mut [T]>,
-        sums: &mut DctSums<T>,
-        scratch: &mut [T],
-    ) {
-        self.as_dct().key_vjp(width, y, grad_b, grad_y, sums, scratch);
+    fn key_vjp(&self, panel: PanelGradients<'_, T>, sums: &mut DctSums<T>, scratch: &mut [T]) {
+        self.as_dct().key_vjp(panel, sums, scratch);
     }
 
     fn gradients(&self, sums: &DctSums<T>) -> DctGradients {

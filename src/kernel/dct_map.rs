@@ -653,6 +653,7 @@ impl<T: Real> Side<T> {
 }
 
 /// One block by its chain of batched transforms; all but the last one write plain panels.
+#[allow(clippy::too_many_arguments, reason = "the operands of the transform that ends the chain")]
 pub(super) fn lanes<T: Real>(
     chain: &[DctTables<T>],
     x: &[T],

@@ -56,7 +56,7 @@ mod quantile;
 mod sampler;
 mod transform;
 
-pub use backward::{DctGradients, DctSums, DifferentiableMap, SideGradients};
+pub use backward::{DctGradients, DctSums, DifferentiableMap, PanelGradients, SideGradients};
 pub use dct_map::{DctMap, DctMapConfig};
 pub use favor::{FavorConfig, FavorMap, FavorRows};
 pub use params::{

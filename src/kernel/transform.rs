@@ -184,10 +184,10 @@ mod tests {
             let mut row: Vec<T> = (0..d).map(|i| T::from_f64(input(i, 3))).collect();
             plan.dct3_row(&mut row, &mut vec![T::from_f64(f64::NAN); plan.row_scratch_len()]);
             let norm = (0..d).map(|i| input(i, 3).powi(2)).sum::<f64>().sqrt();
-            for f in 0..d {
+            for (f, got) in row.iter().enumerate() {
                 let expected: f64 =
                     (0..d).map(|i| cosine(d, i, f) * T::from_f64(input(i, 3)).to_f64()).sum();
-                let error = (row[f].to_f64() - expected).abs();
+                let error = (got.to_f64() - expected).abs();
                 assert!(
                     error <= 10.0 * T::EPSILON.to_f64() * norm,
                     "{} d {d} f {f}: off by {error:e}",

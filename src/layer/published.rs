@@ -290,6 +290,7 @@ impl<T: Real> PublishedAttention<T> {
     }
 
     /// One block of one head.
+    #[allow(clippy::too_many_arguments, reason = "views into what is shared out among threads")]
     fn block(
         &self,
         decay: f64,

@@ -8,7 +8,7 @@ use crate::common::{Golden, Inputs, Random, argument, assert_close, on_threads};
 use dijiang::attention::{BackwardWorkspace, LinearConfig, Operator, Qkv, Window};
 use dijiang::kernel::{
     DctMap, DctMapConfig, DctParams, DifferentiableMap, Envelope, FavorConfig, FeatureMap, Mixing,
-    Pairing, Projection,
+    Pairing, PanelGradients, Projection,
 };
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array3, ArrayD, Axis, ShapeBuilder, s};
@@ -422,8 +422,15 @@ fn panels_of_a_map() {
         let run = |fill: f64, wanted: bool| {
             let (mut sums, mut grad_x) = (map.new_sums(), start.clone());
             let mut scratch = vec![T::from_f64(fill); map.vjp_scratch_len(width)];
-            map.query_vjp(width, &x, &grad, wanted.then_some(&mut grad_x), &mut sums, &mut scratch);
-            map.key_vjp(width, &x, &grad, wanted.then_some(&mut grad_x), &mut sums, &mut scratch);
+            for vjp in [DctMap::query_vjp, DctMap::key_vjp] {
+                let grad_x = wanted.then_some(&mut grad_x[..]);
+                vjp(
+                    &map,
+                    PanelGradients { width, x: &x, grad: &grad, grad_x },
+                    &mut sums,
+                    &mut scratch,
+                );
+            }
             (map.gradients(&sums), grad_x)
         };
         let (gradients, grad_x) = run(f64::NAN, true);

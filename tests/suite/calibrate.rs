@@ -1,6 +1,7 @@
 //! Calibration by gradient. The closed form is in `layer.rs`.
 
 use std::ops::ControlFlow;
+use std::slice;
 
 use crate::common::{Random, argument};
 use dijiang::Error;
@@ -282,7 +283,8 @@ fn samples_made_before() {
     );
     let other = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap();
     let foreign = Sample::new(&other, &Array2::ones((100, 8))).unwrap();
-    let result = with.calibrate_on(&[foreign.clone()], &options, |_| panic!("nothing to tell"));
+    let result =
+        with.calibrate_on(slice::from_ref(&foreign), &options, |_| panic!("nothing to tell"));
     assert_eq!(argument(&result.unwrap_err()), "sample");
     assert_eq!(argument(&foreign.output(&softmax).unwrap_err()), "sample");
     assert_eq!(

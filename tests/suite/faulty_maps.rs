@@ -9,7 +9,9 @@ use crate::common::{argument, cast};
 use dijiang::attention::{
     CausalState, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window,
 };
-use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, DctSums, DifferentiableMap, FeatureMap};
+use dijiang::kernel::{
+    DctGradients, DctMap, DctMapConfig, DctSums, DifferentiableMap, FeatureMap, PanelGradients,
+};
 use dijiang::{Error, Real, Result};
 use ndarray::{Array2, Array3, Axis};
 
@@ -76,27 +78,11 @@ impl<T: Real> DifferentiableMap<T> for Faulty<'_, T> {
     fn vjp_scratch_len(&self, width: usize) -> usize {
         self.map.vjp_scratch_len(width)
     }
-    fn query_vjp(
-        &self,
-        width: usize,
-        x: &[T],
-        grad_a: &[T],
-        grad_x: Option<&mut [T]>,
-        sums: &mut Self::Sums,
-        scratch: &mut [T],
-    ) {
-        self.map.query_vjp(width, x, grad_a, grad_x, sums, scratch);
+    fn query_vjp(&self, panel: PanelGradients<'_, T>, sums: &mut Self::Sums, scratch: &mut [T]) {
+        self.map.query_vjp(panel, sums, scratch);
     }
-    fn key_vjp(
-        &self,
-        width: usize,
-        y: &[T],
-        grad_b: &[T],
-        grad_y: Option<&mut [T]>,
-        sums: &mut Self::Sums,
-        scratch: &mut [T],
-    ) {
-        self.map.key_vjp(width, y, grad_b, grad_y, sums, scratch);
+    fn key_vjp(&self, panel: PanelGradients<'_, T>, sums: &mut Self::Sums, scratch: &mut [T]) {
+        self.map.key_vjp(panel, sums, scratch);
     }
     fn gradients(&self, sums: &Self::Sums) -> Self::Gradients {
         self.map.gradients(sums)

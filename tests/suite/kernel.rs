@@ -629,8 +629,8 @@ fn oprf_weights_follow_the_formula() {
             ];
             sides.iter().for_each(|u| norms.iter_mut().zip(u).for_each(|(n, u)| *n += u * u));
         }
-        for f in 0..params.features() {
-            let expected = params.log_weight[f] + a * norms[f] + d / 2.0 * (1.0 - 4.0 * a).ln();
+        for (f, norm) in norms.iter().enumerate() {
+            let expected = params.log_weight[f] + a * norm + d / 2.0 * (1.0 - 4.0 * a).ln();
             assert!(
                 (weighted.log_weight[f] - expected).abs() < 1e-11 * (1.0 + expected.abs()),
                 "feature {f}"

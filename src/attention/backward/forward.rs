@@ -13,7 +13,7 @@ use crate::attention::Causality;
 use crate::attention::linear::state::Sums;
 use crate::attention::rows::{Rows, put_row};
 use crate::attention::scratch::{BLOCK, CAUSAL_BLOCK};
-use crate::kernel::DifferentiableMap;
+use crate::kernel::{DifferentiableMap, PanelGradients};
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, padded, transpose};
 
@@ -501,7 +501,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         *sinks.log_decay +=
             position_moment(position as f64 - self.origin as f64, &column[..tokens]);
         let dx = sinks.inputs.is_some().then(|| &mut dx[..dim * width]);
-        pass.map.query_vjp(width, &x[..dim * width], df, dx, sinks.sums, map);
+        let panel = PanelGradients { width, x: &x[..dim * width], grad: df, grad_x: dx };
+        pass.map.query_vjp(panel, sinks.sums, map);
     }
 
     /// The part of sinks and window in the gradients of queries, keys and values.

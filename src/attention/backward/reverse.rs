@@ -9,7 +9,7 @@ use super::pass::{GradientSinks, InputGradients, KEYS, Pass, bands, position_mom
 use super::tape::{Kind, Tape};
 use crate::Real;
 use crate::attention::rows::{Rows, put_row};
-use crate::kernel::DifferentiableMap;
+use crate::kernel::{DifferentiableMap, PanelGradients};
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, padded, transpose};
 
@@ -264,7 +264,8 @@ impl<T: Real, M: DifferentiableMap<T>> Reverse<'_, '_, '_, T, M> {
         *self.sinks.log_decay -= position_moment(first, &column[..keys.len()]);
         dx[..stride * width].fill(T::ZERO);
         let wanted = self.sinks.inputs.is_some().then(|| &mut dx[..dim * width]);
-        pass.map.key_vjp(width, &x[..dim * width], df, wanted, self.sinks.sums, map);
+        let panel = PanelGradients { width, x: &x[..dim * width], grad: df, grad_x: wanted };
+        pass.map.key_vjp(panel, self.sinks.sums, map);
         if self.sinks.inputs.is_some() {
             transpose(ops, width, &dx[..stride * width], T::ONE, x_rows);
         }

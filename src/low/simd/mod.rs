@@ -4,6 +4,9 @@
 //! trait for AVX2 and AVX-512; this file compiles the loops for each of them, puts them into tables
 //! and hands out the fastest table that the CPU can run.
 
+#![allow(clippy::too_many_arguments, reason = "operands of kernels, each in a register")]
+#![allow(clippy::needless_range_loop, reason = "tiles of registers are indexed by constants")]
+
 mod ahead;
 mod body;
 mod dct;
