@@ -322,20 +322,29 @@ fn is_possible<T: Real>(head: &HeadState<T>, dim: usize, tokens: usize) -> bool 
     let weight = 1.01 * ceiling::<T>().to_f64().exp();
     let Pending { weights, values, .. } = &sums.pending;
     let pending = within(values, limit) && weights.iter().all(|&w| w >= T::ZERO);
-    let pending = pending && within(weights, weight);
-    let stride = sums.stride();
+    let pending = pending && within(weights, weight) && (sums.started || sums.pending.len == 0);
+    let (m, stride) = (sums.norm.len(), sums.stride());
     let rows = sums.numerator.chunks_exact(stride).zip(sums.numerator_rest.chunks_exact(stride));
     let norms = sums.norm.iter().zip(&sums.norm_rest);
-    // Weights are relative to one of them, so a sum of them is about 1 at least; and there is room
-    // for 10¹² tokens.
-    let most = if sums.started { weight * tokens.min(1 << 40) as f64 } else { 0.0 };
-    let mut sums = norms.zip(rows);
+    // Weights are relative to one of them, so with those that are pending their sum is about 1 at
+    // least; there is room for 10¹² tokens; and a frame that moved may have left anything tiny.
+    let waiting = |f: usize| -> f64 {
+        let rows = weights.chunks_exact(m).take(sums.pending.len);
+        rows.map(|row| row[f].to_f64()).sum()
+    };
+    let (least, most, tiny) = match sums.started {
+        true => (1e-9, weight * tokens.min(1 << 40) as f64, 1e-30),
+        false => (0.0, 0.0, 0.0),
+    };
+    let mut features = norms.zip(rows).enumerate();
     exact
         && pending
-        && sums.all(|((&norm, &rest), (sums, rests))| {
-            let limit = limit * norm.to_f64();
-            (norm == T::ZERO || (1e-30..=most).contains(&norm.to_f64()))
-                && rest.abs().to_f64() <= 0.01 * norm.to_f64()
+        && features.all(|(f, ((&norm, &rest), (sums, rests)))| {
+            let norm = norm.to_f64();
+            let limit = limit * (norm + tiny);
+            (0.0..=most).contains(&norm)
+                && norm + waiting(f) >= least
+                && rest.abs().to_f64() <= 0.01 * norm + tiny
                 && within(sums, limit)
                 && within(rests, limit)
         })
