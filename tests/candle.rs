@@ -625,7 +625,7 @@ fn a_var_builder_reads_the_crates_files() {
 /// Sizes, positions and batches that nobody can hold are refused before anything is taken.
 #[test]
 fn what_nobody_can_hold() {
-    fn too_large<T>(result: Result<T>) {
+    fn too_large<T>(result: candle_core::Result<T>) {
         let error = result.map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("must be at most"), "{error}");
     }
