@@ -639,9 +639,9 @@ fn what_nobody_can_hold() {
             };
             let endless = one.broadcast_as(shape).unwrap();
             let options = AttentionOptions::new().with_layout(layout);
-            too_large(causal(&endless, &endless, &endless, &[map.clone()], &options));
-            too_large(full(&endless, &one, &one, &[map.clone()], &options));
-            too_large(full(&one, &endless, &endless, &[map.clone()], &options));
+            too_large(causal(&endless, &endless, &endless, std::slice::from_ref(&map), &options));
+            too_large(full(&endless, &one, &one, std::slice::from_ref(&map), &options));
+            too_large(full(&one, &endless, &endless, std::slice::from_ref(&map), &options));
         }
     }
     let layer = layer::<f32>(0, Causality::Causal);
