@@ -625,7 +625,7 @@ fn a_var_builder_reads_the_crates_files() {
 /// Sizes, positions and batches that nobody can hold are refused before anything is taken.
 #[test]
 fn what_nobody_can_hold() {
-    fn too_large<T>(result: Result<T>) {
+    fn too_large<T>(result: candle_core::Result<T>) {
         let error = result.map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("must be at most"), "{error}");
     }
@@ -639,9 +639,9 @@ fn what_nobody_can_hold() {
             };
             let endless = one.broadcast_as(shape).unwrap();
             let options = AttentionOptions::new().with_layout(layout);
-            too_large(causal(&endless, &endless, &endless, &[map.clone()], &options));
-            too_large(full(&endless, &one, &one, &[map.clone()], &options));
-            too_large(full(&one, &endless, &endless, &[map.clone()], &options));
+            too_large(causal(&endless, &endless, &endless, std::slice::from_ref(&map), &options));
+            too_large(full(&endless, &one, &one, std::slice::from_ref(&map), &options));
+            too_large(full(&one, &endless, &endless, std::slice::from_ref(&map), &options));
         }
     }
     let layer = layer::<f32>(0, Causality::Causal);
