@@ -36,8 +36,8 @@ pub(crate) struct Args {
     /// --thorough]
     #[arg(long, value_name = "N")]
     calibration_windows: Option<usize>,
-    /// Steps of calibration by gradient, 0 for the closed form alone [default: 100, 300 with
-    /// --thorough]
+    /// Steps of calibration by gradient, 0 for the closed form alone [default: 250 for the model
+    /// that comes with the example, 100 for others, 300 with --thorough]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
     /// Windows in every step [default: 8192 tokens, 16384 with --thorough]
@@ -296,6 +296,7 @@ impl Args {
         self.steps.unwrap_or(match (self.quick, self.thorough) {
             (true, _) => 0,
             (false, true) => 300,
+            (false, false) if self.is_own_model() => 250,
             (false, false) => 100,
         })
     }
