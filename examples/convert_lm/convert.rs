@@ -1,26 +1,18 @@
 //! The exchange itself: softmax layers out, linear layers in, their plan, calibration and refit.
 
-use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use dijiang::attention::{KeyMask, Window};
-use dijiang::calibrate::{
-    Budget, CalibrateOptions, CalibrateReport, Fit, Plan, PlanOptions, Planner, Refit, Sample,
-};
-use dijiang::kernel::DctMap;
+use dijiang::calibrate::{Budget, CalibrateOptions, CalibrateReport, Fit, Plan, Refit, Sample};
 use dijiang::layer::{Attention, DijiangAttention, SoftmaxAttention};
 use ndarray::Array2;
 
 use crate::args::{Args, Row};
 use crate::lm::error::{Error, Result};
 use crate::lm::llama::Llama;
+use crate::lm::plan::{self, Fitted, Offers, proceed};
 use crate::lm::tokens::Token;
-use crate::lm::walk::Walk;
 
-/// Windows of text that a plan is measured on, at most.
-const PLAN_WINDOWS: usize = 4;
-/// A mix with which a map weighs nothing.
-const SILENT: f64 = -60.0;
 /// Share of the steps by gradient that fit the maps a plan is measured with.
 const PLANNING_SHARE: f64 = 0.4;
 
@@ -59,17 +51,16 @@ pub(crate) fn convert(
     let mut calibrator = Calibrator::new(args, softmax.config().layers, samples);
     let (mut plan, mut plan_alone, mut window_alone, mut planning) = (None, None, None, Vec::new());
     if rows.iter().any(|row| row.is_planned()) {
-        let [with_maps, alone];
-        ([with_maps, alone], planning) = measured(softmax, args, samples, &mut calibrator, &tick)?;
+        let offers;
+        (offers, planning) = measured(softmax, args, samples, &mut calibrator, &tick)?;
         let token_bytes = softmax.config().kv_cache_bytes(1);
-        let chosen = args.plan(&with_maps, softmax.config().head_dim, token_bytes)?;
+        let chosen = args.plan(&offers.with_maps, softmax.config().head_dim, token_bytes)?;
         // In tokens of all heads: what the plan holds, sums among it.
         let tokens = chosen.bytes() as f64 / token_bytes as f64;
         let exact = tokens - args.sinks as f64;
         window_alone = Some(exact as usize);
-        if rows.contains(&Row::PlannedWindow) {
-            plan_alone = Some(alone.plan(Budget::AverageWindow(exact / 2.0))?);
-        }
+        let alone = offers.alone.map(|alone| alone.plan(Budget::AverageWindow(exact / 2.0)));
+        plan_alone = alone.transpose()?;
         plan = Some(chosen);
     }
 
@@ -99,10 +90,11 @@ pub(crate) fn convert(
         let mut walk = softmax.walk(samples);
         while let Some(l) = walk.layer() {
             let teacher = &softmax.attention()[l];
-            let samples = layer_samples(l, teacher, &walk)?;
+            let samples = plan::samples(teacher, &walk.inputs()).map_err(Error::in_layer(l))?;
             for linear in linear.iter_mut().filter(|linear| is_fitted(linear.row)) {
                 let layer = &mut linear.model.attention_mut()[l];
-                let report = calibrator.calibrate(l, Stage::Row(linear.row), layer, &samples)?;
+                let report = calibrator.calibrate(Stage::Row(linear.row), layer, &samples);
+                let report = report.map_err(Error::in_layer(l))?;
                 linear.reports.truncate(l);
                 linear.reports.push(report);
             }
@@ -123,66 +115,28 @@ pub(crate) fn convert(
     Ok(Converted { linear, plan, plan_alone, window_alone, seconds })
 }
 
-/// The maps of a layer, and what calibration did to them.
-type Fitted = (Vec<DctMap<f32>>, CalibrateReport);
-
-/// What every window is worth to every head, with maps behind it and with nothing; and the maps,
-/// for every layer: fitted behind a small window.
+/// What every window is worth to every head, and the maps that it was measured with, for every
+/// layer.
 fn measured(
     softmax: &Llama<SoftmaxAttention<f32>>,
     args: &Args,
     samples: &[&[Token]],
     calibrator: &mut Calibrator,
     tick: &impl Fn(),
-) -> Result<([Planner; 2], Vec<Fitted>)> {
-    let longest = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
-    let mut options = PlanOptions::new().with_sinks(args.sinks);
-    // A window that holds all of a sample is no window.
-    options.windows.retain(|window| window.tokens() < longest);
-    let mut with_maps = Planner::new(options)?;
-    let mut alone = with_maps.clone();
-    let window = Window::new(16.min(longest.div_ceil(16)), 7);
-    let options = args.options().with_window(window);
+) -> Result<(Offers, Vec<Fitted>)> {
+    let alone = args.rows().contains(&Row::PlannedWindow);
+    let mut offers = Offers::new(samples, args.options(), alone)?;
     let (mut walk, mut maps) = (softmax.walk(samples), Vec::new());
     while let Some(l) = walk.layer() {
         let teacher = &softmax.attention()[l];
-        let samples = layer_samples(l, teacher, &walk)?;
-        let mut layer =
-            DijiangAttention::from_softmax(teacher, options.clone()).map_err(Error::in_layer(l))?;
-        let report = calibrator.calibrate(l, Stage::Planning, &mut layer, &samples)?;
-        let hidden = walk.hidden().iter().map(|hidden| hidden.view());
-        let spread = samples.len().div_ceil(PLAN_WINDOWS);
-        let measured: Vec<_> = samples.iter().zip(hidden).step_by(spread).collect();
-        with_maps.measure(&layer, &measured).map_err(Error::in_layer(l))?;
-        if args.rows().contains(&Row::PlannedWindow) {
-            let silent = silenced(&layer).map_err(Error::in_layer(l))?;
-            alone.measure(&silent, &measured).map_err(Error::in_layer(l))?;
-        }
-        maps.push((layer.maps().to_vec(), report));
+        let samples = plan::samples(teacher, &walk.inputs()).map_err(Error::in_layer(l))?;
+        let calibrate = |layer: &mut _| calibrator.calibrate(Stage::Planning, layer, &samples);
+        let fitted = offers.measure(teacher, &samples, walk.hidden(), calibrate);
+        maps.push(fitted.map_err(Error::in_layer(l))?);
         walk.advance_with(|w, _| samples[w].output(teacher))?;
         tick();
     }
-    Ok(([with_maps, alone], maps))
-}
-
-/// The layer with maps that weigh nothing beside what is exact.
-fn silenced(layer: &DijiangAttention<f32>) -> dijiang::Result<DijiangAttention<f32>> {
-    let silent = |map: &DctMap<f32>| {
-        let mut params = map.params().clone();
-        params.log_mix = SILENT;
-        DctMap::from_params(params)
-    };
-    layer.clone().with_maps(layer.maps().iter().map(silent).collect::<dijiang::Result<_>>()?)
-}
-
-/// What softmax attention makes of the windows before layer `l`.
-fn layer_samples(
-    l: usize,
-    teacher: &SoftmaxAttention<f32>,
-    walk: &Walk<'_>,
-) -> Result<Vec<Sample<f32>>> {
-    let inputs = walk.inputs().into_iter();
-    inputs.map(|input| Sample::new(teacher, &input).map_err(Error::in_layer(l))).collect()
+    Ok((offers, maps))
 }
 
 /// The output projection of every layer in closed form, each on the hidden states that the layers
@@ -255,14 +209,13 @@ impl Calibrator {
         }
     }
 
-    /// The layer with index `l` of one model.
+    /// One layer.
     fn calibrate(
         &mut self,
-        l: usize,
         stage: Stage,
         layer: &mut DijiangAttention<f32>,
         samples: &[Sample<f32>],
-    ) -> Result<CalibrateReport> {
+    ) -> dijiang::Result<CalibrateReport> {
         let start = Instant::now();
         let mut options = self.trained.clone();
         if stage == Stage::Row(Row::ClosedForm) {
@@ -284,13 +237,8 @@ impl Calibrator {
             Stage::Row(Row::Pure) => options = options.with_decay(Fit::Train),
             Stage::Row(_) => {}
         }
-        let report = layer.calibrate_on(samples, &options, proceed).map_err(Error::in_layer(l))?;
+        let report = layer.calibrate_on(samples, &options, proceed)?;
         self.spent += start.elapsed();
         Ok(report)
     }
-}
-
-/// Nobody stops a calibration here.
-fn proceed<P>(_: P) -> ControlFlow<()> {
-    ControlFlow::Continue(())
 }

@@ -10,6 +10,7 @@ pub(crate) mod exp;
 pub(crate) mod generate;
 mod head;
 pub(crate) mod llama;
+pub(crate) mod plan;
 mod product;
 pub(crate) mod progress;
 pub(crate) mod stream;
