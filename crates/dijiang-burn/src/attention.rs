@@ -10,7 +10,7 @@ use crate::cache::{CacheShape, DijiangCache, States};
 use crate::config::DijiangAttentionConfig;
 use crate::engine::{self, Choices, EngineState};
 use crate::error::{Error, Result, check_shape};
-use crate::maps::{FeatureMaps, working};
+use crate::maps::{FeatureMaps, unreadable, working};
 use crate::tensors::{State, Tokens, full};
 
 /// Tokens that the tensor path takes at a time where nothing is kept for gradients: enough to be
@@ -173,7 +173,7 @@ impl DijiangAttention {
         let [q, k, v] = self.project(x.clone(), 0)?;
         let causal = self.config.causality == Causality::Causal;
         let out = if self.engine(&x.device(), q.dtype()) {
-            engine::attend([q, k, v], &self.maps, self.choices(), valid.map(rows))?
+            engine::attend([q, k, v], &self.maps, self.choices(), valid.map(rows).transpose()?)?
         } else {
             let tokens = self.tokens([q, k, v], valid);
             let out = if causal {
@@ -255,8 +255,12 @@ impl DijiangAttention {
                 let tokens = self.tokens([q, k, v], valid);
                 state.extend(&self.maps, &tokens, segment(&x)).swap_dims(1, 2)
             }
-            States::F32(state) => state.extend([q, k, v], valid.map(rows).as_deref())?,
-            States::F64(state) => state.extend([q, k, v], valid.map(rows).as_deref())?,
+            States::F32(state) => {
+                state.extend([q, k, v], valid.map(rows).transpose()?.as_deref())?
+            }
+            States::F64(state) => {
+                state.extend([q, k, v], valid.map(rows).transpose()?.as_deref())?
+            }
         };
         cache.position += n;
         Ok(self.project_output(out, x.dtype()))
@@ -362,8 +366,9 @@ fn segment(x: &Tensor<3>) -> usize {
 }
 
 /// A mask on the host, sequence by sequence.
-fn rows(mask: Tensor<2, Bool>) -> Vec<Vec<bool>> {
+fn rows(mask: Tensor<2, Bool>) -> Result<Vec<Vec<bool>>> {
     let [_, n] = mask.dims();
-    let values: Vec<bool> = mask.into_data().iter::<bool>().collect();
-    values.chunks(n).map(<[bool]>::to_vec).collect()
+    let mask = mask.try_into_data().map_err(|error| unreadable(&error))?;
+    let values: Vec<bool> = mask.iter::<bool>().collect();
+    Ok(values.chunks(n).map(<[bool]>::to_vec).collect())
 }

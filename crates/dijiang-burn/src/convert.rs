@@ -3,7 +3,7 @@
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::nn::attention::MultiHeadAttention;
-use burn::tensor::{DType, Device, Element, Tensor, TensorData};
+use burn::tensor::{Device, Element, Tensor, TensorData};
 use dijiang::Real;
 use dijiang::attention::{Causality, Window};
 use dijiang::calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport};
@@ -17,7 +17,7 @@ use std::ops::ControlFlow;
 use crate::attention::DijiangAttention;
 use crate::config::DijiangAttentionConfig;
 use crate::error::{Error, Result};
-use crate::maps::{FeatureMaps, MapKind};
+use crate::maps::{FeatureMaps, MapKind, elements};
 
 impl DijiangAttention {
     /// The same layer as one of [`dijiang`], calibrated or read from a checkpoint, say: its weights
@@ -90,7 +90,7 @@ impl DijiangAttention {
             .with_windows(self.config().windows.clone())
             .with_sinks(self.config().sinks);
         let layer = dijiang::layer::DijiangAttention::from_softmax(&softmax, options)?;
-        let (params, log_decay) = self.maps.params();
+        let (params, log_decay) = self.maps.params()?;
         let maps = params.into_iter().map(DctMap::from_params);
         let layer = layer.with_maps(maps.collect::<dijiang::Result<_>>()?)?;
         Ok(match self.config().causality {
@@ -136,8 +136,7 @@ impl DijiangAttention {
     ) -> Result<CalibrateReport> {
         let [batch, n, width] = x.dims();
         let mut layer = self.to_layer::<f32>()?;
-        let elements = x.into_data().convert::<f32>().into_vec().unwrap_or_default();
-        let texts = Array3::from_shape_vec((batch, n, width), elements);
+        let texts = Array3::from_shape_vec((batch, n, width), elements(x)?);
         let texts = texts.map_err(|_| Error::Tensor {
             argument: "x",
             expected: "of numbers",
@@ -172,11 +171,10 @@ pub fn softmax_layer<T: Real + Element>(
 
 /// `[out, in]` matrices of burn's `[in, out]` ones.
 fn weights<T: Real + Element>(projections: [&Linear; 4]) -> Result<AttentionWeights<T>> {
-    let elements = |data: TensorData| data.convert::<T>().into_vec::<T>().unwrap_or_default();
     let matrix = |linear: &Linear| {
         let weight = linear.weight.val();
         let [rows, columns] = weight.dims();
-        let matrix = Array2::from_shape_vec((rows, columns), elements(weight.into_data()));
+        let matrix = Array2::from_shape_vec((rows, columns), elements(weight)?);
         let matrix = matrix.map_err(|_| Error::Tensor {
             argument: "weight",
             expected: "a matrix of numbers",
@@ -185,12 +183,13 @@ fn weights<T: Real + Element>(projections: [&Linear; 4]) -> Result<AttentionWeig
         Ok::<_, Error>(matrix.reversed_axes().as_standard_layout().into_owned())
     };
     let bias = |linear: &Linear| {
-        linear.bias.as_ref().map(|bias| Array1::from(elements(bias.val().into_data())))
+        let bias = linear.bias.as_ref().map(|bias| elements(bias.val()).map(Array1::from));
+        bias.transpose()
     };
     let [q, k, v, o] = projections;
     let mut weights = AttentionWeights::new(matrix(q)?, matrix(k)?, matrix(v)?, matrix(o)?);
-    (weights.q_bias, weights.k_bias) = (bias(q), bias(k));
-    (weights.v_bias, weights.o_bias) = (bias(v), bias(o));
+    (weights.q_bias, weights.k_bias) = (bias(q)?, bias(k)?);
+    (weights.v_bias, weights.o_bias) = (bias(v)?, bias(o)?);
     Ok(weights)
 }
 

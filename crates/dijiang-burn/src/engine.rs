@@ -24,7 +24,7 @@ use dijiang::kernel::{DctGradients, DctMap};
 use ndarray::{ArrayView3, ArrayViewMut3, Axis};
 
 use crate::error::{Error, Result};
-use crate::maps::{FeatureMaps, Layout, numbers};
+use crate::maps::{FeatureMaps, Layout, elements};
 
 /// Whether the engine runs on this device.
 pub(crate) fn runs_on(device: &Device) -> bool {
@@ -92,7 +92,7 @@ pub(crate) fn attend(
     choices: Choices,
     valid: Option<Vec<Vec<bool>>>,
 ) -> Result<Tensor<4>> {
-    let layout = maps.layout();
+    let layout = maps.layout()?;
     let call = Arc::new(Call { choices, layout, valid, failure: Mutex::new(None) });
     let [q, k, v] = [q, k, v].map(Tensor::into_dispatch);
     let numbers = maps.pack().into_dispatch();
@@ -333,7 +333,7 @@ pub(crate) struct EngineState<T> {
 
 impl<T: Element> EngineState<T> {
     pub(crate) fn new(maps: &FeatureMaps, choices: &Choices, batch: usize) -> Result<Self> {
-        let attention = choices.build(&maps.layout(), &numbers(maps.pack()))?;
+        let attention = choices.build(&maps.layout()?, &elements(maps.pack())?)?;
         let states = vec![attention.new_state(); batch];
         Ok(Self { attention: Arc::new(attention), states })
     }

@@ -2,12 +2,12 @@
 //! log-features they make.
 
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Element, Int, Tensor, TensorData};
 use dijiang::kernel::{DctParams, Envelope, Pairing, Projection, SideParams, Sides};
 use dijiang::reference::dct_matrix;
 
 use crate::config::ProjectionKind;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// The parameters of one side of every head, queries or keys.
 #[derive(Module, Debug)]
@@ -152,12 +152,12 @@ impl FeatureMaps {
     }
 
     /// Where [`pack`](Self::pack) puts what, and the signs.
-    pub(crate) fn layout(&self) -> Layout {
+    pub(crate) fn layout(&self) -> Result<Layout> {
         let per_head = |x: &Param<Tensor<2>>| x.lazy_shape()[1];
         let projection =
             self.query.projection.as_ref().map_or(0, |x| x.lazy_shape()[1] * x.lazy_shape()[2]);
-        let signs = self.signs.as_ref().map(|signs| numbers(signs.val()));
-        Layout {
+        let signs = self.signs.as_ref().map(|signs| elements(signs.val())).transpose()?;
+        Ok(Layout {
             kind: self.kind,
             heads: self.heads(),
             side: [
@@ -168,13 +168,16 @@ impl FeatureMaps {
             ],
             features: self.features(),
             signs,
-        }
+        })
     }
 
     /// The present values, one [`DctParams`] per key-value head, and log γ. Sides are
     /// [`Sides::Untied`].
-    pub fn params(&self) -> (Vec<DctParams>, Vec<f64>) {
-        self.layout().read(&numbers(self.pack()))
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] if the device does not give them.
+    pub fn params(&self) -> Result<(Vec<DctParams>, Vec<f64>)> {
+        Ok(self.layout()?.read(&elements(self.pack())?))
     }
 
     /// What the log-features of some of the heads are made of.
@@ -227,9 +230,15 @@ fn of_heads<const D: usize>(
     }
 }
 
-/// The elements in f64.
-pub(crate) fn numbers<const D: usize>(x: Tensor<D>) -> Vec<f64> {
-    x.into_data().convert::<f64>().into_vec().unwrap_or_default()
+/// The elements on the host, converted.
+pub(crate) fn elements<T: Element, const D: usize>(x: Tensor<D>) -> Result<Vec<T>> {
+    x.try_into_vec_as().map_err(|error| unreadable(&error))
+}
+
+/// A device does not give what is on it.
+pub(crate) fn unreadable(error: &dyn std::fmt::Debug) -> Error {
+    let got = format!("{error:?}");
+    Error::Tensor { argument: "tensor", expected: "readable from its device", got }
 }
 
 impl SideMaps {

@@ -189,7 +189,7 @@ fn tensor<T: Real + Element, const D: usize>(x: &ArrayD<f64>, device: &Device) -
 
 fn array<T: Real + Element, const D: usize>(x: Tensor<D>) -> ArrayD<T> {
     let shape = x.dims();
-    let elements = x.into_data().convert::<T>().into_vec().unwrap();
+    let elements = x.try_into_vec_as().unwrap();
     ArrayD::from_shape_vec(&shape[..], elements).unwrap()
 }
 
