@@ -545,7 +545,8 @@ mod tests {
     /// What others turn by is what this crate turns by, scaling and attention factor included.
     #[test]
     fn turns_are_those_of_the_table() {
-        let scaling = RotaryScaling::LongRope { factors: vec![1.0, 2.5, 7.0], attention_factor: 1.5 };
+        let scaling =
+            RotaryScaling::LongRope { factors: vec![1.0, 2.5, 7.0], attention_factor: 1.5 };
         let rotary = Rotary::new(100.0).with_dims(6).with_scaling(scaling);
         let turns = rotary.turns(8, 61..131).expect("a rotary embedding");
         let head: Vec<f64> = (0..8).map(|i| f64::from(i) - 3.0).collect();

@@ -48,8 +48,7 @@ enum Row {
     Engine,
 }
 
-const ROWS: [Row; 5] =
-    [Row::Projections, Row::MultiHead, Row::Fused, Row::Tensors, Row::Engine];
+const ROWS: [Row; 5] = [Row::Projections, Row::MultiHead, Row::Fused, Row::Tensors, Row::Engine];
 
 impl Row {
     fn is_softmax(self) -> bool {

@@ -4,10 +4,10 @@
 use std::fmt::Debug;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::CheckpointStrategy;
 use burn::backend::autodiff::grads::Gradients;
-use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::flex::FlexTensor;
 use burn::backend::tensor::FloatTensor;
@@ -264,7 +264,11 @@ impl Call {
         Ok(())
     }
 
-    fn backward<T: Element>(&self, inputs: [FlexTensor; 4], gradient: FlexTensor) -> [FlexTensor; 4] {
+    fn backward<T: Element>(
+        &self,
+        inputs: [FlexTensor; 4],
+        gradient: FlexTensor,
+    ) -> [FlexTensor; 4] {
         let shapes = inputs.each_ref().map(|input| input.shape());
         let inputs = inputs.map(|input| input.to_contiguous());
         let gradients = self.try_backward::<T>(&inputs, &gradient.to_contiguous());

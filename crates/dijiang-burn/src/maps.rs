@@ -76,20 +76,28 @@ impl FeatureMaps {
         };
         let (kind, heads, dim) = (MapKind::of(first), params.len(), first.dim());
         for params in params {
-            let shape = |params: &DctParams| [params.dim(), params.query.radii.len(), params.features()];
+            let shape =
+                |params: &DctParams| [params.dim(), params.query.radii.len(), params.features()];
             if MapKind::of(params) != kind || shape(params) != shape(first) {
                 let other = "a map of another kind in the same layer";
                 return Err(dijiang::Error::Conflict { argument: "map", other }.into());
             }
         }
-        let data = |of: &dyn Fn(&DctParams) -> Vec<f64>| params.iter().flat_map(of).collect::<Vec<f64>>();
+        let data =
+            |of: &dyn Fn(&DctParams) -> Vec<f64>| params.iter().flat_map(of).collect::<Vec<f64>>();
         let matrix = |values: Vec<f64>| {
             let shape = [heads, values.len() / heads];
-            Param::from_tensor(Tensor::<2>::from_data(TensorData::new(values, shape), (device, dtype)))
+            Param::from_tensor(Tensor::<2>::from_data(
+                TensorData::new(values, shape),
+                (device, dtype),
+            ))
         };
         let vector = |values: Vec<f64>| {
             let shape = [values.len()];
-            Param::from_tensor(Tensor::<1>::from_data(TensorData::new(values, shape), (device, dtype)))
+            Param::from_tensor(Tensor::<1>::from_data(
+                TensorData::new(values, shape),
+                (device, dtype),
+            ))
         };
         let cube = |values: Vec<f64>| {
             (!values.is_empty()).then(|| {
@@ -144,7 +152,9 @@ impl FeatureMaps {
     pub(crate) fn pack(&self) -> Tensor<1> {
         let mut parts = Vec::new();
         for side in [&self.query, &self.key] {
-            parts.extend([&side.center, &side.scale, &side.radii].map(|x| x.val().flatten::<1>(0, 1)));
+            parts.extend(
+                [&side.center, &side.scale, &side.radii].map(|x| x.val().flatten::<1>(0, 1)),
+            );
             parts.extend(side.projection.as_ref().map(|x| x.val().flatten::<1>(0, 2)));
         }
         parts.extend([self.log_weight.val().flatten::<1>(0, 1), self.log_mix.val(), self.decay()]);
@@ -220,10 +230,7 @@ pub(crate) fn working<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 }
 
 /// The rows of some heads, or of all.
-fn of_heads<const D: usize>(
-    x: Tensor<D>,
-    heads: Option<&Tensor<1, Int>>,
-) -> Tensor<D> {
+fn of_heads<const D: usize>(x: Tensor<D>, heads: Option<&Tensor<1, Int>>) -> Tensor<D> {
     match heads {
         Some(heads) => x.select(0, heads.clone()),
         None => x,
@@ -363,9 +370,10 @@ impl Prepared {
     /// a_f, mix included: `[b, h_kv, n, d]` to `[b, h_kv, n, m]`.
     pub(crate) fn query_features(&self, x: Tensor<4>) -> Tensor<4> {
         let (heads, centers) = (self.log_mix.dims()[0], &self.query.center);
-        let across = (centers.clone() * self.key.center.clone()).sum_dim(1).reshape([1, heads, 1, 1]);
-        let rest = along(&x, &self.key.center) - across
-            + self.log_mix.clone().reshape([1, heads, 1, 1]);
+        let across =
+            (centers.clone() * self.key.center.clone()).sum_dim(1).reshape([1, heads, 1, 1]);
+        let rest =
+            along(&x, &self.key.center) - across + self.log_mix.clone().reshape([1, heads, 1, 1]);
         self.features(&self.query, x) + rest
     }
 

@@ -27,11 +27,17 @@ pub(crate) fn rotate(x: Tensor<4>, rotary: &Rotary, start: usize) -> Result<Tens
             Tensor::cat(vec![first, b * cos + a * sin], 3)
         }
         RotaryPairing::Interleaved => {
-            let (cos, sin) = (cos.reshape([1, tokens, 1, pairs, 1]), sin.reshape([1, tokens, 1, pairs, 1]));
+            let (cos, sin) =
+                (cos.reshape([1, tokens, 1, pairs, 1]), sin.reshape([1, tokens, 1, pairs, 1]));
             let x = x.narrow(3, 0, 2 * pairs).reshape([batch, tokens, heads, pairs, 2]);
             let (a, b) = (x.clone().narrow(4, 0, 1), x.narrow(4, 1, 1));
             let first = a.clone() * cos.clone() - b.clone() * sin.clone();
-            Tensor::cat(vec![first, b * cos + a * sin], 4).reshape([batch, tokens, heads, 2 * pairs])
+            Tensor::cat(vec![first, b * cos + a * sin], 4).reshape([
+                batch,
+                tokens,
+                heads,
+                2 * pairs,
+            ])
         }
     };
     Ok(match rest {

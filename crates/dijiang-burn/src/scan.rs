@@ -46,18 +46,22 @@ pub(crate) fn running(chunks: Sums, before: Sums, decay: &Tensor<3>) -> Sums {
     };
     let rows = RADIX + 1;
     let pairs = |of: &dyn Fn(usize, usize) -> f64| {
-        let values: Vec<f64> =
-            (0..rows).flat_map(|i| (0..RADIX).map(move |j| (i, j))).map(|(i, j)| of(i, j)).collect();
+        let values: Vec<f64> = (0..rows)
+            .flat_map(|i| (0..RADIX).map(move |j| (i, j)))
+            .map(|(i, j)| of(i, j))
+            .collect();
         Tensor::<4>::from_data(TensorData::new(values, [1, 1, rows, RADIX]), (&device, dtype))
     };
     let steps = pairs(&|i, j| if j < i { (i - 1 - j) as f64 } else { 0.0 });
     let later = pairs(&|i, j| if j < i { 0.0 } else { HIDDEN });
     let exponents = in_blocks(top) + steps * decay.clone().reshape([batch, 1, 1, 1]) + later;
     let local = exponents.clone().detach().max_dim(3).clamp_min(FLOOR);
-    let values = values
-        .reshape([batch * blocks, RADIX, m, width])
-        .swap_dims(1, 2)
-        .reshape([batch, blocks * m, RADIX, width]);
+    let values = values.reshape([batch * blocks, RADIX, m, width]).swap_dims(1, 2).reshape([
+        batch,
+        blocks * m,
+        RADIX,
+        width,
+    ]);
     // [B, blocks·m, rows, width]
     let within = (exponents - local.clone()).exp().matmul(values);
 
@@ -74,8 +78,7 @@ pub(crate) fn running(chunks: Sums, before: Sums, decay: &Tensor<3>) -> Sums {
 
     let (within, local) = (within.narrow(2, 0, RADIX), local.narrow(2, 0, RADIX));
     let steps: Vec<f64> = (0..RADIX).map(|i| i as f64).collect();
-    let steps =
-        Tensor::<4>::from_data(TensorData::new(steps, [1, 1, RADIX, 1]), (&device, dtype));
+    let steps = Tensor::<4>::from_data(TensorData::new(steps, [1, 1, RADIX, 1]), (&device, dtype));
     let carried = earlier.top.reshape([batch, blocks * m, 1, 1])
         + steps * decay.clone().reshape([batch, 1, 1, 1]);
     let top = local.clone().max_pair(carried.clone().detach());

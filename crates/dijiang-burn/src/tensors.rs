@@ -162,8 +162,8 @@ impl State {
                 2 * group.tail.near.shape().num_elements(),
                 group.sinks.k.shape().num_elements() + group.sinks.v.shape().num_elements(),
             ];
-            let integers =
-                group.sinks.positions.shape().num_elements() + group.sinks.seen.shape().num_elements();
+            let integers = group.sinks.positions.shape().num_elements()
+                + group.sinks.seen.shape().num_elements();
             floats.iter().sum::<usize>() * values.dtype().size()
                 + integers * group.sinks.seen.dtype().size()
         };
@@ -228,9 +228,12 @@ fn head_list<const D: usize>(heads: &[usize], like: &Tensor<D>) -> Tensor<1, Int
 fn select_groups(q: Tensor<4>, kv_heads: usize, list: &Tensor<1, Int>) -> Tensor<4> {
     let [batch, heads, n, d] = q.dims();
     let group = heads / kv_heads;
-    q.reshape([batch, kv_heads, group * n, d])
-        .select(1, list.clone())
-        .reshape([batch, list.dims()[0] * group, n, d])
+    q.reshape([batch, kv_heads, group * n, d]).select(1, list.clone()).reshape([
+        batch,
+        list.dims()[0] * group,
+        n,
+        d,
+    ])
 }
 
 /// One more column, of ones.
@@ -317,11 +320,9 @@ impl Sinks {
         let positions = Tensor::<1, Int>::arange(0..n as i64, &device) + position as i64 - NOWHERE;
         let positions = (picked.clone() * positions.reshape([1, 1, n])).sum_dim(2);
         self.positions = self.positions.clone() + positions.reshape([batch, sinks]);
-        let rows = for_heads(
-            picked.float().cast(keys.k.dtype()).reshape([batch, sinks * n]),
-            heads,
-        )
-        .reshape([batch * heads, sinks, n]);
+        let rows =
+            for_heads(picked.float().cast(keys.k.dtype()).reshape([batch, sinks * n]), heads)
+                .reshape([batch * heads, sinks, n]);
         self.k = self.k.clone() + rows.clone().matmul(keys.k.clone());
         self.v = self.v.clone() + rows.matmul(keys.v.clone());
         is_sink
@@ -378,22 +379,24 @@ impl GroupState {
             Tensor::cat(vec![fill(offset), q, fill(chunks * chunk - offset - n)], 2)
         };
         // [B, chunks, group·per_chunk, d]
-        let q = q
-            .reshape([rows, group, chunks, per_chunk, d])
-            .swap_dims(1, 2)
-            .reshape([rows, chunks, group * per_chunk, d]);
+        let q = q.reshape([rows, group, chunks, per_chunk, d]).swap_dims(1, 2).reshape([
+            rows,
+            chunks,
+            group * per_chunk,
+            d,
+        ]);
         let block = Block { q, group, first, per_chunk, kv_heads, start: position / chunk };
         let out = self.outputs(maps, &block, &keys, before);
 
-        self.sums = Sums {
-            values: sums.values.narrow(1, whole, 1),
-            top: sums.top.narrow(1, whole, 1),
-        };
+        self.sums =
+            Sums { values: sums.values.narrow(1, whole, 1), top: sums.top.narrow(1, whole, 1) };
         self.tail = keys.narrow(whole * chunk, back * chunk + (offset + n) % chunk);
-        let out = out
-            .reshape([rows, chunks, group, per_chunk, e])
-            .swap_dims(1, 2)
-            .reshape([batch, heads, chunks * per_chunk, e]);
+        let out = out.reshape([rows, chunks, group, per_chunk, e]).swap_dims(1, 2).reshape([
+            batch,
+            heads,
+            chunks * per_chunk,
+            e,
+        ]);
         if chunks * per_chunk == n { out } else { out.narrow(2, offset, n) }
     }
 
@@ -432,7 +435,8 @@ impl GroupState {
         let (device, dtype) = (block.q.device(), block.q.dtype());
         let decay = decay_of(maps, batch);
 
-        let a = maps.query_features(block.q.clone().reshape([batch, kv_heads, chunks * queries, d]));
+        let a =
+            maps.query_features(block.q.clone().reshape([batch, kv_heads, chunks * queries, d]));
         let m = a.dims()[3];
         let a = a.reshape([rows, chunks, queries, m]);
 
@@ -447,13 +451,12 @@ impl GroupState {
             windows(x.reshape([rows, back + chunks, chunk, width]))
         };
         let k = by_chunk(keys.k.clone());
-        let hidden = for_heads(keys.near.clone(), kv_heads).reshape([rows, (back + chunks) * chunk, 1]);
+        let hidden =
+            for_heads(keys.near.clone(), kv_heads).reshape([rows, (back + chunks) * chunk, 1]);
         let hidden = by_chunk(hidden).swap_dims(2, 3);
         let later = block.later(back * chunk, span);
-        let later = Tensor::<4>::from_data(
-            TensorData::new(later, [1, 1, queries, span]),
-            (&device, dtype),
-        );
+        let later =
+            Tensor::<4>::from_data(TensorData::new(later, [1, 1, queries, span]), (&device, dtype));
         let scores = if exact {
             block.q.clone().matmul(k.swap_dims(2, 3))
         } else {
@@ -607,4 +610,3 @@ pub(crate) fn full(maps: &FeatureMaps, tokens: Tokens) -> Tensor<4> {
     let weights = (a - top).exp().reshape([rows, 1, heads / kv_heads * n, m]);
     normalised(weights.matmul(sums)).reshape([batch, heads, n, e])
 }
-

@@ -54,7 +54,8 @@ fn within_the_window_it_is_burns_own_attention() {
     let x = random(2, 60, 24, &device);
     // Padding at the end, so that no query is without a key.
     let masked: Vec<bool> = (0..120).map(|i| i % 60 >= 60 - i / 60 * 9).collect();
-    let mask = Tensor::<2, Bool>::from_data(burn::tensor::TensorData::new(masked, [2, 60]), &device);
+    let mask =
+        Tensor::<2, Bool>::from_data(burn::tensor::TensorData::new(masked, [2, 60]), &device);
     for path in [AttentionPath::Automatic, AttentionPath::Tensors] {
         let linear = DijiangAttention::from_mha(&mha, Causality::Causal, DijiangOptions::new());
         let linear = linear.unwrap().with_path(path);
@@ -197,9 +198,8 @@ fn what_it_refuses() {
 
     let attention = config().init(&device).unwrap();
     let zeros = |shape: [usize; 3]| Tensor::<3>::zeros(shape, &device);
-    let shape = |argument, axis, expected, got| {
-        Error::Dijiang(Nd::Shape { argument, axis, expected, got })
-    };
+    let shape =
+        |argument, axis, expected, got| Error::Dijiang(Nd::Shape { argument, axis, expected, got });
     let error = |input: DijiangInput| attention.forward(input).unwrap_err();
     assert_eq!(error(zeros([1, 5, 17]).into()), shape("x", 2, 16, 17));
     let empty = Error::Dijiang(Nd::Empty { argument: "x" });

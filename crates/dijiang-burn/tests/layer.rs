@@ -232,9 +232,10 @@ fn outputs<T: Real + Element>(tolerance: f64) {
         let layer = case.layer::<T>(random);
         let (x, valid) = case.batch(random);
         let key_mask = |i: usize| valid.as_ref().map_or(KeyMask::All, |v| KeyMask::Valid(&v[i]));
-        let expected = x.outer_iter().enumerate().map(|(i, x)| {
-            common::to_f64(&layer.forward(&cast::<T, _>(&x), key_mask(i)).unwrap())
-        });
+        let expected = x
+            .outer_iter()
+            .enumerate()
+            .map(|(i, x)| common::to_f64(&layer.forward(&cast::<T, _>(&x), key_mask(i)).unwrap()));
         let expected: Vec<Array2<f64>> = expected.collect();
         for path in paths(&device) {
             let attention = DijiangAttention::from_layer(&layer, &device).unwrap().with_path(path);
@@ -450,9 +451,8 @@ fn golden<T: Real + Element>(tolerance: f64) {
 
         let mut x = Array3::zeros((1, n, 3 * d));
         let mut cotangent = Array3::zeros((1, n, 3 * d));
-        for (place, part) in [&problem.inputs.q, &problem.inputs.k, &problem.inputs.v]
-            .into_iter()
-            .enumerate()
+        for (place, part) in
+            [&problem.inputs.q, &problem.inputs.k, &problem.inputs.v].into_iter().enumerate()
         {
             let width = part.shape()[2];
             x.slice_mut(s![.., .., place * d..place * d + width]).assign(part);

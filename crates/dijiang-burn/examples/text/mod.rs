@@ -210,7 +210,8 @@ pub fn train(
             .build(InMemDataset::new(texts))
     };
     let device = model.head.weight.val().device();
-    let (training, validation) = (loader(training, device.clone()), loader(validation, device.inner()));
+    let (training, validation) =
+        (loader(training, device.clone()), loader(validation, device.inner()));
     SupervisedTraining::new(directory, training, validation)
         .metrics((LossMetric::new(), PerplexityMetric::new()))
         .num_epochs(epochs)
