@@ -172,7 +172,7 @@ impl DijiangAttention {
         let valid = self.check(&x, mask_pad)?;
         let [q, k, v] = self.project(x.clone(), 0)?;
         let causal = self.config.causality == Causality::Causal;
-        let out = if self.engine(&x.device(), q.dtype()) {
+        let out = if self.engine(&x.device(), x.dtype()) {
             engine::attend([q, k, v], &self.maps, self.choices(), valid.map(rows).transpose()?)?
         } else {
             let tokens = self.tokens([q, k, v], valid);

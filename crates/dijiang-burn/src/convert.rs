@@ -5,7 +5,7 @@ use burn::nn::Linear;
 use burn::nn::attention::MultiHeadAttention;
 use burn::tensor::{Device, Element, Tensor, TensorData};
 use dijiang::Real;
-use dijiang::attention::{Causality, Window};
+use dijiang::attention::Causality;
 use dijiang::calibrate::{CalibrateOptions, CalibrateProgress, CalibrateReport};
 use dijiang::kernel::DctMap;
 use dijiang::layer::{
@@ -52,7 +52,7 @@ impl DijiangAttention {
             .with_scale(of_layer.scale)
             .with_causality(of_layer.causality)
             .with_rotary(of_layer.rotary.clone())
-            .with_windows(one_if_equal(layer.windows()))
+            .with_windows(layer.windows().to_vec())
             .with_sinks(layer.sinks())
             .with_features(Some(maps.features()))
             .with_projection(projection)
@@ -191,12 +191,4 @@ fn weights<T: Real + Element>(projections: [&Linear; 4]) -> Result<AttentionWeig
     (weights.q_bias, weights.k_bias) = (bias(q)?, bias(k)?);
     (weights.v_bias, weights.o_bias) = (bias(v)?, bias(o)?);
     Ok(weights)
-}
-
-/// One window for all heads, if they have the same.
-fn one_if_equal(windows: &[Window]) -> Vec<Window> {
-    match windows {
-        [first, rest @ ..] if rest.iter().all(|window| window == first) => vec![*first],
-        _ => windows.to_vec(),
-    }
 }
