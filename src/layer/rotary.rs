@@ -10,9 +10,10 @@
 //! 2022, *GPT-NeoX-20B*]
 
 use std::f64::consts::TAU;
+use std::ops::Range;
 
 use crate::Real;
-use crate::check::{check_len, check_positive};
+use crate::check::{check_len, check_positive, check_room};
 use crate::error::{Error, Result};
 
 /// Which coordinates are turned together.
@@ -140,6 +141,37 @@ impl Rotary {
     #[must_use]
     pub fn with_scaling(self, scaling: RotaryScaling) -> Self {
         Self { scaling, ..self }
+    }
+
+    /// (cos φ, sin φ) of every pair at every position, both times the attention factor of the
+    /// scaling: what an engine that has tensors of its own turns queries and keys by.
+    ///
+    /// # Shapes
+    /// - returns `[positions, r/2]`, row by row.
+    ///
+    /// # Errors
+    /// [`Error::Value`], [`Error::Length`] and [`Error::TooLarge`] for a rotary embedding that is
+    /// impossible for heads of dimension `head_dim`, or for more pairs than there is room for.
+    ///
+    /// # Examples
+    /// ```
+    /// use dijiang::layer::Rotary;
+    ///
+    /// let turns = Rotary::new(100.0).turns(4, 0..3)?;
+    /// assert_eq!(turns[..2], [(1.0, 0.0); 2]); // position 0
+    /// assert_eq!(turns[4], (2f64.cos(), 2f64.sin())); // position 2, frequency 1
+    /// # Ok::<(), dijiang::Error>(())
+    /// ```
+    pub fn turns(&self, head_dim: usize, positions: Range<usize>) -> Result<Vec<(f64, f64)>> {
+        self.check(head_dim)?;
+        let table = RotaryTable::new(self, head_dim);
+        check_room::<(f64, f64)>("positions", &[positions.len(), table.frequencies.len()])?;
+        let mut angles = table.angles::<f64>();
+        let turns = positions.enumerate().flat_map(|(j, position)| {
+            table.turn_to(position, j == 0, &mut angles, 1.0);
+            angles.whole.clone()
+        });
+        Ok(turns.collect())
     }
 
     pub(crate) fn check(&self, head_dim: usize) -> Result<()> {
@@ -386,26 +418,34 @@ impl RotaryTable {
         direction: f64,
     ) {
         for (j, row) in rows.chunks_exact_mut(row_len).enumerate() {
-            let position = start + j;
-            if j == 0 || position.is_multiple_of(SPAN) {
-                for (coarse, &theta) in angles.coarse.iter_mut().zip(&self.frequencies) {
-                    *coarse = turn(position - position % SPAN, theta);
-                }
-            }
-            let fine = &self.fine[position % SPAN * self.frequencies.len()..];
-            for ((whole, &(c, s)), &(cb, sb)) in
-                angles.whole.iter_mut().zip(&angles.coarse).zip(fine)
-            {
-                *whole = (T::from_f64(c * cb - s * sb), T::from_f64(direction * (s * cb + c * sb)));
-            }
-            if self.attention_factor != 1.0 {
-                let factor = T::from_f64(self.attention_factor);
-                for (c, s) in &mut angles.whole {
-                    (*c, *s) = (*c * factor, *s * factor);
-                }
-            }
+            self.turn_to(start + j, j == 0, angles, direction);
             for head in row.chunks_exact_mut(self.head_dim) {
                 self.rotate_head(head, &angles.whole);
+            }
+        }
+    }
+
+    /// The angles of `position`: the first one, or that after the one they are of.
+    fn turn_to<T: Real>(
+        &self,
+        position: usize,
+        first: bool,
+        angles: &mut Angles<T>,
+        direction: f64,
+    ) {
+        if first || position.is_multiple_of(SPAN) {
+            for (coarse, &theta) in angles.coarse.iter_mut().zip(&self.frequencies) {
+                *coarse = turn(position - position % SPAN, theta);
+            }
+        }
+        let fine = &self.fine[position % SPAN * self.frequencies.len()..];
+        for ((whole, &(c, s)), &(cb, sb)) in angles.whole.iter_mut().zip(&angles.coarse).zip(fine) {
+            *whole = (T::from_f64(c * cb - s * sb), T::from_f64(direction * (s * cb + c * sb)));
+        }
+        if self.attention_factor != 1.0 {
+            let factor = T::from_f64(self.attention_factor);
+            for (c, s) in &mut angles.whole {
+                (*c, *s) = (*c * factor, *s * factor);
             }
         }
     }
@@ -500,6 +540,28 @@ mod tests {
             assert_eq!(row, turned::<f64>(&rotary, &head, 1021 + j), "row {j}");
             assert_eq!(row[6..], head[6..], "the rest is not turned");
         }
+    }
+
+    /// What others turn by is what this crate turns by, scaling and attention factor included.
+    #[test]
+    fn turns_are_those_of_the_table() {
+        let scaling =
+            RotaryScaling::LongRope { factors: vec![1.0, 2.5, 7.0], attention_factor: 1.5 };
+        let rotary = Rotary::new(100.0).with_dims(6).with_scaling(scaling);
+        let turns = rotary.turns(8, 61..131).expect("a rotary embedding");
+        let head: Vec<f64> = (0..8).map(|i| f64::from(i) - 3.0).collect();
+        for (position, turns) in (61..131).zip(turns.chunks(3)) {
+            let mut expected = head.clone();
+            for (i, (c, s)) in turns.iter().enumerate() {
+                expected[i] = head[i] * c - head[i + 3] * s;
+                expected[i + 3] = head[i + 3] * c + head[i] * s;
+            }
+            assert_eq!(turned::<f64>(&rotary, &head, position), expected, "position {position}");
+        }
+        assert_eq!(
+            rotary.turns(4, 0..1),
+            Err(Error::TooLarge { argument: "rotary.dims", limit: 4, got: 6 })
+        );
     }
 
     /// The rule as Hugging Face writes it, by cases.

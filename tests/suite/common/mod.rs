@@ -34,7 +34,12 @@ pub struct Golden {
 impl Golden {
     /// Reads `tests/golden/<file>`.
     pub fn open(file: &str) -> Self {
-        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(file);
+        Self::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"), file)
+    }
+
+    /// Reads `<directory>/<file>`.
+    pub fn read(directory: &Path, file: &str) -> Self {
+        let path = directory.join(file);
         let bytes =
             std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
         let tensors =

@@ -1,0 +1,143 @@
+//! Time per token and peak memory of one layer on burn's CPU backend: burn's softmax attention and
+//! this crate's two paths. Every row is a process of its own, so that its peak is its own.
+
+use std::process::Command;
+use std::time::Instant;
+use std::{env, fs};
+
+use burn::nn::LinearConfig;
+use burn::nn::attention::{MhaInput, MultiHeadAttentionConfig, generate_autoregressive_mask};
+use burn::tensor::module::attention;
+use burn::tensor::ops::AttentionModuleOptions;
+use burn::tensor::{Device, Distribution, Tensor};
+use clap::{Parser, ValueEnum};
+use comfy_table::Table;
+use dijiang_burn::{AttentionPath, DijiangAttentionConfig};
+
+/// Measures one causal layer, a forward pass of one sequence, heads of 64.
+#[derive(Parser)]
+struct Args {
+    /// Numbers of tokens.
+    #[arg(long, value_delimiter = ',', default_values_t = [1024, 4096, 16384])]
+    tokens: Vec<usize>,
+    /// Heads.
+    #[arg(long, default_value_t = 8)]
+    heads: usize,
+    /// Softmax up to so many tokens only.
+    #[arg(long, default_value_t = 4096)]
+    softmax: usize,
+    /// Measure each so often, and take the shortest time.
+    #[arg(long, default_value_t = 5)]
+    repeat: usize,
+    /// One row alone.
+    #[arg(long)]
+    only: Option<Row>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, ValueEnum)]
+enum Row {
+    /// The four projections without attention between them.
+    Projections,
+    /// burn's `MultiHeadAttention`, with a mask.
+    MultiHead,
+    /// burn's fused attention between the same projections.
+    Fused,
+    /// This crate by tensor operations.
+    Tensors,
+    /// This crate by its engine.
+    Engine,
+}
+
+const ROWS: [Row; 5] = [Row::Projections, Row::MultiHead, Row::Fused, Row::Tensors, Row::Engine];
+
+impl Row {
+    fn is_softmax(self) -> bool {
+        matches!(self, Row::MultiHead | Row::Fused)
+    }
+
+    /// Seconds of one forward pass of `n` tokens.
+    fn seconds(self, n: usize, heads: usize, repeat: usize) -> Result<f64, dijiang_burn::Error> {
+        let device = Device::flex();
+        let width = heads * 64;
+        let x = Tensor::<3>::random([1, n, width], Distribution::Normal(0.0, 1.0), &device);
+        let linear = [(); 4].map(|()| LinearConfig::new(width, width).init(&device));
+        let mha = MultiHeadAttentionConfig::new(width, heads).with_dropout(0.0).init(&device);
+        let layer = DijiangAttentionConfig::new(width, heads).init(&device)?;
+        let layer = match self {
+            Row::Tensors => layer.with_path(AttentionPath::Tensors),
+            _ => layer,
+        };
+        let heads_of = |x: Tensor<3>| x.reshape([1, n, heads, 64]).swap_dims(1, 2);
+        let forward = || match self {
+            Row::Projections => {
+                let [q, k, v] = [0, 1, 2].map(|i| linear[i].forward(x.clone()));
+                Ok(linear[3].forward(q + k + v))
+            }
+            Row::MultiHead => {
+                let mask = generate_autoregressive_mask(1, n, &device);
+                Ok(mha.forward(MhaInput::self_attn(x.clone()).mask_attn(mask)).context)
+            }
+            Row::Fused => {
+                let [q, k, v] = [0, 1, 2].map(|i| heads_of(linear[i].forward(x.clone())));
+                let causal = AttentionModuleOptions { is_causal: true, ..Default::default() };
+                let out = attention(q, k, v, None, None, causal);
+                Ok(linear[3].forward(out.swap_dims(1, 2).reshape([1, n, width])))
+            }
+            Row::Tensors | Row::Engine => layer.forward(x.clone()),
+        };
+        let mut shortest = f64::INFINITY;
+        for _ in 0..repeat {
+            let start = Instant::now();
+            let sum = forward()?.sum().into_scalar::<f32>();
+            assert!(sum.is_finite());
+            shortest = shortest.min(start.elapsed().as_secs_f64());
+        }
+        Ok(shortest)
+    }
+}
+
+/// The most memory this process has held, in MB, where the system says so.
+fn peak() -> Option<f64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
+    Some(line.split_whitespace().nth(1)?.parse::<f64>().ok()? / 1000.0)
+}
+
+fn main() -> Result<(), Box<dyn std::error::Error>> {
+    let args = Args::parse();
+    if let Some(row) = args.only {
+        let n = args.tokens[0];
+        let seconds = row.seconds(n, args.heads, args.repeat)?;
+        println!("{} {}", seconds, peak().unwrap_or(f64::NAN));
+        return Ok(());
+    }
+    let mut table = Table::new();
+    table.set_header(["tokens", "layer", "ms", "µs per token", "peak MB"]);
+    for &n in &args.tokens {
+        for row in ROWS.into_iter().filter(|row| n <= args.softmax || !row.is_softmax()) {
+            let name = row.to_possible_value().map(|value| value.get_name().to_owned());
+            let name = name.unwrap_or_default();
+            let output = Command::new(env::current_exe()?)
+                .args(["--only", &name, "--tokens", &n.to_string()])
+                .args(["--heads", &args.heads.to_string(), "--repeat", &args.repeat.to_string()])
+                .output()?;
+            if !output.status.success() {
+                return Err(String::from_utf8_lossy(&output.stderr).into());
+            }
+            let printed = String::from_utf8(output.stdout)?;
+            let [seconds, peak] = printed.split_whitespace().collect::<Vec<_>>()[..] else {
+                return Err(format!("not two numbers: {printed}").into());
+            };
+            let (seconds, peak): (f64, f64) = (seconds.parse()?, peak.parse()?);
+            table.add_row([
+                n.to_string(),
+                name,
+                format!("{:.1}", seconds * 1e3),
+                format!("{:.2}", seconds * 1e6 / n as f64),
+                format!("{peak:.0}"),
+            ]);
+        }
+    }
+    println!("{table}");
+    Ok(())
+}
