@@ -1,11 +1,10 @@
 //! The exchange itself: softmax layers out, linear layers in, their plan, calibration and refit.
 
-use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use dijiang::attention::{KeyMask, Window};
 use dijiang::calibrate::{
-    Budget, CalibrateOptions, CalibrateReport, Fit, Plan, PlanOptions, Planner, Refit,
+    Budget, CalibrateOptions, CalibrateReport, Fit, Plan, Planner, Refit,
 };
 use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use ndarray::{Array2, ArrayView2};
@@ -13,10 +12,8 @@ use ndarray::{Array2, ArrayView2};
 use crate::args::{Args, Row};
 use crate::lm::error::{Error, Result};
 use crate::lm::llama::Llama;
+use crate::lm::plan::{Offers, PLAN_WINDOWS, proceed};
 use crate::lm::tokens::Token;
-
-/// Windows of text that a plan is measured on, at most.
-const PLAN_WINDOWS: usize = 4;
 
 /// A model with linear attention, and what calibration did to each of its layers.
 pub(crate) struct Linear {
@@ -111,35 +108,19 @@ fn measured(
     tick: &impl Fn(),
 ) -> Result<Planner> {
     let samples = &samples[..samples.len().min(PLAN_WINDOWS)];
-    let longest = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
-    let mut options = PlanOptions::new().with_sinks(args.sinks);
-    // A window that holds all of a sample is no window.
-    options.windows.retain(|window| window.tokens() < longest);
-    let mut planner = Planner::new(options)?;
     let options = DijiangOptions::new()
         .with_blocks(args.blocks)
         .with_seed(args.seed)
-        .with_sinks(args.sinks)
-        .with_window(Window::new(64.min(longest.div_ceil(4)), 1));
+        .with_sinks(args.sinks);
+    let mut offers = Offers::new(samples, options)?;
     let mut walk = softmax.walk(samples);
     while let Some(l) = walk.layer() {
         let teacher = &softmax.attention()[l];
-        let inputs = walk.inputs();
-        let views: Vec<ArrayView2<'_, f32>> = inputs.iter().map(|input| input.view()).collect();
-        let samples: Vec<_> = views
-            .iter()
-            .zip(walk.hidden())
-            .map(|(input, hidden)| (*input, hidden.view()))
-            .collect();
-        let mut layer =
-            DijiangAttention::from_softmax(teacher, options.clone()).map_err(Error::in_layer(l))?;
-        let closed = CalibrateOptions::new().with_steps(0);
-        layer.calibrate(&views, &closed, proceed).map_err(Error::in_layer(l))?;
-        planner.measure(teacher, &layer, &samples).map_err(Error::in_layer(l))?;
+        offers.measure(teacher, &walk.inputs(), walk.hidden()).map_err(Error::in_layer(l))?;
         walk.advance(teacher)?;
         tick();
     }
-    Ok(planner)
+    Ok(offers.planner)
 }
 
 /// The output projection of every layer in closed form, each on the hidden states that the layers
@@ -232,9 +213,4 @@ impl Calibrator {
         self.spent += start.elapsed();
         Ok((layer, report))
     }
-}
-
-/// Nobody stops a calibration here.
-fn proceed<P>(_: P) -> ControlFlow<()> {
-    ControlFlow::Continue(())
 }

@@ -11,6 +11,7 @@ pub(crate) mod generate;
 mod head;
 pub(crate) mod llama;
 mod product;
+pub(crate) mod plan;
 pub(crate) mod progress;
 pub(crate) mod stream;
 pub(crate) mod text;
