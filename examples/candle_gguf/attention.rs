@@ -4,9 +4,7 @@
 use candle_core::{D, Device, Result, Tensor};
 use candle_nn::attention::{AttnMask, flash_attn};
 use candle_nn::kv_cache::KvCache;
-use dijiang::attention::{
-    CausalState, LinearAttention, LinearConfig, Operator, Qkv, Workspace,
-};
+use dijiang::attention::{CausalState, LinearAttention, Operator, Qkv, Workspace};
 use dijiang::kernel::DctMap;
 use dijiang::layer::{Attention, AttentionConfig, DijiangAttention};
 use ndarray::{ArrayView3, ArrayViewMut3, Axis, s};
@@ -42,10 +40,6 @@ impl Heads {
         let dim = config.head_dim.unwrap_or(config.model_dim / config.heads);
         Self { heads: config.heads, kv_heads: config.kv_heads, dim }
     }
-
-    fn scale(self) -> f64 {
-        1.0 / (self.dim as f64).sqrt()
-    }
 }
 
 /// candle's own.
@@ -69,8 +63,8 @@ impl Attend for Softmax {
         let v = v.contiguous()?.reshape((1, n, kv_heads, dim))?;
         let before = state.current_seq_len();
         let (k, v) = state.append(&k, &v)?;
-        let mask = AttnMask::causal_with_offset(before);
-        let out = flash_attn::<f32>(&q, &k, &v, self.0.scale() as f32, mask, None, None)?;
+        let (mask, scale) = (AttnMask::causal_with_offset(before), 1.0 / (dim as f32).sqrt());
+        let out = flash_attn::<f32>(&q, &k, &v, scale, mask, None, None)?;
         out.transpose(1, 2)?.reshape((n, heads * dim))
     }
 
@@ -94,16 +88,8 @@ pub(crate) struct LinearState {
 
 impl Linear {
     /// The attention of `layer`, without its projections.
-    pub(crate) fn of(layer: &DijiangAttention<f32>) -> dijiang::Result<Self> {
-        let heads = Heads::of(layer.config());
-        let attention = LinearConfig::new()
-            .with_heads(heads.heads)
-            .with_scale(layer.config().scale.unwrap_or(heads.scale()))
-            .with_windows(layer.windows().to_vec())
-            .with_sinks(layer.sinks())
-            .with_log_decay(layer.log_decay().to_vec())
-            .build(layer.maps().to_vec())?;
-        Ok(Self { attention, heads })
+    pub(crate) fn of(layer: &DijiangAttention<f32>) -> Self {
+        Self { attention: layer.operator().clone(), heads: Heads::of(layer.config()) }
     }
 
     /// A state that was put aside.

@@ -89,7 +89,7 @@ pub(crate) fn measure(args: &BenchArgs) -> Result<Report> {
             plan::plan(&opened.gguf, &opened.body, &samples, &choices, tick)?.1
         }
     };
-    let (linear, softmax) = (opened.linear_of(&layers)?, opened.softmax());
+    let (linear, softmax) = (opened.linear_of(&layers), opened.softmax());
     let engines = if args.linear_only { 1 } else { 2 };
     progress.stage("measuring", engines * args.repeat * args.contexts.len());
     let mut rows = Vec::new();

@@ -115,9 +115,10 @@ fn name(l: usize) -> String {
 pub(crate) fn save(stream: &Stream<'_, Linear>, path: &Path, maps: &str) -> Result<()> {
     let states = stream.states.iter().map(|state| state.state.to_bytes(Storage::Exact));
     let states: Vec<Vec<u8>> = states.collect();
-    let views = states.iter().enumerate().map(|(l, bytes)| {
-        Ok((name(l), TensorView::new(Dtype::U8, vec![bytes.len()], bytes)?))
-    });
+    let views = states
+        .iter()
+        .enumerate()
+        .map(|(l, bytes)| Ok((name(l), TensorView::new(Dtype::U8, vec![bytes.len()], bytes)?)));
     let views = views.collect::<Result<Vec<_>>>()?;
     let notes = HashMap::from([("maps".to_owned(), maps.to_owned())]);
     let bytes = safetensors::serialize(views, Some(notes))?;
@@ -131,9 +132,10 @@ pub(crate) fn resume<'a>(
     path: &Path,
     maps: &str,
 ) -> Result<Stream<'a, Linear>> {
-    let damaged = |error: &dyn std::fmt::Display| fault(path, "the state", "what --save wrote", error);
-    let bytes = std::fs::read(path)
-        .map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
+    let damaged =
+        |error: &dyn std::fmt::Display| fault(path, "the state", "what --save wrote", error);
+    let bytes =
+        std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
     let (_, header) = SafeTensors::read_metadata(&bytes).map_err(|error| damaged(&error))?;
     let of_maps = header.metadata().as_ref().and_then(|notes| notes.get("maps"));
     if of_maps.is_none_or(|of_maps| of_maps != maps) {

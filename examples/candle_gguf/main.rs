@@ -27,11 +27,13 @@ mod score;
 mod tests;
 mod vocabulary;
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
 use dijiang::calibrate::CalibrateOptions;
 use dijiang::checkpoint::{Gguf, save_maps};
+use dijiang::layer::DijiangAttention;
 
 use crate::args::{Args, Command, PlanArgs};
 use crate::attention::{Linear, Softmax};
@@ -78,7 +80,7 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    pub(crate) fn open(path: &std::path::Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let gguf = Gguf::open(path)?;
         let (tokenizer, end) = vocabulary::read(path, gguf.content())?;
         let body = Body::load(path, &gguf)?;
@@ -92,17 +94,13 @@ impl Opened {
     }
 
     /// The model with the maps in this file.
-    pub(crate) fn linear(&self, maps: &std::path::Path) -> Result<Model<'_, Linear>> {
-        self.linear_of(&plan::load(&self.gguf, maps)?)
+    pub(crate) fn linear(&self, maps: &Path) -> Result<Model<'_, Linear>> {
+        Ok(self.linear_of(&plan::load(&self.gguf, maps)?))
     }
 
     /// The model with the windows and maps of these layers.
-    pub(crate) fn linear_of(
-        &self,
-        layers: &[dijiang::layer::DijiangAttention<f32>],
-    ) -> Result<Model<'_, Linear>> {
-        let attention = layers.iter().map(Linear::of).collect::<dijiang::Result<_>>()?;
-        Ok(Model { body: &self.body, attention })
+    pub(crate) fn linear_of(&self, layers: &[DijiangAttention<f32>]) -> Model<'_, Linear> {
+        Model { body: &self.body, attention: layers.iter().map(Linear::of).collect() }
     }
 }
 

@@ -43,7 +43,12 @@ struct Block {
 }
 
 /// A fault of a file, in one line.
-pub(crate) fn fault(path: &Path, what: &str, expected: &str, found: impl std::fmt::Display) -> crate::Error {
+pub(crate) fn fault(
+    path: &Path,
+    what: &str,
+    expected: &str,
+    found: impl std::fmt::Display,
+) -> crate::Error {
     format!("{}: {what} must be {expected}, found {found}", path.display()).into()
 }
 
@@ -56,7 +61,12 @@ impl Body {
         let shape = |name: &str| content.tensor_infos.get(name).map(|info| info.shape.dims());
         let rows = |name: &str| match shape(name) {
             Some(&[rows, columns]) if rows > 0 && columns == hidden => Ok(rows),
-            Some(found) => Err(fault(path, name, "a matrix with rows of the embedding's length", format!("{found:?}"))),
+            Some(found) => Err(fault(
+                path,
+                name,
+                "a matrix with rows of the embedding's length",
+                format!("{found:?}"),
+            )),
             None => Err(fault(path, name, "a tensor", "nothing")),
         };
         let experts = content.metadata.get("llama.expert_count");
@@ -67,7 +77,9 @@ impl Body {
         const EPSILON: &str = "llama.attention.layer_norm_rms_epsilon";
         let epsilon = match content.metadata.get(EPSILON) {
             Some(Value::F32(epsilon)) if epsilon.is_finite() && *epsilon >= 0.0 => *epsilon,
-            other => return Err(fault(path, EPSILON, "a number of at least 0", format!("{other:?}"))),
+            other => {
+                return Err(fault(path, EPSILON, "a number of at least 0", format!("{other:?}")));
+            }
         };
         if let Some(bias) = content.tensor_infos.keys().find(|name| name.ends_with(".bias")) {
             return Err(fault(path, bias, "absent: biases are not computed here", "a tensor"));
@@ -164,7 +176,12 @@ fn frequencies(path: &Path, gguf: &Gguf) -> Result<Vec<f64>> {
             RotaryScaling::None => Ok(theta),
             RotaryScaling::Linear { factor } => Ok(theta / factor),
             RotaryScaling::LongRope { factors, .. } => Ok(theta / factors[i]),
-            other => Err(fault(path, "scaling of positions", "linear or by factors", format!("{other:?}"))),
+            other => Err(fault(
+                path,
+                "scaling of positions",
+                "linear or by factors",
+                format!("{other:?}"),
+            )),
         }
     };
     (0..dim / 2).map(theta).collect()

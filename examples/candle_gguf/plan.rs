@@ -69,15 +69,20 @@ pub(crate) fn plan(
 
 /// What a file of maps says of this model; the layers have no weights but zeros.
 pub(crate) fn load(gguf: &Gguf, path: &Path) -> Result<Vec<DijiangAttention<f32>>> {
-    let bytes = std::fs::read(path)
-        .map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
+    let bytes =
+        std::fs::read(path).map_err(|source| Error::Io { path: path.to_path_buf(), source })?;
     let mut layers = vec![stand_in(gguf, DijiangOptions::new())?; gguf.layers()];
     load_maps(&mut layers, &bytes).map_err(|error| format!("{}: {error}", path.display()))?;
     match layers.iter().position(|layer| layer.output_delta().is_some()) {
         None => Ok(layers),
         Some(l) => {
             let what = format!("layer {l}");
-            Err(fault(path, &what, "without a refit of its output projection, which is quantised here", "one"))
+            Err(fault(
+                path,
+                &what,
+                "without a refit of its output projection, which is quantised here",
+                "one",
+            ))
         }
     }
 }

@@ -1,12 +1,12 @@
 //! Perplexity on a text.
 
+use crate::Opened;
 use crate::Result;
 use crate::args::ScoreArgs;
 use crate::attention::Attend;
 use crate::lm::progress::Progress;
 use crate::lm::text::Text;
 use crate::model::Model;
-use crate::Opened;
 
 pub(crate) fn run(args: &ScoreArgs) -> Result<()> {
     let opened = Opened::open(&args.common.model)?;

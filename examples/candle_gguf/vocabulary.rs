@@ -93,9 +93,11 @@ pub(crate) fn own(path: &Path, content: &Content, vocabulary: usize) -> Result<T
         .map_err(|error| fault(path, &key("merges"), "pairs of the vocabulary", error))?;
     let mut tokenizer = tokenizers::Tokenizer::new(model);
     tokenizer.with_pre_tokenizer(Some(cut)).with_decoder(Some(bytes(true)));
-    let special = list("token_type").into_iter().flatten().zip(&words).filter(|(kind, _)| {
-        matches!(kind, Value::I32(kind) if SPECIAL.contains(kind))
-    });
+    let special = list("token_type")
+        .into_iter()
+        .flatten()
+        .zip(&words)
+        .filter(|(kind, _)| matches!(kind, Value::I32(kind) if SPECIAL.contains(kind)));
     let special: Vec<_> = special.map(|(_, &word)| AddedToken::from(word, true)).collect();
     tokenizer.add_special_tokens(special)?;
     Ok(Tokenizer::Subwords(Box::new(tokenizer)))

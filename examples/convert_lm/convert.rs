@@ -3,9 +3,7 @@
 use std::time::{Duration, Instant};
 
 use dijiang::attention::{KeyMask, Window};
-use dijiang::calibrate::{
-    Budget, CalibrateOptions, CalibrateReport, Fit, Plan, Planner, Refit,
-};
+use dijiang::calibrate::{Budget, CalibrateOptions, CalibrateReport, Fit, Plan, Planner, Refit};
 use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use ndarray::{Array2, ArrayView2};
 
@@ -108,10 +106,8 @@ fn measured(
     tick: &impl Fn(),
 ) -> Result<Planner> {
     let samples = &samples[..samples.len().min(PLAN_WINDOWS)];
-    let options = DijiangOptions::new()
-        .with_blocks(args.blocks)
-        .with_seed(args.seed)
-        .with_sinks(args.sinks);
+    let options =
+        DijiangOptions::new().with_blocks(args.blocks).with_seed(args.seed).with_sinks(args.sinks);
     let mut offers = Offers::new(samples, options)?;
     let mut walk = softmax.walk(samples);
     while let Some(l) = walk.layer() {

@@ -14,10 +14,8 @@ use super::{fault_in, io_error};
 use crate::Real;
 use crate::check::within;
 use crate::error::{Error, Result};
+use crate::layer::{AttentionConfig, AttentionWeights, Rotary, RotaryScaling, SoftmaxAttention};
 use crate::low::mapped::Mapped;
-use crate::layer::{
-    AttentionConfig, AttentionWeights, Rotary, RotaryScaling, SoftmaxAttention,
-};
 
 /// The architecture that is read.
 const ARCHITECTURE: &str = "llama";
@@ -112,9 +110,9 @@ impl Gguf {
             model.attention.rotary = Some(model.divided_frequencies()?);
         }
         let attention = &model.attention;
-        attention.check().map_err(|error| {
-            fault_in(&model.path, "attention", "the shape of a layer", error)
-        })?;
+        attention
+            .check()
+            .map_err(|error| fault_in(&model.path, "attention", "the shape of a layer", error))?;
         Ok(model)
     }
 
@@ -281,9 +279,9 @@ impl Gguf {
             };
             let known = match part {
                 "norm.weight" | "q.weight" | "k.weight" | "v.weight" | "output.weight" => true,
-                _ => part.strip_suffix(".bias").is_some_and(|which| {
-                    ["q", "k", "v", "output"].contains(&which) && bias(which)
-                }),
+                _ => part
+                    .strip_suffix(".bias")
+                    .is_some_and(|which| ["q", "k", "v", "output"].contains(&which) && bias(which)),
             };
             if !known {
                 let expected = "absent: attention of this architecture is read without it";
@@ -326,12 +324,12 @@ impl Metadata<'_> {
             }
         }
         let prefix = format!("{ARCHITECTURE}.");
-        let own = self.content.metadata.iter().filter_map(|(key, value)| {
-            key.strip_prefix(&prefix).map(|name| (key, name, value))
-        });
-        let mut unknown = own.filter(|(_, name, _)| {
-            !READ.contains(name) && !IRRELEVANT.contains(name)
-        });
+        let own =
+            self.content.metadata.iter().filter_map(|(key, value)| {
+                key.strip_prefix(&prefix).map(|name| (key, name, value))
+            });
+        let mut unknown =
+            own.filter(|(_, name, _)| !READ.contains(name) && !IRRELEVANT.contains(name));
         match unknown.next() {
             None => Ok(()),
             Some((key, _, value)) => {
@@ -454,5 +452,19 @@ impl Read for Guarded<'_> {
 impl Seek for Guarded<'_> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         self.file.seek(to)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The guide's page names every key.
+    #[test]
+    fn the_guide_says_the_same() {
+        let page = include_str!("../guide/checkpoints.md");
+        for key in READ.iter().chain(&IRRELEVANT) {
+            assert!(page.contains(&format!("`{key}`")), "{key} is not in the guide");
+        }
     }
 }

@@ -65,7 +65,8 @@ impl Tiny {
 
     pub fn write(&self, path: &Path) {
         let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (&key[..], value)).collect();
-        let tensors: Vec<_> = self.tensors.iter().map(|(name, tensor)| (&name[..], tensor)).collect();
+        let tensors: Vec<_> =
+            self.tensors.iter().map(|(name, tensor)| (&name[..], tensor)).collect();
         gguf_file::write(&mut File::create(path).unwrap(), &metadata, &tensors).unwrap();
     }
 
