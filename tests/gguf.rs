@@ -11,7 +11,7 @@ use candle_core::{Device, Tensor};
 use dijiang::Error;
 use dijiang::attention::KeyMask;
 use dijiang::checkpoint::{Checkpoint, Gguf};
-use dijiang::layer::{Attention, Rotary, RotaryPairing, RotaryScaling, SoftmaxAttention};
+use dijiang::layer::{Attention, RotaryPairing, RotaryScaling, SoftmaxAttention};
 use ndarray::Array2;
 use tiny_gguf::{DIM, HIDDEN, LAYERS, Tiny};
 
@@ -170,11 +170,11 @@ fn refusals() {
 
     let mut tiny = Tiny::new(GgmlDType::F32);
     set(&mut tiny, "llama.attention.head_count", Value::U32(2));
-    set(&mut tiny, "llama.attention.head_count_kv", Value::U32(1));
+    set(&mut tiny, "llama.attention.head_count_kv", Value::U32(2));
     set(&mut tiny, "llama.rope.dimension_count", Value::U32(32));
     let file = opened("refusals_shape", &tiny).unwrap();
     let message = message(file.attention_weights::<f32>(0));
-    assert!(message.contains("blk.0.attn_v.weight") || message.contains("blk.0.attn_k.weight"));
+    assert!(message.contains("blk.0.attn_k.weight"), "{message}");
 }
 
 /// A file that ends anywhere, or says that its data are aligned to nothing.
@@ -184,8 +184,7 @@ fn damaged_files() {
     let path = folder("damaged").join("model.gguf");
     tiny.write(&path);
     let bytes = std::fs::read(&path).unwrap();
-    let header = bytes.len() - 100_000;
-    let ends = (0..200).chain((200..header).step_by(997)).chain([bytes.len() - 40_000]);
+    let ends = (0..200).chain((200..bytes.len() - 64).step_by(997));
     for end in ends {
         std::fs::write(&path, &bytes[..end]).unwrap();
         match Gguf::open(&path) {

@@ -143,6 +143,9 @@ pub(crate) fn resume<'a>(
         return Err(fault(path, "checksum of the maps", maps, found));
     }
     let file = SafeTensors::deserialize(&bytes).map_err(|error| damaged(&error))?;
+    if file.len() != model.attention.len() {
+        return Err(fault(path, "layers", &model.attention.len().to_string(), file.len()));
+    }
     let state = |(l, layer): (usize, &Linear)| {
         let tensor = file.tensor(&name(l)).map_err(|error| damaged(&error))?;
         let state = layer.attention.state_from_bytes(tensor.data());

@@ -24,6 +24,7 @@ mod plan;
 mod product;
 mod score;
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests;
 mod vocabulary;
 
@@ -51,14 +52,16 @@ pub(crate) type Result<T, E = Error> = std::result::Result<T, E>;
 fn main() -> ExitCode {
     let args = Args::parse();
     if let Some(threads) = args.threads() {
-        // candle and rayon look at it when they first start threads.
-        #[allow(unsafe_code, reason = "there is no other way to tell candle")]
-        // SAFETY: no other thread has been started yet.
-        unsafe {
-            std::env::set_var("RAYON_NUM_THREADS", threads.to_string());
-        }
+        set_threads(threads);
     }
     lm::exit(run(&args))
+}
+
+/// Tells candle and rayon, which look when they first start threads.
+#[allow(unsafe_code, reason = "there is no other way to tell candle")]
+fn set_threads(threads: u16) {
+    // SAFETY: called at the beginning of `main`, when there is no other thread.
+    unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) }
 }
 
 fn run(args: &Args) -> Result<()> {

@@ -1,6 +1,7 @@
 //! A LLaMA whose weights stay quantised, and whose attention is a type parameter.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
 use candle_core::quantized::QTensor;
 use candle_core::quantized::gguf_file::Value;
@@ -21,13 +22,12 @@ const LOGITS: usize = 64;
 
 /// All but what stands between the projections of attention.
 pub(crate) struct Body {
-    path: PathBuf,
     pub(crate) heads: Heads,
     /// θ of every rotated pair.
     frequencies: Vec<f64>,
     epsilon: f32,
     /// `[vocabulary, D]`.
-    embedding: QTensor,
+    embedding: Arc<QTensor>,
     blocks: Vec<Block>,
     norm: Tensor,
     head: Product,
@@ -60,7 +60,9 @@ impl Body {
         let content = gguf.content();
         let shape = |name: &str| content.tensor_infos.get(name).map(|info| info.shape.dims());
         let rows = |name: &str| match shape(name) {
-            Some(&[rows, columns]) if rows > 0 && columns == hidden => Ok(rows),
+            Some(&[rows, columns]) if (1..=1 << 31).contains(&rows) && columns == hidden => {
+                Ok(rows)
+            }
             Some(found) => Err(fault(
                 path,
                 name,
@@ -90,7 +92,8 @@ impl Body {
             Ok(gguf.tensor(name, &[hidden])?.dequantize(&Device::Cpu)?)
         };
         let product = |matrices: &[(String, [usize; 2])]| -> Result<Product> {
-            let matrices = matrices.iter().map(|(name, shape)| gguf.tensor(name, shape));
+            let matrices =
+                matrices.iter().map(|(name, shape)| gguf.tensor(name, shape).map(Arc::new));
             Ok(Product::new(matrices.collect::<dijiang::Result<_>>()?)?)
         };
         let block = |l: usize| -> Result<Block> {
@@ -111,17 +114,19 @@ impl Body {
                 down: product(&[(weight("ffn_down"), [hidden, inner])])?,
             })
         };
-        let tied = shape("output.weight").is_none();
-        let head = if tied { "token_embd.weight" } else { "output.weight" };
+        let embedding = Arc::new(gguf.tensor("token_embd.weight", &[vocabulary, hidden])?);
+        let head = match shape("output.weight") {
+            None => Product::new(vec![Arc::clone(&embedding)])?,
+            Some(_) => product(&[("output.weight".to_owned(), [vocabulary, hidden])])?,
+        };
         Ok(Self {
-            path: path.to_path_buf(),
             heads,
             frequencies: frequencies(path, gguf)?,
             epsilon,
-            embedding: gguf.tensor("token_embd.weight", &[vocabulary, hidden])?,
+            embedding,
             blocks: (0..gguf.layers()).map(block).collect::<Result<_>>()?,
             norm: vector("output_norm.weight")?,
-            head: product(&[(head.to_owned(), [vocabulary, hidden])])?,
+            head,
         })
     }
 

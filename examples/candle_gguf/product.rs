@@ -1,6 +1,7 @@
 //! [`Product`]: candle's products with quantised weights, prepared for the CPU.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use candle_core::quantized::{GgmlDType, QMatMul, QStorage, QTensor};
 use candle_core::{D, Device, Module, Result, Tensor};
@@ -14,16 +15,16 @@ pub(crate) struct Product(Vec<QMatMul>);
 impl Product {
     /// Matrices with rows of one length, of which the outputs follow each other. Those of one type
     /// become one matrix: one product costs less than several of the same size.
-    pub(crate) fn new(matrices: Vec<QTensor>) -> Result<Self> {
-        let mut stacked: Vec<QTensor> = Vec::new();
+    pub(crate) fn new(matrices: Vec<Arc<QTensor>>) -> Result<Self> {
+        let mut stacked: Vec<Arc<QTensor>> = Vec::new();
         for matrix in matrices {
             let matrix = prepared(matrix)?;
             match stacked.pop_if(|last| last.dtype() == matrix.dtype()) {
                 None => stacked.push(matrix),
-                Some(last) => stacked.push(stack(&last, &matrix)?),
+                Some(last) => stacked.push(Arc::new(stack(&last, &matrix)?)),
             }
         }
-        Ok(Self(stacked.into_iter().map(QMatMul::from_qtensor).collect::<Result<_>>()?))
+        Ok(Self(stacked.into_iter().map(QMatMul::from_arc).collect::<Result<_>>()?))
     }
 
     /// `[n, in]` to `[n, out]`.
@@ -45,10 +46,11 @@ impl Product {
 
 /// The weights in a type that candle multiplies with vector instructions: 4 and 5 bits with an
 /// offset of their own have none on x86, and 8 bits hold them to a hundredth of a step.
-fn prepared(weight: QTensor) -> Result<QTensor> {
+fn prepared(weight: Arc<QTensor>) -> Result<Arc<QTensor>> {
     match weight.dtype() {
         GgmlDType::Q4_1 | GgmlDType::Q5_0 | GgmlDType::Q5_1 if cfg!(target_arch = "x86_64") => {
-            QTensor::quantize(&weight.dequantize(&Device::Cpu)?, GgmlDType::Q8_0)
+            let numbers = weight.dequantize(&Device::Cpu)?;
+            Ok(Arc::new(QTensor::quantize(&numbers, GgmlDType::Q8_0)?))
         }
         _ => Ok(weight),
     }

@@ -57,7 +57,7 @@ fn text(folder: &Path) -> PathBuf {
 }
 
 fn run(arguments: &[&str]) -> Result<()> {
-    crate::run(&Args::try_parse_from([&["candle_gguf"], arguments].concat())?)
+    crate::run(&Args::try_parse_from([&["candle_gguf"][..], arguments].concat())?)
 }
 
 fn surprises<A: Attend>(model: &Model<'_, A>, tokens: &[Token]) -> Vec<f64> {
@@ -163,7 +163,7 @@ fn commands() {
 
     let prompt = |more: &[&str]| {
         let always = ["run", "--model", model, "--prompt", "the other", "--generate", "5"];
-        run(&[&always, more].concat())
+        run(&[&always[..], more].concat())
     };
     prompt(&["--softmax"]).unwrap();
     prompt(&["--maps", &maps, "--endless", "--save", &state]).unwrap();

@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::{Content, Value};
-use tokenizers::models::bpe::BPE;
+use tokenizers::models::bpe::{BPE, Vocab};
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
-use tokenizers::{AddedToken, PreTokenizerWrapper, SplitDelimiterBehavior};
+use tokenizers::{AddedToken, SplitDelimiterBehavior};
 
 use crate::Result;
 use crate::lm::tokens::Tokenizer;
@@ -87,7 +88,7 @@ pub(crate) fn own(path: &Path, content: &Content, vocabulary: usize) -> Result<T
     };
     let numbered = words.iter().zip(0..).map(|(&word, token)| (word.to_owned(), token));
     let model = BPE::builder()
-        .vocab_and_merges(numbered.collect::<std::collections::HashMap<_, _>>(), merges)
+        .vocab_and_merges(numbered.collect::<Vocab>(), merges)
         .ignore_merges(whole_words)
         .build()
         .map_err(|error| fault(path, &key("merges"), "pairs of the vocabulary", error))?;

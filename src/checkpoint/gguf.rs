@@ -1,7 +1,6 @@
 //! [`Gguf`]: attention layers from the files of llama.cpp.
 
 use std::borrow::Cow;
-use std::fmt::Debug;
 use std::io::{self, Cursor, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
@@ -98,7 +97,7 @@ impl Gguf {
         let path = path.as_ref().to_path_buf();
         let map = Mapped::open(&path).map_err(|error| io_error(&path, &error))?;
         let content = Content::read(&mut Guarded { file: Cursor::new(&map[..]), alignment: None })
-            .map_err(|error| fault_in(&path, "file", "a whole one in GGUF format", error))?;
+            .map_err(|error| fault_in(&path, "file", "a whole one in GGUF format", line(&error)))?;
         let metadata = Metadata { path: &path, content: &content };
         metadata.check_kind()?;
         let layers = metadata.needed_size("block_count")?;
@@ -205,7 +204,10 @@ impl Gguf {
         if found != shape {
             return Err(self.fault(name, format!("of shape {shape:?}"), format!("{found:?}")));
         }
-        let damaged = |error| self.fault(name, "a whole tensor", error);
+        if shape.iter().try_fold(1_usize, |product, &axis| product.checked_mul(axis)).is_none() {
+            return Err(self.fault(name, "small enough for memory", format!("{shape:?}")));
+        }
+        let damaged = |error| self.fault(name, "a whole tensor", line(&error));
         let file = &mut Cursor::new(&self.map[..]);
         let start = self.content.tensor_data_offset;
         let tensor = info.read(file, start, &Device::Cpu).map_err(damaged)?;
@@ -239,7 +241,7 @@ impl Gguf {
     fn numbers<T: Real>(&self, name: &str, shape: &[usize]) -> Result<Vec<T>> {
         let dequantised = self.tensor(name, shape)?.dequantize(&Device::Cpu);
         let values = dequantised.and_then(|tensor| tensor.flatten_all()?.to_vec1::<f32>());
-        let values = values.map_err(|error| self.fault(name, "a whole tensor", error))?;
+        let values = values.map_err(|error| self.fault(name, "a whole tensor", line(&error)))?;
         let values: Vec<T> = values.into_iter().map(|x| T::from_f64(f64::from(x))).collect();
         match values.iter().position(|&value| !within(value, T::from_f64(T::LIMIT))) {
             None => Ok(values),
@@ -417,6 +419,11 @@ impl Metadata<'_> {
         let got = self.value(name).map_or("nothing".to_owned(), shown);
         fault_in(self.path, &format!("{ARCHITECTURE}.{name}"), expected, got)
     }
+}
+
+/// An error of candle without the backtrace that it may carry.
+fn line(error: &candle_core::Error) -> String {
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }
 
 /// A value, short enough for a message.

@@ -8,25 +8,25 @@ use candle_core::quantized::gguf_file::{self, Value};
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 
-pub const HIDDEN: usize = 64;
-pub const HEADS: usize = 4;
-pub const KV_HEADS: usize = 2;
-pub const DIM: usize = 16;
-pub const INNER: usize = 128;
-pub const LAYERS: usize = 2;
+pub(crate) const HIDDEN: usize = 64;
+pub(crate) const HEADS: usize = 4;
+pub(crate) const KV_HEADS: usize = 2;
+pub(crate) const DIM: usize = 16;
+pub(crate) const INNER: usize = 128;
+pub(crate) const LAYERS: usize = 2;
 const EPSILON: f32 = 1e-5;
 const THETA: f32 = 5000.0;
 
 /// Metadata and tensors of a file, to be changed before it is written.
-pub struct Tiny {
-    pub metadata: BTreeMap<String, Value>,
+pub(crate) struct Tiny {
+    pub(crate) metadata: BTreeMap<String, Value>,
     /// As llama.cpp names and orders them.
-    pub tensors: BTreeMap<String, QTensor>,
+    pub(crate) tensors: BTreeMap<String, QTensor>,
 }
 
 impl Tiny {
     /// Matrices of this type, everything else in f32.
-    pub fn new(dtype: GgmlDType) -> Self {
+    pub(crate) fn new(dtype: GgmlDType) -> Self {
         let tokens = vocabulary();
         let size = |size: usize| Value::U32(size as u32);
         let text = |text: &str| Value::String(text.to_owned());
@@ -63,7 +63,7 @@ impl Tiny {
         Self { metadata: metadata.into(), tensors: tensors.collect() }
     }
 
-    pub fn write(&self, path: &Path) {
+    pub(crate) fn write(&self, path: &Path) {
         let metadata: Vec<_> = self.metadata.iter().map(|(key, value)| (&key[..], value)).collect();
         let tensors: Vec<_> =
             self.tensors.iter().map(|(name, tensor)| (&name[..], tensor)).collect();
@@ -71,7 +71,7 @@ impl Tiny {
     }
 
     /// The same model as `config.json` and `model.safetensors`, dequantised.
-    pub fn write_directory(&self, directory: &Path) {
+    pub(crate) fn write_directory(&self, directory: &Path) {
         let config = serde_json::json!({
             "model_type": "llama", "hidden_size": HIDDEN, "intermediate_size": INNER,
             "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "head_dim": DIM,
