@@ -67,7 +67,7 @@ fn rotation_is_that_of_llama_cpp() {
     let mut weights = layer.weights().clone();
     (weights.q, weights.k) = (stored("q"), stored("k"));
     let mut config = file.attention_config().clone();
-    config.rotary = Some(Rotary { pairing: RotaryPairing::Interleaved, ..config.rotary.unwrap() });
+    config.rotary = config.rotary.map(|rotary| rotary.with_pairing(RotaryPairing::Interleaved));
     let adjacent = SoftmaxAttention::new(config, weights).unwrap();
     let x = Array2::from_shape_fn((23, HIDDEN), |(i, j)| ((i * 13 + j * 29) % 31) as f64 / 15.0);
     let [ours, theirs] = [&layer, &adjacent].map(|layer| layer.forward(&x, KeyMask::All).unwrap());
