@@ -11,7 +11,7 @@ use candle_core::{Device, Tensor};
 use dijiang::Error;
 use dijiang::attention::KeyMask;
 use dijiang::checkpoint::{Checkpoint, Gguf};
-use dijiang::layer::{Attention, RotaryPairing, RotaryScaling, SoftmaxAttention};
+use dijiang::layer::{Attention, AttentionWeights, RotaryPairing, RotaryScaling, SoftmaxAttention};
 use ndarray::Array2;
 use tiny_gguf::{DIM, HIDDEN, LAYERS, Tiny};
 
@@ -64,7 +64,7 @@ fn rotation_is_that_of_llama_cpp() {
         let values = values.into_iter().map(f64::from).collect();
         Array2::from_shape_vec(tensor.dims2().unwrap(), values).unwrap()
     };
-    let mut weights = layer.weights().clone();
+    let mut weights = AttentionWeights::clone(layer.weights());
     (weights.q, weights.k) = (stored("q"), stored("k"));
     let mut config = file.attention_config().clone();
     config.rotary = config.rotary.map(|rotary| rotary.with_pairing(RotaryPairing::Interleaved));
