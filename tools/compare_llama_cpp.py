@@ -7,7 +7,8 @@
 
 Every context is read by llama.cpp, then by candle with linear and with softmax attention, `--repeat` times over; medians are
 shown. Without `--ours` given or built, llama.cpp is measured alone. `--check` prints instead whether the first 20 tokens that
-both continue five prompts by are the same, softmax attention on our side.
+both continue five prompts by are the same, softmax attention on our side. Both round: where they part, it says by how much
+llama.cpp preferred its token to its second choice, in logits.
 """
 import argparse
 import json
@@ -30,10 +31,9 @@ PROMPTS = [
 ]
 
 
-def llama(args, context):
-    return Llama(
-        model_path=str(args.model), n_ctx=context, n_threads=args.threads, n_threads_batch=args.threads, verbose=False
-    )
+def llama(args, context, **more):
+    threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
+    return Llama(model_path=str(args.model), n_ctx=context, verbose=False, **threads, **more)
 
 
 def of_llama_cpp(model, tokens, context, decode):
@@ -107,22 +107,27 @@ def cpu():
 
 def check(args):
     """Whether both continue the prompts by the same 20 tokens."""
-    model = llama(args, 512)
+    model = llama(args, 512, logits_all=True)
     same = 0
     for prompt in PROMPTS:
+        command = [args.ours, "run", "--model", args.model, "--softmax", "--generate", "20", "--endless"]
+        command += ["--threads", args.threads, "--prompt", prompt]
+        out = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        ours = out.stdout.decode()[:-1]
         tokens = model.tokenize(prompt.encode(), add_bos=False, special=True)
         model.reset()
         model.eval(tokens)
-        continued = []
-        for _ in range(20):
-            continued.append(model.sample(temp=0.0))
+        continued, parted = [], None
+        for step in range(20):
+            logits = model.scores[model.n_tokens - 1]
+            second, first = sorted(logits)[-2:]
+            continued.append(int(logits.argmax()))
+            theirs = model.detokenize(continued).decode(errors="ignore")
+            if parted is None and not ours.startswith(theirs):
+                parted = f"at token {step + 1}, preferred by {first - second:.3f}"
             model.eval(continued[-1:])
-        theirs = model.detokenize(continued).decode(errors="replace")
-        command = [args.ours, "run", "--model", args.model, "--softmax", "--generate", "20", "--endless", "--prompt", prompt]
-        out = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        ours = out.stdout.decode()[:-1]
-        same += ours == theirs
-        print(f"{'same' if ours == theirs else 'DIFFERENT'}: {prompt!r} + {ours!r}" + ("" if ours == theirs else f" / {theirs!r}"))
+        same += parted is None
+        print(f"{prompt!r} + {ours!r}: " + ("same" if parted is None else f"parted {parted}: {theirs!r}"), flush=True)
     sys.exit(same != len(PROMPTS))
 
 
