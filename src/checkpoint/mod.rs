@@ -36,6 +36,8 @@
 //! # Ok::<(), dijiang::Error>(())
 //! ```
 //!
+//! With the feature `candle`, `Gguf` reads the files of llama.cpp, of the architecture `llama`.
+//!
 //! What calibration made goes to a small file beside the model's own, and comes back with the same
 //! bits: [`save_maps`] and [`load_maps`]; [`save_layers`] and [`load_layers`] for the weights as
 //! well; methods of [`DijiangAttention`](crate::layer::DijiangAttention) for one layer.
@@ -43,6 +45,8 @@
 mod config;
 mod families;
 mod family;
+#[cfg(feature = "candle")]
+mod gguf;
 mod json;
 mod keys;
 mod published;
@@ -58,6 +62,8 @@ use crate::files::fault;
 use crate::layer::{AttentionConfig, AttentionWeights, SoftmaxAttention};
 use config::Config;
 pub use family::Family;
+#[cfg(feature = "candle")]
+pub use gguf::Gguf;
 pub use saving::{load_layers, load_maps, save_layers, save_maps};
 pub use tensors::Tensors;
 
@@ -161,7 +167,7 @@ impl Checkpoint {
     /// # Errors
     /// [`Error::Value`] for a layer that is not there.
     pub fn attention_config(&self, layer: usize) -> Result<AttentionConfig> {
-        self.check_layer(layer)?;
+        check_layer(layer, self.layers())?;
         Ok(self.config.of_layer(layer))
     }
 
@@ -174,7 +180,7 @@ impl Checkpoint {
     /// [`Error::Value`] for a layer that is not there, [`Error::Format`] for tensors that are
     /// missing, of another shape or type, or not finite in `T`.
     pub fn attention_weights<T: Real>(&self, layer: usize) -> Result<AttentionWeights<T>> {
-        self.check_layer(layer)?;
+        check_layer(layer, self.layers())?;
         families::attention_weights(&self.config, &self.tensors, self.prefix, layer)
     }
 
@@ -194,17 +200,18 @@ impl Checkpoint {
     pub fn tensors(&self) -> &Tensors {
         &self.tensors
     }
+}
 
-    fn check_layer(&self, layer: usize) -> Result<()> {
-        if layer < self.layers() {
-            return Ok(());
-        }
-        Err(Error::Value {
-            argument: "layer",
-            expected: "below the number of layers",
-            got: layer as f64,
-        })
+/// The layer is one of so many.
+fn check_layer(layer: usize, layers: usize) -> Result<()> {
+    if layer < layers {
+        return Ok(());
     }
+    Err(Error::Value {
+        argument: "layer",
+        expected: "below the number of layers",
+        got: layer as f64,
+    })
 }
 
 /// A fault in the file at `path`.
