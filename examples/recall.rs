@@ -150,7 +150,7 @@ fn run(args: &Args) -> Result<()> {
         trials: args.trials,
         rows,
     };
-    report.print(args.json)
+    lm::print(&report, args.json, Report::text)
 }
 
 /// Trials of every depth, each with a text, a key and a line of its own.
@@ -223,15 +223,6 @@ fn recalled<A: Attention<f32>>(
 }
 
 impl Report {
-    fn print(&self, json: bool) -> Result<()> {
-        let text = match json {
-            true => serde_json::to_string(self).map_err(|error| Error::Output(error.into()))?,
-            false => self.text(),
-        };
-        println!("{text}");
-        Ok(())
-    }
-
     fn text(&self) -> String {
         let mut table = Table::new();
         table.load_style(UTF8_FULL_CONDENSED).set_header([

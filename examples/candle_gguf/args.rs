@@ -46,7 +46,7 @@ pub(crate) struct PlanArgs {
     /// File to write
     #[arg(long, value_name = "FILE")]
     pub(crate) maps: PathBuf,
-    /// Chunk length of the local windows, on average over all key-value heads
+    /// Half of the tokens that a local window holds, on average over all key-value heads
     #[arg(long, value_name = "N", default_value_t = 128.0)]
     pub(crate) average_window: f64,
     /// Tokens at the beginning that stay exact for every later query

@@ -129,7 +129,7 @@ fn plan(args: &PlanArgs) -> Result<()> {
         "{}: {} kB; windows of {:.0} tokens on average, {} kB of state at any length",
         args.maps.display(),
         bytes.len() / 1000,
-        plan.average_window(),
+        2.0 * plan.average_window(),
         plan.bytes() / 1000
     );
     Ok(())

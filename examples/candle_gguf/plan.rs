@@ -11,7 +11,7 @@ use ndarray::Array2;
 
 use crate::Result;
 use crate::lm::error::Error;
-use crate::lm::plan::{Offers, proceed, samples};
+use crate::lm::plan::{Offers, proceed, samples, shares};
 use crate::lm::tokens::Token;
 use crate::model::{Body, fault};
 
@@ -37,13 +37,13 @@ pub(crate) fn plan(
     let options = DijiangOptions::new().with_sinks(choices.sinks);
     let mut offers = Offers::new(samples, options.clone(), false)?;
     let stand_in = stand_in(gguf, options)?;
-    let (maps, closed_form) = (choices.calibration.as_ref(), CalibrateOptions::new().with_steps(0));
-    let calibration = maps.unwrap_or(&closed_form);
+    let closed_form = || CalibrateOptions::new().with_steps(0);
+    let [planning, calibration] = shares(&choices.calibration.clone().unwrap_or_else(closed_form));
     let mut fitted = Vec::new();
     let mut walk = Walk::new(gguf, body, samples)?;
     walk.each_layer(|l, teacher, samples, hidden| {
         let calibrate =
-            |layer: &mut DijiangAttention<f32>| layer.calibrate_on(samples, calibration, proceed);
+            |layer: &mut DijiangAttention<f32>| layer.calibrate_on(samples, &planning, proceed);
         let measured = offers.measure(teacher, samples, hidden, calibrate);
         fitted.push(measured.map_err(Error::in_layer(l))?.0);
         tick();
@@ -57,9 +57,9 @@ pub(crate) fn plan(
     let layers = fitted.into_iter().enumerate().map(planned);
     let mut layers = layers.collect::<dijiang::Result<Vec<_>>>()?;
     // Maps in closed form are as good behind one window as behind another.
-    let Some(calibration) = maps.filter(|options| options.steps > 0) else {
+    if calibration.steps == 0 {
         return Ok((plan, layers));
-    };
+    }
     let mut walk = Walk::new(gguf, body, samples)?;
     walk.each_layer(|l, teacher, samples, _| {
         let layer = &layers[l];
@@ -67,7 +67,7 @@ pub(crate) fn plan(
         let mut fitted =
             DijiangAttention::from_softmax(teacher, options.with_sinks(layer.sinks()))?
                 .with_maps(layer.maps().to_vec())?;
-        fitted.calibrate_on(samples, calibration, proceed).map_err(Error::in_layer(l))?;
+        fitted.calibrate_on(samples, &calibration, proceed).map_err(Error::in_layer(l))?;
         let (maps, log_decay) = (fitted.maps().to_vec(), fitted.log_decay().to_vec());
         layers[l] = layers[l].clone().with_maps(maps)?.with_log_decay(log_decay)?;
         tick();

@@ -273,11 +273,18 @@ impl Args {
         self.seconds.or((!self.thorough && self.is_own_model()).then_some(60.0))
     }
 
+    /// Whether this model's maps are calibrated once the plan is made. Those in closed form that a
+    /// plan was measured with are as good as new ones.
+    pub(crate) fn is_fitted(&self, row: Row) -> bool {
+        row.is_calibrated() && !(row.is_planned() && self.steps() == 0)
+    }
+
     /// How often a conversion goes through the model.
     pub(crate) fn walks(&self) -> usize {
         let rows = self.rows();
-        let any = |is: fn(Row) -> bool| usize::from(rows.iter().any(|&row| is(row)));
-        any(Row::is_planned) + any(Row::is_calibrated) + any(|row| row == Row::PlannedRefit)
+        usize::from(rows.iter().any(|row| row.is_planned()))
+            + usize::from(self.models().iter().any(|&row| self.is_fitted(row)))
+            + usize::from(rows.contains(&Row::PlannedRefit))
     }
 
     /// The model that comes with the example.

@@ -13,9 +13,6 @@ use crate::lm::llama::Llama;
 use crate::lm::plan::{self, Fitted, Offers, proceed};
 use crate::lm::tokens::Token;
 
-/// Share of the steps by gradient that fit the maps a plan is measured with.
-const PLANNING_SHARE: f64 = 0.4;
-
 /// A model with linear attention, and what calibration did to each of its layers.
 pub(crate) struct Linear {
     pub(crate) row: Row,
@@ -81,17 +78,12 @@ pub(crate) fn convert(
         }
         linear.push(Linear { row, model, reports });
     }
-    // The plan's maps in closed form are as good as new ones.
-    let is_fitted = |row: Row| match row {
-        Row::Planned => args.steps() > 0,
-        row => row.is_calibrated(),
-    };
-    if linear.iter().any(|linear| is_fitted(linear.row)) {
+    if linear.iter().any(|linear| args.is_fitted(linear.row)) {
         let mut walk = softmax.walk(samples);
         while let Some(l) = walk.layer() {
             let teacher = &softmax.attention()[l];
             let samples = plan::samples(teacher, &walk.inputs()).map_err(Error::in_layer(l))?;
-            for linear in linear.iter_mut().filter(|linear| is_fitted(linear.row)) {
+            for linear in linear.iter_mut().filter(|linear| args.is_fitted(linear.row)) {
                 let layer = &mut linear.model.attention_mut()[l];
                 let report = calibrator.calibrate(Stage::Row(linear.row), layer, &samples);
                 let report = report.map_err(Error::in_layer(l))?;
@@ -228,15 +220,12 @@ impl Calibrator {
             self.left = self.left.saturating_sub(1);
             options = options.with_seconds(limit);
         }
-        // Planned maps are fitted twice.
-        let steps = options.steps;
-        let planning = (PLANNING_SHARE * steps as f64) as usize;
-        match stage {
-            Stage::Planning => options = options.with_steps(planning),
-            Stage::Row(row) if row.is_planned() => options = options.with_steps(steps - planning),
-            Stage::Row(Row::Pure) => options = options.with_decay(Fit::Train),
-            Stage::Row(_) => {}
-        }
+        options = match stage {
+            Stage::Planning => plan::shares(&options)[0].clone(),
+            Stage::Row(row) if row.is_planned() => plan::shares(&options)[1].clone(),
+            Stage::Row(Row::Pure) => options.with_decay(Fit::Train),
+            Stage::Row(_) => options,
+        };
         let report = layer.calibrate_on(samples, &options, proceed)?;
         self.spent += start.elapsed();
         Ok(report)

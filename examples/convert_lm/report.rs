@@ -1,7 +1,6 @@
 //! What was found, as a table or as JSON.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
@@ -9,7 +8,8 @@ use dijiang::calibrate::{CalibrateReport, HeadPlan, HeadReport, Plan, Point};
 use serde::Serialize;
 
 use crate::args::Row;
-use crate::lm::error::{Error, Result};
+use crate::lm;
+use crate::lm::error::Result;
 use crate::lm::evaluate::Score;
 
 /// One run's findings; the names are the keys of `--json`.
@@ -182,12 +182,7 @@ impl PlanReport {
 impl Report {
     /// Writes the report to standard output.
     pub(crate) fn print(&self, json: bool) -> Result<()> {
-        let mut text = match json {
-            true => serde_json::to_string(self).map_err(|error| Error::Output(error.into()))?,
-            false => self.text(),
-        };
-        text.push('\n');
-        std::io::stdout().lock().write_all(text.as_bytes()).map_err(Error::Output)
+        lm::print(self, json, Self::text)
     }
 
     fn text(&self) -> String {

@@ -19,7 +19,10 @@ pub(crate) mod tokens;
 pub(crate) mod walk;
 
 use std::fmt::Display;
+use std::io::Write;
 use std::process::ExitCode;
+
+use serde::Serialize;
 
 /// The directory of the model that comes with the examples.
 pub(crate) const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv");
@@ -33,4 +36,20 @@ pub(crate) fn exit(result: Result<(), impl Display>) -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Writes what was found to standard output: as one JSON object, or as text.
+pub(crate) fn print<R: Serialize>(
+    report: &R,
+    json: bool,
+    text: impl FnOnce(&R) -> String,
+) -> error::Result<()> {
+    let mut text = match json {
+        true => {
+            serde_json::to_string(report).map_err(|error| error::Error::Output(error.into()))?
+        }
+        false => text(report),
+    };
+    text.push('\n');
+    std::io::stdout().lock().write_all(text.as_bytes()).map_err(error::Error::Output)
 }

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use dijiang::attention::Window;
-use dijiang::calibrate::{CalibrateReport, PlanOptions, Planner, Sample};
+use dijiang::calibrate::{CalibrateOptions, CalibrateReport, PlanOptions, Planner, Sample};
 use dijiang::kernel::DctMap;
 use dijiang::layer::{DijiangAttention, DijiangOptions, SoftmaxAttention};
 use ndarray::Array2;
@@ -12,6 +12,8 @@ use super::tokens::Token;
 
 /// Windows of text that a plan is measured on, at most.
 const PLAN_WINDOWS: usize = 4;
+/// Share of the steps by gradient that fit the maps a plan is measured with.
+const PLANNING_SHARE: f64 = 0.4;
 /// A mix with which a map weighs nothing.
 const SILENT: f64 = -60.0;
 
@@ -68,6 +70,12 @@ impl Offers {
         }
         Ok((maps, report))
     }
+}
+
+/// Planned maps are fitted twice: for the plan, and behind the windows it gives. The steps of each.
+pub(crate) fn shares(options: &CalibrateOptions) -> [CalibrateOptions; 2] {
+    let planning = (PLANNING_SHARE * options.steps as f64) as usize;
+    [planning, options.steps - planning].map(|steps| options.clone().with_steps(steps))
 }
 
 /// The layer with maps that weigh nothing beside what is exact.

@@ -347,9 +347,10 @@ impl<T: Real> DijiangAttention<T> {
         options: &CalibrateOptions,
         progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
     ) -> Result<CalibrateReport> {
+        let start = Instant::now();
         options.check(self.proj.config().causality)?;
         let samples = samples.iter().map(|x| Sample::new(self, x)).collect::<Result<Vec<_>>>()?;
-        self.calibrate_on(&samples, options, progress)
+        self.fit(&samples, options, start, progress)
     }
 
     /// As [`calibrate`](Self::calibrate), with what softmax attention makes of the samples: in O(n).
@@ -363,8 +364,18 @@ impl<T: Real> DijiangAttention<T> {
         options: &CalibrateOptions,
         progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
     ) -> Result<CalibrateReport> {
-        let start = Instant::now();
         options.check(self.proj.config().causality)?;
+        self.fit(samples, options, Instant::now(), progress)
+    }
+
+    /// With checked options, for a calibration that began at `start`.
+    fn fit(
+        &mut self,
+        samples: &[Sample<T>],
+        options: &CalibrateOptions,
+        start: Instant,
+        progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
+    ) -> Result<CalibrateReport> {
         let samples = long_enough(self, samples)?;
         let decays = self.log_decay().iter();
         let old = self
