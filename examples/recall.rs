@@ -5,9 +5,9 @@
 //! ```
 //!
 //! A pass key and a line of other text are planted at five depths of a long text; at its end the
-//! model is asked for both. Maps are those that `convert_lm --save` wrote; several files are several
-//! budgets. A window with sinks and nothing behind it, of as many bytes as the first of them, stands
-//! beside.
+//! model is asked for both. Maps are those that `convert_lm --save` wrote; several files are
+//! several budgets. A window with sinks and nothing behind it, of as many bytes as the first of
+//! them, stands beside.
 
 #[allow(dead_code, reason = "each example uses its own part")]
 mod lm;

@@ -1,4 +1,5 @@
-//! Attention layers from GGUF files, against the directory of the same model; files that are refused.
+//! Attention layers from GGUF files, against the directory of the same model; files that are
+//! refused.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod tiny_gguf;

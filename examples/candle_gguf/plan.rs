@@ -121,8 +121,8 @@ impl<'a> Walk<'a> {
         Ok(Self { gguf, body, hidden: hidden.collect::<Result<_>>()? })
     }
 
-    /// Calls `visit` for every layer with its index, the layer, what it makes of each window, and the
-    /// hidden states that enter the block.
+    /// Calls `visit` for every layer with its index, the layer, what it makes of each window, and
+    /// the hidden states that enter the block.
     fn each_layer(
         &mut self,
         mut visit: impl FnMut(

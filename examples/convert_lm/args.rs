@@ -76,8 +76,8 @@ pub(crate) struct Args {
     pub(crate) context: Option<usize>,
     /// Half of the tokens that a local window holds, on average over all key-value heads where they
     /// are planned: a chunk, if there is one chunk back. All of the state, with sinks and what maps
-    /// need, takes at most 8/7 of the bytes of so many tokens: 128 at a context of 2048 is a seventh
-    /// of softmax's cache [default: 96, longer for heads narrower than 64]
+    /// need, takes at most 8/7 of the bytes of so many tokens: 128 at a context of 2048 is a
+    /// seventh of softmax's cache [default: 96, longer for heads narrower than 64]
     #[arg(long, value_name = "N", visible_alias = "chunk")]
     average_window: Option<usize>,
     /// Whole chunks of the local window before the query's own. The more of them, the more of

@@ -353,7 +353,8 @@ impl<T: Real> DijiangAttention<T> {
         self.fit(&samples, options, start, progress)
     }
 
-    /// As [`calibrate`](Self::calibrate), with what softmax attention makes of the samples: in O(n).
+    /// As [`calibrate`](Self::calibrate), with what softmax attention makes of the samples: in
+    /// O(n).
     ///
     /// # Errors
     /// As [`calibrate`](Self::calibrate), and [`Error::Foreign`] for samples of a layer of another

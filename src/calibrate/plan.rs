@@ -31,8 +31,8 @@ use crate::threads::{max_threads, try_each};
 pub enum Budget {
     /// Bytes of state of one sequence.
     Bytes(usize),
-    /// Half of the tokens that a head's window holds, on average: the length of a chunk, if there is
-    /// one chunk back.
+    /// Half of the tokens that a head's window holds, on average: the length of a chunk, if there
+    /// is one chunk back.
     AverageWindow(f64),
     /// Multiply-adds of a token's attention, all heads: what decoding time goes by.
     Work(usize),

@@ -103,7 +103,8 @@ impl CandleState {
         }
     }
 
-    /// The next tokens are those of as many sequences, at this position, of a layer with these maps.
+    /// The next tokens are those of as many sequences, at this position, of a layer with these
+    /// maps.
     pub(super) fn check(
         &self,
         maps: &[TensorId],

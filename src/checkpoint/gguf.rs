@@ -51,8 +51,8 @@ const FREQUENCIES: &str = "rope_freqs.weight";
 /// A model in the GGUF format of llama.cpp, of the architecture `llama`: LLaMA, SmolLM 2, Mistral
 /// without sliding window and their like. Feature `candle`, whose reader of the format this is.
 ///
-/// llama.cpp keeps the two coordinates of a rotated pair beside each other. Here the rows of queries
-/// and keys come back in the order of Hugging Face files, half a head apart
+/// llama.cpp keeps the two coordinates of a rotated pair beside each other. Here the rows of
+/// queries and keys come back in the order of Hugging Face files, half a head apart
 /// ([`RotaryPairing::Halves`](crate::layer::RotaryPairing::Halves)): what was calibrated on a model
 /// directory fits the GGUF file of the same model, and the other way round.
 ///

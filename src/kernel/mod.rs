@@ -141,11 +141,12 @@ pub trait FeatureMap<T: Real>: Debug + Send + Sync {
     }
 
     /// A number that is the same for the same map, and all but surely another one for another map.
-    /// States remember that of their operator, in their bytes too, and no other operator takes them.
+    /// States remember that of their operator, in their bytes too, and no other operator takes
+    /// them.
     ///
-    /// The provided method hashes the log-features of one token, to the last bit. A map whose states
-    /// go from one kind of machine to another, where they may be rounded differently, hashes its
-    /// parameters instead.
+    /// The provided method hashes the log-features of one token, to the last bit. A map whose
+    /// states go from one kind of machine to another, where they may be rounded differently, hashes
+    /// its parameters instead.
     fn fingerprint(&self) -> u64 {
         let element = |(_, i): (usize, usize)| T::from_f64(((7 * i + 3) % 11) as f64 / 11.0 - 0.4);
         let token = Array2::from_shape_fn((1, self.dim()), element);

@@ -82,8 +82,8 @@ impl<T: Real, A: Operator<T>> Layer<T, A> {
     }
 
     /// Queries, keys and values of the tokens `x`, the first of them at `position`: normed and
-    /// rotated, what [`operator`](Self::operator) is given. With [`output`](Self::output), for those
-    /// who run the attention themselves.
+    /// rotated, what [`operator`](Self::operator) is given. With [`output`](Self::output), for
+    /// those who run the attention themselves.
     ///
     /// # Shapes
     /// - `x`: `[n, D]`; returns `[h, n, d]`, `[h_kv, n, d]` and `[h_kv, n, d]`.

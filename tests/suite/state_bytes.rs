@@ -226,8 +226,8 @@ fn forged_bytes_are_refused() {
     assert!(setup.build::<f32>().state_from_bytes(&bytes).is_err());
 }
 
-/// Any number of a state made another one, with a checksum that fits: it is refused, or whoever goes
-/// on from it gets finite numbers, or an error.
+/// Any number of a state made another one, with a checksum that fits: it is refused, or whoever
+/// goes on from it gets finite numbers, or an error.
 #[test]
 fn forged_numbers_do_no_harm() {
     fn check<T: Real>(setup: &Setup) {

@@ -22,8 +22,8 @@ pub(crate) struct Sums {
 }
 
 /// The sums before each of N chunks and after the last one, `[B, N + 1, …]`, from those of each
-/// chunk alone, `[B, N, …]` with N ≥ 1, and those before all, `[B, 1, …]`. `decay` is what an exponent loses
-/// over a chunk, `[B, 1, 1]`.
+/// chunk alone, `[B, N, …]` with N ≥ 1, and those before all, `[B, 1, …]`. `decay` is what an
+/// exponent loses over a chunk, `[B, 1, 1]`.
 ///
 /// Blocks of [`RADIX`] chunks: within each, one matrix of exponents per feature says how much of
 /// each chunk is left before each other; what came before a block is this same function of the

@@ -4,13 +4,14 @@
 //! o_i = (Σ_near e^(s_ij) v_j + Σ_sinks e^(s_ij) v_j + Σ_f e^(a_if) S_f) / (the same with 1 for v)
 //! ```
 //!
-//! Tokens are taken in chunks, all of a segment's chunks at once: the near part is a chunk's product
-//! with its own keys and those of the chunks before it, S_f the running sums before them
+//! Tokens are taken in chunks, all of a segment's chunks at once: the near part is a chunk's
+//! product with its own keys and those of the chunks before it, S_f the running sums before them
 //! ([`running`]). Every part is weighed by exponents less the largest of all three, which cancels
-//! and so has no gradient. A value has a one beside it, so that sums and normaliser are one product.
+//! and so has no gradient. A value has a one beside it, so that sums and normaliser are one
+//! product.
 //!
-//! Without a local window the near part is the chunk itself, where each pair's kernel is summed over
-//! the features one by one: no product of two factors of it would be safe from overflow there.
+//! Without a local window the near part is the chunk itself, where each pair's kernel is summed
+//! over the features one by one: no product of two factors of it would be safe from overflow there.
 
 use burn::tensor::{Bool, Int, Tensor, TensorData};
 use dijiang::attention::Window;
@@ -83,8 +84,8 @@ impl Grid {
     }
 }
 
-/// Queries `[b, h, n, d]`, keys `[b, h_kv, n, d]` and values `[b, h_kv, n, e]` of n tokens, and which
-/// keys may be attended to, `[b, n]`; all if there is no mask. Queries and keys are times √σ.
+/// Queries `[b, h, n, d]`, keys `[b, h_kv, n, d]` and values `[b, h_kv, n, e]` of n tokens, and
+/// which keys may be attended to, `[b, n]`; all if there is no mask. Queries and keys are times √σ.
 #[derive(Debug, Clone)]
 pub(crate) struct Tokens {
     pub(crate) q: Tensor<4>,

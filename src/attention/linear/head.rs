@@ -48,8 +48,8 @@ impl<'a, T: Real> Head<'a, T> {
         }
     }
 
-    /// Outputs of a block's queries, rows of `out`: what [`Scratch::put_outputs`] puts there, and if
-    /// `out` has columns for more, the exponent that their weights are relative to and the
+    /// Outputs of a block's queries, rows of `out`: what [`Scratch::put_outputs`] puts there, and
+    /// if `out` has columns for more, the exponent that their weights are relative to and the
     /// normaliser.
     pub(crate) fn put_outputs(
         &self,

@@ -59,7 +59,8 @@ pub(crate) struct Shape {
     /// One for each head, or none.
     pub(crate) windows: Arc<[Window]>,
     pub(crate) sinks: usize,
-    /// Of maps, decay and scale; 0 for a state saved before states knew it, which any operator takes.
+    /// Of maps, decay and scale; 0 for a state saved before states knew it, which any operator
+    /// takes.
     pub(crate) fingerprint: u64,
 }
 
