@@ -35,7 +35,10 @@ const DIM: usize = 64;
 #[derive(Debug, Parser)]
 struct Args {
     /// Lengths of the encoder's memory
-    #[arg(long, value_delimiter = ',', value_name = "N", default_values_t = [256, 1024, 4096, 16384])]
+    #[arg(
+        long, value_name = "N,…", value_delimiter = ',',
+        default_values_t = [256, 1024, 4096, 16384]
+    )]
     memory: Vec<usize>,
     /// Queries of the decoder
     #[arg(long, value_name = "N", default_value_t = 1000)]
@@ -86,7 +89,8 @@ fn main() -> Result<()> {
         column.set_cell_alignment(CellAlignment::Right);
     }
     println!(
-        "{queries} queries, {HEADS} heads of {DIM}, all threads, centred maps, times per query\n{table}"
+        "{queries} queries, {HEADS} heads of {DIM}, all threads, centred maps, times per \
+         query\n{table}"
     );
     println!(
         "error: Σ|ô − o|² / Σ|o − ō|², o exact, ô linear; a plain mean of the values has about 1"

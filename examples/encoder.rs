@@ -133,7 +133,8 @@ fn run(args: &Args) -> Result<()> {
     }
     println!("{table}");
     println!(
-        "error of the layer's output on the unseen sequences: Σ|ŷ − y|² / Σ|y − ȳ|², 1 for a plain mean\n"
+        "error of the layer's output on the unseen sequences: Σ|ŷ − y|² / Σ|y − ȳ|², 1 for a plain \
+         mean\n"
     );
 
     let (Some(Layer { softmax, states }), Some(linear)) = (layers.last(), kept) else {
@@ -145,7 +146,8 @@ fn run(args: &Args) -> Result<()> {
     let long = concatenate(Axis(0), &repeated)?.slice_move(s![..args.long, ..]);
     let [softmax, linear] = [microseconds(softmax, &long)?, microseconds(&linear, &long)?];
     println!(
-        "{} tokens at once, projections included, all threads: softmax {softmax:.1}, linear {linear:.1} µs per token",
+        "{} tokens at once, projections included, all threads: softmax {softmax:.1}, linear \
+         {linear:.1} µs per token",
         args.long
     );
     Ok(())
@@ -204,7 +206,8 @@ fn padding(linear: &DijiangAttention<f32>, states: &[Array2<f32>]) -> Result<()>
         .iter()
         .fold(0.0_f32, |most, d| most.max(d.abs()));
     println!(
-        "a sequence of {short} tokens padded to {n} differs from the same one alone by at most {difference:.1e}"
+        "a sequence of {short} tokens padded to {n} differs from the same one alone by at most \
+         {difference:.1e}"
     );
     Ok(())
 }

@@ -1,7 +1,8 @@
 //! What does a model with a state of constant size still recall of what it has read?
 //!
 //! ```sh
-//! cargo run --release --example recall -- --model path/to/model --maps maps.safetensors --text text
+//! cargo run --release --example recall -- --model path/to/model --text text \
+//!     --maps maps.safetensors
 //! ```
 //!
 //! A pass key and a line of other text are planted at five depths of a long text; at its end the
@@ -59,7 +60,10 @@ struct Args {
     #[arg(long, value_name = "FILE")]
     text: Option<PathBuf>,
     /// Tokens of text
-    #[arg(long, value_name = "N", value_delimiter = ',', default_values_t = [1000, 2000, 4000, 8000])]
+    #[arg(
+        long, value_name = "N,…", value_delimiter = ',',
+        default_values_t = [1000, 2000, 4000, 8000]
+    )]
     tokens: Vec<usize>,
     /// Other texts, keys and lines for every depth
     #[arg(long, value_name = "N", default_value_t = 1)]

@@ -44,7 +44,10 @@ pub enum Error {
         got: f64,
     },
     /// An element of an array or list is NaN, infinite, or too large to be worked with.
-    #[error("{argument}[{index}] must be finite and at most {limit:e} in magnitude, got {}", Number(*got))]
+    #[error(
+        "{argument}[{index}] must be finite and at most {limit:e} in magnitude, got {}",
+        Number(*got)
+    )]
     NonFinite {
         /// The argument's name.
         argument: &'static str,

@@ -26,7 +26,8 @@
 //! let out = linear_attention(&scores(&x, &y)?, &kernel, &v, &Pairs::causal())?;
 //! assert_eq!(out[[0, 0]], 1.0); // the first token sees only itself
 //! let weights = kernel.mapv(f64::exp);
-//! let expected = (weights[[1, 0]] * 1.0 + weights[[1, 1]] * 3.0) / (weights[[1, 0]] + weights[[1, 1]]);
+//! let sum = weights[[1, 0]] + weights[[1, 1]];
+//! let expected = (weights[[1, 0]] * 1.0 + weights[[1, 1]] * 3.0) / sum;
 //! assert!((out[[1, 0]] - expected).abs() < 1e-15);
 //! # Ok::<(), dijiang::Error>(())
 //! ```
@@ -450,8 +451,8 @@ pub fn linear_attention(
 /// Exact softmax attention; with `window`, only within that window of chunks.
 ///
 /// ```text
-/// o_i = Σ_j exp(S_ij) v_j / Σ_j exp(S_ij)    over the allowed pairs, the ones in the window among them if `window` is set;
-///                                            zeros if there is none
+/// o_i = Σ_j exp(S_ij) v_j / Σ_j exp(S_ij)    over the allowed pairs, the ones in the window among
+///                                            them if `window` is set; zeros if there is none
 /// ```
 ///
 /// # Shapes

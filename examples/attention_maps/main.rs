@@ -2,7 +2,8 @@
 //!
 //! ```sh
 //! cargo run --release --example attention_maps
-//! cargo run --release --example attention_maps -- --layer 3 --head 2 --text path/to/text --svg maps.svg
+//! cargo run --release --example attention_maps -- --layer 3 --head 2 --text path/to/text \
+//!     --svg maps.svg
 //! ```
 //!
 //! Draws the attention weights of one head of a language model on real text side by side:

@@ -40,8 +40,10 @@ pub(crate) fn draw(maps: &Maps<'_>, path: &Path) -> Result<()> {
     let side = n * (SIDE / n).max(1);
     let (width, height) = (2 * (LEFT + side) + RIGHT, ABOVE + side + BELOW);
     let mut svg = Svg(format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" viewBox=\"0 0 {width} {height}\" \
-         font-family=\"sans-serif\" fill=\"{INK}\" stroke-width=\"1\">\n<rect width=\"100%\" height=\"100%\" fill=\"#fff\"/>\n"
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" width=\"{width}\" height=\"{height}\" \
+         viewBox=\"0 0 {width} {height}\" \
+         font-family=\"sans-serif\" fill=\"{INK}\" stroke-width=\"1\">\n<rect width=\"100%\" \
+         height=\"100%\" fill=\"#fff\"/>\n"
     ));
     svg.text((LEFT, 30), 20, "start", &maps.title);
     let excerpt: String = maps
@@ -102,7 +104,8 @@ impl Svg {
         ));
         let scale = side as f64 / weights.nrows() as f64;
         self.add(format_args!(
-            "<g transform=\"translate({left} {ABOVE}) scale({scale}) translate(0 .5)\" fill=\"none\" shape-rendering=\"crispEdges\">"
+            "<g transform=\"translate({left} {ABOVE}) scale({scale}) translate(0 .5)\" \
+             fill=\"none\" shape-rendering=\"crispEdges\">"
         ));
         for (shade, path) in paths.iter().enumerate().filter(|(_, path)| !path.is_empty()) {
             self.add(format_args!("<path stroke=\"{}\" d=\"{path}\"/>", colour(shade)));
@@ -113,7 +116,10 @@ impl Svg {
     /// A frame, ticks at round positions, and what they count.
     fn axes(&mut self, left: usize, n: usize, side: usize) {
         let bottom = ABOVE + side;
-        self.add(format_args!("<rect x=\"{left}\" y=\"{ABOVE}\" width=\"{side}\" height=\"{side}\" fill=\"none\" stroke=\"{INK}\"/>"));
+        self.add(format_args!(
+            "<rect x=\"{left}\" y=\"{ABOVE}\" width=\"{side}\" height=\"{side}\" fill=\"none\" \
+             stroke=\"{INK}\"/>"
+        ));
         let step =
             [1, 2, 5, 10, 20, 50, 100, 200].into_iter().find(|step| n / step <= 6).unwrap_or(500);
         for tick in (0..n).step_by(step) {
@@ -130,7 +136,10 @@ impl Svg {
             "key, position in the text in tokens",
         );
         let (x, y) = (left - 50, ABOVE + side / 2);
-        self.add(format_args!("<text transform=\"translate({x} {y}) rotate(-90)\" font-size=\"14\" text-anchor=\"middle\">query</text>"));
+        self.add(format_args!(
+            "<text transform=\"translate({x} {y}) rotate(-90)\" font-size=\"14\" \
+             text-anchor=\"middle\">query</text>"
+        ));
     }
 
     /// The line between the exact local window and what goes through the kernel.
@@ -175,7 +184,10 @@ impl Svg {
                 "<rect x=\"{left}\" y=\"{top}\" width=\"18\" height=\"{tall}\" fill=\"{colour}\"/>"
             ));
         }
-        self.add(format_args!("<rect x=\"{left}\" y=\"{ABOVE}\" width=\"18\" height=\"{height}\" fill=\"none\" stroke=\"{INK}\"/>"));
+        self.add(format_args!(
+            "<rect x=\"{left}\" y=\"{ABOVE}\" width=\"18\" height=\"{height}\" fill=\"none\" \
+             stroke=\"{INK}\"/>"
+        ));
         for power in LOWEST..=0 {
             let (x, y) = (
                 left + 18,

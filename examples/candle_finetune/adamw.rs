@@ -1,8 +1,9 @@
 //! AdamW whose moments can be saved: candle-nn's cannot.
 //!
 //! ```text
-//! m ← β₁m + (1−β₁)g    v ← β₂v + (1−β₂)g²    θ ← (1 − ηλ)θ − η · (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)      [Loshchilov, Hutter 2019]
+//! m ← β₁m + (1−β₁)g    v ← β₂v + (1−β₂)g²    θ ← (1 − ηλ)θ − η · (m/(1−β₁ᵗ)) / (√(v/(1−β₂ᵗ)) + ε)
 //! ```
+//! [Loshchilov, Hutter 2019]
 //!
 //! λ decays matrices of the model only: neither norms nor the numbers of maps want to be small.
 

@@ -10,7 +10,8 @@
 //!
 //! ```sh
 //! cargo run --release --features candle --example candle_finetune
-//! cargo run --release --features candle --example candle_finetune -- --resume   # goes on from target/candle_finetune.safetensors
+//! # Goes on from target/candle_finetune.safetensors:
+//! cargo run --release --features candle --example candle_finetune -- --resume
 //! ```
 
 mod adamw;
@@ -247,7 +248,8 @@ fn train(args: &Args) -> Result<Report> {
             checkpoint::save(&args.checkpoint, &optimizer, &settings)?;
             let tokens = optimizer.step * args.batch * context;
             say(format!(
-                "{tokens:>9} tokens: {valid_bpb:.4} bits/byte on valid.txt, {training_bpb:.4} in training"
+                "{tokens:>9} tokens: {valid_bpb:.4} bits/byte on valid.txt, {training_bpb:.4} in \
+                 training"
             ));
             measurements.push(Measurement { tokens, training_bpb, valid_bpb });
         }

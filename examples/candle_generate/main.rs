@@ -3,7 +3,8 @@
 //!
 //! ```sh
 //! cargo run --release --features candle --example candle_generate
-//! cargo run --release --features candle --example candle_generate -- --weights target/candle_finetune.safetensors
+//! cargo run --release --features candle --example candle_generate -- \
+//!     --weights target/candle_finetune.safetensors
 //! ```
 
 #[path = "../candle_common/mod.rs"]

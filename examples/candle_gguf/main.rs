@@ -5,7 +5,8 @@
 //! alias candle_gguf="cargo run --release --features candle --example candle_gguf --"
 //! candle_gguf plan --model model.gguf --text calibration.txt --maps maps.safetensors
 //! candle_gguf run --model model.gguf --maps maps.safetensors --prompt "Once upon a time"
-//! candle_gguf bench --model model.gguf --maps maps.safetensors --text text.txt --contexts 64,2048,8000
+//! candle_gguf bench --model model.gguf --maps maps.safetensors --text text.txt \
+//!     --contexts 64,2048,8000
 //! candle_gguf score --model model.gguf --maps maps.safetensors --text text.txt
 //! ```
 

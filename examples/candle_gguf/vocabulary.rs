@@ -20,7 +20,10 @@ use crate::model::fault;
 const SPECIAL: [i32; 2] = [3, 4];
 
 /// How Llama 3 cuts text into words.
-const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const LLAMA_3: &str = concat!(
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+);
 
 /// What turns text into tokens and back for the model at `path`, and the token that ends a text.
 pub(crate) fn read(path: &Path, content: &Content) -> Result<(Tokenizer, Option<u32>)> {

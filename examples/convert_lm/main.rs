@@ -3,7 +3,8 @@
 //!
 //! ```sh
 //! cargo run --release --example convert_lm
-//! cargo run --release --example convert_lm -- --model path/to/model --context 2048 --windows 8 --text text --calibration other-text
+//! cargo run --release --example convert_lm -- --model path/to/model --context 2048 --windows 8 \
+//!     --text text --calibration other-text
 //! cargo run --release --example convert_lm -- --help
 //! ```
 

@@ -215,9 +215,11 @@ impl Report {
             .logits_difference
             .map(|found| format!("softmax logits agree with the golden ones within {found:.1e}\n"));
         format!(
-            "{}{}\n\n{table}\n{chosen}{}{} windows of {} {}, {:.0} tokens held exactly per head, m = {} features\n\
+            "{}{}\n\n{table}\n{chosen}{}{} windows of {} {}, {:.0} tokens held exactly per head, \
+             m = {} features\n\
              planned and calibrated on {} tokens in {} steps and {:.1} s; {:.1} s in all\n\
-             decoding ({}): {:.0} tokens/s; softmax's key-value cache is {} kB after {} tokens and goes on growing",
+             decoding ({}): {:.0} tokens/s; softmax's key-value cache is {} kB after {} tokens and \
+             goes on growing",
             self.prompt,
             self.generated,
             check.unwrap_or_default(),

@@ -87,8 +87,10 @@ fn load(directory: &Path) -> Result<Llama<SoftmaxAttention<f32>>> {
 /// The config of a model with a vocabulary of so many entries.
 fn config(vocabulary: usize) -> Value {
     json!({
-        "model_type": "llama", "hidden_act": "silu", "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": HEAD_DIM, "vocab_size": vocabulary, "max_position_embeddings": 16,
+        "model_type": "llama", "hidden_act": "silu", "vocab_size": vocabulary,
+        "hidden_size": HIDDEN, "intermediate_size": INNER, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": HEAD_DIM,
+        "max_position_embeddings": 16,
         "rms_norm_eps": 1e-5, "rope_theta": 100.0, "tie_word_embeddings": true
     })
 }
@@ -102,10 +104,16 @@ fn tokenizer(entries: usize) -> Value {
     vocabulary.extend(merges.iter().map(|pair| pair.concat()));
     vocabulary.extend((vocabulary.len()..entries).map(|entry| format!("<{entry}>")));
     let vocabulary: BTreeMap<&String, usize> = vocabulary.iter().zip(0..).collect();
+    let byte_level = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
+    });
     json!({
-        "version": "1.0", "truncation": { "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0 },
-        "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
-        "decoder": { "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true },
+        "version": "1.0",
+        "truncation": {
+            "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0
+        },
+        "pre_tokenizer": byte_level,
+        "decoder": byte_level,
         "model": { "type": "BPE", "vocab": vocabulary, "merges": merges }
     })
 }
@@ -199,7 +207,10 @@ fn a_tokenizer_belongs_to_its_model() {
         directory.write("tokenizer.json", tokenizer(entries).to_string());
         let error = directory.load_error();
         assert!(
-            matches!(error, Error::Vocabulary { tokenizer, model: 300, .. } if tokenizer == entries),
+            matches!(
+                error,
+                Error::Vocabulary { tokenizer, model: 300, .. } if tokenizer == entries
+            ),
             "{entries}: {error}"
         );
     }

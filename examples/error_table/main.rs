@@ -8,8 +8,10 @@
 //! softmax attention:
 //!
 //! ```text
-//! error = Σ |ô − o|² / Σ |o − ō|²             o: a head's softmax outputs, ō: their mean, ô: its linear outputs
-//! KL    = mean_i Σ_j p_ij ln(p_ij / r_ij)     p, r: the weights of softmax and of linear attention, in nats
+//! error = Σ |ô − o|² / Σ |o − ō|²             o: a head's softmax outputs, ō: their mean,
+//!                                             ô: its linear outputs
+//! KL    = mean_i Σ_j p_ij ln(p_ij / r_ij)     p, r: the weights of softmax and of linear attention
+//!                                             (in nats)
 //! ```
 //!
 //! both averaged over heads, on queries, keys and values of a language model (after the rotary

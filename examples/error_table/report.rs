@@ -17,14 +17,16 @@ pub(crate) fn print(report: &Report, svg: &Path) {
     );
     println!("{windows} windows of {tokens} tokens, mean over heads and {seeds} seed(s)");
     println!(
-        "centres, φ and calibration ({steps} steps, 1 seed) from {calibration_windows} other windows"
+        "centres, φ and calibration ({steps} steps, 1 seed) from {calibration_windows} other \
+         windows"
     );
     for input in inputs {
         println!("\n{}, {} heads", input.name, input.heads);
         println!("{}", table(input));
     }
     println!(
-        "\nerror: Σ|ô − o|² / Σ|o − ō|²; KL: of linear from softmax weights, nats per query; less is better"
+        "\nerror: Σ|ô − o|² / Σ|o − ō|²; KL: of linear from softmax weights, nats per query; less \
+         is better"
     );
     println!("{seconds:.0} s; plot: {}", svg.display());
 }

@@ -102,7 +102,8 @@ fn run(args: &Args) -> Result<()> {
         println!(
             "{}",
             serde_json::json!({
-                "softmax_bpb": softmax_bpb, "calibrated_bpb": calibrated_bpb, "fine_tuned_bpb": tuned_bpb, "windows": windows,
+                "softmax_bpb": softmax_bpb, "calibrated_bpb": calibrated_bpb,
+                "fine_tuned_bpb": tuned_bpb, "windows": windows,
                 "tokens": samples.iter().map(|sample| sample.len()).sum::<usize>(),
                 "calibration_seconds": calibration_seconds, "fine_tuning_seconds": seconds,
             })

@@ -18,17 +18,20 @@ pub(crate) enum Error {
     #[error(transparent)]
     Model(#[from] dijiang::Error),
     #[error(
-        "{}: this program runs models of the LLaMA format (\"model_type\": \"llama\"), this one is {found:?}",
+        "{}: this program runs models of the LLaMA format (\"model_type\": \"llama\"), this one is \
+         {found:?}",
         path.display()
     )]
     Family { path: PathBuf, found: dijiang::checkpoint::Family },
     #[error(
-        "{}: there is no such file, and the model's vocabulary of {vocabulary} entries is not the 256 bytes: put the model's tokenizer.json there",
+        "{}: there is no such file, and the model's vocabulary of {vocabulary} entries is not the \
+         256 bytes: put the model's tokenizer.json there",
         path.display()
     )]
     NoTokenizer { path: PathBuf, vocabulary: usize },
     #[error(
-        "{}: a tokenizer of {tokenizer} entries, but the model's vocabulary has {model}: take the tokenizer.json that came with the model",
+        "{}: a tokenizer of {tokenizer} entries, but the model's vocabulary has {model}: take the \
+         tokenizer.json that came with the model",
         path.display()
     )]
     Vocabulary { path: PathBuf, tokenizer: usize, model: usize },
@@ -41,11 +44,15 @@ pub(crate) enum Error {
     #[error("{}: there is no such file: name a text with --{option} FILE", path.display())]
     NoText { path: PathBuf, option: &'static str },
     #[error(
-        "{}: a window of {window} tokens and the one after it are needed, found {found}: give a longer text or a shorter window",
+        "{}: a window of {window} tokens and the one after it are needed, found {found}: give a \
+         longer text or a shorter window",
         path.display()
     )]
     TextTooShort { path: PathBuf, window: usize, found: usize },
-    #[error("{}: softmax logits must agree within {limit:e}, found a difference of {found:e}", path.display())]
+    #[error(
+        "{}: softmax logits must agree within {limit:e}, found a difference of {found:e}",
+        path.display()
+    )]
     Golden { path: PathBuf, limit: f32, found: f32 },
     #[error("--{option} must be {expected}, found {found}")]
     Option { option: &'static str, expected: &'static str, found: String },

@@ -25,9 +25,14 @@ struct Args {
     /// Threads to run on.
     #[arg(long, default_value_t = 1)]
     threads: usize,
-    /// Heads; queries and keys have as many.
+    /// Query heads; without --windows, queries and keys have as many.
     #[arg(long, default_value_t = 8)]
     heads: usize,
+    /// A planned layer in place of two chunks of 64 tokens for all heads: the tokens that each of
+    /// its key-value heads holds, of those on offer to a plan, and four sinks. Decoding is then
+    /// measured with them too.
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    windows: Vec<usize>,
     /// Head dimension d = value dimension e = features m.
     #[arg(long, default_value_t = 64)]
     dim: usize,

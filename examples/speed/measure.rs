@@ -7,6 +7,7 @@ use dijiang::Real;
 use dijiang::attention::{
     KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Softmax, SoftmaxConfig, Window,
 };
+use dijiang::calibrate::PlanOptions;
 use dijiang::kernel::{DctMap, DctMapConfig, FeatureMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use ndarray::{Array, Array2, Array3, Axis};
@@ -26,6 +27,8 @@ pub(crate) struct Report {
     pub(crate) dtype: &'static str,
     pub(crate) heads: usize,
     pub(crate) dim: usize,
+    /// Tokens that each key-value head's window holds.
+    pub(crate) windows: Vec<usize>,
     /// Rate of the general matrix product at 1024³ on one thread, GFLOP/s, in the element type.
     pub(crate) sgemm_gflops: f64,
     pub(crate) rows: Vec<Row>,
@@ -90,7 +93,7 @@ const TURNS: usize = 3;
 /// Seconds for one number of tokens after which no further turn begins.
 const PATIENCE: f64 = 5.0;
 
-/// Chunk length of the local window.
+/// Chunk length of the local window, and tokens decoded at once.
 const CHUNK: usize = 64;
 
 /// Dimensions of the feature maps measured alone.
@@ -99,14 +102,17 @@ const MAP_DIMS: [usize; 4] = [32, 64, 128, 256];
 /// Matrix-product FLOPs per token and head, m = d = e, of the plain algorithm in chunks of 64: what
 /// rates are counted by. Purely causal attention here does a third fewer, in shorter blocks and
 /// without what is above their diagonals.
-fn flops(mode: &str, d: usize) -> f64 {
+fn flops(mode: &str, d: usize, windows: &[usize]) -> f64 {
     let square = 2.0 * (d * d) as f64;
-    let chunk = 2.0 * (CHUNK * d) as f64;
+    let row = 2.0 * d as f64;
     match mode {
         // Scores and their values within a block, reading and updating the state.
-        "pure" => 2.0 * chunk + 2.0 * square,
-        // Two whole chunks of scores and values, reading and updating the state.
-        "window" => 4.0 * chunk + 2.0 * square,
+        "pure" => 2.0 * CHUNK as f64 * row + 2.0 * square,
+        // Scores and values of the whole window, reading and updating the state.
+        "window" => {
+            let tokens = windows.iter().sum::<usize>() as f64 / windows.len() as f64;
+            2.0 * tokens * row + 2.0 * square
+        }
         _ => 2.0 * square,
     }
 }
@@ -139,6 +145,9 @@ fn gaussian<T: Real>(rng: &mut ChaCha12Rng, shape: (usize, usize, usize)) -> Arr
 
 struct Bench<T> {
     heads: usize,
+    windows: Vec<Window>,
+    /// Whether the windows are those of a planned layer.
+    planned: bool,
     dim: usize,
     seconds: f64,
     exact: Softmax<T>,
@@ -148,16 +157,24 @@ struct Bench<T> {
 }
 
 pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send + Sync>> {
-    let maps = (0..args.heads)
+    let planned = !args.windows.is_empty();
+    let (windows, sinks) = match planned {
+        true => (args.windows.iter().map(|&tokens| on_offer(tokens)).collect::<Result<_, _>>()?, 4),
+        false => (vec![Window::new(CHUNK, 1); args.heads], 0),
+    };
+    let maps = (0..windows.len())
         .map(|h| DctMapConfig::new(args.dim).with_seed(h as u64).build())
         .collect::<Result<Vec<_>, _>>()?;
+    let config = LinearConfig::new().with_heads(args.heads);
     let mut bench = Bench::<T> {
         heads: args.heads,
+        planned,
         dim: args.dim,
         seconds: args.seconds,
-        exact: SoftmaxConfig::new(args.heads, args.dim).build()?,
-        pure: LinearConfig::new().build(maps.clone())?,
-        window: LinearConfig::new().with_window(Window::new(CHUNK, 1)).build(maps)?,
+        exact: SoftmaxConfig::new(args.heads, args.dim).with_kv_heads(maps.len()).build()?,
+        pure: config.clone().build(maps.clone())?,
+        window: config.with_windows(windows.clone()).with_sinks(sinks).build(maps)?,
+        windows,
         rng: ChaCha12Rng::seed_from_u64(1),
     };
     let sizes: Vec<usize> = std::iter::successors(Some(args.from), |n| n.checked_mul(2))
@@ -194,9 +211,20 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
         dtype: T::NAME,
         heads: args.heads,
         dim: args.dim,
+        windows: bench.windows.iter().map(|window| window.tokens()).collect(),
         sgemm_gflops,
         rows,
         feature_maps,
+    })
+}
+
+/// The window of this many tokens among those that a plan chooses from.
+fn on_offer(tokens: usize) -> Result<Window, String> {
+    let windows = PlanOptions::new().windows;
+    let found = windows.iter().find(|window| window.tokens() == tokens).copied();
+    found.ok_or_else(|| {
+        let offers: Vec<_> = windows.iter().map(|window| window.tokens().to_string()).collect();
+        format!("--windows: a plan offers {}, found {tokens}", offers.join(", "))
     })
 }
 
@@ -244,7 +272,8 @@ impl<T: Gemm> Bench<T> {
         softmax: bool,
     ) -> Result<Vec<Row>, Box<dyn Error + Send + Sync>> {
         let shape = (self.heads, n, self.dim);
-        let [q, k, v] = std::array::from_fn(|_| gaussian::<T>(&mut self.rng, shape));
+        let [q, k, v] = [self.heads, self.windows.len(), self.windows.len()]
+            .map(|heads| gaussian::<T>(&mut self.rng, (heads, n, self.dim)));
         let mut out = Array3::<T>::zeros(shape);
         let per_token = 1e6 / (self.heads * n) as f64;
 
@@ -288,7 +317,7 @@ impl<T: Gemm> Bench<T> {
             }) * per_token
         });
         check.and(check_full)?;
-        let candle = if softmax {
+        let candle = if softmax && !self.planned {
             flash::causal([&q, &k, &v], self.turn())?.map(|seconds| seconds * per_token)
         } else {
             None
@@ -297,7 +326,8 @@ impl<T: Gemm> Bench<T> {
         let (decode, decode_exact) = self.decode(&q, &k, &v)?;
         let row = |mode: &'static str, seconds: f64, softmax_us: Option<f64>| {
             let us = seconds * per_token;
-            let gflops = flops(mode, self.dim) / us / 1e3;
+            let windows: Vec<_> = self.windows.iter().map(|window| window.tokens()).collect();
+            let gflops = flops(mode, self.dim, &windows) / us / 1e3;
             let softmax_gflops = softmax_us.map(|us| softmax_flops(mode, n, self.dim) / us / 1e3);
             let candle_us = candle.filter(|_| mode == "pure" || mode == "window");
             Row { mode, n, us, softmax_us, candle_us, gflops, softmax_gflops }
@@ -319,19 +349,20 @@ impl<T: Gemm> Bench<T> {
         v: &Array3<T>,
     ) -> Result<(f64, f64), dijiang::Error> {
         let n = k.shape()[1];
-        let mut state = self.pure.new_state();
-        self.pure.prefill(&mut state, Qkv::new(q, k, v))?;
+        let operator = if self.planned { &self.window } else { &self.pure };
+        let mut state = operator.new_state();
+        operator.prefill(&mut state, Qkv::new(q, k, v))?;
         let mut cache = self.exact.new_state();
         self.exact.extend(&mut cache, (k, v), KeyMask::All, &mut self.exact.workspace())?;
         let token = |x: &Array3<T>, i: usize| x.index_axis(Axis(1), i % n).to_owned();
         let tokens: Vec<_> = (0..CHUNK).map(|i| (token(q, i), token(k, i), token(v, i))).collect();
         let mut out = Array2::<T>::zeros((self.heads, self.dim));
         let per_head = 1e6 / (self.heads * CHUNK) as f64;
-        let (mut ws, mut exact_ws) = (self.pure.workspace(), self.exact.workspace());
+        let (mut ws, mut exact_ws) = (operator.workspace(), self.exact.workspace());
         let mut check = Ok(());
         let linear = shortest(self.turn(), || {
             for (q, k, v) in &tokens {
-                check = self.pure.step(&mut state, Qkv::token(q, k, v), &mut out, &mut ws);
+                check = operator.step(&mut state, Qkv::token(q, k, v), &mut out, &mut ws);
             }
         });
         check?;

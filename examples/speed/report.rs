@@ -10,8 +10,13 @@ use crate::measure::{MapRow, Report, Row};
 
 /// The table, on stdout.
 pub(crate) fn print(report: &Report, svg: &Path) {
-    let Report { cpu, threads, dtype, heads, dim, sgemm_gflops, rows, feature_maps } = report;
-    println!("{cpu}, {threads} thread(s), {dtype}, {heads} heads, d = m = e = {dim}");
+    let Report { cpu, threads, dtype, heads, dim, windows, sgemm_gflops, rows, feature_maps } =
+        report;
+    println!(
+        "{cpu}, {threads} thread(s), {dtype}, {heads} query and {} key-value heads, \
+         d = m = e = {dim}, windows of {windows:?} tokens",
+        windows.len()
+    );
     println!("general matrix product 1024³: {sgemm_gflops:.0} GFLOP/s on one thread\n");
     let mut table = Table::new();
     table.load_style(presets::UTF8_HORIZONTAL_ONLY);

@@ -5,4 +5,6 @@
 #[path = "../../tests/fuzz/cases/mod.rs"]
 mod cases;
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| cases::differential::run(&mut cases::Source::of_bytes(bytes), &mut cases::Tally::default()));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    cases::differential::run(&mut cases::Source::of_bytes(bytes), &mut cases::Tally::default())
+});

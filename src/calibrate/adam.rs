@@ -1,8 +1,9 @@
 //! Adam on the numbers of one head's map.
 //!
 //! ```text
-//! m ← β₁m + (1 − β₁)ġ     v ← β₂v + (1 − β₂)ġ²     θ ← θ − η (m/(1 − β₁ᵏ)) / (√(v/(1 − β₂ᵏ)) + ε)     [Kingma, Ba 2015]
+//! m ← β₁m + (1 − β₁)ġ     v ← β₂v + (1 − β₂)ġ²     θ ← θ − η (m/(1 − β₁ᵏ)) / (√(v/(1 − β₂ᵏ)) + ε)
 //! ```
+//! [Kingma, Ba 2015]
 //!
 //! θ: scales and radii of both sides (of one, if they are tied), log-weights, the numbers of a deep
 //! or dense projection, and by choice the mix g, the centres, and ρ with log γ = −e^ρ.

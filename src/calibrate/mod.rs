@@ -1,7 +1,8 @@
 //! Calibration: fits the maps of a [`DijiangAttention`] to hidden states of the user's own text.
 //!
 //! ```text
-//! error = Σ (ô − o)² / Σ (o − ō)²      o: a head's softmax outputs on the samples, ō: their mean, ô: its linear outputs
+//! error = Σ (ô − o)² / Σ (o − ō)²      o: a head's softmax outputs on the samples, ō: their mean,
+//!                                      ô: its linear outputs
 //! ```
 //!
 //! Every key-value head by itself, first in closed form: the centres μq, μk become the means of x =

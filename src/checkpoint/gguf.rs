@@ -85,14 +85,14 @@ impl Gguf {
     /// Opens the file at `path` and checks what it says of attention. No weight is read yet.
     ///
     /// # Cost
-    /// Reads metadata and the list of tensors; the rest is mapped, and must not be written to or cut
-    /// short while this lives.
+    /// Reads metadata and the list of tensors; the rest is mapped, and must not be written to or
+    /// cut short while this lives.
     ///
     /// # Errors
     /// [`Error::Io`] for a file that cannot be read; [`Error::Format`] for one that is damaged, of
     /// another architecture, or says something impossible, for a type of quantisation that candle
-    /// does not know, and for metadata and tensors of attention that this crate does not know how to
-    /// use, each of them by name.
+    /// does not know, and for metadata and tensors of attention that this crate does not know how
+    /// to use, each of them by name.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
         let map = Mapped::open(&path).map_err(|error| io_error(&path, &error))?;

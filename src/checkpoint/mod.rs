@@ -6,16 +6,16 @@
 //!
 //! | family (`model_type`) | attention |
 //! | --- | --- |
-//! | LLaMA and its like (`llama`) | causal, grouped queries, rotary embedding, biases if the config says so |
+//! | LLaMA and its like (`llama`) | causal, grouped queries, rotary embedding, biases if any |
 //! | Mistral (`mistral`) | as LLaMA, with a sliding window if the config has one |
 //! | Qwen 2, 2.5 (`qwen2`) | as LLaMA, with biases of queries, keys and values |
 //! | Qwen 3 (`qwen3`) | as LLaMA, with norms of queries and keys |
-//! | Phi 3, 3.5, 4 mini (`phi3`) | as LLaMA, fused weights, rotary embedding of a part of each head, sliding window |
+//! | Phi 3, 3.5, 4 mini (`phi3`) | as LLaMA, fused weights, partial rotary, sliding window |
 //! | Gemma (`gemma`) | as LLaMA |
-//! | Gemma 2 (`gemma2`) | a scale of its own, every other layer with a sliding window; without soft caps only |
-//! | Gemma 3, text (`gemma3_text`) | as Gemma 2, with norms of queries and keys, and two rotary embeddings |
+//! | Gemma 2 (`gemma2`) | its own scale, a sliding window in every other layer; no soft caps |
+//! | Gemma 3, text (`gemma3_text`) | as Gemma 2, norms of queries and keys, two rotary embeddings |
 //! | SmolLM 3 (`smollm3`) | as LLaMA, with layers without rotary embedding |
-//! | GPT-NeoX, Pythia (`gpt_neox`) | causal, rotary embedding of a part of each head, fused weights with biases |
+//! | GPT-NeoX, Pythia (`gpt_neox`) | causal, partial rotary embedding, fused weights with biases |
 //! | OPT (`opt`) | causal, biases, no rotary embedding |
 //! | BERT (`bert`) | bidirectional (causal as a decoder), biases |
 //!
@@ -73,7 +73,7 @@ pub use tensors::Tensors;
 /// ```no_run
 /// use dijiang::checkpoint::CheckpointOptions;
 ///
-/// // A model of another name whose attention is that of LLaMA, for sequences of up to 16384 tokens.
+/// // A model of another name with LLaMA's attention, for sequences of up to 16384 tokens.
 /// let options = CheckpointOptions::new()
 ///     .with_config(r#"{ "model_type": "llama", "architectures": null }"#)
 ///     .with_length(16_384);

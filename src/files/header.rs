@@ -34,7 +34,8 @@ pub(crate) fn header(bytes: &[u8]) -> Result<(Metadata, usize)> {
 /// Refuses headers with numbers too long for `usize`'s every sum: the parser adds the last offset
 /// to the header's length without care for overflow.
 fn check_numbers(bytes: &[u8]) -> Result<()> {
-    let Some((len, rest)) = bytes.split_first_chunk() else { return Ok(()) }; // the parser's to refuse
+    // Fewer bytes than a length are the parser's to refuse.
+    let Some((len, rest)) = bytes.split_first_chunk() else { return Ok(()) };
     let header = usize::try_from(u64::from_le_bytes(*len)).ok().filter(|&len| len <= MAX_HEADER);
     let (mut quoted, mut escaped, mut digits) = (false, false, 0);
     for &byte in header.and_then(|len| rest.get(..len)).unwrap_or_default() {

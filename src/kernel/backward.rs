@@ -16,7 +16,7 @@
 //! transforms take its place: û = C(s ⊙ z) once more, and y = Cᵀ(t ⊙ u̇).
 //!
 //! ```text
-//! ṫ = Σ_j u̇_j ⊙ û_j        ṡ = Σ_j y_j ⊙ z_j        μ̇ = −s ⊙ Σ_j y_j (+ …)        ẋ_j = s ⊙ y_j + …
+//! ṫ = Σ_j u̇_j ⊙ û_j     ṡ = Σ_j y_j ⊙ z_j     μ̇ = −s ⊙ Σ_j y_j (+ …)     ẋ_j = s ⊙ y_j + …
 //! ```
 
 use std::fmt::Debug;
@@ -43,7 +43,7 @@ const PANELS: usize = 32;
 /// ```
 /// use dijiang::kernel::{DctMapConfig, DifferentiableMap, PanelGradients};
 ///
-/// // loss = Σ_f a_f(x): its gradient with respect to x is Σ_f A_f, with respect to log_mix it is m.
+/// // loss = Σ_f a_f(x): its gradient with respect to x is Σ_f A_f, with respect to log_mix m.
 /// let map = DctMapConfig::new(4).build::<f64>()?;
 /// let (width, mut grad_x) = (16, vec![0.0; 4 * 16]);
 /// let (x, grad_a) = (vec![0.5; 4 * width], vec![1.0; 4 * width]);

@@ -34,7 +34,8 @@ use crate::simd::{DctTables, padded, supports_dct};
 /// ```
 /// use dijiang::kernel::{DctMapConfig, FeatureMap, Pairing};
 ///
-/// let map = DctMapConfig::new(64).with_blocks(2).with_pairing(Pairing::Antithetic).build::<f32>()?;
+/// let config = DctMapConfig::new(64).with_blocks(2).with_pairing(Pairing::Antithetic);
+/// let map = config.build::<f32>()?;
 /// assert_eq!(map.features(), 2 * 2 * 64);
 /// # Ok::<(), dijiang::Error>(())
 /// ```

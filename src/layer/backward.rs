@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! y = o Woᵀ + bo      ȯ = ẏ Wo      Ẇo = ẏᵀ o      ḃo = Σ_i ẏ_i
-//! q = R(x Wqᵀ + bq)   q̂ = Rᵀ q̇      Ẇq = q̂ᵀ x      ḃq = Σ_i q̂_i      (the same for k; for v without R)
+//! q = R(x Wqᵀ + bq)   q̂ = Rᵀ q̇      Ẇq = q̂ᵀ x      ḃq = Σ_i q̂_i      (k too; v without R)
 //! ẋ = q̂ Wq + k̂ Wk + v̇ Wv
 //! ```
 //!

@@ -14,7 +14,8 @@ use crate::layer::rotary::Rotary;
 /// use dijiang::layer::{AttentionConfig, Rotary};
 ///
 /// // Llama 3 8B: 32 query heads, 8 key-value heads, all 128 coordinates of a head rotated.
-/// let config = AttentionConfig::new(4096, 32).with_kv_heads(8).with_rotary(Rotary::new(500_000.0));
+/// let rotary = Rotary::new(500_000.0);
+/// let config = AttentionConfig::new(4096, 32).with_kv_heads(8).with_rotary(rotary);
 /// config.check()?;
 /// assert!(AttentionConfig::new(4096, 33).check().is_err()); // 4096 is no multiple of 33
 /// # Ok::<(), dijiang::Error>(())

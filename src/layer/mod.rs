@@ -133,8 +133,8 @@ pub trait Attention<T: Real>: Send + Sync {
     /// # Errors
     /// As [`forward`](Self::forward); [`Error::Conflict`] if the layer is bidirectional;
     /// [`Error::Foreign`] for the state of a layer of another shape or with other maps. After an
-    /// error the state is unchanged; after an [`Error::Value`] for maps whose numbers overflow it is
-    /// poisoned.
+    /// error the state is unchanged; after an [`Error::Value`] for maps whose numbers overflow it
+    /// is poisoned.
     fn prefill(
         &self,
         state: &mut Self::State,

@@ -2,9 +2,9 @@
 //! another function than the paper's.
 //!
 //! ```text
-//! φ(z)  = softmax_f (t_f·[Cᵀz]_f)                              of rotated, unscaled queries and keys
-//! o_i   = Σ_{j≤i} γ^(i−j) (φ(q_i)·φ(k_j)) v_j                  γ per head, no normaliser
-//! y_i   = W_o (silu(x_i W_g) ⊙ norm(o_i)) + b_o               norm: GroupNorm over the channels of all heads
+//! φ(z) = softmax_f (t_f·[Cᵀz]_f)                   of rotated, unscaled queries and keys
+//! o_i  = Σ_{j≤i} γ^(i−j) (φ(q_i)·φ(k_j)) v_j       γ per head, no normaliser
+//! y_i  = W_o (silu(x_i W_g) ⊙ norm(o_i)) + b_o     norm: GroupNorm over the channels of all heads
 //! ```
 
 use std::sync::Arc;

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! y_i = w_i x_i r,   r = 1/√(|x|²/d + ε)
-//! ẋ_i = r (w_i ẏ_i − x_i r²/d Σ_j w_j ẏ_j x_j),   ẇ_i = Σ ẏ_i x_i r        a dot marks the gradient
+//! ẋ_i = r (w_i ẏ_i − x_i r²/d Σ_j w_j ẏ_j x_j),   ẇ_i = Σ ẏ_i x_i r     a dot: the gradient
 //! ```
 //!
 //! [Zhang and Sennrich 2019, *Root Mean Square Layer Normalization*, equation 4]

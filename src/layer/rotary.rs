@@ -2,7 +2,8 @@
 //! position.
 //!
 //! ```text
-//! (a, b) → (a cos φ − b sin φ, b cos φ + a sin φ),   φ = position · θ_i,   θ_i = base^(−2i/r),   i = 0..r/2
+//! (a, b) → (a cos φ − b sin φ, b cos φ + a sin φ),   φ = position · θ_i
+//! θ_i = base^(−2i/r),   i = 0..r/2
 //! ```
 //!
 //! r is the number of rotated coordinates. Angles, sines and cosines are computed in `f64`, for any

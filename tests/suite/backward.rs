@@ -203,7 +203,8 @@ fn finite_differences() {
                 let shape = (problem.inputs.q.shape(), problem.inputs.v.shape());
                 assert!(
                     error <= 1e-7 * size + 1e-8,
-                    "seed {seed} head {h} {name}: {} is not {slope}, error {error:e}, {shape:?} {:?} decay {:?} causal {} masked {}",
+                    "seed {seed} head {h} {name}: {} is not {slope}, error {error:e}, {shape:?} \
+                     {:?} decay {:?} causal {} masked {}",
                     gradient.dot(&direction),
                     problem.windows,
                     problem.log_decay,
@@ -398,7 +399,10 @@ fn memory_that_is_used_again() {
                 let error = gradients_into(&bad, &mut gradients, &mut ws).unwrap_err();
                 let index = (at[0] * n_k + at[1]) * problem.inputs.v.shape()[2];
                 assert!(
-                    matches!(error, Error::NonFinite { argument: "v", index: got, .. } if got == index),
+                    matches!(
+                        error,
+                        Error::NonFinite { argument: "v", index: got, .. } if got == index
+                    ),
                     "{error:?}"
                 );
                 gradients_into(&problem, &mut gradients, &mut ws).unwrap();

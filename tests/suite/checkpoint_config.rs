@@ -268,7 +268,10 @@ fn impossible_configs_are_refused() {
         ),
         (
             "rope_scaling.long_factor",
-            json!({ "type": "longrope", "short_factor": [1, 1, 1, 1], "long_factor": [1.0, 2.0, "3", 4.0] }),
+            json!({
+                "type": "longrope", "short_factor": [1, 1, 1, 1],
+                "long_factor": [1.0, 2.0, "3", 4.0]
+            }),
         ),
         (
             "rope_scaling.long_factor", // depends on the length of sequences

@@ -607,7 +607,10 @@ fn states_of_another_layer() {
         let result = attention.prefill_of(&mut witness.state, &inputs, KeyMask::All).map(|_| ());
         let error = witness.unharmed(&format!("{other:?}"), result);
         assert!(
-            matches!(error, Error::Foreign { argument: "state", expected, got, .. } if expected != got),
+            matches!(
+                error,
+                Error::Foreign { argument: "state", expected, got, .. } if expected != got
+            ),
             "{other:?}: {error:?}"
         );
         let [q, k, v] = inputs.token(0);
@@ -619,7 +622,10 @@ fn states_of_another_layer() {
         );
         let error = witness.unharmed(&format!("{other:?}"), result);
         assert!(
-            matches!(error, Error::Foreign { argument: "state", expected, got, .. } if expected != got),
+            matches!(
+                error,
+                Error::Foreign { argument: "state", expected, got, .. } if expected != got
+            ),
             "{other:?}: {error:?}"
         );
     }
@@ -644,7 +650,10 @@ fn caches_of_another_layer() {
         let result = attention.prefill_of(&mut witness.state, &inputs, KeyMask::All).map(|_| ());
         let error = witness.unharmed(&format!("{other:?}"), result);
         assert!(
-            matches!(error, Error::Foreign { argument: "cache", expected, got, .. } if expected != got),
+            matches!(
+                error,
+                Error::Foreign { argument: "cache", expected, got, .. } if expected != got
+            ),
             "{other:?}: {error:?}"
         );
         let [q, k, v] = inputs.token(0);
@@ -678,7 +687,10 @@ fn workspaces_of_another_layer() {
             );
             let error = witness.unharmed("workspace", result);
             assert!(
-                matches!(error, Error::Foreign { argument: "workspace", expected, got, .. } if expected != got),
+                matches!(
+                    error,
+                    Error::Foreign { argument: "workspace", expected, got, .. } if expected != got
+                ),
                 "{error:?}"
             );
             let token = [&q, &k, &v].map(|x| x.index_axis(Axis(1), 0).to_owned());

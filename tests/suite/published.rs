@@ -104,9 +104,10 @@ fn decays_from_powers_that_vanish() {
         assert!(matches!(&error, Error::Format { name, .. } if name == "D1"), "{error}");
     }
     let zeros = [1.0_f32, 0.0].repeat(4).into_iter().flat_map(f32::to_le_bytes).collect::<Vec<_>>();
-    assert!(
-        matches!(with_powers(vec![1, 4, 2, 1], &zeros), Err(Error::Format { name, .. }) if name == "D1")
-    );
+    assert!(matches!(
+        with_powers(vec![1, 4, 2, 1], &zeros),
+        Err(Error::Format { name, .. }) if name == "D1"
+    ));
 }
 
 /// A layer with numbers of its own, and h channels to a group that is no whole head.

@@ -528,7 +528,8 @@ fn maps_of_another_element_type() {
     let mut maps = saved.maps().to_vec();
     maps[0] = DctMap::from_params(params).unwrap();
     let error = single.load_maps(&saved.with_maps(maps).unwrap().save_maps().unwrap()).unwrap_err();
-    let expected = "self_attn.dijiang.0.key.center must be finite and at most 1e15 in magnitude, got 1e20 at index 1";
+    let expected = "self_attn.dijiang.0.key.center must be finite and at most 1e15 in magnitude, \
+                    got 1e20 at index 1";
     assert_eq!(error.to_string(), expected);
 }
 
@@ -735,7 +736,10 @@ fn whatever_is_missing() {
             parts.tensors.remove(name);
             let error = refused(&parts.bytes());
             assert!(
-                matches!(&error, Error::Format { name: missing, got, .. } if missing == name && got == "nothing"),
+                matches!(
+                    &error,
+                    Error::Format { name: missing, got, .. } if missing == name && got == "nothing"
+                ),
                 "{name}: {error}"
             );
         }
@@ -809,7 +813,8 @@ fn numbers_out_of_range() {
     }
     let error =
         refused(&parts.clone().with_number("self_attn.dijiang.0.query.center", f64::NAN).bytes());
-    let expected = "self_attn.dijiang.0.query.center must be finite and at most 1e15 in magnitude, got NaN at index 0";
+    let expected = "self_attn.dijiang.0.query.center must be finite and at most 1e15 in \
+                    magnitude, got NaN at index 0";
     assert_eq!(error.to_string(), expected);
     for (name, value) in [
         ("scale", "NaN"),

@@ -1,12 +1,15 @@
 //! The engine of every backward pass: one head forward and back, block by block.
 //!
 //! ```text
-//! P_ij  = A_ij / D_i                D_i the normaliser, δ_i = ȯ_i·o_i, ȯ the gradient of the outputs
-//! window:   ṡ_ij = P_ij (ȯ_i·v_j − δ_i)      v̇_j += P_ij ȯ_i     ẋ_i += Σ_j ṡ_ij y_j     ẏ_j += Σ_i ṡ_ij x_i
-//! far:    w_if = exp(a_if + c_f + λ(p_i − p₀)) / D_i           k_jf = exp(b_jf − c_f − λ(p_j − p₀))
-//!         ȧ_if = w_if (S_f·ȯ_i − δ_i z_f)                      S, z  = Σ_j k_jf (v_j, 1)    keys before i
-//!         ḃ_jf = k_jf (R_f·v_j − r_f)                          R, r  = Σ_i w_if (ȯ_i, δ_i)  queries after j
-//!         v̇_j += Σ_f k_jf R_f                                  λ̇     = Σ_i p_i Σ_f ȧ_if − Σ_j p_j Σ_f ḃ_jf
+//! P_ij = A_ij / D_i     D_i the normaliser, δ_i = ȯ_i·o_i, ȯ the gradient of the outputs
+//! window:  ṡ_ij = P_ij (ȯ_i·v_j − δ_i)           v̇_j += P_ij ȯ_i
+//!          ẋ_i += Σ_j ṡ_ij y_j                   ẏ_j += Σ_i ṡ_ij x_i
+//! far:     w_if = exp(a_if + c_f + λ(p_i − p₀)) / D_i
+//!          k_jf = exp(b_jf − c_f − λ(p_j − p₀))
+//!          S, z = Σ_j k_jf (v_j, 1)              keys before i
+//!          R, r = Σ_i w_if (ȯ_i, δ_i)            queries after j
+//!          ȧ_if = w_if (S_f·ȯ_i − δ_i z_f)       ḃ_jf = k_jf (R_f·v_j − r_f)
+//!          v̇_j += Σ_f k_jf R_f                   λ̇ = Σ_i p_i Σ_f ȧ_if − Σ_j p_j Σ_f ḃ_jf
 //! ```
 //!
 //! Forward, the sums S, z grow as in the [attention](crate::attention) itself, and give ȧ;

@@ -67,7 +67,7 @@ pub(crate) fn retire<T: Real>(
         absorb_chunk(head, state, chunk - slots, scratch);
     }
     if let Some(ring) = &mut state.ring {
-        ring.slot_mut(chunk).clear();
+        ring.clear_slot(chunk);
     }
 }
 

@@ -106,8 +106,8 @@ impl LinearConfig {
     /// [`Error::Empty`] without maps, [`Error::Shape`] for maps of different d or m,
     /// [`Error::NotDivisible`] for heads that are no multiple of the maps, [`Error::Value`] and
     /// [`Error::Length`] for the numbers, [`Error::Conflict`] for a window or decay of
-    /// bidirectional attention, [`Error::TooLarge`] for dimensions and local windows beyond 2²⁰, and
-    /// a state or scratch memory of a map of more than 2³⁰ elements.
+    /// bidirectional attention, [`Error::TooLarge`] for dimensions and local windows beyond 2²⁰,
+    /// and a state or scratch memory of a map of more than 2³⁰ elements.
     pub fn build<T: Real, M: FeatureMap<T>>(self, maps: Vec<M>) -> Result<LinearAttention<T, M>> {
         let Some(first) = maps.first() else { return Err(Error::Empty { argument: "maps" }) };
         let (dim, features, kv_heads) = (first.dim(), first.features(), maps.len());

@@ -2,7 +2,8 @@
 //! threads or processes needs.
 //!
 //! ```text
-//! c = max(c₁ + λ(p₂ − p₁), c₂)      S = exp(c₁ + λ(p₂ − p₁) − c)·S₁ + exp(c₂ − c)·S₂      (z likewise)
+//! c = max(c₁ + λ(p₂ − p₁), c₂)
+//! S = exp(c₁ + λ(p₂ − p₁) − c)·S₁ + exp(c₂ − c)·S₂      (z likewise)
 //! ```
 //!
 //! with the frames (c, p) of both states, λ = log γ. Keys that lie in the first segment's
@@ -154,7 +155,7 @@ fn hand_over<T: Real>(
     for chunk in first_kept(cut)..cut.div_ceil(length).min(kept) {
         absorb_chunk(head, state, chunk, scratch);
         if let Some(ring) = &mut state.ring {
-            ring.slot_mut(chunk).clear();
+            ring.clear_slot(chunk);
         }
     }
     let Some(ring) = &mut state.ring else { return };

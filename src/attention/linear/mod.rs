@@ -4,7 +4,7 @@
 //! config                          how it is built
 //! head      state/{ring,sums}     one head's map and numbers; what it remembers
 //! absorb                          keys join the sums
-//! causal    window    full        a pass over many tokens: without a window, with one, bidirectional
+//! causal    window    full        many tokens at once: without a window, with one, bidirectional
 //! pipeline                        one head on several threads
 //! step      merge                 one token; the states of two segments
 //! ```

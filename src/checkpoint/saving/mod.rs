@@ -2,10 +2,13 @@
 //!
 //! ```text
 //! __metadata__   dijiang.version = 2, dijiang.crc32, dijiang.layers (files of several layers)
-//! per layer      self_attn.{q,k,v,o}_proj.{weight,bias}, .{q,k}_norm.weight    the layer's own type
-//!                self_attn.dijiang.output_delta                                the layer's own type
-//! per kv head    self_attn.dijiang.{h}.{query,key}.{center,scale,radii}        F64
-//!                self_attn.dijiang.{h}.{log_weight,log_mix,log_decay}, and .signs or .{deep,dense}.{query,key}
+//! per layer      the layer's own type
+//!                self_attn.{q,k,v,o}_proj.{weight,bias}, self_attn.{q,k}_norm.weight
+//!                self_attn.dijiang.output_delta
+//! per kv head    F64
+//!                self_attn.dijiang.{h}.{query,key}.{center,scale,radii}
+//!                self_attn.dijiang.{h}.{log_weight,log_mix,log_decay}
+//!                self_attn.dijiang.{h}.signs or .{deep,dense}.{query,key}
 //! ```
 //!
 //! Several layers are told apart by `model.layers.{l}.` before each name, as in Hugging Face files
@@ -74,7 +77,8 @@ impl<T: Real> DijiangAttention<T> {
     ///
     /// let loaded = DijiangAttention::<f32>::from_safetensors(&file)?;
     /// let x = Array2::from_shape_fn((5, 8), |(i, j)| ((i * 3 + j) % 7) as f32 - 3.0);
-    /// assert_eq!(loaded.forward(&x, KeyMask::All)?, layer.forward(&x, KeyMask::All)?); // bit for bit
+    /// // Bit for bit:
+    /// assert_eq!(loaded.forward(&x, KeyMask::All)?, layer.forward(&x, KeyMask::All)?);
     ///
     /// // The maps alone, for a layer made anew from the model's own file.
     /// let maps = layer.save_maps()?;
@@ -120,9 +124,9 @@ impl<T: Real> DijiangAttention<T> {
         writer.finish()
     }
 
-    /// Takes over all that [`save_maps`](Self::save_maps) wrote, whatever it was here: with the same
-    /// weights, the layer then gives the same bits as the saved one.
-    /// States made before belong to another layer then.
+    /// Takes over all that [`save_maps`](Self::save_maps) wrote, whatever it was here: with the
+    /// same weights, the layer then gives the same bits as the saved one. States made before belong
+    /// to another layer then.
     ///
     /// Files are not bound to an element type: maps of an `f64` layer fit an `f32` one, deltas do
     /// not. The configs are compared; other weights of the same config are not noticed.
@@ -187,7 +191,8 @@ pub fn load_layers<T: Real>(bytes: &[u8]) -> Result<Vec<DijiangAttention<T>>> {
 /// let eye = || Array2::<f32>::eye(8);
 /// let weights = AttentionWeights::new(eye(), eye(), eye(), eye());
 /// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights)?;
-/// let layer = |seed| DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_seed(seed));
+/// let options = |seed| DijiangOptions::new().with_seed(seed);
+/// let layer = |seed| DijiangAttention::from_softmax(&softmax, options(seed));
 ///
 /// let file = save_maps(&[layer(1)?, layer(2)?])?;
 /// let mut model = [layer(3)?, layer(4)?];

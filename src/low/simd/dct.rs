@@ -473,11 +473,15 @@ leaf! {
 }
 leaf! {
     /// Its transpose.
-    leaf_transposed, 8 => transposed8, 16 => transposed16, 20 => transposed20, 24 => transposed24, 32 => transposed32
+    leaf_transposed, 8 => transposed8, 16 => transposed16, 20 => transposed20,
+    24 => transposed24, 32 => transposed32
 }
 
 macro_rules! points {
-    ($name:ident, $half_name:ident, $transposed:ident, $half_transposed:ident, $n:literal, $half:literal) => {
+    (
+        $name:ident, $half_name:ident, $transposed:ident, $half_transposed:ident, $n:literal,
+        $half:literal
+    ) => {
         #[inline(always)]
         fn $name<S: Simd>(
             simd: S,

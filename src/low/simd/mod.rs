@@ -102,7 +102,15 @@ ops! {
     );
     /// u = post ⊙ C(pre ⊙ x + shift), the batched DCT-II; out = u + row + column, mirror = −u +
     /// mirror_row + column.
-    dct: fn(tables: &DctTables<T>, x: &[T], column: &[T], row: &[T], out: &mut [T], mirror_row: &[T], mirror: &mut [T]);
+    dct: fn(
+        tables: &DctTables<T>,
+        x: &[T],
+        column: &[T],
+        row: &[T],
+        out: &mut [T],
+        mirror_row: &[T],
+        mirror: &mut [T]
+    );
     /// out = pre ⊙ Cᵀ(post ⊙ (x − minus)), the transpose of its linear part.
     dct_transposed: fn(tables: &DctTables<T>, width: usize, x: &[T], minus: &[T], out: &mut [T]);
     /// The DCT-II of one vector by the halves of its matrix: out = post ⊙ C(pre ⊙ x) + row +
@@ -140,7 +148,14 @@ ops! {
     column_dot: fn(a: &[T], b: &[T], sums: &mut [T]);
     /// `panel[f, j] = weight[f, j]·scale[j]·(panel[f, j] − row[f]·column[j])`, `sums[j] = Σ_f
     /// panel[f, j]`
-    log_weight_vjp: fn(panel: &mut [T], weight: &[T], scale: &[T], row: &[T], column: &[T], sums: &mut [T]);
+    log_weight_vjp: fn(
+        panel: &mut [T],
+        weight: &[T],
+        scale: &[T],
+        row: &[T],
+        column: &[T],
+        sums: &mut [T]
+    );
     /// `sums[f] += Σ_j panel[f, j]`
     add_row_sums: fn(panel: &[T], sums: &mut [T]);
     /// `sums[f] += Σ_j a[f, j]`, `products[f] += Σ_j a[f, j]·(b[f, j] − offset[f])`, in LANES

@@ -22,7 +22,10 @@ pub(super) struct Avx2F32(pub(super) ());
 pub(super) struct Avx2F64(pub(super) ());
 
 macro_rules! arithmetic {
-    ($t:ty, $v:ty, $n:literal, $registers:literal, $splat:ident, $load:ident, $store:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident) => {
+    (
+        $t:ty, $v:ty, $n:literal, $registers:literal, $splat:ident, $load:ident, $store:ident,
+        $add:ident, $sub:ident, $mul:ident, $fma:ident, $max:ident
+    ) => {
         type T = $t;
         type V = $v;
         const N: usize = $n;

@@ -294,7 +294,8 @@ impl Case {
                 let close = (got - expected).abs() <= tolerance; // false for NaN
                 assert!(
                     close,
-                    "{path}, {}: [{h}, {i}, {l}] is {got:e}, not {expected:e}; tolerance {tolerance:e}; {self:?}",
+                    "{path}, {}: [{h}, {i}, {l}] is {got:e}, not {expected:e}; tolerance \
+                     {tolerance:e}; {self:?}",
                     T::NAME
                 );
             }

@@ -255,7 +255,8 @@ fn directories(source: &mut Source<'_>, tally: &mut Tally) {
         "mamba",
     ]);
     let mut config = format!(
-        r#"{{"model_type":"{family}","hidden_size":4,"num_hidden_layers":1,"num_attention_heads":2,"rope_theta":10000.0,"max_position_embeddings":64,"attn_logit_softcapping":null"#
+        r#"{{"model_type":"{family}","hidden_size":4,"num_hidden_layers":1,"num_attention_heads":2,
+        "rope_theta":10000.0,"max_position_embeddings":64,"attn_logit_softcapping":null"#
     );
     if !matches!(family, "gpt_neox" | "opt" | "bert") {
         config += r#","num_key_value_heads":2,"head_dim":2"#;
@@ -263,20 +264,24 @@ fn directories(source: &mut Source<'_>, tally: &mut Tally) {
     for (chance, key) in [
         (
             0.3,
-            r#""rope_scaling":{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,"high_freq_factor":4.0,"original_max_position_embeddings":64}"#,
+            r#""rope_scaling":{"rope_type":"llama3","factor":8.0,"low_freq_factor":1.0,
+            "high_freq_factor":4.0,"original_max_position_embeddings":64}"#,
         ),
         (
             0.2,
-            r#""rope_parameters":{"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":16,"beta_fast":32}"#,
+            r#""rope_parameters":{"rope_type":"yarn","factor":4.0,
+            "original_max_position_embeddings":16,"beta_fast":32}"#,
         ),
         (
             0.2,
-            r#""rope_parameters":{"type":"longrope","short_factor":[1.0],"long_factor":[2.0],"attention_factor":1.1}"#,
+            r#""rope_parameters":{"type":"longrope","short_factor":[1.0],"long_factor":[2.0],
+            "attention_factor":1.1}"#,
         ),
         (0.2, r#""rope_parameters":{"rope_type":"dynamic","factor":2.0}"#),
         (
             0.2,
-            r#""rope_parameters":{"sliding_attention":{"rope_theta":10.0},"full_attention":{"type":"linear","factor":8}}"#,
+            r#""rope_parameters":{"sliding_attention":{"rope_theta":10.0},
+            "full_attention":{"type":"linear","factor":8}}"#,
         ),
         (0.2, r#""sliding_window":2,"use_sliding_window":true,"max_window_layers":0"#),
         (0.2, r#""layer_types":["sliding_attention"]"#),

@@ -4,7 +4,7 @@
 //! | target | promise |
 //! | --- | --- |
 //! | `differential` | the fast paths give what `dijiang::reference` gives |
-//! | `doors` | any shapes, numbers and masks give a typed error that changes nothing, or finite numbers |
+//! | `doors` | any shapes, numbers, masks give a typed error and no change, or finite numbers |
 //! | `states` | any bytes for a state give a typed error, or a state that works |
 //! | `files` | any bytes for a model file or config give a typed error, or a layer that works |
 

@@ -6,10 +6,10 @@
 //!      storage;
 //! u64: heads, d, m, e, windows (none, or one for each head), sinks s, start, position, fingerprint
 //! per window u64 chunk, u64 back
-//! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of z;
-//!            S, what rounding kept out of S; pending weights and values; the window's keys and values,
-//!            and one byte each for validity; with sinks u8 how many there are, s times u64 position,
-//!            keys, values
+//! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of
+//!            z; S, what rounding kept out of S; pending weights and values; the window's keys and
+//!            values, and one byte each for validity; with sinks u8 how many there are, s times u64
+//!            position, keys, values
 //! CRC-32 of everything before it, u32
 //! ```
 //!

@@ -16,7 +16,7 @@ pub(crate) struct Ring<T> {
 }
 
 /// One chunk of tokens.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(crate) struct Slot<T> {
     /// Scaled keys `[d, c_padded]`, columns are tokens.
     pub(crate) keys: Vec<T>,
@@ -24,6 +24,9 @@ pub(crate) struct Slot<T> {
     pub(crate) values: Vec<T>,
     /// Tokens that may be attended to, `[c]`.
     pub(crate) valid: Vec<bool>,
+    /// Whether anything may have been written since it was cleared: a short sequence leaves most
+    /// slots alone, and those are not cleared again.
+    used: bool,
 }
 
 impl<T: Real> Ring<T> {
@@ -33,6 +36,7 @@ impl<T: Real> Ring<T> {
             keys: vec![T::zero(); dim * padded(chunk)],
             values: vec![T::zero(); chunk * padded(value_dim)],
             valid: vec![false; chunk],
+            used: false,
         };
         Self { chunk, slots: vec![slot; window.back + 1] }
     }
@@ -40,13 +44,14 @@ impl<T: Real> Ring<T> {
     /// Empty, for another window of at most as many chunks of at most as many tokens, without
     /// allocating.
     pub(crate) fn reshape(&mut self, window: Window, dim: usize, value_dim: usize) {
-        let empty = || Slot { keys: Vec::new(), values: Vec::new(), valid: Vec::new() };
+        let empty = || Slot { keys: vec![], values: vec![], valid: vec![], used: false };
         self.chunk = window.chunk;
         self.slots.resize_with(window.back + 1, empty);
         for slot in &mut self.slots {
-            refill(&mut slot.keys, dim * padded(window.chunk), T::zero());
-            refill(&mut slot.values, window.chunk * padded(value_dim), T::zero());
-            refill(&mut slot.valid, window.chunk, false);
+            slot.clear();
+            slot.keys.resize(dim * padded(window.chunk), T::zero());
+            slot.values.resize(window.chunk * padded(value_dim), T::zero());
+            slot.valid.resize(window.chunk, false);
         }
     }
 
@@ -64,7 +69,10 @@ impl<T: Real> Ring<T> {
     /// As [`numbers`](Self::numbers).
     #[cfg(feature = "states")]
     pub(crate) fn numbers_mut(&mut self) -> impl Iterator<Item = &mut [T]> {
-        self.slots.iter_mut().flat_map(|slot| [&mut slot.keys[..], &mut slot.values])
+        self.slots.iter_mut().flat_map(|slot| {
+            slot.used = true;
+            [&mut slot.keys[..], &mut slot.values]
+        })
     }
 
     /// Which tokens may be attended to, slot after slot.
@@ -76,7 +84,10 @@ impl<T: Real> Ring<T> {
     /// As [`valid`](Self::valid).
     #[cfg(feature = "states")]
     pub(crate) fn valid_mut(&mut self) -> impl Iterator<Item = &mut [bool]> {
-        self.slots.iter_mut().map(|slot| &mut slot.valid[..])
+        self.slots.iter_mut().map(|slot| {
+            slot.used = true;
+            &mut slot.valid[..]
+        })
     }
 
     /// Takes over another ring; without allocating if it is of this shape.
@@ -89,11 +100,18 @@ impl<T: Real> Ring<T> {
             slot.keys.clone_from(&from.keys);
             slot.values.clone_from(&from.values);
             slot.valid.clone_from(&from.valid);
+            slot.used = from.used;
         }
     }
 
     pub(crate) fn clear(&mut self) {
         self.slots.iter_mut().for_each(Slot::clear);
+    }
+
+    /// No tokens of a chunk.
+    pub(crate) fn clear_slot(&mut self, chunk: usize) {
+        let slots = self.slots.len();
+        self.slots[chunk % slots].clear();
     }
 
     pub(crate) fn slot(&self, chunk: usize) -> &Slot<T> {
@@ -102,7 +120,9 @@ impl<T: Real> Ring<T> {
 
     pub(crate) fn slot_mut(&mut self, chunk: usize) -> &mut Slot<T> {
         let slots = self.slots.len();
-        &mut self.slots[chunk % slots]
+        let slot = &mut self.slots[chunk % slots];
+        slot.used = true;
+        slot
     }
 
     /// back + 1.
@@ -219,12 +239,6 @@ impl<T: Real> Ring<T> {
     }
 }
 
-/// Exactly `len` elements of `value`.
-fn refill<E: Copy>(vector: &mut Vec<E>, len: usize, value: E) {
-    vector.clear();
-    vector.resize(len, value);
-}
-
 impl<T: Real> Slot<T> {
     /// Takes over the tokens of another slot for chunks of `length`, from the one at `first` on.
     pub(crate) fn copy_from(&mut self, from: &Self, first: usize, length: usize) {
@@ -237,9 +251,18 @@ impl<T: Real> Slot<T> {
         self.valid[first..].copy_from_slice(&from.valid[first..]);
     }
 
-    pub(crate) fn clear(&mut self) {
-        self.keys.fill(T::zero());
-        self.values.fill(T::zero());
-        self.valid.fill(false);
+    fn clear(&mut self) {
+        if std::mem::take(&mut self.used) {
+            self.keys.fill(T::zero());
+            self.values.fill(T::zero());
+            self.valid.fill(false);
+        }
+    }
+}
+
+/// What they hold.
+impl<T: PartialEq> PartialEq for Slot<T> {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.keys, &self.values, &self.valid) == (&other.keys, &other.values, &other.valid)
     }
 }
