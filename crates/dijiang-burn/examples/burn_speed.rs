@@ -1,5 +1,6 @@
 //! Time per token and peak memory of one layer on burn's CPU backend: burn's softmax attention and
-//! this crate's two paths. Every row is a process of its own, so that its peak is its own.
+//! this crate's two paths, as a layer and without its projections. Every row is a process of its
+//! own, so that its peak is its own.
 
 use std::process::Command;
 use std::time::Instant;
@@ -12,7 +13,7 @@ use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Device, Distribution, Tensor};
 use clap::{Parser, ValueEnum};
 use comfy_table::Table;
-use dijiang_burn::{AttentionPath, DijiangAttentionConfig};
+use dijiang_burn::{AttentionPath, DijiangAttentionConfig, Error};
 
 /// Measures one causal layer, a forward pass of one sequence, heads of 64.
 #[derive(Parser)]
@@ -55,11 +56,12 @@ impl Row {
         matches!(self, Row::MultiHead | Row::Fused)
     }
 
-    /// Seconds of one forward pass of `n` tokens.
-    fn seconds(self, n: usize, heads: usize, repeat: usize) -> Result<f64, dijiang_burn::Error> {
+    /// Seconds of the layer on `n` tokens, and of what is between its projections.
+    fn seconds(self, n: usize, heads: usize, repeat: usize) -> Result<[f64; 2], Error> {
         let device = Device::flex();
         let width = heads * 64;
-        let x = Tensor::<3>::random([1, n, width], Distribution::Normal(0.0, 1.0), &device);
+        let normal = Distribution::Normal(0.0, 1.0);
+        let x = Tensor::<3>::random([1, n, width], normal, &device);
         let linear = [(); 4].map(|()| LinearConfig::new(width, width).init(&device));
         let mha = MultiHeadAttentionConfig::new(width, heads).with_dropout(0.0).init(&device);
         let layer = DijiangAttentionConfig::new(width, heads).init(&device)?;
@@ -67,8 +69,13 @@ impl Row {
             Row::Tensors => layer.with_path(AttentionPath::Tensors),
             _ => layer,
         };
-        let heads_of = |x: Tensor<3>| x.reshape([1, n, heads, 64]).swap_dims(1, 2);
-        let forward = || match self {
+        let heads_of = |x: Tensor<3>| x.reshape([1, n, heads, 64]);
+        let fused = |q: Tensor<4>, k: Tensor<4>, v: Tensor<4>| {
+            let [q, k, v] = [q, k, v].map(|x| x.swap_dims(1, 2));
+            let causal = AttentionModuleOptions { is_causal: true, ..Default::default() };
+            attention(q, k, v, None, None, causal).swap_dims(1, 2)
+        };
+        let whole = || match self {
             Row::Projections => {
                 let [q, k, v] = [0, 1, 2].map(|i| linear[i].forward(x.clone()));
                 Ok(linear[3].forward(q + k + v))
@@ -79,18 +86,29 @@ impl Row {
             }
             Row::Fused => {
                 let [q, k, v] = [0, 1, 2].map(|i| heads_of(linear[i].forward(x.clone())));
-                let causal = AttentionModuleOptions { is_causal: true, ..Default::default() };
-                let out = attention(q, k, v, None, None, causal);
-                Ok(linear[3].forward(out.swap_dims(1, 2).reshape([1, n, width])))
+                Ok(linear[3].forward(fused(q, k, v).reshape([1, n, width])))
             }
             Row::Tensors | Row::Engine => layer.forward(x.clone()),
         };
-        let mut shortest = f64::INFINITY;
+        let [q, k, v] = [0, 1, 2].map(|i| heads_of(linear[i].forward(x.clone())));
+        let alone = || match self {
+            // Nothing of its own, and inside one function with the projections.
+            Row::Projections | Row::MultiHead => Ok(None),
+            Row::Fused => Ok(Some(fused(q.clone(), k.clone(), v.clone()))),
+            Row::Tensors | Row::Engine => {
+                layer.attend(q.clone(), k.clone(), v.clone(), None).map(Some)
+            }
+        };
+        let mut shortest = [f64::INFINITY; 2];
         for _ in 0..repeat {
             let start = Instant::now();
-            let sum = forward()?.sum().into_scalar::<f32>();
-            assert!(sum.is_finite());
-            shortest = shortest.min(start.elapsed().as_secs_f64());
+            let out = whole()?;
+            shortest[0] = shortest[0].min(start.elapsed().as_secs_f64());
+            assert!(out.sum().into_scalar::<f32>().is_finite());
+            let start = Instant::now();
+            let Some(out) = alone()? else { continue };
+            shortest[1] = shortest[1].min(start.elapsed().as_secs_f64());
+            assert!(out.sum().into_scalar::<f32>().is_finite());
         }
         Ok(shortest)
     }
@@ -107,12 +125,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
     if let Some(row) = args.only {
         let n = args.tokens[0];
-        let seconds = row.seconds(n, args.heads, args.repeat)?;
-        println!("{} {}", seconds, peak().unwrap_or(f64::NAN));
+        let [whole, alone] = row.seconds(n, args.heads, args.repeat)?;
+        println!("{whole} {alone} {}", peak().unwrap_or(f64::NAN));
         return Ok(());
     }
     let mut table = Table::new();
-    table.set_header(["tokens", "layer", "ms", "µs per token", "peak MB"]);
+    table.set_header(["tokens", "", "layer, ms", "µs/token", "alone, ms", "µs/token", "peak MB"]);
     for &n in &args.tokens {
         for row in ROWS.into_iter().filter(|row| n <= args.softmax || !row.is_softmax()) {
             let name = row.to_possible_value().map(|value| value.get_name().to_owned());
@@ -125,16 +143,22 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 return Err(String::from_utf8_lossy(&output.stderr).into());
             }
             let printed = String::from_utf8(output.stdout)?;
-            let [seconds, peak] = printed.split_whitespace().collect::<Vec<_>>()[..] else {
-                return Err(format!("not two numbers: {printed}").into());
+            let [whole, alone, peak] = printed.split_whitespace().collect::<Vec<_>>()[..] else {
+                return Err(format!("not three numbers: {printed}").into());
             };
-            let (seconds, peak): (f64, f64) = (seconds.parse()?, peak.parse()?);
+            let (whole, alone): (f64, f64) = (whole.parse()?, alone.parse()?);
+            let cell = |value: f64, digits| match value.is_finite() {
+                true => format!("{value:.digits$}"),
+                false => String::new(),
+            };
             table.add_row([
                 n.to_string(),
                 name,
-                format!("{:.1}", seconds * 1e3),
-                format!("{:.2}", seconds * 1e6 / n as f64),
-                format!("{peak:.0}"),
+                cell(whole * 1e3, 1),
+                cell(whole * 1e6 / n as f64, 2),
+                cell(alone * 1e3, 1),
+                cell(alone * 1e6 / n as f64, 2),
+                cell(peak.parse()?, 0),
             ]);
         }
     }

@@ -170,20 +170,51 @@ impl DijiangAttention {
     pub fn forward(&self, input: impl Into<DijiangInput>) -> Result<Tensor<3>> {
         let DijiangInput { x, mask_pad } = input.into();
         let valid = self.check(&x, mask_pad)?;
-        let [q, k, v] = self.project(x.clone(), 0)?;
-        let causal = self.config.causality == Causality::Causal;
-        let out = if self.engine(&x.device(), x.dtype()) {
-            engine::attend([q, k, v], &self.maps, self.choices(), valid.map(rows).transpose()?)?
-        } else {
-            let tokens = self.tokens([q, k, v], valid);
-            let out = if causal {
-                self.new_state(x.dims()[0]).extend(&self.maps, &tokens, segment(&x))
-            } else {
-                full(&self.maps, tokens)
-            };
-            out.swap_dims(1, 2)
-        };
+        let out = self.of_heads(self.project(x.clone(), 0)?, valid)?;
         Ok(self.project_output(out, x.dtype()))
+    }
+
+    /// Attention alone, of queries, keys and values that the caller has projected and rotated.
+    ///
+    /// # Shapes
+    /// - `q`: `[b, n, h, d]`, `k` and `v`: `[b, n, h_kv, d]`, `mask_pad`: `[b, n]`, true for padding
+    /// - returns `[b, n, h, d]`
+    ///
+    /// # Conventions
+    /// As [`forward`](Self::forward) between its projections: σ is applied here.
+    ///
+    /// # Cost
+    /// That of [`forward`](Self::forward) without O(n·D²) for the projections.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), for each of the arguments.
+    ///
+    /// # Examples
+    /// ```
+    /// use burn::tensor::{Device, Distribution, Tensor};
+    /// use dijiang_burn::DijiangAttentionConfig;
+    ///
+    /// let device = Device::default();
+    /// let attention = DijiangAttentionConfig::new(32, 4).with_n_kv_heads(Some(2)).init(&device)?;
+    /// let random = |heads| Tensor::random([1, 10, heads, 8], Distribution::Default, &device);
+    /// let out = attention.attend(random(4), random(2), random(2), None)?;
+    /// assert_eq!(out.dims(), [1, 10, 4, 8]);
+    /// # Ok::<(), dijiang_burn::Error>(())
+    /// ```
+    pub fn attend(
+        &self,
+        q: Tensor<4>,
+        k: Tensor<4>,
+        v: Tensor<4>,
+        mask_pad: Option<Tensor<2, Bool>>,
+    ) -> Result<Tensor<4>> {
+        let ([batch, n, ..], (heads, kv_heads, dim)) = (q.dims(), self.config.heads());
+        for (argument, x, heads) in [("q", &q, heads), ("k", &k, kv_heads), ("v", &v, kv_heads)] {
+            check_shape(argument, [batch, n, heads, dim], x.dims())?;
+            self.check_elements(argument, batch * n, x.dtype())?;
+        }
+        let valid = check_mask(mask_pad, [batch, n])?;
+        self.of_heads([q, k, v].map(working), valid)
     }
 
     /// The empty cache of `batch` new sequences.
@@ -274,21 +305,44 @@ impl DijiangAttention {
     ) -> Result<Option<Tensor<2, Bool>>> {
         let [batch, n, width] = x.dims();
         check_shape("x", [batch, n, self.config.d_model], [batch, n, width])?;
-        if batch == 0 || n == 0 {
-            return Err(dijiang::Error::Empty { argument: "x" }.into());
+        self.check_elements("x", batch * n, x.dtype())?;
+        check_mask(mask_pad, [batch, n])
+    }
+
+    /// There are tokens, and they are of the type of the weights.
+    fn check_elements(&self, argument: &'static str, tokens: usize, dtype: DType) -> Result<()> {
+        if tokens == 0 {
+            return Err(dijiang::Error::Empty { argument }.into());
         }
         let expected = self.query.weight.val().dtype();
-        if x.dtype() != expected {
+        if dtype != expected {
             return Err(Error::Tensor {
-                argument: "x",
+                argument,
                 expected: "of the type of the weights",
-                got: format!("{:?} instead of {expected:?}", x.dtype()),
+                got: format!("{dtype:?} instead of {expected:?}"),
             });
         }
-        if let Some(mask) = &mask_pad {
-            check_shape("mask_pad", [batch, n], mask.dims())?;
+        Ok(())
+    }
+
+    /// Attention of what [`project`](Self::project) gives, `[b, n, h, d]`.
+    fn of_heads(
+        &self,
+        [q, k, v]: [Tensor<4>; 3],
+        valid: Option<Tensor<2, Bool>>,
+    ) -> Result<Tensor<4>> {
+        if self.engine(&q.device(), q.dtype()) {
+            let valid = valid.map(rows).transpose()?;
+            return engine::attend([q, k, v], &self.maps, self.choices(), valid);
         }
-        Ok(mask_pad.map(Tensor::bool_not))
+        let (batch, segment) = (q.dims()[0], segment(&q));
+        let tokens = self.tokens([q, k, v], valid);
+        let out = if self.config.causality == Causality::Causal {
+            self.new_state(batch).extend(&self.maps, &tokens, segment)
+        } else {
+            full(&self.maps, tokens)
+        };
+        Ok(out.swap_dims(1, 2))
     }
 
     /// Queries `[b, n, h, d]`, keys and values `[b, n, h_kv, d]`, rotated.
@@ -361,8 +415,19 @@ impl DijiangAttention {
 
 /// Tokens that the tensor path takes at a time: all where a graph is kept, in which every cut would
 /// cost as much as the whole.
-fn segment(x: &Tensor<3>) -> usize {
+fn segment<const D: usize>(x: &Tensor<D>) -> usize {
     if x.is_autodiff() { usize::MAX } else { SEGMENT }
+}
+
+/// Which keys may be attended to.
+fn check_mask(
+    mask_pad: Option<Tensor<2, Bool>>,
+    sizes: [usize; 2],
+) -> Result<Option<Tensor<2, Bool>>> {
+    if let Some(mask) = &mask_pad {
+        check_shape("mask_pad", sizes, mask.dims())?;
+    }
+    Ok(mask_pad.map(Tensor::bool_not))
 }
 
 /// A mask on the host, sequence by sequence.

@@ -5,6 +5,7 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 use burn::module::Module;
+use burn::nn::Linear;
 use burn::nn::attention::{
     MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask,
 };
@@ -140,6 +141,27 @@ fn records_hold_the_maps() {
     assert!(largest(a - b) > 1e-4, "the maps count");
 }
 
+/// Attention alone between a layer's own projections is the layer, padding and all.
+#[test]
+fn attention_alone() {
+    let device = device();
+    let config = DijiangAttentionConfig::new(24, 4).with_n_kv_heads(Some(2)).with_head_dim(Some(8));
+    let layer = config.with_windows(vec![Window::new(8, 1)]).init(&device).unwrap();
+    let x = random(2, 70, 24, &device);
+    let masked: Vec<bool> = (0..140).map(|i| i % 70 < 3 || i % 11 == 5).collect();
+    let mask =
+        Tensor::<2, Bool>::from_data(burn::tensor::TensorData::new(masked, [2, 70]), &device);
+    for path in [AttentionPath::Automatic, AttentionPath::Tensors] {
+        let layer = layer.clone().with_path(path);
+        let expected = layer.forward(DijiangInput::new(x.clone()).mask_pad(mask.clone())).unwrap();
+        let heads = |linear: &Linear, heads| linear.forward(x.clone()).reshape([2, 70, heads, 8]);
+        let [q, k, v] = [heads(&layer.query, 4), heads(&layer.key, 2), heads(&layer.value, 2)];
+        let out = layer.attend(q, k, v, Some(mask.clone())).unwrap();
+        let out = layer.output.forward(out.reshape([2, 70, 32]));
+        assert_eq!(largest(out - expected), 0.0, "{path:?}");
+    }
+}
+
 /// Elements of half width are computed in f32 by tensor operations.
 #[test]
 fn half_width() {
@@ -211,6 +233,24 @@ fn what_it_refuses() {
         let wide = zeros([1, 5, 16]).cast(DType::F64);
         assert!(matches!(error(wide.into()), Error::Tensor { argument: "x", .. }));
     }
+
+    let heads = |n, heads| Tensor::<4>::zeros([1, n, heads, 4], &device);
+    let error = |q, k, v, mask_pad| attention.attend(q, k, v, mask_pad).unwrap_err();
+    assert_eq!(error(heads(5, 3), heads(5, 4), heads(5, 4), None), shape("q", 2, 4, 3));
+    assert_eq!(error(heads(5, 4), heads(6, 4), heads(5, 4), None), shape("k", 1, 5, 6));
+    assert_eq!(error(heads(5, 4), heads(5, 4), heads(5, 2), None), shape("v", 2, 4, 2));
+    let empty = Error::Dijiang(Nd::Empty { argument: "q" });
+    assert_eq!(error(heads(0, 4), heads(0, 4), heads(0, 4), None), empty);
+    let mask = Tensor::<2, Bool>::full([2, 5], true, &device);
+    assert_eq!(
+        error(heads(5, 4), heads(5, 4), heads(5, 4), Some(mask)),
+        shape("mask_pad", 0, 1, 2)
+    );
+    let half = heads(5, 4).cast(DType::F16);
+    assert!(matches!(
+        error(heads(5, 4), heads(5, 4), half, None),
+        Error::Tensor { argument: "v", .. }
+    ));
 
     assert_eq!(
         attention.new_cache(0).unwrap_err(),
