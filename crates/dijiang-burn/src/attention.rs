@@ -331,7 +331,7 @@ impl DijiangAttention {
         [q, k, v]: [Tensor<4>; 3],
         valid: Option<Tensor<2, Bool>>,
     ) -> Result<Tensor<4>> {
-        if self.engine(&q.device(), q.dtype()) {
+        if self.engine(&q.device(), self.query.weight.val().dtype()) {
             let valid = valid.map(rows).transpose()?;
             return engine::attend([q, k, v], &self.maps, self.choices(), valid);
         }
