@@ -1,4 +1,5 @@
-// The keys that leave the window join the sums of their segment.
+// The keys that leave the window join the sums of their segment; and the mean values that each
+// chunk of queries finds.
 
 // A tile of keys and values; zeros where there is none to look at, for a masked one may be
 // anything.
@@ -38,7 +39,7 @@ __device__ bool key_exponents(const Call &call, const Head &head, const Sequence
 
 // The key projection of a block of 64 features.
 struct KeyMap {
-    Rows high, low;
+    Rows<D> high, low;
     float row[2];
 
     __device__ void load(const Call &call, int kv, int block, Element *k, Element *rest) {
@@ -67,7 +68,46 @@ __device__ void absorb_tile(Softmax &sums, const KeyMap &map, const Element *k, 
     sums.add(s, 1.f, v, scratch);
 }
 
-// One segment of one sequence, one head, 64 features.
+// The mean values of a block, by way of shared memory for whole lines of stores. All threads leave
+// together.
+__device__ void store_means(const Softmax &sums, const float (&total)[2], Element *stage,
+                            Element *means, float *units, long version, int block) {
+    __shared__ float most[THREADS / 32];
+    int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = 2 * (threadIdx.x % 4);
+    float inverse[2], unit = 1.f;
+    for (int r = 0; r < 2; r++) inverse[r] = total[r] > 0.f ? 1.f / total[r] : 0.f;
+    if (SCALED) {
+        float own = 0.f;
+#pragma unroll
+        for (int n = 0; n < E / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) own = fmaxf(own, fabsf(sums.o[n][i]) * inverse[i / 2]);
+#pragma unroll
+        for (int lane = 16; lane > 0; lane /= 2)
+            own = fmaxf(own, __shfl_xor_sync(~0u, own, lane));
+        if (threadIdx.x % 32 == 0) most[threadIdx.x / 32] = own;
+        __syncthreads();
+        own = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+        // A power of two; at most what f32 has the inverse of.
+        if (own > 0.f) unit = __uint_as_float(max(__float_as_uint(own) & 0x7f800000u, 2u << 23));
+        if (threadIdx.x == 0) units[version * (M / TILE) + block] = unit;
+    }
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float factor = inverse[r] / unit;
+#pragma unroll
+        for (int n = 0; n < E / 8; n++)
+            store_mean2(stage + (row + 8 * r) * VALUE_ROW + 8 * n + column,
+                        sums.o[n][2 * r] * factor, sums.o[n][2 * r + 1] * factor);
+    }
+    __syncthreads();
+    store_block<E>(means + (version * M + block * TILE) * E, stage, [](int) { return true; });
+    __syncthreads();
+}
+
+#ifndef BACKWARD
+// One segment of one sequence, one head, 64 features: its sums; or, once the scan has made them
+// those of all segments before it, the means at each of its chunks.
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call call) {
     extern __shared__ __align__(16) Element shared[];
     __shared__ float exponents[TILE];
@@ -84,24 +124,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
     int begin = first_tile + segment * call.segment_tiles;
     int end = min(begin + call.segment_tiles - 1, last_tile);
     bool ends = end == last_tile;
+    // Nobody asks for what is behind the last segment, but a state.
+    if (!call.versions && ends && sequence.slot < 0) return;
     int base = begin * TILE;
     int at = segment == 0 ? first_kept(head, sequence.position) : first_seen(head, begin);
-    int first = at;
+    int first = at, last = first_seen(head, ends || call.versions ? end : end + 1);
+    if (call.versions && last == 0) return;
 
     KeyMap map;
     // Without a split the projection is read from where it lies.
     map.load(call, kv, block, SPLIT ? tiles.k(0) : tiles.fixed(), tiles.k(1));
+    float *of_segment = call.segment_sums + ((long)at_segment * call.kv_heads + kv) * M * (E + 2);
+    int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+    int column = 2 * (threadIdx.x % 4);
     Softmax sums;
     sums.clear();
-    int last = first_seen(head, ends ? end : end + 1);
+    for (int r = 0; call.versions && r < 2; r++) {
+        int g = f + 8 * r;
+        sums.resume(r, of_segment[g], of_segment[M + g], of_segment + 2 * M + g * E);
+    }
     if (at < last) load_keys(keys, at, tiles.k(0), tiles.v(0));
     commit();
     int first_chunk = begin / head.tiles, chunks = end / head.tiles - first_chunk + 1;
-    for (int chunk = 0; chunk <= chunks; chunk++) {
-        // After the last chunk of the segment, what the next segment finds.
-        int until = chunk == chunks ? last : first_seen(head, (first_chunk + chunk) * head.tiles);
-        until = max(first, until);
-        for (; at < until; at++) {
+    for (int chunk = 0; chunk < (call.versions ? chunks : 1); chunk++) {
+        int seen = call.versions ? first_seen(head, (first_chunk + chunk) * head.tiles) : last;
+        for (; at < seen; at++) {
             int now = (at - first) % 2;
             if (at + 1 < last) load_keys(keys, at + 1, tiles.k(1 - now), tiles.v(1 - now));
             commit();
@@ -112,39 +159,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
             absorb_tile(sums, map, k, v, any ? exponents : nullptr, tiles.scratch());
             __syncthreads();
         }
-        if (chunk < chunks && until == first) continue;
         float total[2] = {whole(sums.total[0]), whole(sums.total[2])};
-        int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-        int column = 2 * (threadIdx.x % 4);
-        if (chunk < chunks) {
-            long head_at = ((long)at_segment * call.segment_tiles + chunk) * call.kv_heads + kv;
-            // By way of shared memory, for whole lines of stores.
-            Element *stage = tiles.v((at - 1 - first) % 2);
+        if (!call.versions) {
             for (int r = 0; r < 2; r++) {
                 int g = f + 8 * r;
-                float inverse = total[r] > 0.f ? 1.f / total[r] : 0.f;
-                if (column == 0)
-                    call.within_level[head_at * M + g] =
-                        total[r] > 0.f ? sums.top[r] + log2f(total[r]) : NEVER;
+                if (column == 0) of_segment[g] = sums.top[r], of_segment[M + g] = total[r];
 #pragma unroll
                 for (int n = 0; n < E / 8; n++)
-                    store2(stage + (g - block * TILE) * VALUE_ROW + 8 * n + column,
-                           sums.o[n][2 * r] * inverse, sums.o[n][2 * r + 1] * inverse);
-            }
-            __syncthreads();
-            Element *to = call.within + (head_at * M + block * TILE) * E;
-            store_block<E>(to, stage, [](int) { return true; });
-            __syncthreads();
-        } else {
-            float *to = call.segment_sums + ((long)at_segment * call.kv_heads + kv) * M * (E + 2);
-            for (int r = 0; r < 2; r++) {
-                int g = f + 8 * r;
-                if (column == 0) to[g] = sums.top[r], to[M + g] = total[r];
-#pragma unroll
-                for (int n = 0; n < E / 8; n++)
-                    *(float2 *)(to + 2 * M + g * E + 8 * n + column) =
+                    *(float2 *)(of_segment + 2 * M + g * E + 8 * n + column) =
                         make_float2(sums.o[n][2 * r], sums.o[n][2 * r + 1]);
             }
+        } else if (seen > 0) {
+            int t = max(begin, (first_chunk + chunk) * head.tiles);
+            long version = version_of(call, head, sequence, t, kv);
+            if (column == 0)
+                for (int r = 0; r < 2; r++)
+                    call.mean_level[version * M + f + 8 * r] =
+                        total[r] > 0.f ? sums.top[r] + log2f(total[r]) : NEVER;
+            Element *stage = tiles.v((at - first + 1) % 2);
+            store_means(sums, total, stage, call.means, call.mean_unit, version, block);
         }
     }
 }
+#endif

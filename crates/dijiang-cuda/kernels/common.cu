@@ -23,6 +23,10 @@ typedef u16 Element;
 #define SPLIT 1
 #endif
 
+// Means of bf16 values are kept in f16, in units of their block's largest: rounded to 8 bits they
+// would show beside the rounding of the outputs.
+#define SCALED (ELEMENT == 0)
+
 #define TILE 64
 #define THREADS 128
 #define SINKS 16
@@ -30,6 +34,7 @@ typedef u16 Element;
 #define PACK (16 / (int)sizeof(Element))
 #define LOG2E 1.4426950408889634f
 #define NEVER (-__int_as_float(0x7f800000))
+#define EVER (__int_as_float(0x7f800000))
 
 // One key-value head.
 struct Head {
@@ -55,7 +60,7 @@ struct Sequence {
 // A call: the same for all blocks.
 struct Call {
     const Element *q, *k, *v;
-    Element *out;
+    Element *out;            // may be null where gradients are wanted
     const u8 *mask;          // one byte a token, or null
     const Head *heads;
     const Sequence *sequences;
@@ -71,13 +76,18 @@ struct Call {
     const float *rows;            // [kv_heads][query, key][M]
     u8 *states;
     u64 state_bytes;
-    // Of the segments: sums (c, z, S), of which the scan makes what went before (l, S/z), and the
-    // mean values at each chunk, relative to the segment's beginning.
+    // Of each segment: its sums (c, z, S), of which the scan makes those of all before it.
     float *segment_sums;          // [segments][kv_heads][M * (E + 2)]
-    Element *before;              // [segments][kv_heads][M][E]
-    float *before_level;          // [segments][kv_heads][M]
-    Element *within;              // [segments][segment_tiles][kv_heads][M][E]
-    float *within_level;          // [segments][segment_tiles][kv_heads][M]
+    // What the queries of each chunk find: means S/z, their units, and levels c + log2 z, which are
+    // relative to the beginning of their segment.
+    Element *means;               // [segments][segment_tiles][kv_heads][M][E]
+    float *mean_unit;             // [segments][segment_tiles][kv_heads][M / TILE]
+    float *mean_level;            // [segments][segment_tiles][kv_heads][M]
+    int versions;                 // whether `absorb` makes these, or the sums of segments
+    // For gradients, else null: of the outputs, and for each query the log2 of all its weights and
+    // the product of its output with the output's gradient.
+    const Element *grad_out;
+    float *log_total, *delta;     // [heads][tokens]
 };
 
 // One head's part of a state.
@@ -111,6 +121,17 @@ __device__ int first_seen(const Head &head, int t) {
 __device__ int first_kept(const Head &head, int position) {
     int chunk = head.tiles * TILE;
     return max(0, (position + chunk - 1) / chunk - head.back - 1) * head.tiles;
+}
+
+// Which of the means, or of their levels, the queries of tile `t` find.
+__device__ long version_of(const Call &call, const Head &head, const Sequence &sequence, int t,
+                           int kv) {
+    int first_tile = sequence.position / TILE;
+    int segment = (t - first_tile) / call.segment_tiles;
+    int begin = first_tile + segment * call.segment_tiles;
+    int version = t / head.tiles - begin / head.tiles;
+    long of_segment = (long)(sequence.segment + segment) * call.segment_tiles;
+    return (of_segment + version) * call.kv_heads + kv;
 }
 
 __device__ bool is_sink(const Sequence &sequence, int position) {
@@ -208,6 +229,23 @@ __device__ float exp2f_fast(float x) {
     return y;
 }
 
+#if ELEMENT != 2
+__device__ u32 pack_half(float low, float high) {
+    u32 both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+__device__ float low_half(u32 both) {
+    float x;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(x) : "r"(both));
+    return x;
+}
+__device__ float high_half(u32 both) {
+    float x;
+    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(x) : "r"(both));
+    return x;
+}
+#endif
 #if ELEMENT == 0
 __device__ u32 pack2(float low, float high) {
     u32 both;
@@ -217,21 +255,9 @@ __device__ u32 pack2(float low, float high) {
 __device__ float low_of(u32 both) { return __uint_as_float(both << 16); }
 __device__ float high_of(u32 both) { return __uint_as_float(both & 0xffff0000u); }
 #elif ELEMENT == 1
-__device__ u32 pack2(float low, float high) {
-    u32 both;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-__device__ float low_of(u32 both) {
-    float x;
-    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, l;}" : "=f"(x) : "r"(both));
-    return x;
-}
-__device__ float high_of(u32 both) {
-    float x;
-    asm("{.reg .f16 l, h; mov.b32 {l, h}, %1; cvt.f32.f16 %0, h;}" : "=f"(x) : "r"(both));
-    return x;
-}
+__device__ u32 pack2(float low, float high) { return pack_half(low, high); }
+__device__ float low_of(u32 both) { return low_half(both); }
+__device__ float high_of(u32 both) { return high_half(both); }
 #endif
 
 #if ELEMENT == 2
@@ -240,6 +266,7 @@ __device__ Element narrow(float x) { return x; }
 __device__ void store2(Element *to, float low, float high) {
     *(float2 *)to = make_float2(low, high);
 }
+__device__ void store_mean2(Element *to, float low, float high) { store2(to, low, high); }
 __device__ void widen(const float4 &pack, float *to) {
     to[0] = pack.x, to[1] = pack.y, to[2] = pack.z, to[3] = pack.w;
 }
@@ -247,6 +274,9 @@ __device__ void widen(const float4 &pack, float *to) {
 __device__ float wide(Element x) { return low_of(x); }
 __device__ Element narrow(float x) { return (Element)pack2(x, 0.f); }
 __device__ void store2(Element *to, float low, float high) { *(u32 *)to = pack2(low, high); }
+__device__ void store_mean2(Element *to, float low, float high) {
+    *(u32 *)to = pack_half(low, high);
+}
 __device__ void widen(const float4 &pack, float *to) {
     const u32 *both = (const u32 *)&pack;
     for (int i = 0; i < 4; i++) to[2 * i] = low_of(both[i]), to[2 * i + 1] = high_of(both[i]);
@@ -258,35 +288,40 @@ __device__ void widen(const float4 &pack, float *to) {
 
 #if ELEMENT == 2
 
-// 16 rows of D elements.
-struct Rows {
+// 16 rows of WIDTH elements: each warp its own, or all the first ones.
+template <int WIDTH> struct Rows {
     const float *at;
-    __device__ void load(const float *shared) { at = shared + threadIdx.x / 32 * 16 * (D + PACK); }
+    __device__ void load(const float *shared, int warp = threadIdx.x / 32) {
+        at = shared + warp * 16 * (WIDTH + PACK);
+    }
 };
+template <int WIDTH> using SharedRows = Rows<WIDTH>;
 
-// acc += rows * tile^T, tile: N * 8 rows of D.
-template <int N> __device__ void scores(float (&acc)[N][4], const Rows &rows, const float *tile) {
+// acc += rows * tile^T, tile: N * 8 rows of WIDTH.
+template <int N, int WIDTH>
+__device__ void scores(float (&acc)[N][4], const Rows<WIDTH> &rows, const float *tile) {
+    const int stride = WIDTH + PACK;
     int lane = threadIdx.x % 32, column = 2 * (lane % 4);
-    const float *a = rows.at + lane / 4 * (D + PACK);
+    const float *a = rows.at + lane / 4 * stride;
 #pragma unroll 1
-    for (int i = 0; i < D; i += 4) {
-        float4 x = *(const float4 *)(a + i), y = *(const float4 *)(a + 8 * (D + PACK) + i);
+    for (int i = 0; i < WIDTH; i += 4) {
+        float4 x = *(const float4 *)(a + i), y = *(const float4 *)(a + 8 * stride + i);
 #pragma unroll
         for (int n = 0; n < N; n++)
 #pragma unroll
             for (int j = 0; j < 2; j++) {
-                float4 b = *(const float4 *)(tile + (8 * n + column + j) * (D + PACK) + i);
+                float4 b = *(const float4 *)(tile + (8 * n + column + j) * stride + i);
                 acc[n][j] += x.x * b.x + x.y * b.y + x.z * b.z + x.w * b.w;
                 acc[n][2 + j] += y.x * b.x + y.y * b.y + y.z * b.z + y.w * b.w;
             }
     }
 }
 
-// o += weights * tile, tile: N * 8 rows of E; total += their sum, a lane's share of it. scratch: 64
-// rows of 64 + 4.
-template <int N>
-__device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N][4],
-                    const float *tile, float *scratch) {
+// o += weights * tile, tile: N * 8 rows of 8 * C; with TOTALS total += their sum, a lane's share of
+// it; with MEANS the tile is one of means. scratch: 64 rows of 64 + 4.
+template <bool TOTALS, bool MEANS = false, int N, int C>
+__device__ void mix(float (&o)[C][4], float (&total)[4], const float (&p)[N][4], const float *tile,
+                    float *scratch) {
     const int stride = TILE + 4;
     int lane = threadIdx.x % 32, column = 2 * (lane % 4);
     float *own = scratch + (threadIdx.x / 32 * 16 + lane / 4) * stride;
@@ -295,15 +330,15 @@ __device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N]
     for (int n = 0; n < N; n++) {
         *(float2 *)(own + 8 * n + column) = make_float2(p[n][0], p[n][1]);
         *(float2 *)(own + 8 * stride + 8 * n + column) = make_float2(p[n][2], p[n][3]);
-        total[0] += p[n][0] + p[n][1], total[2] += p[n][2] + p[n][3];
+        if (TOTALS) total[0] += p[n][0] + p[n][1], total[2] += p[n][2] + p[n][3];
     }
     __syncwarp();
 #pragma unroll 2
     for (int j = 0; j < 8 * N; j++) {
         float x = own[j], y = own[8 * stride + j];
 #pragma unroll
-        for (int n = 0; n < E / 8; n++) {
-            float2 v = *(const float2 *)(tile + j * (E + PACK) + 8 * n + column);
+        for (int n = 0; n < C; n++) {
+            float2 v = *(const float2 *)(tile + j * (8 * C + PACK) + 8 * n + column);
             o[n][0] += x * v.x, o[n][1] += x * v.y, o[n][2] += y * v.x, o[n][3] += y * v.y;
         }
     }
@@ -328,61 +363,82 @@ __device__ void ldmatrix_transposed(u32 (&to)[4], const Element *from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(shared));
 }
-#if ELEMENT == 0
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-#else
-#define MMA "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-#endif
+#define MMA(TYPE) "mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 " \
+    "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+template <bool HALF = ELEMENT == 1>
 __device__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-    asm(MMA "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    if (HALF)
+        asm(MMA("f16") : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm(MMA("bf16") : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-struct Rows {
-    u32 a[D / 16][4];
-    __device__ void load(const Element *shared) {
+// 16 rows of WIDTH elements: each warp its own, or all the first ones. In registers, or read again
+// for each product.
+template <int WIDTH> struct SharedRows {
+    const Element *at;
+    __device__ void load(const Element *shared, int warp = threadIdx.x / 32) {
         int lane = threadIdx.x % 32;
-        const Element *own = shared + threadIdx.x / 32 * 16 * (D + PACK);
-        const Element *at = own + lane % 16 * (D + PACK) + lane / 16 * 8;
+        at = shared + (warp * 16 + lane % 16) * (WIDTH + PACK) + lane / 16 * 8;
+    }
+    __device__ void part(int i, u32 (&to)[4]) const { ldmatrix(to, at + 16 * i); }
+};
+template <int WIDTH> struct Rows {
+    u32 a[WIDTH / 16][4];
+    __device__ void load(const Element *shared) {
+        SharedRows<WIDTH> rows;
+        rows.load(shared);
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) ldmatrix(a[i], at + 16 * i);
+        for (int i = 0; i < WIDTH / 16; i++) rows.part(i, a[i]);
+    }
+    __device__ void part(int i, u32 (&to)[4]) const {
+        for (int j = 0; j < 4; j++) to[j] = a[i][j];
     }
 };
 
-template <int N> __device__ void scores(float (&acc)[N][4], const Rows &rows, const Element *tile) {
+template <int N, int WIDTH, template <int> class R>
+__device__ void scores(float (&acc)[N][4], const R<WIDTH> &rows, const Element *tile) {
+    const int stride = WIDTH + PACK;
     int lane = threadIdx.x % 32;
-    const Element *at = tile + (lane / 16 * 8 + lane % 8) * (D + PACK) + lane / 8 % 2 * 8;
+    const Element *at = tile + (lane / 16 * 8 + lane % 8) * stride + lane / 8 % 2 * 8;
 #pragma unroll
-    for (int i = 0; i < D / 16; i++)
+    for (int i = 0; i < WIDTH / 16; i++) {
+        u32 a[4];
+        rows.part(i, a);
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
             u32 b[4];
-            ldmatrix(b, at + 8 * n * (D + PACK) + 16 * i);
-            mma(acc[n], rows.a[i], b[0], b[1]);
-            mma(acc[n + 1], rows.a[i], b[2], b[3]);
+            ldmatrix(b, at + 8 * n * stride + 16 * i);
+            mma(acc[n], a, b[0], b[1]);
+            mma(acc[n + 1], a, b[2], b[3]);
         }
+    }
 }
 
 // The totals are a product with ones: of the weights as rounding has left them, so that what it
 // does to a weight is in the normaliser too.
-template <int N>
-__device__ void mix(float (&o)[E / 8][4], float (&total)[4], const float (&p)[N][4],
+template <bool TOTALS, bool MEANS = false, int N, int C>
+__device__ void mix(float (&o)[C][4], float (&total)[4], const float (&p)[N][4],
                     const Element *tile, Element *) {
-    const u32 ones = ELEMENT == 0 ? 0x3f803f80u : 0x3c003c00u;
+    const bool half = MEANS || ELEMENT == 1;
+    const int stride = 8 * C + PACK;
+    const u32 ones = half ? 0x3c003c00u : 0x3f803f80u;
+    auto pack = [](float x, float y) { return half ? pack_half(x, y) : pack2(x, y); };
     int lane = threadIdx.x % 32;
-    const Element *at = tile + lane % 16 * (E + PACK) + lane / 16 * 8;
+    const Element *at = tile + lane % 16 * stride + lane / 16 * 8;
 #pragma unroll
     for (int i = 0; i < N / 2; i++) {
         const float(&x)[4] = p[2 * i], (&y)[4] = p[2 * i + 1];
-        u32 a[4] = {pack2(x[0], x[1]), pack2(x[2], x[3]), pack2(y[0], y[1]), pack2(y[2], y[3])};
-        mma(total, a, ones, ones);
+        u32 a[4] = {pack(x[0], x[1]), pack(x[2], x[3]), pack(y[0], y[1]), pack(y[2], y[3])};
+        if (TOTALS) mma<half>(total, a, ones, ones);
 #pragma unroll
-        for (int n = 0; n < E / 8; n += 2) {
+        for (int n = 0; n < C; n += 2) {
             u32 b[4];
-            ldmatrix_transposed(b, at + 16 * i * (E + PACK) + 8 * n);
-            mma(o[n], a, b[0], b[1]);
-            mma(o[n + 1], a, b[2], b[3]);
+            ldmatrix_transposed(b, at + 16 * i * stride + 8 * n);
+            mma<half>(o[n], a, b[0], b[1]);
+            mma<half>(o[n + 1], a, b[2], b[3]);
         }
     }
 }
@@ -394,11 +450,12 @@ __device__ float share(float whole) { return whole; }
 #endif
 
 // The online softmax of a warp's 16 rows: the largest exponent, what weights sum up to (see
-// `whole`), and the weighted sum of values.
+// `whole`), and the weighted sum of values, in units of `unit`.
 struct Softmax {
-    float top[2], total[4], o[E / 8][4];
+    float top[2], total[4], o[E / 8][4], unit;
 
     __device__ void clear() {
+        unit = 1.f;
         for (int r = 0; r < 2; r++) top[r] = NEVER;
         for (int i = 0; i < 4; i++) total[i] = 0.f;
 #pragma unroll
@@ -407,9 +464,24 @@ struct Softmax {
             for (int i = 0; i < 4; i++) o[n][i] = 0.f;
     }
 
-    // A tile of values with the exponents scale * s, scale > 0.
-    template <int N>
-    __device__ void add(float (&s)[N][4], float scale, const Element *tile, Element *scratch) {
+    // Row r goes on from sums whose exponents are relative to c.
+    __device__ void resume(int r, float c, float z, const float *row) {
+        if (z == 0.f) return;
+        top[r] = c;
+        total[2 * r] = share(z);
+        if (SPLIT) total[2 * r + 1] = z;
+#pragma unroll
+        for (int n = 0; n < E / 8; n++) {
+            float2 s = *(const float2 *)(row + 8 * n + 2 * (threadIdx.x % 4));
+            o[n][2 * r] = s.x, o[n][2 * r + 1] = s.y;
+        }
+    }
+
+    // A tile of values, or of MEANS in units of `other`, with the exponents scale * s, scale > 0.
+    template <bool MEANS = false, int N>
+    __device__ void add(float (&s)[N][4], float scale, const Element *tile, Element *scratch,
+                        float other = 1.f) {
+        float change = MEANS && SCALED ? unit / other : 1.f;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             float most = NEVER;
@@ -425,10 +497,12 @@ struct Softmax {
                 s[n][2 * r + 1] = exp2f_fast(fmaf(s[n][2 * r + 1], scale, -frame));
             }
             total[2 * r] *= factor, total[2 * r + 1] *= factor;
+            if (MEANS && SCALED) factor *= change;
 #pragma unroll
             for (int n = 0; n < E / 8; n++) o[n][2 * r] *= factor, o[n][2 * r + 1] *= factor;
         }
-        mix(o, total, s, tile, scratch);
+        if (MEANS && SCALED) unit = other;
+        mix<true, MEANS>(o, total, s, tile, scratch);
     }
 };
 
@@ -462,6 +536,13 @@ template <int N> __device__ void add_columns(float (&s)[N][4], const float *colu
         float2 x = *(const float2 *)(own + 8 * n);
         s[n][0] += x.x, s[n][1] += x.y, s[n][2] += x.x, s[n][3] += x.y;
     }
+}
+
+// A row's sum from its four lanes' parts; they must be there together.
+__device__ float of_row(float x) {
+    u32 lanes = 15u << threadIdx.x % 32 / 4 * 4;
+    x += __shfl_xor_sync(lanes, x, 1);
+    return x + __shfl_xor_sync(lanes, x, 2);
 }
 
 // Half the squared norm of a row in shared memory.

@@ -30,6 +30,15 @@ __device__ void hide(float (&s)[TILE / 8][4], const float *masked, bool diagonal
             if (8 * n + 2 * (lane % 4) + i % 2 > row + i / 2 * 8) s[n][i] = NEVER;
 }
 
+// Scores of columns that stand for nothing.
+template <int N> __device__ void hide_columns(float (&s)[N][4], int columns) {
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (8 * n + 2 * (threadIdx.x % 4) + i % 2 >= columns) s[n][i] = NEVER;
+}
+
 __device__ void load_sinks(const Keys &keys, const Sequence &sequence, int sinks, Element *k,
                            Element *v) {
     load_rows<D, SINKS>(k, [&](int r) -> const Element * {
@@ -44,9 +53,10 @@ __device__ void load_sinks(const Keys &keys, const Sequence &sequence, int sinks
     });
 }
 
+#ifndef BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call call) {
     extern __shared__ __align__(16) Element shared[];
-    __shared__ float masked[2][TILE], level[2][M], norm[TILE];
+    __shared__ float masked[2][TILE], level[M], norm[TILE], unit[M / TILE];
     const Tiles tiles{shared};
     int h = blockIdx.y, kv = h / call.group, i = 0;
     while (i + 1 < call.count && (int)blockIdx.x >= call.sequences[i + 1].tile) i++;
@@ -64,26 +74,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
     load_keys(keys, seen, tiles.k(0), tiles.v(0));
     commit();
 
-    int segment = (t - first_tile) / call.segment_tiles;
-    int begin = first_tile + segment * call.segment_tiles;
-    int first = segment == 0 ? first_kept(head, sequence.position) : first_seen(head, begin);
-    // Mean values: of the segments before, and of the own one up to the window.
-    long of_segment = sequence.segment + segment;
-    long before_at = of_segment * call.kv_heads + kv;
-    int version = t / head.tiles - begin / head.tiles;
-    long within_at = (of_segment * call.segment_tiles + version) * call.kv_heads + kv;
-    bool before = segment > 0 || sequence.slot >= 0, within = seen > first, far = before || within;
-    for (int f = threadIdx.x; far && f < M; f += THREADS) {
-        float c = call.rows[kv * 2 * M + f];
-        level[0][f] = before ? c + call.before_level[before_at * M + f] : NEVER;
-        level[1][f] = within ? c + call.within_level[within_at * M + f] : NEVER;
-    }
+    int begin = t - (t - first_tile) % call.segment_tiles;
+    long version = version_of(call, head, sequence, t, kv);
+    bool far = seen > 0;
+    for (int f = threadIdx.x; far && f < M; f += THREADS)
+        level[f] = call.rows[kv * 2 * M + f] + call.mean_level[version * M + f];
+    if (SCALED && far && threadIdx.x < M / TILE)
+        unit[threadIdx.x] = call.mean_unit[version * (M / TILE) + threadIdx.x];
     int sinks = 0;
     while (sinks < sequence.sinks && sequence.sink[sinks] < seen * TILE) sinks++;
 
     arrived<0>();
     __syncthreads();
-    Rows q;
+    Rows<D> q;
     q.load(queries);
     if (call.envelope && threadIdx.x < TILE)
         norm[threadIdx.x] = half_norm(queries + threadIdx.x * KEY_ROW);
@@ -111,23 +114,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
         __syncthreads();
     }
 
-    // Place `now` is the sinks', the other one is free for half of what the features need.
+    // Place `now` is the sinks', the other one is free for what the features need.
     const int one = 1 - now;
     auto load_high = [&](int block) {
         load_block<D>(tiles.k(one), projection(call, kv, 0, block, 0));
     };
-    auto load_low = [&](int block) {
-        if (SPLIT) load_block<D>(tiles.k(now), projection(call, kv, 0, block, SPLIT));
+    auto load_mean = [&](int block) {
+        load_block<E>(tiles.v(one), call.means + (version * M + block * TILE) * E);
     };
-    auto load_before = [&](int block) {
-        const Element *from = call.before + (before_at * M + block * TILE) * E;
-        if (before) load_block<E>(tiles.v(one), from);
-    };
-    auto load_within = [&](int block) {
-        const Element *from = call.within + (within_at * M + block * TILE) * E;
-        if (within) load_block<E>(tiles.v(now), from);
-    };
-    if (far) load_high(0), load_before(0);
+    if (far) load_high(0), load_mean(0);
     commit();
     if (sinks > 0) {
         arrived<1>();
@@ -135,17 +130,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
         float s[SINKS / 8][4];
         zero(s);
         scores(s, q, tiles.k(now));
-#pragma unroll
-        for (int n = 0; n < SINKS / 8; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++)
-                if (8 * n + 2 * (lane % 4) + i % 2 >= sinks) s[n][i] = NEVER;
+        hide_columns(s, sinks);
         rows.add(s, call.scale, tiles.v(now), tiles.scratch());
         __syncthreads();
     }
     if (far) {
-        load_low(0), load_within(0);
-        commit();
         float shift[2];
         for (int r = 0; r < 2; r++) {
             shift[r] = head.decay * ((t - begin) * TILE + row + 8 * r);
@@ -157,46 +146,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
             float s[TILE / 8][4];
             zero(s);
             scores(s, q, tiles.k(one));
-            if (SPLIT && large(s)) scores(s, q, tiles.k(now));
+            // Seldom needed, so it is not on its way already.
+            bool low = SPLIT && large(s);
+            if (SPLIT && __syncthreads_or(low)) {
+                load_block<D>(tiles.k(now), projection(call, kv, 0, block, SPLIT));
+                commit();
+                arrived<0>();
+                __syncthreads();
+                if (low) scores(s, q, tiles.k(now));
+            }
             add_rows(s, shift[0], shift[1]);
+            add_columns(s, level + block * TILE);
             bool more = block + 1 < M / TILE;
             if (more) {
                 __syncthreads();
-                load_high(block + 1), load_low(block + 1);
+                load_high(block + 1);
                 commit();
             }
-            if (before) {
-                float w[TILE / 8][4];
-#pragma unroll
-                for (int n = 0; n < TILE / 8; n++)
-#pragma unroll
-                    for (int i = 0; i < 4; i++) w[n][i] = s[n][i];
-                add_columns(w, level[0] + block * TILE);
-                rows.add(w, 1.f, tiles.v(one), tiles.scratch());
-            }
-            if (within) {
-                add_columns(s, level[1] + block * TILE);
-                rows.add(s, 1.f, tiles.v(now), tiles.scratch());
-            }
+            rows.add<true>(s, 1.f, tiles.v(one), tiles.scratch(), SCALED ? unit[block] : 1.f);
             if (more) {
                 __syncthreads();
-                load_before(block + 1), load_within(block + 1);
+                load_mean(block + 1);
                 commit();
             }
         }
     }
 
+    float inverse[2];
+#pragma unroll
+    for (int r = 0; r < 2; r++) {
+        float total = whole(rows.total[2 * r]);
+        inverse[r] = total > 0.f ? rows.unit / total : 0.f;
+        if (!call.grad_out || !tile.has(row + 8 * r)) continue;
+        long at = tile.row + row + 8 * r;
+        const Element *grad = call.grad_out + at * E + 2 * (lane % 4);
+        float sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < E / 8; n++)
+            sum += rows.o[n][2 * r] * wide(grad[8 * n]) +
+                   rows.o[n][2 * r + 1] * wide(grad[8 * n + 1]);
+        sum = of_row(sum);
+        if (lane % 4 == 0) {
+            call.log_total[at] = total > 0.f ? rows.top[r] + log2f(total) : EVER;
+            call.delta[at] = sum * inverse[r];
+        }
+    }
+    if (!call.out) return;
     // By way of shared memory, for whole lines of stores.
     __syncthreads();
     Element *out = tiles.k(0);
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float total = whole(rows.total[2 * r]), inverse = total > 0.f ? 1.f / total : 0.f;
 #pragma unroll
         for (int n = 0; n < E / 8; n++)
             store2(out + (row + 8 * r) * VALUE_ROW + 8 * n + 2 * (lane % 4),
-                   rows.o[n][2 * r] * inverse, rows.o[n][2 * r + 1] * inverse);
+                   rows.o[n][2 * r] * inverse[r], rows.o[n][2 * r + 1] * inverse[r]);
     }
     __syncthreads();
     store_block<E>(call.out + tile.row * E, out, [&](int r) { return tile.has(r); });
 }
+#endif

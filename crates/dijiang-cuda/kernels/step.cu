@@ -37,19 +37,6 @@ __device__ void retire(const Call &call, const Head &head, const Sequence &seque
         map.load(call, kv, block, SPLIT ? k : tiles.fixed(), tiles.k(1));
         Softmax sums;
         sums.clear();
-        int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
-        for (int r = 0; r < 2; r++) {
-            int g = f + 8 * r;
-            if (first == 0 || state.z[g] == 0.f) continue;
-            sums.top[r] = state.c[g] + head.decay * TILE * (until - first);
-            sums.total[2 * r] = share(state.z[g]);
-            if (SPLIT) sums.total[2 * r + 1] = sums.total[2 * r];
-#pragma unroll
-            for (int n = 0; n < E / 8; n++) {
-                float2 s = *(const float2 *)(state.s + g * E + 8 * n + column);
-                sums.o[n][2 * r] = s.x, sums.o[n][2 * r + 1] = s.y;
-            }
-        }
         for (int tile = first; tile < until; tile++) {
             load_keys(keys, tile, k, v);
             commit();
@@ -59,17 +46,25 @@ __device__ void retire(const Call &call, const Head &head, const Sequence &seque
             absorb_tile(sums, map, k, v, any ? exponents : nullptr, tiles.scratch());
             __syncthreads();
         }
+        // Added to the state's sums here, not as what the products start from: tensor cores
+        // truncate, which over a million tokens would be seen.
+        int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         for (int r = 0; r < 2; r++) {
             int g = f + 8 * r;
-            float total = whole(sums.total[2 * r]);
-            if (column == 0) {
-                state.z[g] = total;
-                state.c[g] = total > 0.f ? sums.top[r] : 0.f;
-            }
+            bool more = first > 0 && state.z[g] > 0.f;
+            float z = more ? state.z[g] : 0.f, total = whole(sums.total[2 * r]);
+            float c = more ? state.c[g] + head.decay * TILE * (until - first) : NEVER;
+            float top = fmaxf(c, sums.top[r]), frame = top == NEVER ? 0.f : top;
+            float own = exp2f(c - frame), added = exp2f(sums.top[r] - frame);
+            __syncwarp();  // all lanes of the row have read what one of them writes
+            if (column == 0) state.z[g] = z * own + total * added, state.c[g] = frame;
 #pragma unroll
-            for (int n = 0; n < E / 8; n++)
-                *(float2 *)(state.s + g * E + 8 * n + column) =
-                    make_float2(sums.o[n][2 * r], sums.o[n][2 * r + 1]);
+            for (int n = 0; n < E / 8; n++) {
+                float2 *s = (float2 *)(state.s + g * E + 8 * n + column);
+                float2 old = more ? *s : make_float2(0.f, 0.f);
+                *s = make_float2(old.x * own + sums.o[n][2 * r] * added,
+                                 old.y * own + sums.o[n][2 * r + 1] * added);
+            }
         }
     }
     __syncthreads();

@@ -1,7 +1,7 @@
 //! [`Attention`]: an operator of the CPU crate, on a GPU.
 
 use std::marker::PhantomData;
-use std::sync::Arc;
+use std::sync::OnceLock;
 
 use cudarc::driver::{
     CudaFunction, CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
@@ -12,24 +12,28 @@ use dijiang::{Real, attention::CausalState};
 
 use crate::bytes::{Shape, decode, encode, foreign};
 use crate::call::{Call, Head, Part, Plan, SINKS, TILE, tiles};
-use crate::device::{Device, Kernels};
+use crate::device::{BackwardKernels, Device, Kernels};
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
 use crate::pool::{Pool, Stream};
 use crate::tables::Side;
 
 /// Threads of a block.
-const THREADS: u32 = 128;
+pub(crate) const THREADS: u32 = 128;
 
 /// Causal linear attention with windows and sinks, on a GPU: what
 /// [`LinearAttention`] computes, with the same maps. Immutable; what changes lives in [`Pool`] and
 /// [`Workspace`].
 #[derive(Debug)]
 pub struct Attention<E> {
-    device: Device,
-    kernels: Arc<Kernels>,
-    shape: Shape,
-    heads: usize,
+    pub(crate) device: Device,
+    kernels: Kernels,
+    /// Compiled when they are first asked for.
+    pub(crate) backward: OnceLock<BackwardKernels>,
+    pub(crate) shape: Shape,
+    pub(crate) heads: usize,
+    /// What gradients of parameters are made with.
+    pub(crate) maps: Vec<DctMap<f64>>,
     envelope: bool,
     /// Bytes of a stream's state.
     state_bytes: usize,
@@ -45,9 +49,9 @@ pub struct Attention<E> {
 /// - `q`: `[h, n, d]`, `k`: `[h_kv, n, d]`, `v`: `[h_kv, n, e]`, without gaps.
 #[derive(Debug, Clone, Copy)]
 pub struct Qkv<'a, E> {
-    q: &'a CudaSlice<E>,
-    k: &'a CudaSlice<E>,
-    v: &'a CudaSlice<E>,
+    pub(crate) q: &'a CudaSlice<E>,
+    pub(crate) k: &'a CudaSlice<E>,
+    pub(crate) v: &'a CudaSlice<E>,
     mask: Option<&'a [bool]>,
     offsets: Option<&'a [usize]>,
 }
@@ -78,10 +82,9 @@ pub struct Workspace<E> {
     sequences: Option<CudaSlice<crate::call::Sequence>>,
     mask: Option<CudaSlice<u8>>,
     segment_sums: Option<CudaSlice<f32>>,
-    before: Option<CudaSlice<E>>,
-    before_level: Option<CudaSlice<f32>>,
-    within: Option<CudaSlice<E>>,
-    within_level: Option<CudaSlice<f32>>,
+    means: Option<CudaSlice<E>>,
+    mean_unit: Option<CudaSlice<f32>>,
+    mean_level: Option<CudaSlice<f32>>,
 }
 
 impl<E> Default for Workspace<E> {
@@ -90,10 +93,9 @@ impl<E> Default for Workspace<E> {
             sequences: None,
             mask: None,
             segment_sums: None,
-            before: None,
-            before_level: None,
-            within: None,
-            within_level: None,
+            means: None,
+            mean_unit: None,
+            mean_level: None,
         }
     }
 }
@@ -112,7 +114,7 @@ impl<E: Element> Attention<E> {
     ) -> Result<Self> {
         let shape = Shape::of(attention)?;
         let (sides, envelope) = sides(attention)?;
-        let kernels = device.kernels::<E>(shape.dim, shape.value_dim, shape.features)?;
+        let kernels = device.kernels::<E>(shape.sizes())?;
         let (mut heads, mut state_bytes) = (Vec::new(), 0);
         for (window, decay) in shape.windows.iter().zip(&shape.log_decay) {
             let (tiles, back) = tiles(*window)?;
@@ -130,17 +132,14 @@ impl<E: Element> Attention<E> {
             wide.extend(side.matrix.iter().map(|&w| w as f32));
             rows.extend(side.row.iter().map(|&row| row as f32));
         }
-        let needed = shared_bytes::<E>(&shape).max(step_bytes(&shape));
-        if needed > kernels.shared_limit {
-            return Err(Error::Unsupported {
-                argument: "bytes of shared memory",
-                expected: "no more than a block of this GPU can have",
-                got: needed,
-            });
-        }
+        device.check_shared(shared_bytes::<E>(&shape).max(step_bytes(&shape)))?;
+        let maps = attention.maps().iter().map(|map| DctMap::from_params(map.params().clone()));
+        let maps = maps.collect::<Result<Vec<_>, _>>()?;
         let stream = device.stream();
         Ok(Self {
             kernels,
+            maps,
+            backward: OnceLock::new(),
             heads: attention.heads(),
             envelope,
             state_bytes,
@@ -177,17 +176,12 @@ impl<E: Element> Attention<E> {
         out: &mut CudaSlice<E>,
         workspace: &mut Workspace<E>,
     ) -> Result<()> {
-        let n = self.check(&qkv, out)?;
-        let whole = [0, n];
-        let offsets = qkv.offsets.unwrap_or(&whole);
-        let parts = offsets.windows(2).map(|pair| Part {
-            rows: pair[0]..pair[1],
-            position: 0,
-            slot: None,
-            sinks: &[],
-        });
-        let plan = self.plan(parts, &qkv)?;
-        self.many(&plan, qkv, out, None, workspace)
+        let n = self.check(&qkv)?;
+        check_len("out", self.heads * n * self.shape.value_dim, out.len())?;
+        let plan = self.whole(n, &qkv)?;
+        let call = self.call(&plan, &qkv, None, workspace)?;
+        let out = out.device_ptr_mut(self.device.stream()).0;
+        self.many(&plan, Call { out, ..call })
     }
 
     /// The next tokens of some streams: sequence i of `qkv` belongs to stream `streams[i]`.
@@ -202,11 +196,16 @@ impl<E: Element> Attention<E> {
         out: &mut CudaSlice<E>,
         workspace: &mut Workspace<E>,
     ) -> Result<()> {
-        let n = self.check(&qkv, out)?;
+        let n = self.check(&qkv)?;
+        check_len("out", self.heads * n * self.shape.value_dim, out.len())?;
         let whole = [0, n];
         let offsets = qkv.offsets.unwrap_or(&whole);
         let plan = self.continued(pool, streams, offsets, &qkv)?;
-        self.many(&plan, qkv, out, Some(&mut pool.states), workspace)?;
+        let call = self.call(&plan, &qkv, Some(&mut pool.states), workspace)?;
+        let out = out.device_ptr_mut(self.device.stream()).0;
+        self.many(&plan, Call { out, ..call })?;
+        let grid = (self.shape.kv_heads() as u32, plan.sequences.len() as u32, 16);
+        self.launch(&self.kernels.keep, grid, THREADS, 0, call)?;
         advance(pool, &plan);
         Ok(())
     }
@@ -224,11 +223,13 @@ impl<E: Element> Attention<E> {
         out: &mut CudaSlice<E>,
         workspace: &mut Workspace<E>,
     ) -> Result<()> {
-        let n = self.check(&qkv, out)?;
+        let n = self.check(&qkv)?;
+        check_len("out", self.heads * n * self.shape.value_dim, out.len())?;
         check_len("streams", n, streams.len())?;
         let offsets: Vec<usize> = (0..=n).collect();
         let plan = self.continued(pool, streams, &offsets, &qkv)?;
-        let call = self.call(&plan, &qkv, out, Some(&mut pool.states), workspace)?;
+        let call = self.call(&plan, &qkv, Some(&mut pool.states), workspace)?;
+        let call = Call { out: out.device_ptr_mut(self.device.stream()).0, ..call };
         let grid = (self.shape.kv_heads() as u32, plan.sequences.len() as u32, 1);
         let bytes = shared_bytes::<E>(&self.shape).max(step_bytes(&self.shape));
         self.launch(&self.kernels.step, grid, THREADS, bytes, call)?;
@@ -277,7 +278,7 @@ impl<E: Element> Attention<E> {
     }
 
     /// How many tokens there are.
-    fn check(&self, qkv: &Qkv<'_, E>, out: &CudaSlice<E>) -> Result<usize> {
+    pub(crate) fn check(&self, qkv: &Qkv<'_, E>) -> Result<usize> {
         let Shape { dim, value_dim, .. } = self.shape;
         let n = qkv.q.len() / (self.heads * dim);
         if n == 0 {
@@ -286,7 +287,6 @@ impl<E: Element> Attention<E> {
         check_len("q", self.heads * n * dim, qkv.q.len())?;
         check_len("k", self.shape.kv_heads() * n * dim, qkv.k.len())?;
         check_len("v", self.shape.kv_heads() * n * value_dim, qkv.v.len())?;
-        check_len("out", self.heads * n * value_dim, out.len())?;
         qkv.mask.map_or(Ok(()), |mask| check_len("mask", n, mask.len()))?;
         if let Some(offsets) = qkv.offsets {
             let wrong = |expected, got| Err(Error::Value { argument: "offsets", expected, got });
@@ -300,6 +300,17 @@ impl<E: Element> Attention<E> {
             }
         }
         Ok(n)
+    }
+
+    /// Sequences from their beginning.
+    pub(crate) fn whole(&self, n: usize, qkv: &Qkv<'_, E>) -> Result<Plan> {
+        let whole = [0, n];
+        let offsets = qkv.offsets.unwrap_or(&whole);
+        let part = |pair: &[usize]| {
+            let rows = pair[0]..pair[1];
+            Part { rows, position: 0, slot: None, sinks: &[] }
+        };
+        self.plan(offsets.windows(2).map(part), qkv)
     }
 
     fn plan<'p>(
@@ -340,38 +351,26 @@ impl<E: Element> Attention<E> {
         self.plan(parts, qkv)
     }
 
-    /// Absorb, scan, outputs; with states, what they must remember.
-    fn many(
-        &self,
-        plan: &Plan,
-        qkv: Qkv<'_, E>,
-        out: &mut CudaSlice<E>,
-        states: Option<&mut CudaSlice<u8>>,
-        workspace: &mut Workspace<E>,
-    ) -> Result<()> {
+    /// Sums of segments, scan, means, outputs.
+    pub(crate) fn many(&self, plan: &Plan, call: Call) -> Result<()> {
         let Shape { value_dim, features, .. } = self.shape;
-        let (kv_heads, has_states) = (self.shape.kv_heads() as u32, states.is_some());
-        let call = self.call(plan, &qkv, out, states, workspace)?;
         let (segments, tiles) = (plan.segments as u32, plan.tiles as u32);
-        let sequences = plan.sequences.len() as u32;
+        let (kv_heads, sequences) = (self.shape.kv_heads() as u32, plan.sequences.len() as u32);
+        let (blocks, rows) = ((features / TILE) as u32, (features * value_dim / 256) as u32);
         let bytes = shared_bytes::<E>(&self.shape);
-        let Kernels { absorb, scan, outputs, keep, .. } = &*self.kernels;
-        let blocks = (features / TILE) as u32;
+        let Kernels { absorb, scan, outputs, .. } = &self.kernels;
+        let versions = Call { versions: 1, ..call };
         self.launch(absorb, (segments * blocks, kv_heads, 1), THREADS, bytes, call)?;
-        let rows = (features * value_dim / 256) as u32;
         self.launch(scan, (rows, kv_heads, sequences), 256, 0, call)?;
-        self.launch(outputs, (tiles, self.heads as u32, 1), THREADS, bytes, call)?;
-        if has_states {
-            self.launch(keep, (kv_heads, sequences, 16), THREADS, 0, call)?;
-        }
-        Ok(())
+        self.launch(absorb, (segments * blocks, kv_heads, 1), THREADS, bytes, versions)?;
+        self.launch(outputs, (tiles, self.heads as u32, 1), THREADS, bytes, call)
     }
 
-    fn call(
+    /// What the kernels are told, but for where the outputs go.
+    pub(crate) fn call(
         &self,
         plan: &Plan,
         qkv: &Qkv<'_, E>,
-        out: &mut CudaSlice<E>,
         states: Option<&mut CudaSlice<u8>>,
         workspace: &mut Workspace<E>,
     ) -> Result<Call> {
@@ -389,7 +388,6 @@ impl<E: Element> Attention<E> {
             q: qkv.q.device_ptr(stream).0,
             k: qkv.k.device_ptr(stream).0,
             v: qkv.v.device_ptr(stream).0,
-            out: out.device_ptr_mut(stream).0,
             mask,
             heads: self.of_heads.device_ptr(stream).0,
             sequences: upload(&self.device, &mut workspace.sequences, &plan.sequences)?,
@@ -406,10 +404,10 @@ impl<E: Element> Attention<E> {
             states: states.map_or(0, |states| states.device_ptr_mut(stream).0),
             state_bytes: self.state_bytes as u64,
             segment_sums: room(&self.device, &mut workspace.segment_sums, segments * sums)?,
-            before: room(&self.device, &mut workspace.before, segments * elements)?,
-            before_level: room(&self.device, &mut workspace.before_level, segments * features)?,
-            within: room(&self.device, &mut workspace.within, versions * elements)?,
-            within_level: room(&self.device, &mut workspace.within_level, versions * features)?,
+            means: room(&self.device, &mut workspace.means, versions * elements)?,
+            mean_unit: room(&self.device, &mut workspace.mean_unit, versions * features / TILE)?,
+            mean_level: room(&self.device, &mut workspace.mean_level, versions * features)?,
+            ..Call::default()
         })
     }
 
@@ -478,6 +476,11 @@ fn sides<T: Real>(attention: &LinearAttention<T, DctMap<T>>) -> Result<(Vec<Side
 }
 
 impl Shape {
+    /// d, e and m.
+    pub(crate) fn sizes(&self) -> [usize; 3] {
+        [self.dim, self.value_dim, self.features]
+    }
+
     /// The shape of an operator, if the kernels can do it.
     pub(crate) fn of<T: Real>(attention: &LinearAttention<T, DctMap<T>>) -> Result<Self> {
         let unsupported =
@@ -515,7 +518,7 @@ impl Shape {
 }
 
 /// The address of at least `len` elements.
-fn room<T: DeviceRepr>(
+pub(crate) fn room<T: DeviceRepr>(
     device: &Device,
     slice: &mut Option<CudaSlice<T>>,
     len: usize,

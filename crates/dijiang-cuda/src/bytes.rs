@@ -4,6 +4,7 @@
 //! in rows; the bytes have natural logarithms, scaled keys, in columns.
 
 use std::f64::consts::{LN_2, LOG2_E};
+use std::ops::Range;
 
 use dijiang::attention::{CausalState, Storage, Window};
 
@@ -79,6 +80,19 @@ impl HeadState {
         }
     }
 
+    /// Keeps these positions of the ring: of others it may hold what the device no longer looks at.
+    fn forget(&mut self, kept: Range<usize>, shape: &Shape) {
+        let ring = self.valid.len();
+        for row in 0..ring {
+            let age = (kept.end + ring - 1 - row) % ring;
+            if age >= kept.len() {
+                self.valid[row] = 0;
+                self.keys[row * shape.dim..][..shape.dim].fill(0.0);
+                self.values[row * shape.value_dim..][..shape.value_dim].fill(0.0);
+            }
+        }
+    }
+
     fn write<E: Element>(&self, out: &mut Vec<u8>) {
         for numbers in [&self.c, &self.z, &self.s] {
             numbers.iter().for_each(|&x| out.extend((x as f32).to_le_bytes()));
@@ -121,8 +135,9 @@ pub(crate) fn encode<E: Element>(shape: &Shape, stream: &Stream, mut state: &[u8
     let numbers = numbers.chain([shape.fingerprint]).chain(windows);
     numbers.for_each(|number| out.extend(number.to_le_bytes()));
     for window in &shape.windows {
-        let head = HeadState::read::<E>(shape, window.tokens(), &mut state);
+        let mut head = HeadState::read::<E>(shape, window.tokens(), &mut state);
         let base = shape.base(*window, stream.position);
+        head.forget(base..stream.position, shape);
         let started = base > 0 && head.z.iter().any(|&z| z > 0.0);
         out.extend((base as u64).to_le_bytes());
         out.extend([u8::from(started), 0]);
@@ -297,7 +312,7 @@ mod tests {
         let map = |seed| DctMapConfig::new(64).with_seed(seed).build();
         let maps = vec![map(0).expect("sizes are right"), map(1).expect("sizes are right")];
         LinearConfig::new()
-            .with_windows(vec![Window::new(64, 1), Window::new(128, 0)])
+            .with_windows(vec![Window::new(64, 2), Window::new(192, 0)])
             .with_sinks(3)
             .with_log_decay(vec![0.0, -0.01])
             .build(maps)
@@ -316,7 +331,7 @@ mod tests {
         state: &mut CausalState<f32>,
     ) -> Array3<f32> {
         let x = tokens(from, n);
-        let valid: Vec<bool> = (from..from + n).map(|i| i % 7 != 1).collect();
+        let valid: Vec<bool> = (from..from + n).map(|i| i * i % 7 < 2).collect();
         let qkv = Qkv::new(&x, &x, &x).with_mask(KeyMask::Valid(&valid));
         operator.prefill(state, qkv).expect("sizes are right")
     }
@@ -327,7 +342,7 @@ mod tests {
     fn states_come_back_as_they_went() {
         let operator = operator();
         let shape = Shape::of(&operator).expect("the kernels can do it");
-        for n in [1, 5, 64, 127, 128, 129, 300, 640] {
+        for n in [1, 5, 64, 127, 128, 129, 233, 300, 466, 576, 577, 640, 699] {
             let mut state = operator.new_state();
             prefill(&operator, 0, n, &mut state);
             let (stream, device) = decode::<f32>(&shape, &state).expect("it is of this shape");
@@ -339,6 +354,32 @@ mod tests {
             let error = (&got - &expected).iter().fold(0.0, |most: f32, x| most.max(x.abs()));
             assert!(error < 1e-5, "{n} tokens: off by {error:e}");
             assert!(got.slice(s![.., ..1, ..]).iter().all(|x| x.is_finite()));
+        }
+    }
+
+    /// Rows of a ring that the device has left as they were, of an earlier chunk or sequence.
+    #[test]
+    fn rows_behind_the_last_token_are_empty() {
+        let operator = operator();
+        let shape = Shape::of(&operator).expect("the kernels can do it");
+        for n in [10, 233, 576, 699] {
+            let mut state = operator.new_state();
+            prefill(&operator, 0, n, &mut state);
+            let (stream, device) = decode::<f32>(&shape, &state).expect("it is of this shape");
+            let (mut rest, mut dirty) = (&device[..], Vec::new());
+            for window in &shape.windows {
+                let ring = window.tokens();
+                let mut head = HeadState::read::<f32>(&shape, ring, &mut rest);
+                let seen = shape.base(*window, n)..n;
+                for row in (0..ring).filter(|row| !seen.clone().any(|p| p % ring == *row)) {
+                    head.valid[row] = 1;
+                    head.keys[row * shape.dim..][..shape.dim].fill(3.0);
+                    head.values[row * shape.value_dim..][..shape.value_dim].fill(3.0);
+                }
+                head.write::<f32>(&mut dirty);
+            }
+            let clean = encode::<f32>(&shape, &stream, &device);
+            assert!(encode::<f32>(&shape, &stream, &dirty) == clean, "{n} tokens");
         }
     }
 

@@ -60,10 +60,35 @@ pub(crate) struct Call {
     pub(crate) states: u64,
     pub(crate) state_bytes: u64,
     pub(crate) segment_sums: u64,
-    pub(crate) before: u64,
-    pub(crate) before_level: u64,
-    pub(crate) within: u64,
-    pub(crate) within_level: u64,
+    pub(crate) means: u64,
+    pub(crate) mean_unit: u64,
+    pub(crate) mean_level: u64,
+    pub(crate) versions: i32,
+    pub(crate) grad_out: u64,
+    pub(crate) log_total: u64,
+    pub(crate) delta: u64,
+}
+
+/// As `Call`, for gradients.
+#[derive(Debug, Clone, Copy, Default)]
+#[repr(C)]
+pub(crate) struct Back {
+    pub(crate) dq: u64,
+    pub(crate) dk: u64,
+    pub(crate) dv: u64,
+    pub(crate) sums: u64,
+    pub(crate) means: u64,
+    pub(crate) mean_unit: u64,
+    pub(crate) mean_level: u64,
+    pub(crate) mean_delta: u64,
+    pub(crate) versions: i32,
+    pub(crate) segments: i32,
+    pub(crate) shrink: f32,
+    pub(crate) sinks: u64,
+    pub(crate) sink_totals: u64,
+    pub(crate) moments: u64,
+    pub(crate) moment_totals: u64,
+    pub(crate) decays: u64,
 }
 
 // SAFETY: plain numbers, laid out as the kernels' own structs are.
@@ -74,6 +99,8 @@ unsafe impl DeviceRepr for Sequence {}
 unsafe impl ValidAsZeroBits for Sequence {}
 // SAFETY: as for `Head`.
 unsafe impl DeviceRepr for Call {}
+// SAFETY: as for `Head`.
+unsafe impl DeviceRepr for Back {}
 
 /// Positions of the first unmasked tokens that later queries go on seeing.
 pub(crate) type SinkPositions = Vec<i32>;

@@ -12,7 +12,23 @@ use cudarc::nvrtc::sys;
 use crate::element::Element;
 use crate::error::{Error, Result};
 
-const SOURCE: &str = concat!(
+/// Which kernels: two programs, for most never take gradients.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Program {
+    Forward,
+    Backward,
+}
+
+const BACKWARD: &str = concat!(
+    "#define BACKWARD\n",
+    include_str!("../kernels/common.cu"),
+    include_str!("../kernels/absorb.cu"),
+    include_str!("../kernels/scan.cu"),
+    include_str!("../kernels/outputs.cu"),
+    include_str!("../kernels/backward.cu"),
+);
+
+const FORWARD: &str = concat!(
     include_str!("../kernels/common.cu"),
     include_str!("../kernels/absorb.cu"),
     include_str!("../kernels/scan.cu"),
@@ -52,13 +68,16 @@ pub fn compile_ahead<E: Element>(
     driver: i32,
     cache: &Cache,
 ) -> Result<()> {
-    let target = Target { element: E::CODE, dim, value_dim, features, capability };
-    target.kernels(cache, driver).map(drop)
+    [Program::Forward, Program::Backward].into_iter().try_for_each(|program| {
+        let target = Target { program, element: E::CODE, dim, value_dim, features, capability };
+        target.kernels(cache, driver).map(drop)
+    })
 }
 
 /// What the kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Target {
+    pub(crate) program: Program,
     /// [`Element::CODE`](crate::Element).
     pub(crate) element: u32,
     /// d.
@@ -72,8 +91,15 @@ pub(crate) struct Target {
 }
 
 impl Target {
+    fn source(&self) -> &'static str {
+        match self.program {
+            Program::Forward => FORWARD,
+            Program::Backward => BACKWARD,
+        }
+    }
+
     fn options(&self) -> Vec<String> {
-        let Self { element, dim, value_dim, features, capability } = self;
+        let Self { element, dim, value_dim, features, capability, .. } = self;
         let mut options = vec![format!("-arch=sm_{capability}")];
         options.extend(["-std=c++17", "-default-device"].map(String::from));
         options.push(format!("-DELEMENT={element}"));
@@ -118,7 +144,7 @@ impl Target {
 
     fn file_name(&self, driver: i32) -> String {
         let version = env!("CARGO_PKG_VERSION");
-        let hash = fnv1a(&format!("{version} {driver} {:?} {SOURCE}", self.options()));
+        let hash = fnv1a(&format!("{version} {driver} {:?} {}", self.options(), self.source()));
         format!("{hash:016x}.cubin")
     }
 
@@ -128,7 +154,7 @@ impl Target {
             return Err(Error::NoCompiler);
         }
         let failed = |log: String| Error::Compile { architecture: self.options().remove(0), log };
-        let source = CString::new(SOURCE).map_err(|error| failed(error.to_string()))?;
+        let source = CString::new(self.source()).map_err(|error| failed(error.to_string()))?;
         let program = nvrtc::create_program(&source, Some(c"dijiang.cu"));
         let program = program.map_err(|error| failed(error.to_string()))?;
         // SAFETY: `program` was created above and is destroyed below, once.
@@ -199,8 +225,11 @@ mod tests {
 
     #[test]
     fn names_depend_on_everything() {
-        let target = Target { element: 0, dim: 64, value_dim: 64, features: 64, capability: 90 };
+        let program = Program::Forward;
+        let [dim, value_dim, features] = [64; 3];
+        let target = Target { program, element: 0, dim, value_dim, features, capability: 90 };
         let others = [
+            Target { program: Program::Backward, ..target },
             Target { element: 1, ..target },
             Target { dim: 128, ..target },
             Target { value_dim: 128, ..target },

@@ -4,10 +4,10 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use cudarc::driver::sys::{self, CUdevice_attribute, CUfunction_attribute};
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream};
+use cudarc::driver::{CudaContext, CudaFunction, CudaModule, CudaStream};
 use cudarc::nvrtc::Ptx;
 
-use crate::compile::{Cache, Target};
+use crate::compile::{Cache, Program, Target};
 use crate::element::Element;
 use crate::error::{Error, Result};
 
@@ -17,7 +17,7 @@ pub struct Device {
     stream: Arc<CudaStream>,
     cache: Cache,
     capability: u32,
-    kernels: Arc<Mutex<HashMap<Target, Arc<Kernels>>>>,
+    modules: Arc<Mutex<HashMap<Target, Arc<CudaModule>>>>,
 }
 
 /// Bytes of shared memory that no kernel takes more than of its own, whatever a call asks for.
@@ -31,8 +31,19 @@ pub(crate) struct Kernels {
     pub(crate) outputs: CudaFunction,
     pub(crate) keep: CudaFunction,
     pub(crate) step: CudaFunction,
-    /// Bytes of shared memory that a block can have.
-    pub(crate) shared_limit: usize,
+}
+
+/// Those for gradients.
+#[derive(Debug)]
+pub(crate) struct BackwardKernels {
+    pub(crate) gather: CudaFunction,
+    pub(crate) scan_back: CudaFunction,
+    pub(crate) query_gradients: CudaFunction,
+    pub(crate) sink_gradients: CudaFunction,
+    pub(crate) sink_totals: CudaFunction,
+    pub(crate) key_gradients: CudaFunction,
+    pub(crate) moments: CudaFunction,
+    pub(crate) moment_totals: CudaFunction,
 }
 
 impl Device {
@@ -62,7 +73,7 @@ impl Device {
                 got: capability as usize,
             });
         }
-        Ok(Self { stream, cache: Cache::default(), capability, kernels: Arc::default() })
+        Ok(Self { stream, cache: Cache::default(), capability, modules: Arc::default() })
     }
 
     /// Keeps compiled kernels elsewhere, or nowhere.
@@ -76,46 +87,84 @@ impl Device {
         &self.stream
     }
 
-    /// The kernels for these sizes.
-    pub(crate) fn kernels<E: Element>(
+    /// The kernels for these sizes: d, e and m.
+    pub(crate) fn kernels<E: Element>(&self, sizes: [usize; 3]) -> Result<Kernels> {
+        let module = self.module::<E>(Program::Forward, sizes)?;
+        let load = |name| self.function(&module, name);
+        Ok(Kernels {
+            absorb: load("absorb")?,
+            scan: load("scan")?,
+            outputs: load("outputs")?,
+            keep: load("keep")?,
+            step: load("step")?,
+        })
+    }
+
+    /// Those for gradients.
+    pub(crate) fn backward_kernels<E: Element>(
         &self,
-        dim: usize,
-        value_dim: usize,
-        features: usize,
-    ) -> Result<Arc<Kernels>> {
-        let target =
-            Target { element: E::CODE, dim, value_dim, features, capability: self.capability };
-        let kernels = || self.kernels.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = kernels().get(&target) {
+        sizes: [usize; 3],
+    ) -> Result<BackwardKernels> {
+        let module = self.module::<E>(Program::Backward, sizes)?;
+        let load = |name| self.function(&module, name);
+        Ok(BackwardKernels {
+            gather: load("gather")?,
+            scan_back: load("scan_back")?,
+            query_gradients: load("query_gradients")?,
+            sink_gradients: load("sink_gradients")?,
+            sink_totals: load("sink_totals")?,
+            key_gradients: load("key_gradients")?,
+            moments: load("moments")?,
+            moment_totals: load("moment_totals")?,
+        })
+    }
+
+    /// Whether a block can have this much shared memory.
+    pub(crate) fn check_shared(&self, needed: usize) -> Result<()> {
+        if needed > self.shared_memory()?.unsigned_abs() as usize - STATIC_SHARED {
+            return Err(Error::Unsupported {
+                argument: "bytes of shared memory",
+                expected: "no more than a block of this GPU can have",
+                got: needed,
+            });
+        }
+        Ok(())
+    }
+
+    /// Bytes of it that a block can have.
+    fn shared_memory(&self) -> Result<i32> {
+        let most = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        Ok(self.stream.context().attribute(most)?)
+    }
+
+    fn function(&self, module: &Arc<CudaModule>, name: &str) -> Result<CudaFunction> {
+        let function = module.load_function(name)?;
+        let own =
+            function.get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
+        function.set_attribute(
+            CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
+            self.shared_memory()? - own,
+        )?;
+        Ok(function)
+    }
+
+    fn module<E: Element>(
+        &self,
+        program: Program,
+        [dim, value_dim, features]: [usize; 3],
+    ) -> Result<Arc<CudaModule>> {
+        let (element, capability) = (E::CODE, self.capability);
+        let target = Target { program, element, dim, value_dim, features, capability };
+        let modules = || self.modules.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = modules().get(&target) {
             return Ok(found.clone());
         }
         let mut driver = 0;
         // SAFETY: `driver` is a place to write to.
         unsafe { sys::cuDriverGetVersion(&mut driver) }.result()?;
         let code = target.kernels(&self.cache, driver)?;
-        let context = self.stream.context();
-        let module = context.load_module(Ptx::from_binary(code.to_vec()))?;
-        let most = context
-            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
-        let load = |name: &str| -> Result<CudaFunction> {
-            let function = module.load_function(name)?;
-            let own = function
-                .get_attribute(CUfunction_attribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)?;
-            function.set_attribute(
-                CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                most - own,
-            )?;
-            Ok(function)
-        };
-        let found = Arc::new(Kernels {
-            absorb: load("absorb")?,
-            scan: load("scan")?,
-            outputs: load("outputs")?,
-            keep: load("keep")?,
-            step: load("step")?,
-            shared_limit: most.unsigned_abs() as usize - STATIC_SHARED,
-        });
-        kernels().insert(target, found.clone());
-        Ok(found)
+        let module = self.stream.context().load_module(Ptx::from_binary(code.to_vec()))?;
+        modules().insert(target, module.clone());
+        Ok(module)
     }
 }

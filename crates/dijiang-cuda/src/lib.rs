@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod attention;
+mod backward;
 mod bytes;
 mod call;
 mod compile;
@@ -11,6 +12,7 @@ mod pool;
 mod tables;
 
 pub use attention::{Attention, Qkv, Workspace};
+pub use backward::{BackwardWorkspace, InputGradients, MapGradients};
 pub use compile::{Cache, compile_ahead};
 pub use cudarc;
 pub use device::Device;

@@ -2,13 +2,15 @@
 //!
 //! ```text
 //! check correct [setups] [seed]    random setups: odd lengths, windows, sinks, masks, packed
+//! check backward [setups] [seed]   gradients of the same setups
 //! check decode [tokens]            a long decode, compared at its end
-//! check time [forward | decode | short]    one line of JSON for each
+//! check time [forward | backward | decode | short]    one line of JSON for each
 //! check compile [driver] [i]       the kernels these need, into the cache, without a GPU; of the
 //!                                  24 sets only number i
 //! check profile                    each kernel once or twice, for a profiler
 //! ```
 
+mod gradients;
 mod setup;
 mod time;
 
@@ -30,10 +32,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = Device::new(0)?;
     match arguments.first().map(String::as_str) {
         Some("correct") => correct(&device, number(1, 200)?, number(2, 0)?),
+        Some("backward") => gradients::all(&device, number(1, 200)?, number(2, 0)?),
         Some("decode") => setup::long_decode(&device, number(1, 1_000_000)? as usize),
         Some("time") => time::all(&device, arguments.get(1).map_or("", String::as_str)),
         Some("profile") => time::profile(&device),
-        _ => Err("say correct, decode, time, compile or profile".into()),
+        _ => Err("say correct, backward, decode, time, compile or profile".into()),
     }
 }
 

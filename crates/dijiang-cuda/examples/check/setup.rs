@@ -5,6 +5,7 @@ use std::error::Error;
 use dijiang::attention::{CausalState, KeyMask, LinearAttention, LinearConfig, Operator, Qkv};
 use dijiang::attention::{Storage, Window};
 use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, Mixing, Pairing, Radial};
+use dijiang_cuda::cudarc::driver::{CudaSlice, DriverError};
 use dijiang_cuda::{Attention, Device, Element, Workspace};
 use ndarray::{Array2, Array3, s};
 use rand::rngs::ChaCha8Rng;
@@ -25,13 +26,13 @@ pub(crate) fn sizes() -> impl Iterator<Item = [usize; 3]> {
 #[derive(Debug, Clone)]
 pub(crate) struct Setup {
     d: usize,
-    e: usize,
+    pub(crate) e: usize,
     pairing: Pairing,
     blocks: usize,
     mixing: Mixing,
     envelope: Envelope,
-    kv_heads: usize,
-    group: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) group: usize,
     windows: Vec<Window>,
     sinks: usize,
     log_decay: Vec<f64>,
@@ -42,7 +43,7 @@ pub(crate) struct Setup {
     deviation: f64,
     /// What the log-weights are spread over, and the values' size.
     spread: f64,
-    size: f64,
+    pub(crate) size: f64,
     seed: u64,
 }
 
@@ -86,7 +87,9 @@ impl Setup {
         }
     }
 
-    fn operator<T: dijiang::Real>(&self) -> Result<LinearAttention<T, DctMap<T>>, Box<dyn Error>> {
+    pub(crate) fn operator<T: dijiang::Real>(
+        &self,
+    ) -> Result<LinearAttention<T, DctMap<T>>, Box<dyn Error>> {
         let map = |head: usize| -> Result<DctParams, dijiang::Error> {
             let mut params = DctMapConfig::new(self.d)
                 .with_blocks(self.blocks)
@@ -123,7 +126,7 @@ impl Setup {
         self.lengths.iter().sum::<usize>().max(1)
     }
 
-    fn offsets(&self) -> Vec<usize> {
+    pub(crate) fn offsets(&self) -> Vec<usize> {
         let ends = self.lengths.iter().scan(0, |end, n| {
             *end += n;
             Some(*end)
@@ -136,7 +139,7 @@ impl Setup {
     }
 
     /// Numbers that the element type holds exactly.
-    fn inputs<E: Element>(&self, seed: u64) -> Inputs {
+    pub(crate) fn inputs<E: Element>(&self, seed: u64) -> Inputs {
         let mut random = ChaCha8Rng::seed_from_u64(seed);
         let n = self.tokens();
         let mut array = |heads: usize, width: usize, size: f64| {
@@ -155,16 +158,32 @@ impl Setup {
 }
 
 /// One call's arrays, in f64.
-struct Inputs {
-    q: Array3<f64>,
-    k: Array3<f64>,
-    v: Array3<f64>,
-    mask: Vec<bool>,
+pub(crate) struct Inputs {
+    pub(crate) q: Array3<f64>,
+    pub(crate) k: Array3<f64>,
+    pub(crate) v: Array3<f64>,
+    pub(crate) mask: Vec<bool>,
 }
 
 impl Inputs {
+    /// q, k and v; keys that the mask hides may be anything.
+    pub(crate) fn upload<E: Element>(
+        &self,
+        device: &Device,
+    ) -> Result<[CudaSlice<E>; 3], DriverError> {
+        let upload = |array: &Array3<f64>, masked: bool| {
+            let (n, width) = (self.mask.len(), array.shape()[2]);
+            let of = |(i, &x): (usize, &f64)| {
+                let hidden = masked && !self.mask[i / width % n];
+                E::from_f64(if hidden { f64::NAN } else { x })
+            };
+            device.stream().clone_htod(&array.iter().enumerate().map(of).collect::<Vec<E>>())
+        };
+        Ok([upload(&self.q, false)?, upload(&self.k, true)?, upload(&self.v, true)?])
+    }
+
     /// Tokens `from` to `to`, as another call.
-    fn part(&self, from: usize, to: usize) -> Self {
+    pub(crate) fn part(&self, from: usize, to: usize) -> Self {
         let cut = |array: &Array3<f64>| array.slice(s![.., from..to, ..]).to_owned();
         let mask = self.mask[from..to].to_vec();
         Self { q: cut(&self.q), k: cut(&self.k), v: cut(&self.v), mask }
@@ -192,24 +211,12 @@ impl<'d, E: Element> Gpu<'d, E> {
         run: impl FnOnce(
             &Attention<E>,
             dijiang_cuda::Qkv<'_, E>,
-            &mut dijiang_cuda::cudarc::driver::CudaSlice<E>,
+            &mut CudaSlice<E>,
             &mut Workspace<E>,
         ) -> dijiang_cuda::Result<()>,
     ) -> Result<Array3<f64>, Box<dyn Error>> {
-        let stream = self.device.stream();
-        // Keys that the mask hides may be anything.
-        let n = inputs.mask.len();
-        let row_of = |i: usize, width: usize| i / width % n;
-        let upload = |array: &Array3<f64>, masked: bool| {
-            let width = array.shape()[2];
-            let of = |(i, &x): (usize, &f64)| {
-                let hidden = masked && !inputs.mask[row_of(i, width)];
-                E::from_f64(if hidden { f64::NAN } else { x })
-            };
-            stream.clone_htod(&array.iter().enumerate().map(of).collect::<Vec<E>>())
-        };
-        let (q, k, v) =
-            (upload(&inputs.q, false)?, upload(&inputs.k, true)?, upload(&inputs.v, true)?);
+        let (stream, n) = (self.device.stream(), inputs.mask.len());
+        let [q, k, v] = inputs.upload(self.device)?;
         let (heads, width) = heads_and_width;
         let mut out = stream.clone_htod(&vec![E::from_f64(f64::NAN); heads * n * width])?;
         let qkv = dijiang_cuda::Qkv::new(&q, &k, &v).with_mask(&inputs.mask);
@@ -335,19 +342,34 @@ fn states<E: Element>(
 }
 
 /// ‖out − expected‖ / ‖expected‖ of outputs that come in parts.
-#[derive(Default)]
-struct Distance {
+#[derive(Default, Clone, Copy)]
+pub(crate) struct Distance {
     difference: f64,
     size: f64,
 }
 
 impl Distance {
     fn add(&mut self, out: &Array3<f64>, expected: &Array3<f64>) {
-        self.difference += (out - expected).iter().map(|x| x * x).sum::<f64>();
-        self.size += expected.iter().map(|x| x * x).sum::<f64>();
+        self.numbers(out.iter().copied(), expected.iter().copied());
     }
 
-    fn relative(&self) -> f64 {
+    pub(crate) fn numbers(
+        &mut self,
+        out: impl Iterator<Item = f64>,
+        expected: impl Iterator<Item = f64>,
+    ) {
+        for (out, expected) in out.zip(expected) {
+            self.difference += (out - expected).powi(2);
+            self.size += expected.powi(2);
+        }
+    }
+
+    /// What is smaller counts as this much: the square of a norm.
+    pub(crate) fn at_least(&mut self, size: f64) {
+        self.size = self.size.max(size);
+    }
+
+    pub(crate) fn relative(&self) -> f64 {
         if self.difference == 0.0 { 0.0 } else { (self.difference / self.size).sqrt() }
     }
 }

@@ -5,7 +5,7 @@ use std::error::Error;
 use dijiang::attention::{LinearConfig, Window};
 use dijiang::kernel::DctMapConfig;
 use dijiang_cuda::cudarc::driver::{CudaSlice, sys::CUevent_flags};
-use dijiang_cuda::{Attention, Device, Qkv, Workspace};
+use dijiang_cuda::{Attention, BackwardWorkspace, Device, InputGradients, Qkv, Workspace};
 use half::bf16;
 use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
@@ -22,12 +22,16 @@ pub(crate) fn all(device: &Device, only: &str) -> Result<(), Box<dyn Error>> {
         for chunk in [64, 128] {
             if only == "short" {
                 forward(device, d, chunk, 2048)?;
-            } else if only != "decode" {
-                for n in [1024, 2048, 4096, 8192, 16384, 32768, 65536] {
+            }
+            for n in [1024, 2048, 4096, 8192, 16384, 32768, 65536] {
+                if ["", "forward"].contains(&only) {
                     forward(device, d, chunk, n)?;
                 }
+                if ["", "backward"].contains(&only) {
+                    backward(device, d, chunk, n)?;
+                }
             }
-            if only != "forward" && only != "short" {
+            if ["", "decode"].contains(&only) {
                 for context in [1024, 32768] {
                     decode(device, d, chunk, context)?;
                 }
@@ -47,6 +51,11 @@ pub(crate) fn profile(device: &Device) -> Result<(), Box<dyn Error>> {
         for _ in 0..2 {
             attention.forward(Qkv::new(&q, &k, &v), &mut out, &mut workspace)?;
         }
+        let zeros = || device.stream().alloc_zeros::<bf16>(len);
+        let (mut dq, mut dk, mut dv) = (zeros()?, zeros()?, zeros()?);
+        let gradients = InputGradients { q: &mut dq, k: &mut dk, v: &mut dv };
+        let mut scratch = BackwardWorkspace::default();
+        attention.backward_with_maps(Qkv::new(&q, &k, &v), &q, gradients, &mut scratch)?;
         let mut pool = attention.new_pool(64)?;
         let all: Vec<usize> = (0..64).collect();
         let offsets: Vec<usize> = (0..=TOKENS).step_by(TOKENS / 64).collect();
@@ -122,6 +131,38 @@ fn forward(device: &Device, d: usize, chunk: usize, n: usize) -> Result<(), Box<
          \"ms\": {ms:.4}, \"tflops\": {:.1}, \"gbytes_per_s\": {:.0}}}",
         per_token * tokens / ms / 1e9,
         bytes / ms / 1e6,
+    );
+    Ok(())
+}
+
+fn backward(device: &Device, d: usize, chunk: usize, n: usize) -> Result<(), Box<dyn Error>> {
+    let (total, attention) = (TOKENS.max(n), operator(device, d, chunk)?);
+    let len = HEADS * total * d;
+    let (q, k, v) = (random(device, len)?, random(device, len + 1)?, random(device, len)?);
+    let k = device.stream().clone_dtod(&k.slice(1..))?;
+    let grad = device.stream().clone_dtod(&v)?;
+    let zeros = || device.stream().alloc_zeros::<bf16>(len);
+    let (mut dq, mut dk, mut dv) = (zeros()?, zeros()?, zeros()?);
+    let offsets: Vec<usize> = (0..=total).step_by(n).collect();
+    let mut workspace = BackwardWorkspace::default();
+    let mut times = [0.0; 2];
+    for (time, maps) in times.iter_mut().zip([false, true]) {
+        *time = median(device, 11, 3, || {
+            let qkv = Qkv::new(&q, &k, &v).with_offsets(&offsets);
+            let gradients = InputGradients { q: &mut dq, k: &mut dk, v: &mut dv };
+            if maps {
+                attention.backward_with_maps(qkv, &grad, gradients, &mut workspace)?;
+            } else {
+                attention.backward(qkv, &grad, gradients, &mut workspace)?;
+            }
+            Ok(())
+        })?;
+    }
+    let [ms, with_maps] = times;
+    println!(
+        "{{\"what\": \"backward\", \"d\": {d}, \"chunk\": {chunk}, \"n\": {n}, \
+         \"tokens\": {total}, \
+         \"ms\": {ms:.4}, \"with_maps_ms\": {with_maps:.4}}}"
     );
     Ok(())
 }
