@@ -45,6 +45,9 @@ pub(crate) struct Setup {
     /// Steps that the softmax model is trained for.
     #[arg(long, default_value_t = 600)]
     pretrain: usize,
+    /// Length of the first of those steps; it falls to 0 as half a cosine.
+    #[arg(long, default_value_t = 3e-3)]
+    pretrain_rate: f64,
     /// Windows of a step.
     #[arg(long, default_value_t = 8)]
     pub(crate) batch: usize,
@@ -102,7 +105,7 @@ impl Setup {
             return Ok(model.try_load_file(record)?);
         }
         let loader = self.shuffled(text, device);
-        let model = pretrain::pretrain(model, &loader, self.pretrain)?;
+        let model = pretrain::pretrain(model, &loader, self.pretrain, self.pretrain_rate)?;
         if let Some(record) = &self.record {
             model.clone().save_file(record)?;
         }

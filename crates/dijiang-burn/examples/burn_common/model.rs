@@ -1,12 +1,15 @@
 //! A small language model over bytes.
 
 use burn::config::Config;
-use burn::module::{Initializer, Module};
+use burn::module::Module;
 use burn::nn::attention::{
     MhaInput, MultiHeadAttention, MultiHeadAttentionConfig, generate_autoregressive_mask,
 };
 use burn::nn::loss::CrossEntropyLossConfig;
-use burn::nn::{Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig};
+use burn::nn::{
+    Embedding, EmbeddingConfig, LayerNorm, LayerNormConfig, Linear, LinearConfig,
+    PositionalEncoding, PositionalEncodingConfig,
+};
 use burn::tensor::activation::gelu;
 use burn::tensor::{Device, Int, Tensor};
 use burn::train::ClassificationOutput;
@@ -17,8 +20,12 @@ use super::text::{Batch, Loader};
 /// Tokens are bytes.
 const TOKENS: usize = 256;
 
+/// Bytes that each position knows without attention: its own and those before it.
+const BACK: usize = 3;
+
 /// Attention before its exchange or after it.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant, reason = "there are few, and a module holds modules")]
 pub(crate) enum Attention {
     Softmax(MultiHeadAttention),
     Linear(DijiangAttention),
@@ -70,10 +77,6 @@ impl ModelConfig {
     /// The model with new weights and softmax attention.
     pub(crate) fn init(&self, device: &Device) -> Model {
         let d = self.d_model;
-        let embedding = |rows| {
-            let normal = Initializer::Normal { mean: 0.0, std: 0.02 };
-            EmbeddingConfig::new(rows, d).with_initializer(normal).init(device)
-        };
         let attention = MultiHeadAttentionConfig::new(d, self.n_heads).with_dropout(0.0);
         let block = |_| Block {
             attention_norm: LayerNormConfig::new(d).init(device),
@@ -83,8 +86,10 @@ impl ModelConfig {
             down: LinearConfig::new(4 * d, d).init(device),
         };
         Model {
-            tokens: embedding(TOKENS),
-            positions: embedding(self.context),
+            tokens: (0..BACK).map(|_| EmbeddingConfig::new(TOKENS, d).init(device)).collect(),
+            positions: PositionalEncodingConfig::new(d)
+                .with_max_sequence_size(self.context)
+                .init(device),
             blocks: (0..self.n_layers).map(block).collect(),
             norm: LayerNormConfig::new(d).init(device),
             output: LinearConfig::new(d, TOKENS).init(device),
@@ -95,8 +100,10 @@ impl ModelConfig {
 /// A language model over bytes.
 #[derive(Module, Debug)]
 pub(crate) struct Model {
-    tokens: Embedding,
-    positions: Embedding,
+    /// Of a byte, of the one before it, and so on: with one alone it would take a brief training
+    /// all its time to learn to look one byte back.
+    tokens: Vec<Embedding>,
+    positions: PositionalEncoding,
     pub(crate) blocks: Vec<Block>,
     norm: LayerNorm,
     output: Linear,
@@ -108,9 +115,14 @@ impl Model {
         &self,
         inputs: Tensor<2, Int>,
     ) -> Result<(Tensor<3>, Vec<Tensor<3>>), dijiang_burn::Error> {
-        let [_, n] = inputs.dims();
-        let positions = Tensor::arange(0..n as i64, &inputs.device()).unsqueeze_dim(0);
-        let mut x = self.tokens.forward(inputs) + self.positions.forward(positions);
+        let [batch, n] = inputs.dims();
+        let mut x = self.tokens[0].forward(inputs.clone());
+        for (back, tokens) in self.tokens.iter().enumerate().skip(1) {
+            let none = Tensor::zeros([batch, back.min(n)], &inputs.device());
+            let earlier = inputs.clone().narrow(1, 0, n - back.min(n));
+            x = x + tokens.forward(Tensor::cat(vec![none, earlier], 1));
+        }
+        let mut x = self.positions.forward(x);
         let mut hidden = Vec::new();
         for block in &self.blocks {
             let input = block.attention_norm.forward(x.clone());

@@ -14,7 +14,7 @@ pub(crate) fn optimizer() -> ModuleOptimizer {
 }
 
 /// Trains for so many steps, over the loader's windows as often as it takes.
-pub(crate) fn pretrain(model: Model, loader: &Loader, steps: usize) -> Result<Model> {
+pub(crate) fn pretrain(model: Model, loader: &Loader, steps: usize, rate: f64) -> Result<Model> {
     let (mut model, mut optimizer) = (model.train(), optimizer());
     let mut step = 0;
     while step < steps {
@@ -27,7 +27,7 @@ pub(crate) fn pretrain(model: Model, loader: &Loader, steps: usize) -> Result<Mo
             }
             let gradients = GradientsParams::from_grads(loss.backward(), &model);
             let half_cosine = (std::f64::consts::PI * step as f64 / steps as f64).cos() / 2.0 + 0.5;
-            model = optimizer.step(3e-3 * half_cosine, model, gradients);
+            model = optimizer.step(rate * half_cosine, model, gradients);
             step += 1;
         }
     }
