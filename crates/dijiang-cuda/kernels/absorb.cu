@@ -39,17 +39,17 @@ __device__ bool key_exponents(const Call &call, const Head &head, const Sequence
 
 // The key projection of a block of 64 features.
 struct KeyMap {
-    Rows<D> high, low;
+    Rows<D> high;
+    FarRows<D> low;  // seldom needed
     float row[2];
 
-    __device__ void load(const Call &call, int kv, int block, Element *k, Element *rest) {
+    __device__ void load(const Call &call, int kv, int block, Element *k) {
         load_block<D>(k, projection(call, kv, 1, block, 0));
-        if (SPLIT) load_block<D>(rest, projection(call, kv, 1, block, SPLIT));
+        if (SPLIT) low.load(projection(call, kv, 1, block, SPLIT));
         commit();
         arrived<0>();
         __syncthreads();
         high.load(k);
-        if (SPLIT) low.load(rest);
         int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         for (int r = 0; r < 2; r++) row[r] = call.rows[(kv * 2 + 1) * M + f + 8 * r];
         __syncthreads();
@@ -68,12 +68,39 @@ __device__ void absorb_tile(Softmax &sums, const KeyMap &map, const Element *k, 
     sums.add(s, 1.f, v, scratch);
 }
 
-// The mean values of a block, by way of shared memory for whole lines of stores. All threads leave
-// together.
-__device__ void store_means(const Softmax &sums, const float (&total)[2], Element *stage,
-                            Element *means, float *units, long version, int block) {
+// A row of means from the four lanes that hold it, 32 columns at a time.
+__device__ void store_row(Element *to, const Softmax &sums, int r, float factor) {
+    int lane = threadIdx.x % 4;
+#if SPLIT
+    bool odd = lane & 1, high = lane & 2;
+    auto swap = [](bool upper, int mask, u32 &x, u32 &y) {
+        u32 other = __shfl_xor_sync(~0u, upper ? x : y, mask);
+        (upper ? x : y) = other;
+    };
+#pragma unroll
+    for (int n = 0; n < E / 8; n += 4) {
+        // From two columns of each 8 to 8 columns.
+        u32 x[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            x[i] = pack_half(sums.o[n + i][2 * r] * factor, sums.o[n + i][2 * r + 1] * factor);
+        swap(odd, 1, x[0], x[1]), swap(odd, 1, x[2], x[3]);
+        swap(high, 2, x[0], x[2]), swap(high, 2, x[1], x[3]);
+        *(uint4 *)(to + 8 * (n + lane)) = make_uint4(x[0], x[1], x[2], x[3]);
+    }
+#else
+#pragma unroll
+    for (int n = 0; n < E / 8; n++)
+        *(float2 *)(to + 8 * n + 2 * lane) =
+            make_float2(sums.o[n][2 * r] * factor, sums.o[n][2 * r + 1] * factor);
+#endif
+}
+
+// The mean values of a block. Not again before threads have met.
+__device__ void store_means(const Softmax &sums, const float (&total)[2], Element *means,
+                            float *units, long version, int block) {
     __shared__ float most[THREADS / 32];
-    int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4, column = 2 * (threadIdx.x % 4);
+    int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     float inverse[2], unit = 1.f;
     for (int r = 0; r < 2; r++) inverse[r] = total[r] > 0.f ? 1.f / total[r] : 0.f;
     if (SCALED) {
@@ -92,17 +119,10 @@ __device__ void store_means(const Softmax &sums, const float (&total)[2], Elemen
         if (own > 0.f) unit = __uint_as_float(max(__float_as_uint(own) & 0x7f800000u, 2u << 23));
         if (threadIdx.x == 0) units[version * (M / TILE) + block] = unit;
     }
-#pragma unroll
     for (int r = 0; r < 2; r++) {
-        float factor = inverse[r] / unit;
-#pragma unroll
-        for (int n = 0; n < E / 8; n++)
-            store_mean2(stage + (row + 8 * r) * VALUE_ROW + 8 * n + column,
-                        sums.o[n][2 * r] * factor, sums.o[n][2 * r + 1] * factor);
+        Element *to = means + (version * M + block * TILE + row + 8 * r) * E;
+        store_row(to, sums, r, inverse[r] / unit);
     }
-    __syncthreads();
-    store_block<E>(means + (version * M + block * TILE) * E, stage, [](int) { return true; });
-    __syncthreads();
 }
 
 #ifndef BACKWARD
@@ -133,13 +153,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
 
     KeyMap map;
     // Without a split the projection is read from where it lies.
-    map.load(call, kv, block, SPLIT ? tiles.k(0) : tiles.fixed(), tiles.k(1));
+    map.load(call, kv, block, SPLIT ? tiles.k(0) : tiles.fixed());
     float *of_segment = call.segment_sums + ((long)at_segment * call.kv_heads + kv) * M * (E + 2);
     int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     int column = 2 * (threadIdx.x % 4);
     Softmax sums;
     sums.clear();
-    for (int r = 0; call.versions && r < 2; r++) {
+    // Nothing is before a sequence's first segment, but a state.
+    bool resumes = call.versions && (segment > 0 || sequence.slot >= 0);
+    for (int r = 0; resumes && r < 2; r++) {
         int g = f + 8 * r;
         sums.resume(r, of_segment[g], of_segment[M + g], of_segment + 2 * M + g * E);
     }
@@ -176,8 +198,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
                 for (int r = 0; r < 2; r++)
                     call.mean_level[version * M + f + 8 * r] =
                         total[r] > 0.f ? sums.top[r] + log2f(total[r]) : NEVER;
-            Element *stage = tiles.v((at - first + 1) % 2);
-            store_means(sums, total, stage, call.means, call.mean_unit, version, block);
+            store_means(sums, total, call.means, call.mean_unit, version, block);
         }
     }
 }

@@ -240,7 +240,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) gather(const Call call,
     for (int r = 0; r < 2; r++) {
         int g = f + 8 * r;
         row[r] = call.rows[kv * 2 * M + g];
-        if (!back.versions) continue;
+        // Nothing is behind a sequence's last segment.
+        if (!back.versions || place.end == place.last_tile) continue;
         sums.resume(r, of_segment[g], of_segment[M + g], of_segment + 2 * M + g * E);
         if (column == 0) delta[r] = of_segment[M * (E + 2) + g];
     }
@@ -281,8 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) gather(const Call call,
             back.mean_level[version * M + f + 8 * r] = level;
             back.mean_delta[version * M + f + 8 * r] = any ? sum / total[r] : 0.f;
         }
-        __syncthreads();
-        store_means(sums, total, at.rows_e(), back.means, back.mean_unit, version, block);
+        store_means(sums, total, back.means, back.mean_unit, version, block);
     }
     if (back.versions) return;
     for (int r = 0; r < 2; r++) {

@@ -266,7 +266,6 @@ __device__ Element narrow(float x) { return x; }
 __device__ void store2(Element *to, float low, float high) {
     *(float2 *)to = make_float2(low, high);
 }
-__device__ void store_mean2(Element *to, float low, float high) { store2(to, low, high); }
 __device__ void widen(const float4 &pack, float *to) {
     to[0] = pack.x, to[1] = pack.y, to[2] = pack.z, to[3] = pack.w;
 }
@@ -274,9 +273,6 @@ __device__ void widen(const float4 &pack, float *to) {
 __device__ float wide(Element x) { return low_of(x); }
 __device__ Element narrow(float x) { return (Element)pack2(x, 0.f); }
 __device__ void store2(Element *to, float low, float high) { *(u32 *)to = pack2(low, high); }
-__device__ void store_mean2(Element *to, float low, float high) {
-    *(u32 *)to = pack_half(low, high);
-}
 __device__ void widen(const float4 &pack, float *to) {
     const u32 *both = (const u32 *)&pack;
     for (int i = 0; i < 4; i++) to[2 * i] = low_of(both[i]), to[2 * i + 1] = high_of(both[i]);
@@ -296,6 +292,7 @@ template <int WIDTH> struct Rows {
     }
 };
 template <int WIDTH> using SharedRows = Rows<WIDTH>;
+template <int WIDTH> using FarRows = Rows<WIDTH>;
 
 // acc += rows * tile^T, tile: N * 8 rows of WIDTH.
 template <int N, int WIDTH>
@@ -395,6 +392,19 @@ template <int WIDTH> struct Rows {
     }
     __device__ void part(int i, u32 (&to)[4]) const {
         for (int j = 0; j < 4; j++) to[j] = a[i][j];
+    }
+};
+
+// The same from rows without padding that lie in the device's memory.
+template <int WIDTH> struct FarRows {
+    const Element *at;
+    __device__ void load(const Element *rows) {
+        int lane = threadIdx.x % 32;
+        at = rows + (threadIdx.x / 32 * 16 + lane / 4) * WIDTH + 2 * (lane % 4);
+    }
+    __device__ void part(int i, u32 (&to)[4]) const {
+        for (int j = 0; j < 4; j++)
+            to[j] = *(const u32 *)(at + j % 2 * 8 * WIDTH + 16 * i + j / 2 * 8);
     }
 };
 

@@ -34,7 +34,7 @@ __device__ void retire(const Call &call, const Head &head, const Sequence &seque
     int base = until * TILE, column = 2 * (threadIdx.x % 4);
     for (int block = 0; block < M / TILE; block++) {
         KeyMap map;
-        map.load(call, kv, block, SPLIT ? k : tiles.fixed(), tiles.k(1));
+        map.load(call, kv, block, SPLIT ? k : tiles.fixed());
         Softmax sums;
         sums.clear();
         for (int tile = first; tile < until; tile++) {

@@ -319,7 +319,10 @@ impl<E: Element> Attention<E> {
         qkv: &Qkv<'_, E>,
     ) -> Result<Plan> {
         let blocks = self.shape.kv_heads() * self.shape.features / TILE;
-        Plan::new(parts, qkv.mask, self.shape.sinks, blocks)
+        // Of 132 multiprocessors, as BLOCKS in kernels/common.cu.
+        let small = self.shape.dim == 64 && self.shape.value_dim == 64 && size_of::<E>() == 2;
+        let at_once = if small { 512 } else { 256 };
+        Plan::new(parts, qkv.mask, self.shape.sinks, blocks, at_once)
     }
 
     fn continued(
@@ -360,8 +363,10 @@ impl<E: Element> Attention<E> {
         let bytes = shared_bytes::<E>(&self.shape);
         let Kernels { absorb, scan, outputs, .. } = &self.kernels;
         let versions = Call { versions: 1, ..call };
-        self.launch(absorb, (segments * blocks, kv_heads, 1), THREADS, bytes, call)?;
-        self.launch(scan, (rows, kv_heads, sequences), 256, 0, call)?;
+        if plan.is_split() || call.states != 0 {
+            self.launch(absorb, (segments * blocks, kv_heads, 1), THREADS, bytes, call)?;
+            self.launch(scan, (rows, kv_heads, sequences), 256, 0, call)?;
+        }
         self.launch(absorb, (segments * blocks, kv_heads, 1), THREADS, bytes, versions)?;
         self.launch(outputs, (tiles, self.heads as u32, 1), THREADS, bytes, call)
     }

@@ -239,9 +239,11 @@ impl<E: Element> Attention<E> {
             Ok(())
         };
         let gathers = (segments * blocks, kv_heads, 1);
-        launch(&kernels.gather, gathers, THREADS, bytes, back)?;
-        let rows = (features * value_dim / 256) as u32;
-        launch(&kernels.scan_back, (rows, kv_heads, sequences), 256, 0, back)?;
+        if plan.is_split() {
+            launch(&kernels.gather, gathers, THREADS, bytes, back)?;
+            let rows = (features * value_dim / 256) as u32;
+            launch(&kernels.scan_back, (rows, kv_heads, sequences), 256, 0, back)?;
+        }
         launch(&kernels.gather, gathers, THREADS, bytes, Back { versions: 1, ..back })?;
         let queries = (tiles, self.heads as u32, 1);
         launch(&kernels.query_gradients, queries, THREADS, bytes, back)?;

@@ -124,20 +124,21 @@ pub(crate) struct Part<'a> {
 }
 
 impl Plan {
-    /// `blocks` is how many blocks a segment takes.
+    /// `blocks` is how many blocks a segment takes, `at_once` how many there is room for.
     pub(crate) fn new<'a>(
         parts: impl Iterator<Item = Part<'a>> + Clone,
         mask: Option<&[bool]>,
         sinks: usize,
         blocks: usize,
+        at_once: usize,
     ) -> Result<Self> {
         let tiles_of = |part: &Part<'_>| match part.rows.len() {
             0 => 0,
             n => (part.position + n - 1) / TILE - part.position / TILE + 1,
         };
         let tiles: usize = parts.clone().map(|part| tiles_of(&part)).sum();
-        // A few blocks for every multiprocessor, or segments as long as they need to be for that.
-        let segment_tiles = (tiles * blocks / 512).next_power_of_two().clamp(2, 32);
+        // As long as may be while all multiprocessors have work.
+        let segment_tiles = (tiles * blocks / at_once).next_power_of_two().clamp(2, 32);
         let mut plan = Self { segment_tiles, ..Self::default() };
         for part in parts {
             let n = part.rows.len();
@@ -178,6 +179,13 @@ impl Plan {
     }
 }
 
+impl Plan {
+    /// Whether any segment comes behind another one of its sequence.
+    pub(crate) fn is_split(&self) -> bool {
+        self.segments > self.sequences.len()
+    }
+}
+
 /// The window in the kernels' units, or what is wrong with it.
 pub(crate) fn tiles(window: Window) -> Result<(i32, i32)> {
     let unsupported = |argument, expected, got| Err(Error::Unsupported { argument, expected, got });
@@ -205,10 +213,11 @@ mod tests {
             Part { rows: 4..4, position: 9, slot: Some(7), sinks: &[3] },
             Part { rows: 4..8, position: 126, slot: Some(2), sinks: &[5] },
         ];
-        let plan = Plan::new(parts.iter().map(Part::clone), Some(&mask), 2, 16);
+        let plan = Plan::new(parts.iter().map(Part::clone), Some(&mask), 2, 16, 512);
         let plan = plan.expect("it is small");
         assert_eq!(plan.sequences.len(), 2, "a sequence without tokens has no work");
         assert_eq!((plan.tiles, plan.segments, plan.segment_tiles), (3, 2, 2));
+        assert!(!plan.is_split());
         let [first, second] = [plan.sequences[0], plan.sequences[1]];
         assert_eq!((first.sinks, &first.sink[..2]), (2, &[0, 2][..]));
         assert_eq!((second.sinks, &second.sink[..2]), (2, &[5, 128][..]));
