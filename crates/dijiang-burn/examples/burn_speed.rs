@@ -30,6 +30,10 @@ struct Args {
     /// Measure each so often, and take the shortest time.
     #[arg(long, default_value_t = 5)]
     repeat: usize,
+    /// Time on the CPU, of all threads together, in place of the clock's: for a machine that others
+    /// use too, with RAYON_NUM_THREADS=1. On Linux.
+    #[arg(long)]
+    on_cpu: bool,
     /// One row alone.
     #[arg(long)]
     only: Option<Row>,
@@ -57,7 +61,8 @@ impl Row {
     }
 
     /// Seconds of the layer on `n` tokens, and of what is between its projections.
-    fn seconds(self, n: usize, heads: usize, repeat: usize) -> Result<[f64; 2], Error> {
+    fn seconds(self, n: usize, args: &Args) -> Result<[f64; 2], Error> {
+        let (heads, repeat) = (args.heads, args.repeat);
         let device = Device::flex();
         let width = heads * 64;
         let normal = Distribution::Normal(0.0, 1.0);
@@ -101,17 +106,46 @@ impl Row {
         };
         let mut shortest = [f64::INFINITY; 2];
         for _ in 0..repeat {
-            let start = Instant::now();
+            let start = Watch::new(args.on_cpu);
             let out = whole()?;
-            shortest[0] = shortest[0].min(start.elapsed().as_secs_f64());
+            shortest[0] = shortest[0].min(start.seconds());
             assert!(out.sum().into_scalar::<f32>().is_finite());
-            let start = Instant::now();
+            let start = Watch::new(args.on_cpu);
             let Some(out) = alone()? else { continue };
-            shortest[1] = shortest[1].min(start.elapsed().as_secs_f64());
+            shortest[1] = shortest[1].min(start.seconds());
             assert!(out.sum().into_scalar::<f32>().is_finite());
         }
         Ok(shortest)
     }
+}
+
+/// Since when, by the clock or in seconds on the CPU.
+enum Watch {
+    Clock(Instant),
+    Cpu(f64),
+}
+
+impl Watch {
+    fn new(on_cpu: bool) -> Self {
+        if on_cpu { Self::Cpu(on_cpu_so_far()) } else { Self::Clock(Instant::now()) }
+    }
+
+    fn seconds(&self) -> f64 {
+        match self {
+            Self::Clock(start) => start.elapsed().as_secs_f64(),
+            Self::Cpu(start) => on_cpu_so_far() - start,
+        }
+    }
+}
+
+/// What this process's threads have had of the CPU, NaN where the system does not say.
+fn on_cpu_so_far() -> f64 {
+    let nanoseconds = |thread: fs::DirEntry| -> Option<f64> {
+        let stat = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        stat.split_whitespace().next()?.parse().ok()
+    };
+    let Ok(threads) = fs::read_dir("/proc/self/task") else { return f64::NAN };
+    threads.map(|thread| thread.ok().and_then(nanoseconds).unwrap_or(f64::NAN)).sum::<f64>() / 1e9
 }
 
 /// The most memory this process has held, in MB, where the system says so.
@@ -125,7 +159,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args = Args::parse();
     if let Some(row) = args.only {
         let n = args.tokens[0];
-        let [whole, alone] = row.seconds(n, args.heads, args.repeat)?;
+        let [whole, alone] = row.seconds(n, &args)?;
         println!("{whole} {alone} {}", peak().unwrap_or(f64::NAN));
         return Ok(());
     }
@@ -138,6 +172,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let output = Command::new(env::current_exe()?)
                 .args(["--only", &name, "--tokens", &n.to_string()])
                 .args(["--heads", &args.heads.to_string(), "--repeat", &args.repeat.to_string()])
+                .args(args.on_cpu.then_some("--on-cpu"))
                 .output()?;
             if !output.status.success() {
                 return Err(String::from_utf8_lossy(&output.stderr).into());
