@@ -1,6 +1,9 @@
 //! Gradients: of q, k and v on the device, of the maps' parameters and decays from sums over the
 //! tokens that the device makes.
 
+use std::ops::Range;
+use std::thread;
+
 use cudarc::driver::{
     CudaFunction, CudaSlice, DevicePtr, DevicePtrMut, LaunchConfig, PushKernelArg,
 };
@@ -124,16 +127,22 @@ impl<E: Element> Attention<E> {
         let moments = read(&workspace.moment_totals, 2 * kv_heads * size)?;
         let decays = read(&workspace.decays, (self.heads + kv_heads) * tiles)?;
         let (queries, keys) = moments.split_at(kv_heads * size);
+        let scale = self.shape.scale;
+        let mut maps: Vec<DctGradients> =
+            self.maps.iter().map(|map| DctGradients::zeros(map.params())).collect();
         let sides = queries.chunks_exact(size).zip(keys.chunks_exact(size));
-        let maps = self.maps.iter().zip(sides);
-        let maps = maps.map(|(map, (query, key))| of_map(map, self.shape.scale, query, key));
-        let sum = |heads: std::ops::Range<usize>| -> f64 {
+        thread::scope(|scope| {
+            for ((to, map), (query, key)) in maps.iter_mut().zip(&self.maps).zip(sides) {
+                scope.spawn(move || *to = of_map(map, scale, query, key));
+            }
+        });
+        let sum = |heads: Range<usize>| -> f64 {
             decays[heads.start * tiles..heads.end * tiles].iter().sum()
         };
         let group = self.heads / kv_heads;
         let of_keys = |kv| sum(self.heads + kv..self.heads + kv + 1);
         let log_decay = (0..kv_heads).map(|kv| sum(kv * group..(kv + 1) * group) - of_keys(kv));
-        Ok(MapGradients { maps: maps.collect(), log_decay: log_decay.collect() })
+        Ok(MapGradients { maps, log_decay: log_decay.collect() })
     }
 
     /// How many tiles there are.

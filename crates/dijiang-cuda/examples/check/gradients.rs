@@ -45,12 +45,17 @@ impl Errors {
     }
 }
 
-pub(crate) fn all(device: &Device, setups: u64, seed: u64) -> Result<(), Box<dyn Error>> {
+pub(crate) fn all(
+    device: &Device,
+    setups: u64,
+    seed: u64,
+    tokens: u64,
+) -> Result<(), Box<dyn Error>> {
     let mut errors =
         [Errors::new::<bf16>(8e-3), Errors::new::<f16>(2e-3), Errors::new::<f32>(1e-4)];
     for i in 0..setups {
         let mut random = ChaCha8Rng::seed_from_u64(seed + i);
-        let setup = Setup::draw(&mut random);
+        let setup = Setup::draw(&mut random).with_tokens(tokens as usize);
         let inputs: u64 = random.random();
         errors[0].add(&setup, compare::<bf16>(device, &setup, inputs)?);
         errors[1].add(&setup, compare::<f16>(device, &setup, inputs)?);

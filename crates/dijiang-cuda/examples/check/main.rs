@@ -1,8 +1,9 @@
 //! Correctness against the CPU engine in f64, then times, on the first GPU.
 //!
 //! ```text
-//! check correct [setups] [seed]    random setups: odd lengths, windows, sinks, masks, packed
-//! check backward [setups] [seed]   gradients of the same setups
+//! check correct [setups] [seed] [tokens]    random setups: odd lengths, windows, sinks, masks,
+//!                                  packed; with `tokens` one sequence of this length each
+//! check backward [setups] [seed] [tokens]   gradients of the same setups
 //! check decode [tokens]            a long decode, compared at its end
 //! check time [forward | backward | decode | short]    one line of JSON for each
 //! check compile [driver] [i]       the kernels these need, into the cache, without a GPU; of the
@@ -31,8 +32,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     }
     let device = Device::new(0)?;
     match arguments.first().map(String::as_str) {
-        Some("correct") => correct(&device, number(1, 200)?, number(2, 0)?),
-        Some("backward") => gradients::all(&device, number(1, 200)?, number(2, 0)?),
+        Some("correct") => correct(&device, number(1, 200)?, number(2, 0)?, number(3, 0)?),
+        Some("backward") => gradients::all(&device, number(1, 200)?, number(2, 0)?, number(3, 0)?),
         Some("decode") => setup::long_decode(&device, number(1, 1_000_000)? as usize),
         Some("time") => time::all(&device, arguments.get(1).map_or("", String::as_str)),
         Some("profile") => time::profile(&device),
@@ -100,12 +101,12 @@ fn larger(a: f64, b: f64) -> f64 {
     if b.is_nan() || b > a { b } else { a }
 }
 
-fn correct(device: &Device, setups: u64, seed: u64) -> Result<(), Box<dyn Error>> {
+fn correct(device: &Device, setups: u64, seed: u64, tokens: u64) -> Result<(), Box<dyn Error>> {
     let mut errors =
         [Errors::new::<bf16>(2e-3), Errors::new::<f16>(5e-4), Errors::new::<f32>(2e-5)];
     for i in 0..setups {
         let mut random = ChaCha8Rng::seed_from_u64(seed + i);
-        let setup = Setup::draw(&mut random);
+        let setup = Setup::draw(&mut random).with_tokens(tokens as usize);
         let inputs: u64 = random.random();
         errors[0].add(&setup, compare::<bf16>(device, &setup, inputs)?);
         errors[1].add(&setup, compare::<f16>(device, &setup, inputs)?);

@@ -87,6 +87,11 @@ impl Setup {
         }
     }
 
+    /// One sequence of this many tokens; 0 leaves the lengths as they are.
+    pub(crate) fn with_tokens(self, tokens: usize) -> Self {
+        if tokens == 0 { self } else { Self { lengths: vec![tokens], ..self } }
+    }
+
     pub(crate) fn operator<T: dijiang::Real>(
         &self,
     ) -> Result<LinearAttention<T, DctMap<T>>, Box<dyn Error>> {
