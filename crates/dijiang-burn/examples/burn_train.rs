@@ -28,13 +28,13 @@ struct Args {
     #[command(flatten)]
     setup: Setup,
     /// Passes over the windows that are trained on.
-    #[arg(long, default_value_t = 2)]
+    #[arg(long, default_value_t = 1)]
     epochs: usize,
     /// Windows that are trained on, spread over the text.
-    #[arg(long, default_value_t = 400)]
+    #[arg(long, default_value_t = 800)]
     windows: usize,
     /// The first steps' length; it falls to 0 as half a cosine.
-    #[arg(long, default_value_t = 1e-3)]
+    #[arg(long, default_value_t = 1e-4)]
     learning_rate: f64,
     /// Where the learner writes its logs.
     #[arg(long, default_value_os_t = std::env::temp_dir().join("dijiang-burn-train"))]
