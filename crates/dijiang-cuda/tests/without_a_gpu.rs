@@ -59,4 +59,5 @@ fn everything_can_be_sent_to_another_thread() {
     is_send_and_sync::<dijiang_cuda::Attention<bf16>>();
     is_send_and_sync::<dijiang_cuda::Pool<f32>>();
     is_send_and_sync::<dijiang_cuda::Workspace<f16>>();
+    is_send_and_sync::<dijiang_cuda::BackwardWorkspace<f16>>();
 }
