@@ -158,9 +158,9 @@ impl DijiangAttention {
     /// projections.
     ///
     /// # Cost
-    /// O(n). The tensor path keeps about m + (r + 1)·c + d numbers per token and head for gradients,
-    /// for several of its operations each (r + 1 chunks of c tokens are the window); the engine
-    /// keeps q, k and v.
+    /// O(n). The tensor path keeps about m + (r + 1)·c + d numbers per token and head for
+    /// gradients, for several of its operations each (r + 1 chunks of c tokens are the window); the
+    /// engine keeps q, k and v.
     ///
     /// # Errors
     /// [`dijiang::Error::Shape`] and [`dijiang::Error::Empty`] for the input,
@@ -177,7 +177,8 @@ impl DijiangAttention {
     /// Attention alone, of queries, keys and values that the caller has projected and rotated.
     ///
     /// # Shapes
-    /// - `q`: `[b, n, h, d]`, `k` and `v`: `[b, n, h_kv, d]`, `mask_pad`: `[b, n]`, true for padding
+    /// - `q`: `[b, n, h, d]`, `k` and `v`: `[b, n, h_kv, d]`
+    /// - `mask_pad`: `[b, n]`, true for padding
     /// - returns `[b, n, h, d]`
     ///
     /// # Conventions
