@@ -44,7 +44,10 @@ struct Args {
 /// The loss inside the learner, whose steps cannot fail: an error there is a model that is no
 /// longer finite.
 fn loss(model: &Model, batch: Batch) -> ClassificationOutput {
-    model.loss(batch).unwrap_or_else(|error| panic!("the model cannot be computed: {error}"))
+    match model.loss(batch) {
+        Ok((loss, logits, targets)) => ClassificationOutput::new(loss, logits, targets),
+        Err(error) => panic!("the model cannot be computed: {error}"),
+    }
 }
 
 impl TrainStep for Model {

@@ -12,7 +12,6 @@ use burn::nn::{
 };
 use burn::tensor::activation::gelu;
 use burn::tensor::{Device, Int, Tensor};
-use burn::train::ClassificationOutput;
 use dijiang_burn::DijiangAttention;
 
 use super::text::{Batch, Loader};
@@ -132,13 +131,15 @@ impl Model {
         Ok((self.output.forward(self.norm.forward(x)), hidden))
     }
 
-    /// The loss of a batch, and what burn's metrics look at.
-    pub(crate) fn loss(&self, batch: Batch) -> Result<ClassificationOutput, dijiang_burn::Error> {
+    /// The loss of a batch, with the logits `[b·n, 256]` and targets `[b·n]` that it is made of.
+    pub(crate) fn loss(
+        &self,
+        batch: Batch,
+    ) -> Result<(Tensor<1>, Tensor<2>, Tensor<1, Int>), dijiang_burn::Error> {
         let (logits, _) = self.forward(batch.inputs)?;
         let (logits, targets) = (logits.flatten(0, 1), batch.targets.flatten(0, 1));
         let loss = CrossEntropyLossConfig::new().init(&logits.device());
-        let loss = loss.forward(logits.clone(), targets.clone());
-        Ok(ClassificationOutput::new(loss, logits, targets))
+        Ok((loss.forward(logits.clone(), targets.clone()), logits, targets))
     }
 
     /// Bits per byte over all of `loader`'s windows.
@@ -147,7 +148,7 @@ impl Model {
         for batch in loader.iter() {
             let batch = batch?;
             let count = batch.inputs.shape().num_elements() as f64;
-            sum += self.loss(batch)?.loss.try_into_scalar::<f64>()? * count;
+            sum += self.loss(batch)?.0.try_into_scalar::<f64>()? * count;
             tokens += count;
         }
         Ok(sum / tokens / std::f64::consts::LN_2)

@@ -19,7 +19,7 @@ pub(crate) fn pretrain(model: Model, loader: &Loader, steps: usize, rate: f64) -
     let mut step = 0;
     while step < steps {
         for batch in loader.iter().take(steps - step) {
-            let loss = model.loss(batch?)?.loss;
+            let loss = model.loss(batch?)?.0;
             if step % 50 == 0 {
                 let nats = loss.clone().try_into_scalar::<f64>()?;
                 let bits = nats / std::f64::consts::LN_2;
