@@ -41,16 +41,26 @@ pub(crate) fn step<T: Real>(
         }
         None => add_key(head, &mut state.sums, position, scratch),
     }
-    for h in 0..qkv.q.shape()[0] {
-        scaled(qkv.q.slice(s![h, 0, ..]), head.scale, &mut scratch.x);
-        let total = match &state.ring {
-            Some(ring) => read_window(head, state, ring, position, scratch),
-            None => read(head, &state.sums, scratch),
-        };
-        normalise(&scratch.o, total, out.slice_mut(s![h, 0, ..]))?;
+    let heads = qkv.q.shape()[0];
+    for first in (0..heads).step_by(QUERIES) {
+        let group = first..heads.min(first + QUERIES);
+        for (h, x) in group.clone().zip(scratch.x.chunks_exact_mut(head.dim)) {
+            scaled(qkv.q.slice(s![h, 0, ..]), head.scale, x);
+        }
+        match &state.ring {
+            Some(ring) => read_window(head, state, ring, position, group.len(), scratch),
+            None => (0..group.len()).for_each(|row| read(head, &state.sums, row, scratch)),
+        }
+        let rows = scratch.o.chunks_exact(head.value_stride).zip(&scratch.total);
+        for (h, (sums, &total)) in group.zip(rows) {
+            normalise(sums, total, out.slice_mut(s![h, 0, ..]))?;
+        }
     }
     Ok(())
 }
+
+/// Query heads that read the window's keys and values together.
+const QUERIES: usize = 8;
 
 /// `out = scale · row`.
 fn scaled<T: Real>(row: ArrayView1<'_, T>, scale: T, out: &mut [T]) {
@@ -90,65 +100,79 @@ fn add_key<T: Real>(
     *len += 1;
 }
 
-/// Weighted values of the query `x` over the sums and the pending keys into `o`; returns their
-/// normaliser.
-fn read<T: Real>(head: &Head<'_, T>, sums: &Sums<T>, scratch: &mut Scratch<T>) -> T {
+/// Weighted values of the query in row `row` of `x` over the sums and the pending keys into that
+/// row of `o`, their normaliser into that of `total`.
+fn read<T: Real>(head: &Head<'_, T>, sums: &Sums<T>, row: usize, scratch: &mut Scratch<T>) {
     let (m, stride) = (head.features, head.value_stride);
-    let top = query_exponents(head, sums, scratch);
-    let Scratch { o, total: scores, features: FeatureScratch { a, .. }, .. } = scratch;
-    let total = (head.ops.exp_weighted)(&mut a[..padded(m)], -top, &sums.norm);
+    let top = query_exponents(head, sums, row, scratch);
+    let Scratch { o, p, total, features: FeatureScratch { a, .. }, .. } = scratch;
+    let o = &mut o[row * stride..][..stride];
+    let far_total = (head.ops.exp_weighted)(&mut a[..padded(m)], -top, &sums.norm);
     let a = &a[..m];
-    (head.ops.vecmat)(a, &sums.numerator, false, &mut o[..stride]);
+    (head.ops.vecmat)(a, &sums.numerator, false, o);
     let Pending { weights, values, len } = &sums.pending;
-    let scores = &mut scores[..*len];
+    let scores = &mut p[..*len];
     scores.fill(T::ZERO);
     // One row for all pending keys to meet, not the other way round: they are added up side by side
     // then.
     (head.ops.matvec)(a, m, &weights[..len * m], scores);
-    (head.ops.vecmat)(scores, values, true, &mut o[..stride]);
-    scores.iter().fold(total, |sum, &score| sum + score)
+    (head.ops.vecmat)(scores, values, true, o);
+    total[row] = scores.iter().fold(far_total, |sum, &score| sum + score);
 }
 
-/// Weighted values of the query `x` over sinks, window and sums into `o`; returns their normaliser.
+/// Weighted values of the queries in the first rows of `x` over sinks, window and sums into the
+/// rows of `o`, their normalisers into `total`.
 fn read_window<T: Real>(
     head: &Head<'_, T>,
     state: &HeadState<T>,
     ring: &Ring<T>,
     position: usize,
+    rows: usize,
     scratch: &mut Scratch<T>,
-) -> T {
+) {
     let HeadState { sums, sinks, .. } = state;
     let (m, stride) = (head.features, head.value_stride);
-    let Scratch { x, p, .. } = scratch;
-    let x = &x[..head.dim];
-    let (count, row) = (sinks.before(ring.first_seen(position)), MatRef::packed(x, 1, head.dim));
+    let count = sinks.before(ring.first_seen(position));
     let sink_width = padded(count);
-    sinks.score(head.ops, count, row, (&mut *p, sink_width.max(1)), None);
-    let width = sink_width + ring.scores_of(head.ops, position, x, &mut p[sink_width..]);
-    let mut top = (head.ops.slice_max)(&p[..width]);
-    let mut far_total = T::ZERO;
-    if sums.started {
-        let largest = query_exponents(head, sums, scratch);
-        let Scratch { o, features: FeatureScratch { a, .. }, .. } = scratch;
-        let far = largest + sums.decay(head.log_decay, position);
-        top = top.max(far);
-        far_total = (head.ops.exp_weighted)(&mut a[..padded(m)], (far - top) - largest, &sums.norm);
-        (head.ops.vecmat)(&a[..m], &sums.numerator, false, &mut o[..stride]);
-    } else {
-        scratch.o[..stride].fill(T::ZERO);
+    let width = sink_width + ring.columns(position);
+    let Scratch { x, p, .. } = scratch;
+    let x = MatRef::packed(x, rows, head.dim);
+    sinks.score(head.ops, count, x, (&mut *p, width), None);
+    ring.score(head.ops, position, x, (&mut p[sink_width..], width));
+    for row in 0..rows {
+        let mut top = (head.ops.slice_max)(&scratch.p[row * width..][..width]);
+        let mut far_total = T::ZERO;
+        if sums.started {
+            let largest = query_exponents(head, sums, row, scratch);
+            let Scratch { o, features: FeatureScratch { a, .. }, .. } = scratch;
+            let far = largest + sums.decay(head.log_decay, position);
+            top = top.max(far);
+            let shift = (far - top) - largest;
+            far_total = (head.ops.exp_weighted)(&mut a[..padded(m)], shift, &sums.norm);
+            (head.ops.vecmat)(&a[..m], &sums.numerator, false, &mut o[row * stride..][..stride]);
+        } else {
+            scratch.o[row * stride..][..stride].fill(T::ZERO);
+        }
+        // The token's own key is always there, so `top` is a number.
+        let Scratch { p, total, .. } = scratch;
+        total[row] = (head.ops.exp_sum)(&mut p[row * width..][..width], -top) + far_total;
     }
-    // The token's own key is always there, so `top` is a number.
     let Scratch { p, o, .. } = scratch;
-    let total = (head.ops.exp_sum)(&mut p[..width], -top) + far_total;
-    sinks.add_values(head.ops, count, MatRef::packed(p, 1, count), o, None);
-    ring.add_values(head.ops, position, stride, &p[sink_width..], o);
-    total
+    sinks.add_values(head.ops, count, MatRef::new(p, rows, count, width), o, None);
+    let p = MatRef::new(p, rows, width, width).cols(sink_width..width);
+    ring.add_values(head.ops, position, p, o);
 }
 
-/// a_f + c_f of the scaled query `x` into `a`, −∞ in the padding; returns the largest.
-fn query_exponents<T: Real>(head: &Head<'_, T>, sums: &Sums<T>, scratch: &mut Scratch<T>) -> T {
+/// a_f + c_f of the scaled query in row `row` of `x` into `a`, −∞ in the padding; returns the
+/// largest.
+fn query_exponents<T: Real>(
+    head: &Head<'_, T>,
+    sums: &Sums<T>,
+    row: usize,
+    scratch: &mut Scratch<T>,
+) -> T {
     let Scratch { x, features: FeatureScratch { a, map, .. }, .. } = scratch;
     let m = head.features;
-    head.map.query_token(&x[..head.dim], &mut a[..m], map);
+    head.map.query_token(&x[row * head.dim..][..head.dim], &mut a[..m], map);
     (head.ops.offset_max)(&mut a[..padded(m)], T::ONE, &sums.reference, T::ZERO)
 }

@@ -190,44 +190,46 @@ impl<T: Real> Ring<T> {
         })
     }
 
-    /// Scores of one scaled query `[d]` over the keys it sees, −∞ between and behind them; returns
-    /// how many columns.
-    pub(crate) fn scores_of(&self, ops: &Ops<T>, position: usize, x: &[T], p: &mut [T]) -> usize {
-        let stride = padded(self.chunk);
-        let mut width = 0;
-        for (slot, at, keys) in self.seen(position) {
-            let columns = padded(keys);
-            width = at + columns;
-            ops.matmul(
-                MatMut::packed(&mut p[at..], 1, columns),
-                Accum::Replace,
-                MatRef::packed(x, 1, x.len()),
-                MatRef::new(&slot.keys, x.len(), columns, stride),
-            );
-            p[at + keys..width].fill(T::NEG_INFINITY);
-            for (score, _) in
-                p[at..].iter_mut().zip(&slot.valid[..keys]).filter(|(_, valid)| !**valid)
-            {
-                *score = T::NEG_INFINITY;
-            }
-        }
-        width
+    /// Columns of the scores of a query at `position`.
+    pub(crate) fn columns(&self, position: usize) -> usize {
+        self.seen(position).last().map_or(0, |(_, at, keys)| at + padded(keys))
     }
 
-    /// Adds the values, weighted by the scores `p` of [`scores_of`](Self::scores_of), to `o`.
-    pub(crate) fn add_values(
+    /// Scores of scaled queries at `position`, rows of `x`, over the keys they see, into the rows
+    /// of `p`, which are `width` apart; −∞ between and behind them.
+    pub(crate) fn score(
         &self,
         ops: &Ops<T>,
         position: usize,
-        stride: usize,
-        p: &[T],
-        o: &mut [T],
+        x: MatRef<'_, T>,
+        (p, width): (&mut [T], usize),
     ) {
         for (slot, at, keys) in self.seen(position) {
+            let columns = padded(keys);
             ops.matmul(
-                MatMut::packed(&mut *o, 1, stride),
+                MatMut::new(&mut p[at..], x.rows, columns, width),
+                Accum::Replace,
+                x,
+                MatRef::new(&slot.keys, x.cols, columns, padded(self.chunk)),
+            );
+            for row in p.chunks_mut(width).take(x.rows) {
+                let (seen, behind) = row[at..at + columns].split_at_mut(keys);
+                behind.fill(T::NEG_INFINITY);
+                for (score, _) in seen.iter_mut().zip(&slot.valid).filter(|(_, valid)| !**valid) {
+                    *score = T::NEG_INFINITY;
+                }
+            }
+        }
+    }
+
+    /// Adds the values, weighted by the scores `p` of [`score`](Self::score), to the rows of `o`.
+    pub(crate) fn add_values(&self, ops: &Ops<T>, position: usize, p: MatRef<'_, T>, o: &mut [T]) {
+        for (slot, at, keys) in self.seen(position) {
+            let stride = slot.values.len() / self.chunk;
+            ops.matmul(
+                MatMut::packed(&mut *o, p.rows, stride),
                 Accum::Add,
-                MatRef::packed(&p[at..], 1, keys),
+                p.cols(at..at + keys),
                 MatRef::packed(&slot.values, keys, stride),
             );
         }
