@@ -20,6 +20,8 @@ fn setups() -> Vec<Setup> {
         Setup::new(8).window(70, 1).decay(-0.1),
         Setup::new(9).heads(4, 2).sizes(16, 17, 5),
         Setup::new(10).heads(6, 2).window(8, 1).decay(-0.02),
+        // More query heads than read a window together.
+        Setup::new(15).heads(11, 1).window(5, 2).sinks(2),
     ]
 }
 
