@@ -211,7 +211,7 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
         dtype: T::NAME,
         heads: args.heads,
         dim: args.dim,
-        windows: bench.windows.iter().map(|window| window.tokens()).collect(),
+        windows: bench.window_tokens(),
         sgemm_gflops,
         rows,
         feature_maps,
@@ -229,6 +229,11 @@ fn on_offer(tokens: usize) -> Result<Window, String> {
 }
 
 impl<T: Gemm> Bench<T> {
+    /// Tokens that each key-value head's window holds.
+    fn window_tokens(&self) -> Vec<usize> {
+        self.windows.iter().map(|window| window.tokens()).collect()
+    }
+
     /// GFLOP/s of `gemm` at 1024³, one thread.
     fn sgemm(&mut self) -> f64 {
         let n = 1024;
@@ -326,8 +331,7 @@ impl<T: Gemm> Bench<T> {
         let (decode, decode_exact) = self.decode(&q, &k, &v)?;
         let row = |mode: &'static str, seconds: f64, softmax_us: Option<f64>| {
             let us = seconds * per_token;
-            let windows: Vec<_> = self.windows.iter().map(|window| window.tokens()).collect();
-            let gflops = flops(mode, self.dim, &windows) / us / 1e3;
+            let gflops = flops(mode, self.dim, &self.window_tokens()) / us / 1e3;
             let softmax_gflops = softmax_us.map(|us| softmax_flops(mode, n, self.dim) / us / 1e3);
             let candle_us = candle.filter(|_| mode == "pure" || mode == "window");
             Row { mode, n, us, softmax_us, candle_us, gflops, softmax_gflops }

@@ -5,8 +5,8 @@
 //   2^(b_f(j) + W_f) (g_f v_j - δ_f)      of feature f of key j
 //
 // where g_f and δ_f are means of g_i and δ_i over the queries that find key j in the sums, query i
-// having the weight 2^(a_f(i) - W_i), and W_f is the log2 of the sum of these weights. They are made
-// as the sums of keys are, from the end of the sequence.
+// having the weight 2^(a_f(i) - W_i), and W_f is the log2 of the sum of these weights. They are
+// made as the sums of keys are, from the end of the sequence.
 
 struct Back {
     Element *dq, *dk, *dv;

@@ -77,7 +77,7 @@ impl<'a, E> Qkv<'a, E> {
 }
 
 /// Scratch on the device; grows with the longest call.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Workspace<E> {
     sequences: Option<CudaSlice<crate::call::Sequence>>,
     mask: Option<CudaSlice<u8>>,
@@ -85,19 +85,6 @@ pub struct Workspace<E> {
     means: Option<CudaSlice<E>>,
     mean_unit: Option<CudaSlice<f32>>,
     mean_level: Option<CudaSlice<f32>>,
-}
-
-impl<E> Default for Workspace<E> {
-    fn default() -> Self {
-        Self {
-            sequences: None,
-            mask: None,
-            segment_sums: None,
-            means: None,
-            mean_unit: None,
-            mean_level: None,
-        }
-    }
 }
 
 impl<E: Element> Attention<E> {

@@ -43,7 +43,7 @@ pub struct MapGradients {
 }
 
 /// Scratch on the device for gradients; grows with the longest call.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct BackwardWorkspace<E> {
     forward: Workspace<E>,
     log_total: Option<CudaSlice<f32>>,
@@ -58,26 +58,6 @@ pub struct BackwardWorkspace<E> {
     moments: Option<CudaSlice<f32>>,
     moment_totals: Option<CudaSlice<f64>>,
     decays: Option<CudaSlice<f64>>,
-}
-
-impl<E> Default for BackwardWorkspace<E> {
-    fn default() -> Self {
-        Self {
-            forward: Workspace::default(),
-            log_total: None,
-            delta: None,
-            sums: None,
-            means: None,
-            mean_unit: None,
-            mean_level: None,
-            mean_delta: None,
-            sinks: None,
-            sink_totals: None,
-            moments: None,
-            moment_totals: None,
-            decays: None,
-        }
-    }
 }
 
 impl<E: Element> Attention<E> {

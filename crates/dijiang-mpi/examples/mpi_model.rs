@@ -49,7 +49,8 @@ fn main() -> dijiang::Result<()> {
         let found = measure(args.heads, window)?;
         println!("\n{} heads, d = m = {D}, window {window}:", args.heads);
         println!(
-            "{:.3} µs a token and head, keys {:.2}, queries {:.2} of it; a state of {:.0} kB a head, {:.2} ms to merge\n",
+            "{:.3} µs a token and head, keys {:.2}, queries {:.2} of it; a state of \
+             {:.0} kB a head, {:.2} ms to merge\n",
             1e6 * found.token / args.heads as f64,
             found.keys,
             found.queries,

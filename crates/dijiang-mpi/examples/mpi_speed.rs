@@ -104,7 +104,8 @@ fn run(args: &Args, world: &SimpleCommunicator) -> Result<(), Box<dyn Error>> {
         world.barrier();
         if turn == rank {
             println!(
-                "rank {rank}: {} tokens, {:.3} s waiting, {:.2} % of the time for states, {} bytes of them sent per head",
+                "rank {rank}: {} tokens, {:.3} s waiting, {:.2} % of the time for states, {} \
+                 bytes of them sent per head",
                 lengths[rank],
                 spent.waiting.as_secs_f64(),
                 100.0 * spent.exchanging.as_secs_f64() / together,

@@ -123,8 +123,8 @@ impl Ranks {
         self.agree(result)
     }
 
-    /// Tokens that this rank computes before it knows what is before them: on the last rank, as many
-    /// as there is time for while the others absorb their keys.
+    /// Tokens that this rank computes before it knows what is before them: on the last rank, as
+    /// many as there is time for while the others absorb their keys.
     fn ahead<T: Real, M: FeatureMap<T>>(
         &self,
         attention: &LinearAttention<T, M>,

@@ -115,7 +115,8 @@ impl Ranks {
     /// best of a few tries. Collective; the same on all ranks.
     ///
     /// # Shapes
-    /// - `sample`: as for [`prefill`](Self::prefill), at least one token; some thousands are enough.
+    /// - `sample`: as for [`prefill`](Self::prefill), at least one token; some thousands are
+    ///   enough.
     ///
     /// # Errors
     /// [`Error::Rank`] if one of the ranks was given what [`prefill`](Self::prefill) refuses.

@@ -13,6 +13,9 @@ use crate::attention::scratch::{FeatureScratch, Scratch};
 use crate::low::mat::MatRef;
 use crate::low::simd::padded;
 
+/// Query heads that read the window's keys and values together.
+const QUERIES: usize = 8;
+
 /// The next token of one key-value head and its group of query heads, `qkv` being of that token. It
 /// may be attended to, and its elements are in range.
 pub(crate) fn step<T: Real>(
@@ -58,9 +61,6 @@ pub(crate) fn step<T: Real>(
     }
     Ok(())
 }
-
-/// Query heads that read the window's keys and values together.
-const QUERIES: usize = 8;
 
 /// `out = scale · row`.
 fn scaled<T: Real>(row: ArrayView1<'_, T>, scale: T, out: &mut [T]) {

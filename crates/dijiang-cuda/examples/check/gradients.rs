@@ -7,73 +7,19 @@ use dijiang::kernel::{DctGradients, SideGradients};
 use dijiang_cuda::{Attention, BackwardWorkspace, Device, Element, InputGradients};
 use half::{bf16, f16};
 use ndarray::{Array3, s};
+use rand::SeedableRng;
 use rand::rngs::ChaCha8Rng;
-use rand::{RngExt, SeedableRng};
 
+use crate::errors::{self, Compare, Draws};
+use crate::normal;
 use crate::setup::{Distance, Setup};
-use crate::{larger, normal};
 
-/// What is compared.
-const NAMES: [&str; 5] = ["q", "k", "v", "maps", "decay"];
-
-/// What their errors are allowed to be, over what those of q are: a decay's gradient is one number,
-/// a sum of many of either sign.
-const LIMITS: [f64; 5] = [1.0, 1.0, 1.0, 1.0, 20.0];
-
-/// The largest relative errors of a number type.
-struct Errors {
-    name: &'static str,
-    limit: f64,
-    most: [f64; 5],
-    failed: usize,
-}
-
-impl Errors {
-    fn new<E: Element>(limit: f64) -> Self {
-        Self { name: E::NAME, limit, most: [0.0; 5], failed: 0 }
-    }
-
-    fn add(&mut self, setup: &Setup, errors: [f64; 5]) {
-        // NaN must not pass.
-        if !errors.iter().zip(LIMITS).all(|(&error, limit)| error <= limit * self.limit) {
-            self.failed += 1;
-            println!("{} {} {setup:?}", self.name, shown(errors));
-        }
-        for (most, error) in self.most.iter_mut().zip(errors) {
-            *most = larger(*most, error);
-        }
-    }
-}
-
-pub(crate) fn all(
-    device: &Device,
-    setups: u64,
-    seed: u64,
-    tokens: u64,
-) -> Result<(), Box<dyn Error>> {
-    let mut errors =
-        [Errors::new::<bf16>(8e-3), Errors::new::<f16>(2e-3), Errors::new::<f32>(1e-4)];
-    for i in 0..setups {
-        let mut random = ChaCha8Rng::seed_from_u64(seed + i);
-        let setup = Setup::draw(&mut random).with_tokens(tokens as usize);
-        let inputs: u64 = random.random();
-        errors[0].add(&setup, compare::<bf16>(device, &setup, inputs)?);
-        errors[1].add(&setup, compare::<f16>(device, &setup, inputs)?);
-        errors[2].add(&setup, compare::<f32>(device, &setup, inputs)?);
-    }
-    println!("type  setups failed  limit    {}", NAMES.map(|name| format!("{name:8}")).join(" "));
-    for e in &errors {
-        println!("{:5} {setups:6} {:6}  {:.1e}   {}", e.name, e.failed, e.limit, shown(e.most));
-    }
-    if errors.iter().all(|e| e.failed == 0) {
-        Ok(())
-    } else {
-        Err("errors beyond the limit".into())
-    }
-}
-
-fn shown(errors: [f64; 5]) -> String {
-    errors.map(|error| format!("{error:.1e} ")).join(" ")
+/// Gradients of all that has some. A decay's is one number, a sum of many of either sign.
+pub(crate) fn check(device: &Device, draws: Draws) -> Result<(), Box<dyn Error>> {
+    let columns = [("q", 1.0), ("k", 1.0), ("v", 1.0), ("maps", 1.0), ("decay", 20.0)];
+    let types: [(Compare<5>, f64); 3] =
+        [(compare::<bf16>, 8e-3), (compare::<f16>, 2e-3), (compare::<f32>, 1e-4)];
+    errors::check(device, draws, columns, types)
 }
 
 /// Relative errors of the gradients of q, k, v, of the maps' parameters and of the decays.

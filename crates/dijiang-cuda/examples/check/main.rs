@@ -11,18 +11,19 @@
 //! check profile                    each kernel once or twice, for a profiler
 //! ```
 
+mod errors;
 mod gradients;
 mod setup;
 mod time;
 
 use std::error::Error;
 
-use dijiang_cuda::{Cache, Device, Element, compile_ahead};
+use dijiang_cuda::{Cache, Device, compile_ahead};
 use half::{bf16, f16};
-use rand::rngs::ChaCha8Rng;
-use rand::{Rng, RngExt, SeedableRng};
+use rand::{Rng, RngExt};
 
-use setup::{Setup, compare};
+use errors::{Compare, Draws};
+use setup::compare;
 
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -31,9 +32,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         return compile(number(1, 13000)? as i32, arguments.get(2).map(|i| i.parse()).transpose()?);
     }
     let device = Device::new(0)?;
+    let draws =
+        || Ok(Draws { setups: number(1, 200)?, seed: number(2, 0)?, tokens: number(3, 0)? });
     match arguments.first().map(String::as_str) {
-        Some("correct") => correct(&device, number(1, 200)?, number(2, 0)?, number(3, 0)?),
-        Some("backward") => gradients::all(&device, number(1, 200)?, number(2, 0)?, number(3, 0)?),
+        Some("correct") => draws().and_then(|draws| correct(&device, draws)),
+        Some("backward") => draws().and_then(|draws| gradients::check(&device, draws)),
         Some("decode") => setup::long_decode(&device, number(1, 1_000_000)? as usize),
         Some("time") => time::all(&device, arguments.get(1).map_or("", String::as_str)),
         Some("profile") => time::profile(&device),
@@ -55,77 +58,12 @@ fn compile(driver: i32, only: Option<usize>) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Largest errors of a number type, with what they are allowed to be.
-struct Errors {
-    name: &'static str,
-    limit: f64,
-    rounding: f64,
-    forward: f64,
-    parts: f64,
-    states: f64,
-    setups: usize,
-    failed: usize,
-}
-
-impl Errors {
-    fn new<E: Element>(limit: f64) -> Self {
-        let name = E::NAME;
-        Self {
-            name,
-            limit,
-            rounding: 0.0,
-            forward: 0.0,
-            parts: 0.0,
-            states: 0.0,
-            setups: 0,
-            failed: 0,
-        }
-    }
-
-    fn add(&mut self, setup: &Setup, [rounding, forward, parts, states]: [f64; 4]) {
-        // NaN must not pass.
-        let passes = [forward, parts, states].iter().all(|&error| error <= self.limit);
-        if !passes {
-            println!("{} {forward:.1e} {parts:.1e} {states:.1e} {setup:?}", self.name);
-        }
-        self.failed += usize::from(!passes);
-        self.setups += 1;
-        self.rounding = larger(self.rounding, rounding);
-        self.forward = larger(self.forward, forward);
-        self.parts = larger(self.parts, parts);
-        self.states = larger(self.states, states);
-    }
-}
-
-fn larger(a: f64, b: f64) -> f64 {
-    if b.is_nan() || b > a { b } else { a }
-}
-
-fn correct(device: &Device, setups: u64, seed: u64, tokens: u64) -> Result<(), Box<dyn Error>> {
-    let mut errors =
-        [Errors::new::<bf16>(2e-3), Errors::new::<f16>(5e-4), Errors::new::<f32>(2e-5)];
-    for i in 0..setups {
-        let mut random = ChaCha8Rng::seed_from_u64(seed + i);
-        let setup = Setup::draw(&mut random).with_tokens(tokens as usize);
-        let inputs: u64 = random.random();
-        errors[0].add(&setup, compare::<bf16>(device, &setup, inputs)?);
-        errors[1].add(&setup, compare::<f16>(device, &setup, inputs)?);
-        errors[2].add(&setup, compare::<f32>(device, &setup, inputs)?);
-    }
-    println!(
-        "type  setups failed  limit    rounding  forward  parts+steps  states from and to the CPU"
-    );
-    for e in &errors {
-        println!(
-            "{:5} {:6} {:6}  {:.1e}  {:.1e}   {:.1e}  {:.1e}      {:.1e}",
-            e.name, e.setups, e.failed, e.limit, e.rounding, e.forward, e.parts, e.states
-        );
-    }
-    if errors.iter().all(|e| e.failed == 0) {
-        Ok(())
-    } else {
-        Err("errors beyond the limit".into())
-    }
+/// Outputs, of all ways to them. What rounding alone costs is shown beside them.
+fn correct(device: &Device, draws: Draws) -> Result<(), Box<dyn Error>> {
+    let columns = [("rounding", f64::INFINITY), ("forward", 1.0), ("parts", 1.0), ("states", 1.0)];
+    let types: [(Compare<4>, f64); 3] =
+        [(compare::<bf16>, 2e-3), (compare::<f16>, 5e-4), (compare::<f32>, 2e-5)];
+    errors::check(device, draws, columns, types)
 }
 
 /// A standard normal number.
