@@ -5,10 +5,12 @@ use crate::common::assert_same_bits;
 use crate::common::gradients::{CASES, Gradients, Problem, golden_problem};
 use crate::common::stream::Stream;
 use crate::common::{Golden, Inputs, Random, argument, assert_close, on_threads};
-use dijiang::attention::{BackwardWorkspace, LinearConfig, Operator, Qkv, Window};
+use dijiang::attention::{
+    BackwardWorkspace, KeyMask, LinearConfig, Operator, Qkv, StateGradients, Window,
+};
 use dijiang::kernel::{
-    DctMap, DctMapConfig, DctParams, DifferentiableMap, Envelope, FavorConfig, FeatureMap, Mixing,
-    Pairing, PanelGradients, Projection,
+    DctGradients, DctMap, DctMapConfig, DctParams, DifferentiableMap, Envelope, FavorConfig,
+    FeatureMap, Mixing, Pairing, PanelGradients, Projection,
 };
 use dijiang::{Error, Real};
 use ndarray::{Array1, Array3, ArrayD, Axis, ShapeBuilder, s};
@@ -245,7 +247,7 @@ fn continuing_a_state() {
         }
         let grad = problem.cotangent.slice(s![.., cut.., ..]).to_owned();
         let (part, states) = attention
-            .prefill_backward(&state, Qkv::new(&second.q, &second.k, &second.v), &grad)
+            .prefill_backward(&state, Qkv::new(&second.q, &second.k, &second.v), &grad, None)
             .unwrap();
         let context = format!("seed {seed} cut {cut} window {:?}", problem.windows);
         assert_close(&context, &part.q, &whole.q.slice(s![.., cut.., ..]), 1e-10);
@@ -265,6 +267,96 @@ fn continuing_a_state() {
             };
             assert_close(&context, &state.keys, &whole_rows(&whole.k), 1e-10);
             assert_close(&context, &state.values, &whole_rows(&whole.v), 1e-10);
+        }
+    }
+}
+
+/// The gradients of a whole sequence from those of its segments, the last one first: each is told
+/// what those behind it found of the state between them. Either at once, or, as sequence parallelism
+/// does it, of a segment's own outputs first and of its later readers when they are known.
+#[test]
+fn segments_are_told_of_their_later_readers() {
+    for seed in 0..60 {
+        let mut problem = random_problem(seed);
+        problem.causal = true;
+        let n = 170;
+        let mut random = Random::new(seed + 177);
+        let shape = |x: &Array3<f64>| (x.shape()[0], n, x.shape()[2]);
+        problem.inputs = Inputs {
+            q: random.normals(shape(&problem.inputs.q), 1.5),
+            k: random.normals(shape(&problem.inputs.k), 1.5),
+            v: random.normals(shape(&problem.inputs.v), 1.0),
+        };
+        problem.valid =
+            random.chance(0.3).then(|| (0..n).map(|_| random.chance(0.7)).collect::<Vec<_>>());
+        problem.cotangent = random.normals((problem.heads, n, problem.inputs.v.shape()[2]), 1.0);
+        let whole = problem.gradients::<f64>();
+        let attention = problem.attention::<f64>();
+        let mut cuts = [random.below(n + 1), random.below(n + 1), 0, n];
+        cuts.sort();
+        let segments: Vec<_> = cuts.windows(2).map(|cut| cut[0]..cut[1]).collect();
+        let segments: Vec<_> = segments.into_iter().filter(|segment| !segment.is_empty()).collect();
+        let part = |tokens: &std::ops::Range<usize>| {
+            let grad = problem.cotangent.slice(s![.., tokens.clone(), ..]).to_owned();
+            let valid = problem.valid.as_ref().map(|valid| valid[tokens.clone()].to_vec());
+            (problem.inputs.part(tokens.clone()), valid, grad)
+        };
+        let mut states = vec![attention.new_state()];
+        for segment in &segments {
+            let (Inputs { q, k, v }, valid, _) = part(segment);
+            let mask = valid.as_deref().map_or(KeyMask::All, KeyMask::Valid);
+            let mut state = states[states.len() - 1].clone();
+            attention.prefill(&mut state, Qkv::new(&q, &k, &v).with_mask(mask)).unwrap();
+            states.push(state);
+        }
+        for at_once in [true, false] {
+            let mut after: Option<Vec<StateGradients<f64>>> = None;
+            let mut maps: Vec<_> = problem.maps.iter().map(DctGradients::zeros).collect();
+            let mut log_decay = vec![0.0; maps.len()];
+            let context =
+                format!("seed {seed} {segments:?} {:?} at once {at_once}", problem.windows);
+            for (segment, state) in segments.iter().zip(&states).rev() {
+                let (Inputs { q, k, v }, valid, grad) = part(segment);
+                let mask = valid.as_deref().map_or(KeyMask::All, KeyMask::Valid);
+                let qkv = Qkv::new(&q, &k, &v).with_mask(mask);
+                let told = after.as_deref().filter(|_| at_once);
+                let (mut own, mut before) =
+                    attention.prefill_backward(state, qkv, &grad, told).unwrap();
+                let mut passes = vec![(own.maps.clone(), own.log_decay.clone())];
+                if let (false, Some(after)) = (at_once, &after) {
+                    let (later, through) =
+                        attention.extend_backward(state, (&k, &v), mask, after).unwrap();
+                    assert_eq!(later.q.dim(), (0, segment.len(), k.shape()[2]));
+                    own.k += &later.k;
+                    own.v += &later.v;
+                    for (before, through) in before.iter_mut().zip(&through) {
+                        assert_eq!(before.positions, through.positions);
+                        before.sums += &through.sums;
+                        before.norm += &through.norm;
+                        before.keys += &through.keys;
+                        before.values += &through.values;
+                    }
+                    passes.push((later.maps, later.log_decay));
+                }
+                for (found, decays) in passes {
+                    maps.iter_mut().zip(&found).for_each(|(sum, found)| sum.add(found));
+                    log_decay.iter_mut().zip(decays).for_each(|(sum, found)| *sum += found);
+                }
+                let rows = |x: &Array3<f64>| x.slice(s![.., segment.clone(), ..]).to_owned();
+                assert_close(&context, &own.q, &rows(&whole.q), 1e-10);
+                assert_close(&context, &own.k, &rows(&whole.k), 1e-10);
+                assert_close(&context, &own.v, &rows(&whole.v), 1e-10);
+                after = Some(before);
+            }
+            let mut sum = whole.clone();
+            (sum.maps, sum.log_decay) = (maps, log_decay);
+            for h in 0..problem.maps.len() {
+                for name in ["query_scale", "key_scale", "key_radii", "log_weight", "log_decay"] {
+                    let array = |x: Vec<f64>| ArrayD::from_shape_vec(vec![x.len()], x).unwrap();
+                    let (found, expected) = (by_name(&sum, h, name), by_name(&whole, h, name));
+                    assert_close((&context, name), &array(found), &array(expected), 1e-9);
+                }
+            }
         }
     }
 }

@@ -301,10 +301,11 @@ fn backward_passes() {
             let error = attention.backward(Qkv::new(&q, &k, &k), &q).unwrap_err();
             assert_eq!(argument(&error), "log-features of a map", "{what:?}");
             left.store(at, Ordering::Relaxed);
-            let error = attention.prefill_backward(&state, Qkv::new(&q, &k, &k), &q).unwrap_err();
+            let error =
+                attention.prefill_backward(&state, Qkv::new(&q, &k, &k), &q, None).unwrap_err();
             assert_eq!(argument(&error), "log-features of a map", "{what:?}");
             left.store(NEVER, Ordering::Relaxed);
-            attention.prefill_backward(&state, Qkv::new(&q, &k, &k), &q).unwrap();
+            attention.prefill_backward(&state, Qkv::new(&q, &k, &k), &q, None).unwrap();
         }
     }
 }

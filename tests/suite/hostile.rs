@@ -416,7 +416,7 @@ fn states_of_other_maps() {
                     &mut out,
                     workspace,
                 ),
-                attention.prefill_backward(&fed, Qkv::new(&x, &x, &x), &x).map(|_| ()),
+                attention.prefill_backward(&fed, Qkv::new(&x, &x, &x), &x, None).map(|_| ()),
                 attention.merge(&mut state(), &next, workspace),
                 attention.merge(&mut attention.new_state(), &own.new_state(), workspace),
                 next.copy_from(&fed),

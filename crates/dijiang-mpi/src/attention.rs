@@ -3,13 +3,16 @@
 use std::ops::Range;
 
 use dijiang::Real;
-use dijiang::attention::{CausalState, KeyMask, LinearAttention, Operator, Qkv, Workspace};
+use dijiang::attention::{
+    CausalState, KeyMask, LinearAttention, Operator, Qkv, Storage, Workspace,
+};
 use dijiang::kernel::FeatureMap;
 use ndarray::{Array3, ArrayView1, ArrayView3, ArrayViewMut1, ArrayViewMut3, Zip, s};
 
 use crate::error::Result;
 use crate::fingerprint::Fingerprint;
 use crate::ranks::{Opening, Place, Ranks, attempt};
+use crate::scan::{Carrier, End};
 
 impl Ranks {
     /// The next tokens of one sequence, of which this rank holds a piece: what
@@ -90,7 +93,7 @@ impl Ranks {
             })
         });
         let (qkv, own, first, mut workspace) = self.agree(own)?;
-        let before = self.exclusive(attention, &own);
+        let before = self.exclusive(&mut States::of(attention), &own);
         let result = before.and_then(|before| {
             attempt(|| {
                 let mut next = before.unwrap_or_else(|| state.clone());
@@ -137,6 +140,41 @@ impl Ranks {
         } else {
             0
         }
+    }
+}
+
+/// States that are merged.
+pub(crate) struct States<'a, T: Real, M> {
+    attention: &'a LinearAttention<T, M>,
+    workspace: Workspace<T>,
+}
+
+impl<'a, T: Real, M: FeatureMap<T>> States<'a, T, M> {
+    pub(crate) fn of(attention: &'a LinearAttention<T, M>) -> Self {
+        Self { attention, workspace: attention.step_workspace() }
+    }
+}
+
+impl<T: Real, M: FeatureMap<T>> Carrier for States<'_, T, M> {
+    type Item = CausalState<T>;
+
+    const FROM: End = End::First;
+
+    fn write(&self, state: &CausalState<T>) -> Vec<u8> {
+        state.to_bytes(Storage::Exact)
+    }
+
+    fn read(&self, bytes: &[u8]) -> dijiang::Result<CausalState<T>> {
+        self.attention.state_from_bytes(bytes)
+    }
+
+    fn join(
+        &mut self,
+        mut far: CausalState<T>,
+        near: &CausalState<T>,
+    ) -> dijiang::Result<CausalState<T>> {
+        self.attention.merge(&mut far, near, &mut self.workspace)?;
+        Ok(far)
     }
 }
 
@@ -212,7 +250,7 @@ pub(crate) fn valid(n: usize, mask: KeyMask<'_>) -> usize {
 }
 
 /// Whether all arrays have the shapes they should: what can be told before any work is done.
-fn check<T: Real, M: FeatureMap<T>>(
+pub(crate) fn check<T: Real, M: FeatureMap<T>>(
     attention: &LinearAttention<T, M>,
     qkv: Qkv<'_, T>,
 ) -> dijiang::Result<()> {
@@ -224,7 +262,7 @@ fn check<T: Real, M: FeatureMap<T>>(
     check_shape("v", &v, [kv_heads, n, attention.value_dim()])
 }
 
-fn check_shape<T>(
+pub(crate) fn check_shape<T>(
     argument: &'static str,
     array: &ArrayView3<'_, T>,
     expected: [usize; 3],

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod attention;
+mod backward;
 mod error;
 mod fingerprint;
 mod layer;

@@ -1,19 +1,16 @@
-//! The exclusive scan: every rank gets the state of everything before its piece.
+//! Exclusive scans: every rank gets what all ranks before it have together, or all ranks behind it.
 
 use std::time::Instant;
 
-use dijiang::Real;
-use dijiang::attention::{CausalState, LinearAttention, Operator, Storage, Workspace};
-use dijiang::kernel::FeatureMap;
 use mpi::request::WaitGuard;
 use mpi::traits::{Communicator, CommunicatorCollectives, Destination, Source};
 
 use crate::error::Result;
 use crate::ranks::{Ranks, attempt};
 
-/// How states reach the ranks behind.
+/// How states reach the ranks behind, and gradients the ranks before.
 ///
-/// Both give the same states up to rounding, and the same bits whenever they are run again.
+/// Both give the same up to rounding, and the same bits whenever they are run again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum Scan {
@@ -29,56 +26,87 @@ pub enum Scan {
 /// Largest message: MPI counts in 32 bits.
 const MESSAGE: usize = 1 << 30;
 
+/// What a scan carries from rank to rank.
+pub(crate) trait Carrier {
+    type Item: Clone;
+
+    /// Where the scan begins.
+    const FROM: End;
+
+    /// As many bytes on all ranks.
+    fn write(&self, item: &Self::Item) -> Vec<u8>;
+
+    fn read(&self, bytes: &[u8]) -> dijiang::Result<Self::Item>;
+
+    /// What two neighbours have together, `far` being nearer to where the scan begins.
+    fn join(&mut self, far: Self::Item, near: &Self::Item) -> dijiang::Result<Self::Item>;
+}
+
+/// An end of the sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    First,
+    Last,
+}
+
 impl Ranks {
-    /// The state of everything before this rank's piece, from the states of the pieces; none on
-    /// rank 0. The last rank's is not looked at.
+    /// What the ranks between the scan's beginning and this one have together; none on the rank
+    /// where it begins. What the one where it ends has is not looked at.
     ///
     /// A failure is not returned before all ranks have had their messages.
-    pub(crate) fn exclusive<T: Real, M: FeatureMap<T>>(
+    pub(crate) fn exclusive<C: Carrier>(
         &self,
-        attention: &LinearAttention<T, M>,
-        own: &CausalState<T>,
-    ) -> Result<Option<CausalState<T>>, String> {
+        carrier: &mut C,
+        own: &C::Item,
+    ) -> Result<Option<C::Item>, String> {
         let begun = Instant::now();
-        let mut merging = Merging { attention, workspace: attention.step_workspace() };
         let before = match self.scan() {
-            Scan::Rounds => self.rounds(&mut merging, own),
-            Scan::Gather => self.gathered(&mut merging, own),
+            Scan::Rounds => self.rounds(carrier, own),
+            Scan::Gather => self.gathered(carrier, own),
         };
         self.spend(|spent| spent.exchanging += begun.elapsed());
         before
     }
 
-    fn rounds<T: Real, M: FeatureMap<T>>(
+    /// The rank at a place of the scan, or the place of a rank.
+    fn counted(&self, from: End, index: usize) -> usize {
+        match from {
+            End::First => index,
+            End::Last => self.size() - 1 - index,
+        }
+    }
+
+    fn rounds<C: Carrier>(
         &self,
-        merging: &mut Merging<'_, T, M>,
-        own: &CausalState<T>,
-    ) -> Result<Option<CausalState<T>>, String> {
-        let (rank, size) = (self.rank(), self.size());
-        let mut bytes = own.to_bytes(Storage::Exact);
+        carrier: &mut C,
+        own: &C::Item,
+    ) -> Result<Option<C::Item>, String> {
+        let (place, size) = (self.counted(C::FROM, self.rank()), self.size());
+        let rank_at = |place| self.counted(C::FROM, place);
+        let mut bytes = carrier.write(own);
         let mut received = vec![0; bytes.len()];
         // Of the last `distance` pieces up to this one, and up to the one before.
         let (mut total, mut before) = (own.clone(), None);
         let mut result = Ok(());
         for distance in std::iter::successors(Some(1), |d| Some(2 * d)).take_while(|&d| d < size) {
-            let (to, from) = (Some(rank + distance), rank.checked_sub(distance));
+            let (to, from) = (Some(place + distance), place.checked_sub(distance));
             let to = to.filter(|&to| to < size);
             self.exchange(
-                to.map(|to| (to, &bytes[..])),
-                from.map(|from| (from, &mut received[..])),
+                to.map(|to| (rank_at(to), &bytes[..])),
+                from.map(|from| (rank_at(from), &mut received[..])),
             );
             if from.is_none() || result.is_err() {
                 continue;
             }
             result = attempt(|| {
-                let left = merging.attention.state_from_bytes(&received)?;
-                if rank + 2 * distance < size {
-                    total = merging.join(left.clone(), &total)?;
-                    bytes = total.to_bytes(Storage::Exact);
+                let far = carrier.read(&received)?;
+                if place + 2 * distance < size {
+                    total = carrier.join(far.clone(), &total)?;
+                    bytes = carrier.write(&total);
                 }
                 before = Some(match before.take() {
-                    Some(before) => merging.join(left, &before)?,
-                    None => left,
+                    Some(before) => carrier.join(far, &before)?,
+                    None => far,
                 });
                 Ok(())
             });
@@ -86,32 +114,37 @@ impl Ranks {
         result.map(|()| before)
     }
 
-    fn gathered<T: Real, M: FeatureMap<T>>(
+    fn gathered<C: Carrier>(
         &self,
-        merging: &mut Merging<'_, T, M>,
-        own: &CausalState<T>,
-    ) -> Result<Option<CausalState<T>>, String> {
-        let bytes = own.to_bytes(Storage::Exact);
-        let mut states = vec![Vec::with_capacity(bytes.len()); self.size()];
-        for part in bytes.chunks(MESSAGE / self.size()) {
-            let mut all = vec![0; part.len() * self.size()];
-            self.comm().all_gather_into(part, &mut all[..]);
-            let parts = states.iter_mut().zip(all.chunks_exact(part.len()));
-            parts.for_each(|(state, part)| state.extend_from_slice(part));
-        }
-        let sent = bytes.len() * (self.size() - 1);
-        self.spend(|spent| spent.bytes_sent += sent as u64);
+        carrier: &mut C,
+        own: &C::Item,
+    ) -> Result<Option<C::Item>, String> {
+        let items = self.all_gather(&carrier.write(own));
         attempt(|| {
-            let mut before: Option<CausalState<T>> = None;
-            for bytes in &states[..self.rank()] {
-                let next = merging.attention.state_from_bytes(bytes)?;
+            let mut before: Option<C::Item> = None;
+            for place in 0..self.counted(C::FROM, self.rank()) {
+                let near = carrier.read(&items[self.counted(C::FROM, place)])?;
                 before = Some(match before {
-                    Some(before) => merging.join(before, &next)?,
-                    None => next,
+                    Some(far) => carrier.join(far, &near)?,
+                    None => near,
                 });
             }
             Ok(before)
         })
+    }
+
+    /// The bytes of all ranks, as many of each.
+    pub(crate) fn all_gather(&self, bytes: &[u8]) -> Vec<Vec<u8>> {
+        let mut items = vec![Vec::with_capacity(bytes.len()); self.size()];
+        for part in bytes.chunks(MESSAGE / self.size()) {
+            let mut all = vec![0; part.len() * self.size()];
+            self.comm().all_gather_into(part, &mut all[..]);
+            let parts = items.iter_mut().zip(all.chunks_exact(part.len()));
+            parts.for_each(|(item, part)| item.extend_from_slice(part));
+        }
+        let sent = bytes.len() * (self.size() - 1);
+        self.spend(|spent| spent.bytes_sent += sent as u64);
+        items
     }
 
     /// Sends to one rank while receiving from another.
@@ -130,22 +163,5 @@ impl Ranks {
                 bytes.chunks_mut(MESSAGE).for_each(|part| _ = process.receive_into(part));
             }
         });
-    }
-}
-
-/// What merging needs.
-struct Merging<'a, T: Real, M> {
-    attention: &'a LinearAttention<T, M>,
-    workspace: Workspace<T>,
-}
-
-impl<T: Real, M: FeatureMap<T>> Merging<'_, T, M> {
-    fn join(
-        &mut self,
-        mut state: CausalState<T>,
-        next: &CausalState<T>,
-    ) -> dijiang::Result<CausalState<T>> {
-        self.attention.merge(&mut state, next, &mut self.workspace)?;
-        Ok(state)
     }
 }

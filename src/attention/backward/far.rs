@@ -150,6 +150,7 @@ impl<'a, T: Real> FarPart<'a, T> {
             position: 0,
             lead: 0,
             given: self.in_window.as_deref(),
+            after: None,
         }
     }
 }

@@ -176,8 +176,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         for h in 0..self.pass.q.shape()[0] {
             self.query(h, block.clone(), width);
         }
-        // Nobody reads the last block's keys.
-        if block.end < self.pass.q.shape()[1] {
+        // Nobody in the pass reads the last block's keys.
+        if block.end < self.pass.q.shape()[1] || self.pass.after.is_some() {
             self.join(tokens, width);
         }
         block.end

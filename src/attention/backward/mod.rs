@@ -12,16 +12,18 @@ mod tape;
 mod window_keys;
 
 use ndarray::{
-    Array1, Array2, Array3, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut2, Axis, concatenate,
+    Array1, Array2, Array3, ArrayRef3, ArrayView1, ArrayView2, ArrayView3, ArrayViewMut2, Axis,
+    concatenate, s,
 };
 
 use crate::Real;
+use crate::attention::KeyMask;
 use crate::attention::linear::LinearAttention;
 use crate::attention::linear::state::{CausalState, HeadState};
 use crate::attention::qkv::{HeadQkv, Qkv, not_finite};
 use crate::attention::rows::{OutOfRange, Rows, put_row};
 use crate::attention::scratch::Sizes;
-use crate::check::{check_elements, check_room, check_shape};
+use crate::check::{check_elements, check_len, check_room, check_shape};
 use crate::error::{Error, Result};
 use crate::kernel::DifferentiableMap;
 use crate::low::simd::padded;
@@ -54,15 +56,19 @@ pub struct AttentionGradients<T, G> {
 /// reference exponents being constants. Of a state that has not seen a key S and z are zeros, which
 /// no reference exponent gives a scale to: there `sums` and `norm` are zeros.
 #[derive(Debug, Clone, PartialEq)]
-#[non_exhaustive]
 pub struct StateGradients<T> {
     /// Of the sums S, `[m, e]`.
     pub sums: Array2<T>,
     /// Of the normaliser z, `[m]`.
     pub norm: Array1<T>,
-    /// Of the keys that the state remembers as they are, `[tokens, d]`: sinks that have left the
-    /// window, then those that have not joined the sums yet, the last one being that of the token
-    /// before the first query. Without a local window no tokens.
+    /// The state's reference exponent c, `[m]`, and the position that decay is counted from there.
+    /// `None` of a state that has not seen a key.
+    pub frame: Option<(Array1<T>, usize)>,
+    /// Positions of the tokens that the state remembers as they are: sinks that have left the
+    /// window, then those that have not joined the sums yet, the last one being the token before
+    /// the first query. Without a local window no tokens.
+    pub positions: Vec<usize>,
+    /// Of their keys, `[tokens, d]`.
     pub keys: Array2<T>,
     /// Of their values, `[tokens, e]`.
     pub values: Array2<T>,
@@ -164,27 +170,68 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// to the state it starts from, one per key-value head. `state` is the state *before* the
     /// prefill.
     ///
-    /// The output's gradient is all there is: the state *after* the prefill is taken to have no
-    /// further readers.
+    /// `after` is the gradient with respect to the state *after* it, if somebody goes on from there:
+    /// what this function returns for the next tokens. None of its tokens, or of their positions,
+    /// need to be there.
     ///
     /// # Shapes
     /// - as for [`backward`](Self::backward).
     ///
     /// # Errors
-    /// As [`backward`](Self::backward) and [`prefill`](crate::attention::Operator::prefill).
+    /// As [`backward`](Self::backward) and [`prefill`](crate::attention::Operator::prefill);
+    /// [`Error::Shape`], [`Error::Length`] and [`Error::NonFinite`] for gradients `after` of another
+    /// shape or not in range, [`Error::Value`] for tokens in them that are not those of the state
+    /// after.
     pub fn prefill_backward(
         &self,
         state: &CausalState<T>,
         qkv: Qkv<'_, T>,
         grad_out: &ArrayRef3<T>,
+        after: Option<&[StateGradients<T>]>,
     ) -> Result<(AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>)> {
         self.causality().check_causal("prefill_backward")?;
         state.check(self.shape())?;
         self.check_backward(qkv, grad_out)?;
+        if let Some(after) = after {
+            self.check_after(state, qkv.keys(), after)?;
+        }
         let mut gradients = self.new_gradients(qkv.queries(), qkv.keys())?;
-        let mut workspace = self.backward_workspace();
-        let states =
-            self.run_backward(Some(state), qkv, grad_out, &mut gradients, &mut workspace)?;
+        let (mut workspace, ends) = (self.backward_workspace(), Some((state, after)));
+        let states = self.run_backward(ends, qkv, grad_out, &mut gradients, &mut workspace)?;
+        Ok((gradients, states))
+    }
+
+    /// Gradients through [`extend`](crate::attention::Operator::extend): what
+    /// [`prefill_backward`](Self::prefill_backward) adds for the readers `after`, of whom there is
+    /// somebody. It is linear in them, so that a segment's own outputs and its later readers can be
+    /// dealt with one after the other, as sequence parallelism does. `q` is empty in the result.
+    ///
+    /// # Shapes
+    /// - `kv`: keys `[h_kv, n, d]` and values `[h_kv, n, e]`.
+    ///
+    /// # Cost
+    /// The keys' part of the backward pass, less than half of it.
+    ///
+    /// # Errors
+    /// As [`prefill_backward`](Self::prefill_backward).
+    pub fn extend_backward(
+        &self,
+        state: &CausalState<T>,
+        (k, v): (&ArrayRef3<T>, &ArrayRef3<T>),
+        mask: KeyMask<'_>,
+        after: &[StateGradients<T>],
+    ) -> Result<(AttentionGradients<T, M::Gradients>, Vec<StateGradients<T>>)> {
+        self.causality().check_causal("extend_backward")?;
+        state.check(self.shape())?;
+        let n = k.shape()[1];
+        let (q, grad_out) = self.dims().nobody(n);
+        let qkv = Qkv::new(&q, k, v).with_mask(mask);
+        qkv.check_keys(self.dims(), n)?;
+        self.check_after(state, n, after)?;
+        let mut gradients = self.new_gradients(0, n)?;
+        gradients.q = Array3::zeros((0, n, self.sizes().dim));
+        let (mut workspace, ends) = (self.backward_workspace(), Some((state, Some(after))));
+        let states = self.run_backward(ends, qkv, &grad_out, &mut gradients, &mut workspace)?;
         Ok((gradients, states))
     }
 
@@ -212,6 +259,17 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         })
     }
 
+    /// Zeros: the gradients with respect to a state that nobody reads.
+    ///
+    /// # Errors
+    /// [`Error::Foreign`] for a state of another operator, [`Error::Poisoned`] for one that was left
+    /// half changed.
+    pub fn new_state_gradients(&self, state: &CausalState<T>) -> Result<Vec<StateGradients<T>>> {
+        state.check(self.shape())?;
+        let heads = state.heads.iter();
+        Ok(heads.map(|head| StateGradients::zeros(head, state.position, self.sizes())).collect())
+    }
+
     /// Memory for the backward passes, empty: it grows to what the longest of them needs.
     pub fn backward_workspace(&self) -> BackwardWorkspace<T> {
         BackwardWorkspace { sizes: self.sizes(), tapes: Vec::new() }
@@ -228,15 +286,54 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         qkv.check(self.dims(), grad_out)
     }
 
+    /// Whether `after` can be the gradients with respect to the state `n` tokens after `state`.
+    fn check_after(
+        &self,
+        state: &CausalState<T>,
+        n: usize,
+        after: &[StateGradients<T>],
+    ) -> Result<()> {
+        check_len("after", self.maps().len(), after.len())?;
+        let Sizes { dim, features, value_dim, .. } = self.sizes();
+        let end = state.position + n;
+        for (after, head) in after.iter().zip(&state.heads) {
+            let tokens = after.positions.len();
+            check_shape("after.sums", &after.sums, &[features, value_dim])?;
+            check_shape("after.norm", &after.norm, &[features])?;
+            check_shape("after.keys", &after.keys, &[tokens, dim])?;
+            check_shape("after.values", &after.values, &[tokens, value_dim])?;
+            check_elements("after.sums", &after.sums)?;
+            check_elements("after.norm", &after.norm)?;
+            check_elements("after.keys", &after.keys)?;
+            check_elements("after.values", &after.values)?;
+            if let Some((reference, _)) = &after.frame {
+                check_shape("after.frame", reference, &[features])?;
+                check_elements("after.frame", reference)?;
+            }
+            let first =
+                head.ring.as_ref().map_or(state.position, |ring| ring.first(state.position));
+            let known = |&&at: &&usize| (first..end).contains(&at) || head.sinks.contain(at);
+            if let Some(&at) = after.positions.iter().find(|at| !known(at)) {
+                return Err(Error::Value {
+                    argument: "after.positions",
+                    expected: "tokens that the state after remembers",
+                    got: at as f64,
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// `ends` are the state before, and the gradients with respect to the one after.
     fn run_backward(
         &self,
-        state: Option<&CausalState<T>>,
+        ends: Option<(&CausalState<T>, Option<&[StateGradients<T>]>)>,
         qkv: Qkv<'_, T>,
         grad_out: &ArrayRef3<T>,
         gradients: &mut AttentionGradients<T, M::Gradients>,
         workspace: &mut BackwardWorkspace<T>,
     ) -> Result<Vec<StateGradients<T>>> {
-        let (kv_heads, group) = (self.maps().len(), self.heads() / self.maps().len());
+        let (kv_heads, group) = (self.maps().len(), qkv.q.shape()[0] / self.maps().len());
         let mut results: Vec<Option<HeadGradients<T, M::Gradients>>> =
             (0..kv_heads).map(|_| None).collect();
         let threads = max_threads().min(kv_heads);
@@ -245,18 +342,21 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         }
         let AttentionGradients { q, k, v, .. } = &mut *gradients;
         let sinks = k.outer_iter_mut().zip(v.outer_iter_mut()).zip(&mut results);
-        let inputs = qkv.heads(q.view_mut()).zip(grad_out.axis_chunks_iter(Axis(0), group));
+        let of_group = |h: usize| grad_out.slice(s![h * group..(h + 1) * group, .., ..]);
+        let inputs = qkv.heads(q.view_mut()).zip((0..kv_heads).map(of_group));
         let items = inputs.zip(sinks);
         let result = try_each(&mut workspace.tapes, items, |tape, (inputs, sinks)| {
             let (((qkv, q), grad_out), ((k, v), result)) = (inputs, sinks);
             check_head(&qkv, grad_out)?;
             let tape = tape
                 .get_or_insert_with(|| Tape::new(&self.maps()[qkv.head], self.sizes().value_dim));
-            let position = state.map_or(0, |state| state.position);
-            let state = state.map(|state| &state.heads[qkv.head]);
+            let position = ends.map_or(0, |(state, _)| state.position);
+            let ends = ends.map(|(state, after)| {
+                (&state.heads[qkv.head], after.map(|after| &after[qkv.head]))
+            });
             let qkv = HeadQkv { position, ..qkv };
             *result =
-                Some(self.head_backward(state, qkv, grad_out, InputGradients { q, k, v }, tape));
+                Some(self.head_backward(ends, qkv, grad_out, InputGradients { q, k, v }, tape));
             if tape.finite { Ok(()) } else { Err(OutOfRange) }
         });
         if let Err(OutOfRange) = result {
@@ -278,12 +378,13 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// One head's gradients; `qkv` is at the position of its first token.
     fn head_backward(
         &self,
-        state: Option<&HeadState<T>>,
+        ends: Option<(&HeadState<T>, Option<&StateGradients<T>>)>,
         qkv: HeadQkv<'_, T>,
         grad_out: ArrayView3<'_, T>,
         outputs: InputGradients<'_, T>,
         tape: &mut Tape<T>,
     ) -> HeadGradients<T, M::Gradients> {
+        let (state, after) = (ends.map(|(state, _)| state), ends.and_then(|(_, after)| after));
         let HeadQkv { position, q, k, v, valid, .. } = qkv;
         let (head, map) = (self.head(qkv.head), &self.maps()[qkv.head]);
         let value_dim = self.sizes().value_dim;
@@ -324,6 +425,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             position: position - lead,
             lead,
             given: None,
+            after,
         };
         let InputGradients { q: grad_q, k: mut grad_k, v: mut grad_v } = outputs;
         let inputs = InputGradients { q: grad_q, k: grad_k.view_mut(), v: grad_v.view_mut() };
@@ -336,25 +438,105 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         let (lead_keys, keys) = tape.keys.split_at(lead * key_stride);
         let (lead_values, values) = tape.values.split_at(lead * value_stride);
         if !self.windows().is_empty() {
-            copy_scaled(keys, head.scale, grad_k);
-            copy_scaled(values, T::ONE, grad_v);
+            copy_scaled(keys, head.scale, grad_k.view_mut());
+            copy_scaled(values, T::ONE, grad_v.view_mut());
         }
         let rows = |from: &[T], dim: usize, scale: T| {
             let mut rows = Array2::zeros((from.len() / padded(dim), dim));
             copy_scaled(from, scale, rows.view_mut());
             rows
         };
-        // The sums of a state that has seen no key are in no frame.
-        let seen = if state.is_some_and(|state| state.sums.started) { T::ONE } else { T::ZERO };
-        HeadGradients {
-            map: map.gradients(&sums),
-            log_decay,
-            state: state.is_some().then(|| StateGradients {
-                sums: rows(&tape.sums, value_dim, seen),
-                norm: tape.norm.iter().map(|&r| -r * seen).collect(),
-                keys: rows(lead_keys, head.dim, head.scale),
-                values: rows(lead_values, value_dim, T::ONE),
-            }),
+        let mut state = state.map(|state| {
+            let mut gradients = StateGradients::zeros(state, position, self.sizes());
+            if state.sums.started {
+                gradients.sums = rows(&tape.sums, value_dim, T::ONE);
+                gradients.norm = tape.norm.iter().map(|&r| -r).collect();
+            }
+            gradients.keys = rows(lead_keys, head.dim, head.scale);
+            gradients.values = rows(lead_values, value_dim, T::ONE);
+            gradients
+        });
+        if let (Some(after), Some(state)) = (after, &mut state) {
+            state.take_tokens(after, position, grad_k, grad_v);
+        }
+        HeadGradients { map: map.gradients(&sums), log_decay, state }
+    }
+}
+
+impl<T: Real> StateGradients<T> {
+    fn zeros(state: &HeadState<T>, position: usize, sizes: Sizes) -> Self {
+        let Sizes { dim, features, value_dim, .. } = sizes;
+        let first = state.ring.as_ref().map_or(position, |ring| ring.first(position));
+        let outside = state.ring.as_ref().map_or(0, |_| state.sinks.before(first));
+        let sinks = state.sinks.positions[..outside].iter().copied();
+        let positions: Vec<usize> = sinks.chain(first..position).collect();
+        let frame = || {
+            let reference = Array1::from_vec(state.sums.reference.clone());
+            (reference, state.sums.reference_position)
+        };
+        Self {
+            sums: Array2::zeros((features, value_dim)),
+            norm: Array1::zeros(features),
+            frame: state.sums.started.then(frame),
+            keys: Array2::zeros((positions.len(), dim)),
+            values: Array2::zeros((positions.len(), value_dim)),
+            positions,
+        }
+    }
+
+    /// Adds the gradients of readers of a later state: `later` is with respect to that one, and
+    /// what is between the two adds to its sums alone. Only `sums` and `norm` change, or nothing if
+    /// one of the states has not seen a key. `log_decay` is log γ.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] for gradients of another shape; nothing is changed then.
+    pub fn add_later(&mut self, later: &Self, log_decay: f64) -> Result<()> {
+        check_shape("later.sums", &later.sums, self.sums.shape())?;
+        check_shape("later.norm", &later.norm, self.norm.shape())?;
+        if let Some((reference, position)) = &self.frame {
+            let (sums, norm) = later.sums_at(reference.view(), *position, log_decay);
+            self.sums += &sums;
+            self.norm += &norm;
+        }
+        Ok(())
+    }
+
+    /// S and z's gradients in another frame: those of S·exp(c + λ(p₀′ − p₀) − c′), so that the
+    /// product of a number and its gradient is the same in all frames. Zeros without a frame.
+    fn sums_at(
+        &self,
+        reference: ArrayView1<'_, T>,
+        position: usize,
+        log_decay: f64,
+    ) -> (Array2<T>, Array1<T>) {
+        let Some((own, own_position)) = &self.frame else {
+            return (Array2::zeros(self.sums.dim()), Array1::zeros(self.norm.dim()));
+        };
+        let decay = T::from_f64(log_decay * (*own_position as f64 - position as f64));
+        let factor = |(&to, &from): (&T, &T)| (to + decay - from).exp();
+        let factors: Array1<T> = reference.iter().zip(own).map(factor).collect();
+        (&self.sums * &factors.view().insert_axis(Axis(1)), &self.norm * &factors)
+    }
+
+    /// The tokens' part of `after`, whose tokens are ours or those from `position` on, of which `k`
+    /// and `v` are the gradients.
+    fn take_tokens(
+        &mut self,
+        after: &Self,
+        position: usize,
+        mut k: ArrayViewMut2<'_, T>,
+        mut v: ArrayViewMut2<'_, T>,
+    ) {
+        for (&at, (key, value)) in
+            after.positions.iter().zip(after.keys.rows().into_iter().zip(after.values.rows()))
+        {
+            let own = self.positions.iter().position(|&own| own == at);
+            let (mut to_key, mut to_value) = match own {
+                Some(row) => (self.keys.row_mut(row), self.values.row_mut(row)),
+                None => (k.row_mut(at - position), v.row_mut(at - position)),
+            };
+            to_key += &key;
+            to_value += &value;
         }
     }
 }
@@ -452,7 +634,7 @@ mod tests {
                 random((h, n, e)),
             );
             let (_, gradients) =
-                attention.prefill_backward(&state, Qkv::new(&q, &k, &v), &grad).unwrap();
+                attention.prefill_backward(&state, Qkv::new(&q, &k, &v), &grad, None).unwrap();
             let loss = |state: &CausalState<f64>| {
                 (attention.prefill(&mut state.clone(), Qkv::new(&q, &k, &v)).unwrap() * &grad).sum()
             };

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use ndarray::{ArrayView2, ArrayView3, ArrayViewMut2, ArrayViewMut3, s};
 
+use super::StateGradients;
 use super::window_keys::WindowSums;
 use crate::Real;
 use crate::attention::rows::Valid;
@@ -36,6 +37,8 @@ pub(crate) struct Pass<'a, T: 'static, M> {
     pub(crate) lead: usize,
     /// Sums over the window keys, one per query head, to be taken as constants.
     pub(crate) given: Option<&'a [WindowSums<T>]>,
+    /// The gradients with respect to the sums behind the pass, of those who read them later.
+    pub(crate) after: Option<&'a StateGradients<T>>,
 }
 
 /// Arrays of an [`Ahead`] whose rows are keys; those of the queries follow.

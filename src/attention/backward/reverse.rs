@@ -32,8 +32,6 @@ pub(crate) struct Reverse<'p, 'a, 'g, T: Real, M: DifferentiableMap<T>> {
 
 impl<T: Real, M: DifferentiableMap<T>> Reverse<'_, '_, '_, T, M> {
     pub(crate) fn run(&mut self) {
-        self.tape.sums.fill(T::ZERO);
-        self.tape.norm.fill(T::ZERO);
         let events = std::mem::take(&mut self.tape.events);
         for (i, event) in events.iter().enumerate().rev() {
             self.move_to(event.frame);

@@ -23,7 +23,7 @@
 
 use std::ops::Range;
 
-use ndarray::s;
+use ndarray::{ArrayView1, s};
 
 use super::buffers::Buffers;
 use super::forward::Forward;
@@ -168,7 +168,8 @@ impl<T: Real> Tape<T> {
             let ahead = pass.ahead(&output_gradient, sinks.inputs.as_ref(), false);
             let output_gradient =
                 if let OutputGradient::Rows(rows) = output_gradient { Some(rows) } else { None };
-            let frame = usize::MAX;
+            let later = self.read_later(pass, &state, origin, sinks.log_decay);
+            let frame = if later { self.positions.len() - 1 } else { usize::MAX };
             let from_state = start.is_some_and(|start| start.started);
             Reverse {
                 tape: self,
@@ -179,7 +180,7 @@ impl<T: Real> Tape<T> {
                 frame,
                 ahead,
                 from_state,
-                later: false,
+                later,
             }
             .run();
             let first_absorbed = self
@@ -194,6 +195,35 @@ impl<T: Real> Tape<T> {
             }
         }
         self.state = state;
+    }
+
+    /// R and r of those who read the sums behind the pass, whose last frame they are in now, and
+    /// what λ̇ has of them that the keys' positions do not say. Whether there are any.
+    fn read_later<M>(
+        &mut self,
+        pass: &Pass<'_, T, M>,
+        state: &Sums<T>,
+        origin: usize,
+        log_decay: &mut f64,
+    ) -> bool {
+        self.sums.fill(T::ZERO);
+        self.norm.fill(T::ZERO);
+        let Some(after) = pass.after.filter(|_| state.started) else { return false };
+        let Some((_, position)) = after.frame else { return false };
+        let reference = ArrayView1::from(&state.reference);
+        let (sums, norm) = after.sums_at(reference, state.reference_position, pass.log_decay);
+        let stride = state.stride();
+        let mut product = 0.0;
+        for (f, (row, &z)) in sums.rows().into_iter().zip(&norm).enumerate() {
+            let s = &state.numerator[f * stride..];
+            product += (z * state.norm[f]).to_f64();
+            product += row.iter().zip(s).map(|(&r, &s)| (r * s).to_f64()).sum::<f64>();
+            self.norm[f] = -z;
+            self.sums[f * stride..].iter_mut().zip(row).for_each(|(to, &r)| *to = r);
+        }
+        // Keys count from the origin, later readers from the frame of theirs.
+        *log_decay += product * (position as f64 - origin as f64);
+        true
     }
 
     pub(crate) fn push_frame(&mut self, state: &Sums<T>) {

@@ -322,6 +322,7 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
                 &attention.new_state(),
                 Qkv::new(&q, &k, &v).with_mask(key_mask(&valid)),
                 &grad,
+                None,
             )
             .map(|_| ()),
     );

@@ -2,26 +2,32 @@
 
 use dijiang::Real;
 use dijiang::attention::{KeyMask, Operator, Window};
+use dijiang::kernel::DctGradients;
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary,
     SoftmaxAttention,
 };
 use dijiang_mpi::Ranks;
+use mpi::collective::SystemOperation;
+use mpi::topology::SimpleCommunicator;
+use mpi::traits::CommunicatorCollectives;
 use ndarray::{Array2, Array3, Axis, s};
 
 use crate::random::{Random, Sequence};
 
 /// Random options and lengths that are tried.
-const TRIES: u64 = 40;
+const TRIES: u64 = 24;
 /// Tokens before the call, and after it.
 const BEFORE: usize = 90;
 const AFTER: usize = 40;
 
-/// Outputs and states of many ranks are those of one.
-pub(crate) fn equal(ranks: &Ranks) {
+/// Outputs, states and gradients of many ranks are those of one.
+pub(crate) fn equal(ranks: &Ranks, world: &SimpleCommunicator) {
     for seed in 0..TRIES {
         attention::<f64>(ranks, seed, 1e-12);
         attention::<f32>(ranks, seed, 1e-5);
+        backward::<f64>(ranks, world, seed, 1e-12);
+        backward::<f32>(ranks, world, seed, 1e-5);
     }
     for seed in 0..4 {
         layer::<f64>(ranks, seed, 1e-12);
@@ -70,6 +76,89 @@ fn attention<T: Real>(ranks: &Ranks, seed: u64, tolerance: f64) {
     close(&out, &expected.slice(s![.., end.., ..]).to_owned(), tolerance, &context);
 }
 
+fn backward<T: Real>(ranks: &Ranks, world: &SimpleCommunicator, seed: u64, tolerance: f64) {
+    let random = &mut Random(1000 + seed);
+    let attention = random.attention::<T>();
+    let lengths = random.lengths(ranks.size());
+    let (before, n) = (random.pick(&[0, BEFORE]), lengths.iter().sum::<usize>());
+    if n == 0 {
+        return;
+    }
+    let sequence = Sequence::new(random, &attention, before + n);
+    let grad_out = random.array::<T>([attention.heads(), n, attention.value_dim()], 1.0);
+    let mut state = attention.new_state();
+    if before > 0 {
+        attention.prefill(&mut state, sequence.piece(0..before).qkv()).expect("sound arguments");
+    }
+    let whole = sequence.piece(before..before + n);
+    let (expected, of_state) =
+        attention.prefill_backward(&state, whole.qkv(), &grad_out, None).expect("sound arguments");
+
+    let start = lengths[..ranks.rank()].iter().sum::<usize>();
+    let end = start + lengths[ranks.rank()];
+    let piece = sequence.piece(before + start..before + end);
+    let grad_out = grad_out.slice(s![.., start..end, ..]).to_owned();
+    let given = if ranks.rank() == 0 { state } else { attention.new_state() };
+    let call = || ranks.backward(&attention, &given, piece.qkv(), &grad_out);
+    let found = call().expect("sound arguments");
+    assert!(found == call().expect("sound arguments"), "other bits");
+    let (gradients, found_of_state) = found;
+    let context =
+        format!("backward, seed {seed}, {ranks:?}, {lengths:?}, {:?}", attention.config());
+    // Relative to the largest of the whole sequence, which a piece need not have.
+    let arrays = [
+        ("q", &gradients.q, &expected.q),
+        ("k", &gradients.k, &expected.k),
+        ("v", &gradients.v, &expected.v),
+    ];
+    for (name, found, expected) in arrays {
+        let expected_rows = expected.slice(s![.., start..end, ..]).to_owned();
+        let scale = largest(expected);
+        near(found, &expected_rows, scale, tolerance, &format!("{name} of {context}"));
+    }
+    assert_eq!(found_of_state.is_some(), ranks.rank() == 0);
+    for (found, expected) in found_of_state.iter().flatten().zip(&of_state) {
+        assert_eq!(found.positions, expected.positions, "{context}");
+        for (found, expected) in [
+            (&found.sums, &expected.sums),
+            (&found.keys, &expected.keys),
+            (&found.values, &expected.values),
+        ] {
+            let [found, expected] = [found, expected].map(|x| x.clone().insert_axis(Axis(0)));
+            close(&found, &expected, 10.0 * tolerance, &context);
+        }
+    }
+    for (h, (map, expected_map)) in gradients.maps.iter().zip(&expected.maps).enumerate() {
+        // Sums of many numbers of either sign: the largest of a kind says how exact they can be.
+        let kinds = parameters(map, gradients.log_decay[h]);
+        let expected_kinds = parameters(expected_map, expected.log_decay[h]);
+        for ((name, share), (_, expected)) in kinds.into_iter().zip(expected_kinds) {
+            let mut sum = vec![0.0; share.len()];
+            world.all_reduce_into(&share[..], &mut sum[..], SystemOperation::sum());
+            let shape = (1, 1, sum.len());
+            let array = |x| Array3::<f64>::from_shape_vec(shape, x).expect("of this shape");
+            let scale = n as f64 * if name == "log_decay" { n as f64 } else { 1.0 };
+            let context = format!("{name} of {context}");
+            near(&array(sum), &array(expected), scale, 10.0 * tolerance, &context);
+        }
+    }
+}
+
+/// A map's gradients and its decay's, by kind.
+fn parameters(map: &DctGradients, log_decay: f64) -> Vec<(&'static str, Vec<f64>)> {
+    let mut kinds = vec![
+        ("log_weight", map.log_weight.clone()),
+        ("log_mix", vec![map.log_mix]),
+        ("log_decay", vec![log_decay]),
+    ];
+    for side in [&map.query, &map.key] {
+        kinds.push(("center", side.center.clone()));
+        kinds.push(("scale", side.scale.clone()));
+        kinds.push(("radii", side.radii.clone()));
+    }
+    kinds
+}
+
 fn layer<T: Real>(ranks: &Ranks, seed: u64, tolerance: f64) {
     let random = &mut Random(seed);
     let layer = random_layer::<T>(random);
@@ -103,13 +192,23 @@ pub(crate) fn random_layer<T: Real>(random: &mut Random) -> DijiangAttention<T> 
 
 /// Equal relative to the largest expected number.
 fn close<T: Real>(found: &Array3<T>, expected: &Array3<T>, tolerance: f64, context: &str) {
+    near(found, expected, largest(expected), tolerance, context);
+}
+
+fn largest<T: Real>(of: &Array3<T>) -> f64 {
+    of.iter().fold(0.0, |top: f64, x| top.max(x.to_f64().abs()))
+}
+
+fn near<T: Real>(
+    found: &Array3<T>,
+    expected: &Array3<T>,
+    scale: f64,
+    tolerance: f64,
+    context: &str,
+) {
     assert_eq!(found.shape(), expected.shape(), "{context}");
-    let largest = expected.iter().fold(0.0, |top: f64, x| top.max(x.to_f64().abs()));
     for (at, x) in found.indexed_iter() {
         let difference = (x.to_f64() - expected[at].to_f64()).abs();
-        assert!(
-            difference <= tolerance * largest,
-            "{at:?}: {difference:e} of {largest}; {context}"
-        );
+        assert!(difference <= tolerance * scale, "{at:?}: {difference:e} of {scale}; {context}");
     }
 }

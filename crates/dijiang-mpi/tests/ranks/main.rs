@@ -81,9 +81,9 @@ fn rank(role: &str) {
     let world = universe.world();
     let ranks = [Scan::Rounds, Scan::Gather].map(|scan| Ranks::new(&world).with_scan(scan));
     match role {
-        "equal" => ranks.iter().for_each(cases::equal),
+        "equal" => ranks.iter().for_each(|ranks| cases::equal(ranks, &world)),
         "faults" => ranks.iter().for_each(faults::all),
         _ if world.rank() == 1 => std::process::exit(3),
-        _ => cases::equal(&ranks[0]),
+        _ => cases::equal(&ranks[0], &world),
     }
 }
