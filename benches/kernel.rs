@@ -40,16 +40,16 @@ fn panel<T: Real>(c: &mut Criterion, name: &str, d: usize, map: &impl FeatureMap
 
 fn maps<T: Real>(c: &mut Criterion) {
     for d in [32, 64, 80, 96, 128, 256] {
-        panel::<T>(c, "dct", d, &DctMapConfig::new(d).build().expect("a valid map"));
+        panel::<T>(c, "dct", d, &DctMapConfig::new().build(d).expect("a valid map"));
         panel::<T>(c, "matrix", d, &FavorConfig::new(d, d).build().expect("a valid map"));
     }
-    let antithetic = DctMapConfig::new(64).with_blocks(2).with_pairing(Pairing::Antithetic);
-    panel::<T>(c, "antithetic", 64, &antithetic.build().expect("a valid map"));
+    let antithetic = DctMapConfig::new().with_blocks(2).with_pairing(Pairing::Antithetic);
+    panel::<T>(c, "antithetic", 64, &antithetic.build(64).expect("a valid map"));
     panel::<T>(
         c,
         "mixed",
         64,
-        &DctMapConfig::new(64).with_mixing(Mixing::Mixed).build().expect("a valid map"),
+        &DctMapConfig::new().with_mixing(Mixing::Mixed).build(64).expect("a valid map"),
     );
 }
 

@@ -111,7 +111,7 @@ fn row(features: usize, q: &Array3<f32>, memory: &Memory) -> Result<Vec<String>>
     let mask = KeyMask::Valid(valid);
     let exact = SoftmaxConfig::new(HEADS, DIM).with_causality(Causality::Bidirectional);
     let exact = exact.build::<f32>()?;
-    let paper = DctMapConfig::new(DIM);
+    let paper = DctMapConfig::new();
     let normal_rows =
         paper.clone().with_blocks(features).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
     let normal_rows = normal_rows.with_envelope(Envelope::Gaussian);
@@ -191,7 +191,7 @@ fn attention(
     oprf: bool,
 ) -> Result<LinearAttention<f32, DctMap<f32>>> {
     let map = |h: usize| {
-        let mut params = config.clone().with_seed(h as u64).params()?;
+        let mut params = config.clone().with_seed(h as u64).params(DIM)?;
         let (query, key) = (moments(q.index_axis(Axis(0), h)), moments(k.index_axis(Axis(0), h)));
         (params.query.center, params.key.center) = (query.0, key.0);
         // The mean of |x + y|² over all pairs of centred ones.

@@ -27,6 +27,7 @@ use comfy_table::{CellAlignment, Table, presets::UTF8_FULL_CONDENSED};
 use dijiang::attention::KeyMask;
 use dijiang::calibrate::{CalibrateOptions, ProjectionFit};
 use dijiang::checkpoint::{Checkpoint, Tensors};
+use dijiang::kernel::DctMapConfig;
 use dijiang::layer::{Attention, Causality, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use ndarray::{Array2, Array3, Axis, concatenate, s};
 
@@ -109,7 +110,7 @@ fn run(args: &Args) -> Result<()> {
         let calibration: Vec<_> = calibration.iter().map(|x| x.view()).collect();
         let exchanged = DijiangAttention::from_softmax(
             softmax,
-            DijiangOptions::new().with_blocks(args.blocks),
+            DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(args.blocks)),
         )?;
         let mut row =
             vec![l.to_string(), format!("{:.3}", output_error(softmax, &exchanged, unseen)?)];

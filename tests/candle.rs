@@ -120,17 +120,17 @@ fn random_problem(seed: u64) -> ([Array4<f64>; 3], Vec<DctParams>) {
     );
     let (d, e) = (random.choose(&[3, 8, 16]), random.choose(&[1, 5, 16]));
     let map = |h: usize| match seed % 3 {
-        0 => DctMapConfig::new(d)
+        0 => DctMapConfig::new()
             .with_blocks(2)
             .with_mixing(Mixing::Mixed)
             .with_seed(h as u64)
-            .params()
+            .params(d)
             .unwrap(),
         1 => FavorConfig::new(d, 2 * d).with_seed(h as u64).params().unwrap(),
-        _ => DctMapConfig::new(d)
+        _ => DctMapConfig::new()
             .with_pairing(Pairing::Antithetic)
             .with_envelope(Envelope::Gaussian)
-            .params()
+            .params(d)
             .unwrap(),
     };
     let maps = (0..kv_heads).map(map).collect();
@@ -287,7 +287,7 @@ fn errors_name_the_argument() {
         Tensor::zeros((1, 2, 5, 8), DType::F32, &Device::Cpu).unwrap(),
     );
     let maps = tensors_of(
-        &[DctMapConfig::new(8).params().unwrap(), DctMapConfig::new(8).params().unwrap()],
+        &[DctMapConfig::new().params(8).unwrap(), DctMapConfig::new().params(8).unwrap()],
         0.0,
     );
     let options = AttentionOptions::new();
@@ -582,7 +582,7 @@ fn a_var_builder_reads_the_crates_files() {
     };
     assert_eq!(names(&loaded), names(&made));
 
-    let other = DijiangOptions::new().with_blocks(2);
+    let other = DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(2));
     let vb = VarBuilder::from_buffered_safetensors(
         layer.to_safetensors().unwrap(),
         DType::F32,
@@ -596,7 +596,10 @@ fn a_var_builder_reads_the_crates_files() {
     let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     let fresh = CandleAttention::new(
         layer.config(),
-        &other.with_mixing(Mixing::Mixed).with_window(Some(Window::new(8, 0))),
+        &other
+            .clone()
+            .with_map(other.map.with_mixing(Mixing::Mixed))
+            .with_window(Some(Window::new(8, 0))),
         vb,
     )
     .unwrap();
@@ -629,7 +632,7 @@ fn what_nobody_can_hold() {
         let error = result.map(|_| ()).unwrap_err().to_string();
         assert!(error.contains("must be at most"), "{error}");
     }
-    let map = MapTensors::new(&DctMapConfig::new(4).params().unwrap(), 0.0).unwrap();
+    let map = MapTensors::new(&DctMapConfig::new().params(4).unwrap(), 0.0).unwrap();
     for dtype in [DType::F32, DType::F16, DType::F64] {
         let one = Tensor::zeros((1, 1, 1, 4), dtype, &Device::Cpu).unwrap();
         for layout in [HeadLayout::HeadsFirst, HeadLayout::TokensFirst] {
@@ -657,7 +660,7 @@ fn what_nobody_can_hold() {
     for blocks in [1 << 40, usize::MAX] {
         let vars = VarMap::new();
         let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
-        let options = DijiangOptions::new().with_blocks(blocks);
+        let options = DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(blocks));
         too_large(CandleAttention::new(layer.config(), &options, vb));
     }
 }

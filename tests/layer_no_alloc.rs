@@ -7,7 +7,7 @@ use std::cell::Cell;
 
 use dijiang::Real;
 use dijiang::attention::{KeyMask, Window};
-use dijiang::kernel::Pairing;
+use dijiang::kernel::{DctMapConfig, Pairing};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, Rotary,
     SoftmaxAttention,
@@ -73,7 +73,7 @@ fn steps_do_not_allocate<T: Real>() {
     for window in [None, Some(Window::new(8, 1)), Some(Window::new(64, 1))] {
         let options = DijiangOptions::new()
             .with_window(window)
-            .with_pairing(Pairing::Antithetic)
+            .with_map(DctMapConfig::new().with_pairing(Pairing::Antithetic))
             .with_log_decay(-0.01);
         let layer = DijiangAttention::from_softmax(&softmax, options).unwrap();
         let x = matrix(300, 24);

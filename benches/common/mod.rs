@@ -28,7 +28,7 @@ pub(crate) fn linear<T: Real>(
     window: bool,
 ) -> LinearAttention<T, DctMap<T>> {
     let maps = (0..heads)
-        .map(|h| DctMapConfig::new(d).with_seed(h as u64).build().expect("a valid map"))
+        .map(|h| DctMapConfig::new().with_seed(h as u64).build(d).expect("a valid map"))
         .collect();
     let config = LinearConfig::new();
     let config = if window { config.with_window(Window::new(CHUNK, 1)) } else { config };

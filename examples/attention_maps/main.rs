@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use dijiang::attention::Window;
 use dijiang::calibrate::CalibrateOptions;
-use dijiang::kernel::{DctMap, FeatureMap};
+use dijiang::kernel::{DctMap, DctMapConfig, FeatureMap};
 use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use dijiang::reference;
 use ndarray::{Array2, Axis, Zip};
@@ -101,7 +101,9 @@ fn run(args: &Args) -> Result<()> {
     let window = (args.chunk > 0).then(|| Window::new(args.chunk, 1));
     let mut linear = DijiangAttention::from_softmax(
         softmax,
-        DijiangOptions::new().with_blocks(args.blocks).with_window(window),
+        DijiangOptions::new()
+            .with_map(DctMapConfig::new().with_blocks(args.blocks))
+            .with_window(window),
     )?;
     let calibration =
         Text::read(&args.model.join("calibration.txt"), model.tokenizer(), model.config().context)?;

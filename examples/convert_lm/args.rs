@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Parser, ValueEnum};
 use dijiang::attention::Window;
 use dijiang::calibrate::{Budget, Plan, Planner, ProjectionFit};
+use dijiang::kernel::DctMapConfig;
 use dijiang::layer::DijiangOptions;
 use serde::Serialize;
 
@@ -249,7 +250,9 @@ impl Args {
 
     /// The layers before they are calibrated, but for their windows.
     pub(crate) fn options(&self) -> DijiangOptions {
-        DijiangOptions::new().with_blocks(self.blocks).with_seed(self.seed).with_sinks(self.sinks)
+        DijiangOptions::new()
+            .with_map(DctMapConfig::new().with_blocks(self.blocks).with_seed(self.seed))
+            .with_sinks(self.sinks)
     }
 
     /// The plan within the budget; a token's keys and values take `token_bytes` in all heads.

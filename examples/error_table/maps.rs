@@ -60,15 +60,15 @@ impl Kind {
         seed: u64,
         moments: &Moments,
     ) -> dijiang::Result<DctParams> {
-        let dct = DctMapConfig::new(dim).with_blocks(blocks).with_seed(seed);
+        let dct = DctMapConfig::new().with_blocks(blocks).with_seed(seed);
         let favor = FavorConfig::new(dim, dim.saturating_mul(blocks)).with_seed(seed);
         let mut params = match self {
-            Self::Paper | Self::Centred | Self::Calibrated => dct.params()?,
+            Self::Paper | Self::Centred | Self::Calibrated => dct.params(dim)?,
             Self::Mixed | Self::Oprf => dct
                 .with_mixing(Mixing::Mixed)
                 .with_radial(Radial::Chi)
                 .with_envelope(Envelope::Gaussian)
-                .params()?,
+                .params(dim)?,
             Self::FavorIid => favor.with_rows(FavorRows::Iid).params()?,
             Self::Favor | Self::FavorCentred => favor.with_rows(FavorRows::Orthogonal).params()?,
         };

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::time::Instant;
 
 use dijiang::calibrate::CalibrateOptions;
-use dijiang::kernel::{DctMap, DctParams, FeatureMap};
+use dijiang::kernel::{DctMap, DctMapConfig, DctParams, FeatureMap};
 use dijiang::layer::{Attention, DijiangAttention, DijiangOptions, SoftmaxAttention};
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis};
 use rayon::prelude::*;
@@ -176,7 +176,7 @@ fn measure(args: &Args, dim: usize, input: Input, progress: &Progress) -> Result
 fn calibrate(args: &Args, layer: &Layer, blocks: usize) -> Result<DijiangAttention<f32>> {
     let mut linear = DijiangAttention::from_softmax(
         &layer.softmax,
-        DijiangOptions::new().with_window(None).with_blocks(blocks),
+        DijiangOptions::new().with_window(None).with_map(DctMapConfig::new().with_blocks(blocks)),
     )?;
     let samples: Vec<_> = layer.calibration.iter().map(|x| x.view()).collect();
     linear.calibrate(&samples, &CalibrateOptions::new().with_steps(args.steps), |_| {

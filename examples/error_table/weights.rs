@@ -140,7 +140,7 @@ mod tests {
         let (q, k, v) = (wave(n, d, 0), wave(n, d, 1), wave(n, d, 2));
         let root = 1.0 / (d as f64).powf(0.25);
         let (x, y) = (&q * root, &k * root);
-        let map = DctMapConfig::new(d).with_blocks(2).build::<f64>()?;
+        let map = DctMapConfig::new().with_blocks(2).build::<f64>(d)?;
         let exact = Exact::new(x.view(), y.view(), v.clone());
         let distance =
             exact.distance(log_kernel(&map.query_log_features(&x)?, &map.key_log_features(&y)?));

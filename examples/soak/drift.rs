@@ -48,7 +48,7 @@ struct Side<T> {
 impl<T: Real> Side<T> {
     fn new(seed: u64) -> dijiang::Result<Self> {
         let attention =
-            LinearConfig::new().build(vec![DctMapConfig::new(DIM).with_seed(seed).build()?])?;
+            LinearConfig::new().build(vec![DctMapConfig::new().with_seed(seed).build(DIM)?])?;
         let (state, workspace) = (attention.new_state(), attention.step_workspace());
         Ok(Self { attention, state, workspace, out: Array2::zeros((1, DIM)) })
     }

@@ -163,7 +163,7 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
         false => (vec![Window::new(CHUNK, 1); args.heads], 0),
     };
     let maps = (0..windows.len())
-        .map(|h| DctMapConfig::new(args.dim).with_seed(h as u64).build())
+        .map(|h| DctMapConfig::new().with_seed(h as u64).build(args.dim))
         .collect::<Result<Vec<_>, _>>()?;
     let config = LinearConfig::new().with_heads(args.heads);
     let mut bench = Bench::<T> {
@@ -248,7 +248,7 @@ impl<T: Gemm> Bench<T> {
     /// Nanoseconds per vector of the query map of this dimension: by the transform, and by the
     /// matrix it stands for.
     fn feature_map(&mut self, dim: usize) -> Result<MapRow, dijiang::Error> {
-        let map = DctMapConfig::new(dim).build::<T>()?;
+        let map = DctMapConfig::new().build::<T>(dim)?;
         let matrix = DctMap::<T>::from_params(map.params().to_dense()?)?;
         let x = gaussian::<T>(&mut self.rng, (1, dim, CHUNK));
         let x = x.as_slice_memory_order().unwrap_or_default();

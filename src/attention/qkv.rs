@@ -29,7 +29,7 @@ use crate::error::{Error, Result};
 /// use dijiang::kernel::DctMapConfig;
 /// use ndarray::{Array, Array3, s};
 ///
-/// let attention = LinearConfig::new().build(vec![DctMapConfig::new(8).build::<f32>()?])?;
+/// let attention = LinearConfig::new().build(vec![DctMapConfig::new().build::<f32>(8)?])?;
 /// let x: Array3<f32> = Array::from_shape_fn((1, 30, 8), |(_, i, j)| (3 * i + 5 * j) as f32 % 7.0);
 ///
 /// // Two sequences, of 10 and 20 tokens.

@@ -17,6 +17,7 @@ use crate::layer::{DijiangAttention, Layer, ProjectedQkv, QkvProj, softmax_of};
 ///
 /// use dijiang::attention::KeyMask;
 /// use dijiang::calibrate::{CalibrateOptions, Sample};
+/// use dijiang::kernel::DctMapConfig;
 /// use dijiang::layer::{
 ///     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
 ///     SoftmaxAttention,
@@ -32,7 +33,7 @@ use crate::layer::{DijiangAttention, Layer, ProjectedQkv, QkvProj, softmax_of};
 ///
 /// let sample = [Sample::new(&softmax, &x)?];
 /// for blocks in [1, 2] {
-///     let options = DijiangOptions::new().with_blocks(blocks);
+///     let options = DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(blocks));
 ///     let mut layer = DijiangAttention::from_softmax(&softmax, options)?;
 ///     let options = CalibrateOptions::new().with_steps(0);
 ///     layer.calibrate_on(&sample, &options, |_| ControlFlow::Continue(()))?;

@@ -56,7 +56,7 @@ pub enum ProjectionTensors {
 /// use dijiang::kernel::DctMapConfig;
 ///
 /// // One head of dimension 8 whose radii are to be trained.
-/// let mut map = MapTensors::new(&DctMapConfig::new(8).params()?, 0.0)?;
+/// let mut map = MapTensors::new(&DctMapConfig::new().params(8)?, 0.0)?;
 /// let radii = Var::from_tensor(&map.query.radii)?;
 /// map.query.radii = radii.as_tensor().clone();
 ///

@@ -15,7 +15,7 @@
 //! let q = Var::randn(0f32, 1.0, (2, 4, 100, 16), &Device::Cpu)?;
 //! let [k, v] = [(); 2].map(|()| Tensor::randn(0f32, 1.0, (2, 2, 100, 16), &Device::Cpu));
 //! let (k, v) = (k?, v?);
-//! let maps = (0..2).map(|h| MapTensors::new(&DctMapConfig::new(16).with_seed(h).params()?, 0.0));
+//! let maps = (0..2).map(|h| MapTensors::new(&DctMapConfig::new().with_seed(h).params(16)?, 0.0));
 //! let maps = maps.collect::<Result<Vec<_>, _>>()?;
 //!
 //! let options = AttentionOptions::new().with_windows(&[Window::new(16, 1)], 4);

@@ -90,7 +90,7 @@ impl CandleAttention {
         vb: VarBuilder<'_>,
     ) -> Result<Self> {
         let (config, head_dim) = config.resolved()?;
-        options.check(head_dim)?;
+        options.map.check(head_dim)?;
         let (width, kv_width) = (config.heads * head_dim, config.kv_heads * head_dim);
         let q_proj = projection(config.model_dim, width, vb.pp("q_proj"))?;
         let k_proj = projection(config.model_dim, kv_width, vb.pp("k_proj"))?;
@@ -442,8 +442,8 @@ fn map(dim: usize, options: &DijiangOptions, vb: &VarBuilder<'_>) -> Result<MapT
     let get = |name: &str, shape: &[usize], init: Init| {
         vb.get_with_hints_dtype(shape, name, init, DType::F64)
     };
-    let rows = options.blocks * dim;
-    let features = if options.pairing == Pairing::Antithetic { 2 * rows } else { rows };
+    let rows = options.map.blocks * dim;
+    let features = if options.map.pairing == Pairing::Antithetic { 2 * rows } else { rows };
     let dense = vb.contains_tensor("dense.query");
     let scales = if dense { dim } else { rows };
     let side = |side: &str| {
@@ -453,26 +453,26 @@ fn map(dim: usize, options: &DijiangOptions, vb: &VarBuilder<'_>) -> Result<MapT
             radii: get(&format!("{side}.radii"), &[rows], Init::Randn { mean: 0.0, stdev: 1.0 })?,
         })
     };
-    let projection = match options.mixing {
+    let projection = match options.map.mixing {
         _ if dense => {
             let matrix = |side: &str| get(&format!("dense.{side}"), &[rows, dim], Init::Const(0.0));
             ProjectionTensors::Dense { query: matrix("query")?, key: matrix("key")? }
         }
         _ if vb.contains_tensor("deep.query") => {
             let scales = |side: &str| {
-                get(&format!("deep.{side}"), &[options.blocks, 2, dim], Init::Const(1.0))
+                get(&format!("deep.{side}"), &[options.map.blocks, 2, dim], Init::Const(1.0))
             };
             ProjectionTensors::Deep { query: scales("query")?, key: scales("key")? }
         }
         Mixing::None => ProjectionTensors::Dct,
         Mixing::Mixed => ProjectionTensors::Mixed {
-            signs: get("signs", &[options.blocks, 3, dim], Init::Const(1.0))?,
+            signs: get("signs", &[options.map.blocks, 3, dim], Init::Const(1.0))?,
         },
     };
     Ok(MapTensors {
         projection,
-        envelope: options.envelope,
-        pairing: options.pairing,
+        envelope: options.map.envelope,
+        pairing: options.map.pairing,
         query: side("query")?,
         key: side("key")?,
         log_weight: get("log_weight", &[features], Init::Const(-(features.max(1) as f64).ln()))?,

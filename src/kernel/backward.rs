@@ -44,7 +44,7 @@ const PANELS: usize = 32;
 /// use dijiang::kernel::{DctMapConfig, DifferentiableMap, PanelGradients};
 ///
 /// // loss = Σ_f a_f(x): its gradient with respect to x is Σ_f A_f, with respect to log_mix m.
-/// let map = DctMapConfig::new(4).build::<f64>()?;
+/// let map = DctMapConfig::new().build::<f64>(4)?;
 /// let (width, mut grad_x) = (16, vec![0.0; 4 * 16]);
 /// let (x, grad_a) = (vec![0.5; 4 * width], vec![1.0; 4 * width]);
 /// let mut sums = map.new_sums();

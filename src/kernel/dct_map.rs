@@ -28,14 +28,14 @@ use crate::error::{Error, Result};
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::simd::{DctTables, padded, supports_dct};
 
-/// How a [`DctMap`] is to be made.
+/// How a [`DctMap`] is to be made, whatever the head dimension d.
 ///
 /// # Examples
 /// ```
 /// use dijiang::kernel::{DctMapConfig, FeatureMap, Pairing};
 ///
-/// let config = DctMapConfig::new(64).with_blocks(2).with_pairing(Pairing::Antithetic);
-/// let map = config.build::<f32>()?;
+/// let config = DctMapConfig::new().with_blocks(2).with_pairing(Pairing::Antithetic);
+/// let map = config.build::<f32>(64)?;
 /// assert_eq!(map.features(), 2 * 2 * 64);
 /// # Ok::<(), dijiang::Error>(())
 /// ```
@@ -43,13 +43,11 @@ use crate::simd::{DctTables, padded, supports_dct};
 #[cfg_attr(
     feature = "serde",
     derive(serde::Serialize, serde::Deserialize),
-    serde(deny_unknown_fields)
+    serde(default, deny_unknown_fields)
 )]
 #[non_exhaustive]
 pub struct DctMapConfig {
-    /// Head dimension d ≥ 1.
-    pub dim: usize,
-    /// Blocks G ≥ 1. Default: 1.
+    /// Blocks G ≥ 1: m = G·d features, twice as many with antithetic pairs. Default: 1.
     pub blocks: usize,
     /// Features per projected coordinate. Default: [`Pairing::Single`].
     pub pairing: Pairing,
@@ -69,12 +67,9 @@ pub struct DctMapConfig {
     pub seed: u64,
 }
 
-impl DctMapConfig {
-    /// The map of the paper for head dimension `dim`: one block, normal radii, Sobol points, no
-    /// envelope.
-    pub fn new(dim: usize) -> Self {
+impl Default for DctMapConfig {
+    fn default() -> Self {
         Self {
-            dim,
             blocks: 1,
             pairing: Pairing::default(),
             radial: Radial::default(),
@@ -85,6 +80,13 @@ impl DctMapConfig {
             mixing: Mixing::default(),
             seed: 0,
         }
+    }
+}
+
+impl DctMapConfig {
+    /// The map of the paper: one block, normal radii, Sobol points, no envelope.
+    pub fn new() -> Self {
+        Self::default()
     }
 
     /// Blocks G. Powers of two stratify the radii of each row best.
@@ -142,24 +144,24 @@ impl DctMapConfig {
     }
 
     /// What [`params`](Self::params) refuses.
-    pub(crate) fn check(&self) -> Result<()> {
-        check_positive("dim", self.dim)?;
+    pub(crate) fn check(&self, dim: usize) -> Result<()> {
+        check_positive("dim", dim)?;
         check_positive("blocks", self.blocks)?;
-        if self.dim > MAX_POINTS {
-            return Err(Error::TooLarge { argument: "dim", limit: MAX_POINTS, got: self.dim });
+        if dim > MAX_POINTS {
+            return Err(Error::TooLarge { argument: "dim", limit: MAX_POINTS, got: dim });
         }
-        if self.blocks > MAX_POINTS / self.dim {
+        if self.blocks > MAX_POINTS / dim {
             return Err(Error::TooLarge {
                 argument: "blocks",
-                limit: MAX_POINTS / self.dim,
+                limit: MAX_POINTS / dim,
                 got: self.blocks,
             });
         }
         Ok(())
     }
 
-    /// Draws the parameters: t = F⁻¹(u), s, mixing signs, centres 0, w = −ln m, g = 0. Same config,
-    /// same numbers.
+    /// Draws the parameters for head dimension `dim`: t = F⁻¹(u), s, mixing signs, centres 0, w =
+    /// −ln m, g = 0. Same config, same numbers.
     ///
     /// # Cost
     /// One quantile per row, G·d of them: about 30 ns each for the normal law, 3 µs for chi.
@@ -167,21 +169,17 @@ impl DctMapConfig {
     /// # Errors
     /// [`Error::Value`] for `dim` = 0 or `blocks` = 0, [`Error::TooLarge`] beyond 65 536 · 256 rows
     /// G·d, which is as far as the Sobol sequence reaches.
-    pub fn params(&self) -> Result<DctParams> {
-        self.check()?;
-        let rows = self.blocks * self.dim;
-        let quantile = Quantile::new(self.radial, self.dim)?;
-        let radii = unit_points(self.points, self.dim, self.blocks, self.seed)
+    pub fn params(&self, dim: usize) -> Result<DctParams> {
+        self.check(dim)?;
+        let rows = self.blocks * dim;
+        let quantile = Quantile::new(self.radial, dim)?;
+        let radii = unit_points(self.points, dim, self.blocks, self.seed)
             .into_iter()
             .map(|u| quantile.at(u))
             .collect();
         let mut scale = vec![1.0; rows];
         if self.scales == InputScales::RandomSigns {
-            scale[self.dim..].copy_from_slice(&signs(
-                rows - self.dim,
-                self.seed,
-                Purpose::InputSigns,
-            ));
+            scale[dim..].copy_from_slice(&signs(rows - dim, self.seed, Purpose::InputSigns));
         }
         let projection = match self.mixing {
             Mixing::None => Projection::Dct,
@@ -189,7 +187,7 @@ impl DctMapConfig {
                 Projection::Mixed { signs: signs(3 * rows, self.seed, Purpose::MixingSigns) }
             }
         };
-        let side = SideParams { center: vec![0.0; self.dim], scale, radii };
+        let side = SideParams { center: vec![0.0; dim], scale, radii };
         let features = paired(self.pairing, rows);
         Ok(DctParams {
             projection,
@@ -203,12 +201,12 @@ impl DctMapConfig {
         })
     }
 
-    /// Draws the parameters and builds the map.
+    /// Draws the parameters and builds the map for head dimension `dim`.
     ///
     /// # Errors
     /// As [`params`](Self::params).
-    pub fn build<T: Real>(&self) -> Result<DctMap<T>> {
-        DctMap::from_params(self.params()?)
+    pub fn build<T: Real>(&self, dim: usize) -> Result<DctMap<T>> {
+        DctMap::from_params(self.params(dim)?)
     }
 }
 
@@ -228,12 +226,12 @@ impl DctMapConfig {
 /// use ndarray::array;
 ///
 /// // Nearly unbiased for exp(x·y), and with 4096 features close to it.
-/// let map = DctMapConfig::new(4)
+/// let map = DctMapConfig::new()
 ///     .with_blocks(1024)
 ///     .with_mixing(Mixing::Mixed)
 ///     .with_radial(Radial::Chi)
 ///     .with_envelope(Envelope::Gaussian)
-///     .build::<f64>()?;
+///     .build::<f64>(4)?;
 /// let (x, y) = (array![[0.3, -0.2, 0.5, 0.1]], array![[0.4, 0.6, 0.2, -0.5]]);
 /// let (a, b) = (map.query_log_features(&x)?, map.key_log_features(&y)?);
 /// let kernel: f64 = (&a + &b).mapv(f64::exp).sum();

@@ -36,7 +36,7 @@
 //! use dijiang::kernel::{DctMapConfig, FeatureMap, InputScales};
 //! use ndarray::array;
 //!
-//! let map = DctMapConfig::new(2).with_blocks(4096).with_scales(InputScales::Ones).build::<f64>()?;
+//! let map = DctMapConfig::new().with_blocks(4096).with_scales(InputScales::Ones).build::<f64>(2)?;
 //! let (x, y) = (array![[0.6, -0.1]], array![[0.4, 0.3]]);
 //! let (a, b) = (map.query_log_features(&x)?, map.key_log_features(&y)?);
 //! let kernel: f64 = (&a + &b).mapv(f64::exp).sum();

@@ -33,9 +33,9 @@ impl DctParams {
     /// ```
     /// use dijiang::kernel::{DctMapConfig, Envelope, Mixing, Radial};
     ///
-    /// let config = DctMapConfig::new(16).with_mixing(Mixing::Mixed);
+    /// let config = DctMapConfig::new().with_mixing(Mixing::Mixed);
     /// let config = config.with_radial(Radial::Chi).with_envelope(Envelope::Gaussian);
-    /// let (plain, weighted) = (config.params()?, config.params()?.with_oprf(4.0)?);
+    /// let (plain, weighted) = (config.params(16)?, config.params(16)?.with_oprf(4.0)?);
     /// let a = (16.0 - 8.0 - (24.0_f64.powi(2) + 8.0 * 16.0 * 4.0).sqrt()) / (16.0 * 16.0);
     /// let (t, stretch) = (plain.query.radii[3], (1.0 - 4.0 * a).sqrt());
     /// assert!((weighted.query.radii[3] - stretch * t).abs() < 1e-12);

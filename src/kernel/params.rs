@@ -155,7 +155,7 @@ impl Projection {
 /// ```
 /// use dijiang::kernel::{DctMap, DctMapConfig, FeatureMap};
 ///
-/// let mut params = DctMapConfig::new(8).with_blocks(2).params()?;
+/// let mut params = DctMapConfig::new().with_blocks(2).params(8)?;
 /// params.query.center[0] = 0.5;
 /// params.log_mix = -0.25;
 /// let map = DctMap::<f32>::from_params(params)?;

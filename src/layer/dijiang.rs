@@ -17,18 +17,14 @@ use crate::attention::{
 };
 use crate::check::check_len;
 use crate::error::{Error, Result};
-use crate::kernel::{
-    DctMap, DctMapConfig, Envelope, FeatureMap, InputScales, Mixing, Pairing, Points, Radial,
-    Sides, mixed,
-};
+use crate::kernel::{DctMap, DctMapConfig, FeatureMap, Pairing, mixed};
 use crate::layer::config::check_no_sliding;
 use crate::layer::generic::{Layer, LayerState};
 use crate::layer::qkv_proj::{ProjectedQkv, QkvProj};
 use crate::layer::softmax::SoftmaxAttention;
 use crate::layer::weights::AttentionWeights;
 
-/// How [`DijiangAttention::from_softmax`] sets up its maps. The defaults are those of
-/// [`DctMapConfig`].
+/// How [`DijiangAttention::from_softmax`] sets up its attention.
 #[derive(Debug, Clone, PartialEq)]
 #[cfg_attr(
     feature = "serde",
@@ -37,25 +33,8 @@ use crate::layer::weights::AttentionWeights;
 )]
 #[non_exhaustive]
 pub struct DijiangOptions {
-    /// Blocks G ≥ 1: m = G·d features, twice as many with antithetic pairs. Default: 1.
-    pub blocks: usize,
-    /// Features per projected coordinate. Default: [`Pairing::Single`].
-    pub pairing: Pairing,
-    /// Law of the radii. Default: [`Radial::Normal`].
-    pub radial: Radial,
-    /// Point set of the radii. Default: [`Points::Sobol`].
-    pub points: Points,
-    /// Envelope p. Default: [`Envelope::None`].
-    pub envelope: Envelope,
-    /// Whether calibration must keep scales and radii of both sides equal. Default:
-    /// [`Sides::Untied`].
-    pub sides: Sides,
-    /// Initial input scales. Default: [`InputScales::RandomSigns`].
-    pub scales: InputScales,
-    /// What stands in place of the transform. Default: [`Mixing::None`].
-    pub mixing: Mixing,
-    /// Seed of points and signs; every head gets one of its own, derived from it. Default: 0.
-    pub seed: u64,
+    /// The maps. Every head gets a seed of its own, derived from theirs.
+    pub map: DctMapConfig,
     /// Local windows: none, one for all key-value heads, or one for each. Default: 64 tokens a
     /// chunk, one chunk back. A bidirectional layer has none and ignores them.
     pub windows: Vec<Window>,
@@ -68,17 +47,8 @@ pub struct DijiangOptions {
 
 impl Default for DijiangOptions {
     fn default() -> Self {
-        let map = DctMapConfig::new(1);
         Self {
-            blocks: map.blocks,
-            pairing: map.pairing,
-            radial: map.radial,
-            points: map.points,
-            envelope: map.envelope,
-            sides: map.sides,
-            scales: map.scales,
-            mixing: map.mixing,
-            seed: map.seed,
+            map: DctMapConfig::new(),
             windows: vec![Window::new(64, 1)],
             sinks: 4,
             log_decay: 0.0,
@@ -92,58 +62,10 @@ impl DijiangOptions {
         Self::default()
     }
 
-    /// Blocks G.
+    /// How the maps are made.
     #[must_use]
-    pub fn with_blocks(self, blocks: usize) -> Self {
-        Self { blocks, ..self }
-    }
-
-    /// Features per projected coordinate.
-    #[must_use]
-    pub fn with_pairing(self, pairing: Pairing) -> Self {
-        Self { pairing, ..self }
-    }
-
-    /// Law of the radii.
-    #[must_use]
-    pub fn with_radial(self, radial: Radial) -> Self {
-        Self { radial, ..self }
-    }
-
-    /// Point set of the radii.
-    #[must_use]
-    pub fn with_points(self, points: Points) -> Self {
-        Self { points, ..self }
-    }
-
-    /// Envelope p.
-    #[must_use]
-    pub fn with_envelope(self, envelope: Envelope) -> Self {
-        Self { envelope, ..self }
-    }
-
-    /// Whether both sides share scales and radii.
-    #[must_use]
-    pub fn with_sides(self, sides: Sides) -> Self {
-        Self { sides, ..self }
-    }
-
-    /// Initial input scales.
-    #[must_use]
-    pub fn with_scales(self, scales: InputScales) -> Self {
-        Self { scales, ..self }
-    }
-
-    /// What stands in place of the transform.
-    #[must_use]
-    pub fn with_mixing(self, mixing: Mixing) -> Self {
-        Self { mixing, ..self }
-    }
-
-    /// Seed of points and signs.
-    #[must_use]
-    pub fn with_seed(self, seed: u64) -> Self {
-        Self { seed, ..self }
+    pub fn with_map(self, map: DctMapConfig) -> Self {
+        Self { map, ..self }
     }
 
     /// One local window for all heads, or none.
@@ -179,25 +101,9 @@ impl DijiangOptions {
         }
     }
 
-    /// What is wrong with the sizes of the maps, for this head dimension.
-    pub(crate) fn check(&self, dim: usize) -> Result<()> {
-        self.map(dim, 0).check()
-    }
-
-    /// The map of one key-value head.
-    fn map(&self, dim: usize, head: usize) -> DctMapConfig {
-        DctMapConfig {
-            dim,
-            blocks: self.blocks,
-            pairing: self.pairing,
-            radial: self.radial,
-            points: self.points,
-            envelope: self.envelope,
-            sides: self.sides,
-            scales: self.scales,
-            mixing: self.mixing,
-            seed: head_seed(self.seed, head),
-        }
+    /// The map options of one key-value head.
+    fn map(&self, head: usize) -> DctMapConfig {
+        DctMapConfig { seed: head_seed(self.map.seed, head), ..self.map.clone() }
     }
 }
 
@@ -214,6 +120,7 @@ fn head_seed(seed: u64, head: usize) -> u64 {
 ///
 /// ```
 /// use dijiang::attention::{KeyMask, Window};
+/// use dijiang::kernel::DctMapConfig;
 /// use dijiang::layer::{
 ///     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
 ///     SoftmaxAttention,
@@ -223,7 +130,8 @@ fn head_seed(seed: u64, head: usize) -> u64 {
 /// let eye = || Array2::<f64>::eye(2);
 /// let weights = AttentionWeights::new(eye(), eye(), eye(), eye());
 /// let softmax = SoftmaxAttention::new(AttentionConfig::new(2, 1), weights)?;
-/// let layer = DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_blocks(4))?;
+/// let options = DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(4));
+/// let layer = DijiangAttention::from_softmax(&softmax, options)?;
 ///
 /// // Short sequences lie within the local window (64 tokens a chunk, one chunk back): the two
 /// // layers agree.
@@ -285,11 +193,11 @@ impl<T: Real> DijiangAttention<T> {
         check_no_sliding(proj.config())?;
         let (heads, d) = (proj.config().kv_heads, proj.head_dim());
         let (windows, sinks) = options.exact_part(proj.config().causality);
-        options.check(d)?;
+        options.map.check(d)?;
         let features =
-            options.blocks * d * if options.pairing == Pairing::Antithetic { 2 } else { 1 };
+            options.map.blocks * d * if options.map.pairing == Pairing::Antithetic { 2 } else { 1 };
         check_state_size(heads, d, features, d, largest_window(windows))?;
-        let maps = (0..heads).map(|head| options.map(d, head).build()).collect::<Result<_>>()?;
+        let maps = (0..heads).map(|head| options.map(head).build(d)).collect::<Result<_>>()?;
         let config = LinearConfig::new()
             .with_windows(windows.to_vec())
             .with_sinks(sinks)

@@ -134,21 +134,21 @@ fn random_map(random: &mut Random, d: usize, seed: u64) -> DctParams {
     // All heads have the same number of features, 2·d.
     let envelope = random.choose(&[Envelope::None, Envelope::Gaussian]);
     let mut map = match random.below(7) {
-        0 => DctMapConfig::new(d).with_blocks(2).params().unwrap(),
-        1 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap(),
-        2 => DctMapConfig::new(d)
+        0 => DctMapConfig::new().with_blocks(2).params(d).unwrap(),
+        1 => DctMapConfig::new().with_pairing(Pairing::Antithetic).params(d).unwrap(),
+        2 => DctMapConfig::new()
             .with_blocks(2)
             .with_mixing(Mixing::Mixed)
             .with_seed(seed)
-            .params()
+            .params(d)
             .unwrap(),
-        3 => DctMapConfig::new(d).with_blocks(2).params().unwrap().to_deep(),
-        4 => DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap().to_deep(),
-        5 => DctMapConfig::new(d)
+        3 => DctMapConfig::new().with_blocks(2).params(d).unwrap().to_deep(),
+        4 => DctMapConfig::new().with_pairing(Pairing::Antithetic).params(d).unwrap().to_deep(),
+        5 => DctMapConfig::new()
             .with_pairing(Pairing::Antithetic)
             .with_mixing(Mixing::Mixed)
             .with_seed(seed)
-            .params()
+            .params(d)
             .unwrap(),
         _ => FavorConfig::new(d, 2 * d).with_seed(seed).params().unwrap(),
     };
@@ -367,7 +367,7 @@ fn extreme_log_features() {
     for seed in 0..12 {
         let mut random = Random::new(seed);
         let (d, n) = (16, 200);
-        let mut map = DctMapConfig::new(d).with_pairing(Pairing::Antithetic).params().unwrap();
+        let mut map = DctMapConfig::new().with_pairing(Pairing::Antithetic).params(d).unwrap();
         for side in [&mut map.query, &mut map.key] {
             side.radii.fill(250.0);
         }
@@ -617,7 +617,7 @@ fn results_and_memory_of_another_shape() {
     narrow.v = Array3::zeros((narrow.v.shape()[0], n, narrow.v.shape()[2] + 1));
     assert_eq!(argument(&run(&mut narrow, &mut attention.backward_workspace())), "gradients.v");
     let other = LinearConfig::new()
-        .build(vec![DctMapConfig::new(q.shape()[2] + 1).build::<f64>().unwrap()])
+        .build(vec![DctMapConfig::new().build::<f64>(q.shape()[2] + 1).unwrap()])
         .unwrap();
     assert_eq!(
         argument(&run(

@@ -7,7 +7,7 @@ use crate::common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::{KeyMask, Window};
 use dijiang::calibrate::{CalibrateOptions, CalibrateReport, Fit, ProjectionFit, Sample};
-use dijiang::kernel::{DctParams, Pairing, Projection, Sides};
+use dijiang::kernel::{DctMapConfig, DctParams, Pairing, Projection, Sides};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     SoftmaxAttention,
@@ -69,7 +69,12 @@ fn numbers(layer: &DijiangAttention<f64>) -> (Vec<DctParams>, Vec<f64>) {
 fn the_gradient_goes_far_beyond_the_closed_form() {
     let cases = [
         (Causality::Causal, window(), Fit::Keep, 0.8),
-        (Causality::Causal, window().with_pairing(Pairing::Antithetic), Fit::Keep, 0.8),
+        (
+            Causality::Causal,
+            window().with_map(DctMapConfig::new().with_pairing(Pairing::Antithetic)),
+            Fit::Keep,
+            0.8,
+        ),
         (Causality::Causal, window().with_window(None), Fit::Keep, 0.8),
         (Causality::Causal, window().with_window(None), Fit::Train, 0.8),
         (Causality::Bidirectional, window(), Fit::Keep, 0.85),
@@ -118,7 +123,7 @@ fn the_gradient_goes_far_beyond_the_closed_form() {
 
 #[test]
 fn tied_sides_stay_tied() {
-    let mut layer = layer(window().with_sides(Sides::Tied));
+    let mut layer = layer(window().with_map(DctMapConfig::new().with_sides(Sides::Tied)));
     let before = numbers(&layer).0;
     let report = calibrate(&mut layer, &texts(), &CalibrateOptions::new());
     assert!(report.heads.iter().all(|head| head.after < head.closed_form), "{report:?}");

@@ -96,7 +96,7 @@ fn attention<'a, T: Real>(
     fault: Fault,
     left: &'a AtomicUsize,
 ) -> Attention<'a, T> {
-    let map = DctMapConfig::new(FEATURES).with_seed(3).build().unwrap();
+    let map = DctMapConfig::new().with_seed(3).build(FEATURES).unwrap();
     let config = LinearConfig::new().with_windows(window.into_iter().collect());
     let sinks = if window.is_some() { 1 } else { 0 };
     let maps = vec![Faulty { map, left, fault }];
@@ -259,7 +259,7 @@ fn whole_sequences() {
             Ok(out.into_raw_vec_and_offset().0)
         };
         let full = LinearConfig::new().with_heads(2).with_causality(Causality::Bidirectional);
-        let map = DctMapConfig::new(FEATURES).build().unwrap();
+        let map = DctMapConfig::new().build(FEATURES).unwrap();
         let full = full.build(vec![Faulty { map, left: &left, fault }]).unwrap();
         for (attention, offsets) in [
             (&causal, &[0, 150][..]),

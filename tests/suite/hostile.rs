@@ -68,7 +68,7 @@ fn endless_sequences_are_refused_at_once() {
         zero.broadcast((h, ENDLESS, width)).unwrap()
     };
 
-    let map = DctMapConfig::new(4).build::<f32>().unwrap();
+    let map = DctMapConfig::new().build::<f32>(4).unwrap();
     too_large(map.query_log_features(&rows(4)));
     too_large(map.key_log_features(&rows(4)));
     too_large(published_features(&rows(4), &[1.0; 4]));
@@ -152,7 +152,7 @@ fn repeated_rows_are_rows() {
         );
         assert_same_bits("repeated", &got, &expected);
     }
-    let map = DctMapConfig::new(8).build::<f32>().unwrap();
+    let map = DctMapConfig::new().build::<f32>(8).unwrap();
     let attention = LinearConfig::new().build(vec![map]).unwrap();
     let (views, copies) = (repeated.insert_axis(Axis(0)), copied.clone().insert_axis(Axis(0)));
     let got = attention.forward(Qkv::new(&views, &views, &views)).unwrap();
@@ -175,8 +175,8 @@ fn repeated_rows_are_rows() {
 #[test]
 fn sizes_beyond_memory() {
     for size in [1 << 40, usize::MAX / 2 + 1, usize::MAX] {
-        too_large(DctMapConfig::new(size).params());
-        too_large(DctMapConfig::new(4).with_blocks(size).params());
+        too_large(DctMapConfig::new().params(size));
+        too_large(DctMapConfig::new().with_blocks(size).params(4));
         too_large(FavorConfig::new(size, 1).params());
         too_large(FavorConfig::new(4, size).params());
         assert_eq!(DctParams::new(size), DctParams::new(0));
@@ -184,7 +184,7 @@ fn sizes_beyond_memory() {
         assert!(DctParams::new(size).to_dense().is_err());
         too_large(DijiangAttention::from_softmax(
             &softmax(),
-            DijiangOptions::new().with_blocks(size),
+            DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(size)),
         ));
         too_large(DijiangAttention::from_softmax(
             &softmax(),
@@ -199,7 +199,7 @@ fn sizes_beyond_memory() {
         too_large(AttentionConfig::new(size, 1).with_head_dim(size).check());
     }
     // Each within its own limit, too much together.
-    let map = DctMapConfig::new(4).build::<f32>().unwrap();
+    let map = DctMapConfig::new().build::<f32>(4).unwrap();
     too_large(
         LinearConfig::new()
             .with_window(Window::new(1 << 20, 0))
@@ -213,7 +213,7 @@ fn sizes_beyond_memory() {
 #[test]
 fn numbers_beyond_sense() {
     let build = |config: LinearConfig| {
-        config.build(vec![DctMapConfig::new(4).build::<f32>().unwrap()]).map(|_| ()).unwrap_err()
+        config.build(vec![DctMapConfig::new().build::<f32>(4).unwrap()]).map(|_| ()).unwrap_err()
     };
     for scale in [1e7, 1e30, f64::MAX, 0.0, f64::NAN] {
         assert_eq!(argument(&build(LinearConfig::new().with_scale(scale))), "scale");
@@ -355,8 +355,8 @@ fn foreign_states() {
 /// equal one built anew, and of no other, in every method.
 #[test]
 fn states_of_other_maps() {
-    let config = || DctMapConfig::new(4).with_blocks(2);
-    let params = || config().params().unwrap();
+    let config = || DctMapConfig::new().with_blocks(2);
+    let params = || config().params(4).unwrap();
     let changed = |change: fn(&mut DctParams)| {
         let mut params = params();
         change(&mut params);
@@ -364,11 +364,11 @@ fn states_of_other_maps() {
     };
     let maps: Vec<DctParams> = vec![
         params(),
-        config().with_seed(1).params().unwrap(),
-        config().with_mixing(Mixing::Mixed).params().unwrap(),
+        config().with_seed(1).params(4).unwrap(),
+        config().with_mixing(Mixing::Mixed).params(4).unwrap(),
         params().to_deep(),
         params().to_dense().unwrap(),
-        DctMapConfig::new(4).with_pairing(Pairing::Antithetic).params().unwrap(),
+        DctMapConfig::new().with_pairing(Pairing::Antithetic).params(4).unwrap(),
         changed(|params| params.envelope = Envelope::Gaussian),
         changed(|params| params.query.center[3] = 1e-3),
         changed(|params| params.key.center[3] = 1e-3),
@@ -435,7 +435,9 @@ fn states_of_other_maps() {
 #[test]
 fn states_of_layers_with_other_maps() {
     let layer = |seed: u64| {
-        let options = DijiangOptions::new().with_window(Window::new(8, 1)).with_seed(seed);
+        let options = DijiangOptions::new()
+            .with_window(Window::new(8, 1))
+            .with_map(DctMapConfig::new().with_seed(seed));
         DijiangAttention::from_softmax(&softmax(), options).unwrap()
     };
     let (own, twin, other, x) = (layer(0), layer(0), layer(1), text(3));

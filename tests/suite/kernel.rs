@@ -217,7 +217,7 @@ fn every_combination(dims: &[usize]) -> Vec<DctParams> {
                 for pairing in [Pairing::Single, Pairing::Antithetic] {
                     for envelope in [Envelope::None, Envelope::Gaussian] {
                         for sides in [Sides::Untied, Sides::Tied] {
-                            let config = DctMapConfig::new(d)
+                            let config = DctMapConfig::new()
                                 .with_blocks(blocks)
                                 .with_mixing(mixing)
                                 .with_pairing(pairing);
@@ -225,7 +225,7 @@ fn every_combination(dims: &[usize]) -> Vec<DctParams> {
                                 .with_envelope(envelope)
                                 .with_sides(sides)
                                 .with_radial(Radial::Chi)
-                                .params()
+                                .params(d)
                                 .unwrap();
                             let seed = all.len() as u64;
                             if sides == Sides::Untied && mixing == Mixing::None {
@@ -245,7 +245,7 @@ fn every_combination(dims: &[usize]) -> Vec<DctParams> {
     // One centre at zero and the other not.
     for zero_query in [true, false] {
         let mut params =
-            shaken(DctMapConfig::new(6).with_envelope(Envelope::Gaussian).params().unwrap(), 1);
+            shaken(DctMapConfig::new().with_envelope(Envelope::Gaussian).params(6).unwrap(), 1);
         if zero_query {
             params.query.center.fill(0.0)
         } else {
@@ -362,11 +362,11 @@ fn columns_do_not_depend_on_width_or_neighbours() {
 fn a_projection_written_out_is_the_same_map() {
     let x = Array2::from_shape_vec((9, 12), normals(9 * 12, 77)).unwrap();
     for (mixing, deep) in [(Mixing::None, false), (Mixing::None, true), (Mixing::Mixed, false)] {
-        let config = DctMapConfig::new(12)
+        let config = DctMapConfig::new()
             .with_blocks(3)
             .with_mixing(mixing)
             .with_pairing(Pairing::Antithetic);
-        let mut params = config.with_envelope(Envelope::Gaussian).params().unwrap();
+        let mut params = config.with_envelope(Envelope::Gaussian).params(12).unwrap();
         for (side, seed) in [(&mut params.query, 78), (&mut params.key, 79)] {
             side.center
                 .iter_mut()
@@ -403,7 +403,7 @@ fn a_projection_written_out_is_the_same_map() {
 fn a_deep_projection_starts_as_the_plain_one() {
     for d in [1, 8, 12, 64, 300] {
         let x = Array2::from_shape_vec((5, d), normals(5 * d, 81)).unwrap();
-        let params = shaken(DctMapConfig::new(d).with_blocks(2).params().unwrap(), 82);
+        let params = shaken(DctMapConfig::new().with_blocks(2).params(d).unwrap(), 82);
         let deep = params.to_deep();
         assert!(matches!(deep.projection, Projection::Deep { .. }));
         assert_eq!(deep.to_deep(), deep);
@@ -432,8 +432,8 @@ fn centring_changes_the_error_only() {
     let (mu_q, mu_k) = (normal_rows(1, d, 1) * 2.0, normal_rows(1, d, 2) * 2.0);
     let (x, y) = (&mu_q + normal_rows(1, d, 3) * 0.3, &mu_k + normal_rows(1, d, 4) * 0.3);
     let config =
-        DctMapConfig::new(d).with_blocks(512).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
-    let plain = config.with_envelope(Envelope::Gaussian).params().unwrap();
+        DctMapConfig::new().with_blocks(512).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
+    let plain = config.with_envelope(Envelope::Gaussian).params(d).unwrap();
     let mut centred = plain.clone();
     centred.query.center = mu_q.into_raw_vec_and_offset().0;
     centred.key.center = mu_k.into_raw_vec_and_offset().0;
@@ -453,8 +453,8 @@ fn additive(x: &Array2<f64>, y: &Array2<f64>) -> f64 {
 
 fn plain_map(blocks: usize, points: Points, seed: u64) -> DctMap<f64> {
     let config =
-        DctMapConfig::new(8).with_blocks(blocks).with_points(points).with_scales(InputScales::Ones);
-    config.with_seed(seed).build().unwrap()
+        DctMapConfig::new().with_blocks(blocks).with_points(points).with_scales(InputScales::Ones);
+    config.with_seed(seed).build(8).unwrap()
 }
 
 #[test]
@@ -503,11 +503,9 @@ fn sobol_radii_beat_random_ones() {
 }
 
 fn mixed_map(d: usize, blocks: usize, seed: u64) -> DctMap<f64> {
-    let config = DctMapConfig::new(d)
-        .with_blocks(blocks)
-        .with_mixing(Mixing::Mixed)
-        .with_radial(Radial::Chi);
-    config.with_envelope(Envelope::Gaussian).with_seed(seed).build().unwrap()
+    let config =
+        DctMapConfig::new().with_blocks(blocks).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
+    config.with_envelope(Envelope::Gaussian).with_seed(seed).build(d).unwrap()
 }
 
 #[test]
@@ -676,7 +674,7 @@ fn orthogonal_rows_are_orthogonal_with_gaussian_lengths() {
 fn parameters_are_what_the_config_says() {
     let d = 10;
     let params =
-        DctMapConfig::new(d).with_blocks(4).with_pairing(Pairing::Antithetic).params().unwrap();
+        DctMapConfig::new().with_blocks(4).with_pairing(Pairing::Antithetic).params(d).unwrap();
     assert_eq!((params.dim(), params.blocks(), params.features()), (d, 4, 80));
     assert!(params.query.scale[..d].iter().all(|&s| s == 1.0));
     assert!(
@@ -687,21 +685,21 @@ fn parameters_are_what_the_config_says() {
     assert_eq!((params.log_weight[79], params.log_mix), (-80.0_f64.ln(), 0.0));
     assert!(params.query.radii.iter().any(|&t| t < 0.0));
 
-    let chi = DctMapConfig::new(d)
+    let chi = DctMapConfig::new()
         .with_blocks(4)
         .with_radial(Radial::Chi)
         .with_scales(InputScales::Ones)
-        .params()
+        .params(d)
         .unwrap();
     assert!(chi.query.scale.iter().all(|&s| s == 1.0));
     let mean_square = dot(&chi.query.radii, &chi.query.radii) / 40.0;
     assert!((mean_square - d as f64).abs() < 0.5, "E t² = d, got {mean_square}");
 
-    let mixed = DctMapConfig::new(d)
+    let mixed = DctMapConfig::new()
         .with_blocks(2)
         .with_mixing(Mixing::Mixed)
         .with_scales(InputScales::Ones)
-        .params()
+        .params(d)
         .unwrap();
     let Projection::Mixed { signs } = &mixed.projection else { panic!("asked for mixing") };
     assert!(
@@ -719,19 +717,19 @@ fn parameters_are_what_the_config_says() {
 #[test]
 fn same_seed_same_bits_other_seed_other_bits() {
     let config =
-        DctMapConfig::new(12).with_blocks(3).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
+        DctMapConfig::new().with_blocks(3).with_mixing(Mixing::Mixed).with_radial(Radial::Chi);
     for config in [config.clone().with_points(Points::Random), config] {
-        assert_eq!(config.params().unwrap(), config.params().unwrap());
-        let other = config.clone().with_seed(1).params().unwrap();
-        let first = config.params().unwrap();
+        assert_eq!(config.params(12).unwrap(), config.params(12).unwrap());
+        let other = config.clone().with_seed(1).params(12).unwrap();
+        let first = config.params(12).unwrap();
         assert_ne!(first.query.radii, other.query.radii);
         assert_ne!(first.query.scale, other.query.scale);
         assert_ne!(first.projection, other.projection);
-        let map = config.build::<f32>().unwrap();
+        let map = config.build::<f32>(12).unwrap();
         assert_eq!(map.params(), &first);
         let x = cast::<f32>(&normal_rows(3, 12, 1));
         assert_eq!(map.query_log_features(&x), map.clone().query_log_features(&x));
-        assert_eq!(map.key_log_features(&x), config.build::<f32>().unwrap().key_log_features(&x));
+        assert_eq!(map.key_log_features(&x), config.build::<f32>(12).unwrap().key_log_features(&x));
     }
     let favor = |seed| FavorConfig::new(5, 7).with_seed(seed).params().unwrap();
     assert_eq!(favor(2), favor(2));
@@ -740,10 +738,10 @@ fn same_seed_same_bits_other_seed_other_bits() {
 
 #[test]
 fn empty_and_strided_inputs() {
-    let map = DctMapConfig::new(6)
+    let map = DctMapConfig::new()
         .with_blocks(2)
         .with_envelope(Envelope::Gaussian)
-        .build::<f64>()
+        .build::<f64>(6)
         .unwrap();
     assert_eq!(map.query_log_features(&Array2::zeros((0, 6))).unwrap().dim(), (0, 12));
     let wide = normal_rows(40, 12, 3);
@@ -815,8 +813,8 @@ fn a_token_has_the_features_of_its_row() {
             (1, Pairing::Antithetic, Mixing::Mixed),
         ] {
             let config =
-                DctMapConfig::new(d).with_blocks(blocks).with_pairing(pairing).with_mixing(mixing);
-            let params = shaken(config.params().unwrap(), 6);
+                DctMapConfig::new().with_blocks(blocks).with_pairing(pairing).with_mixing(mixing);
+            let params = shaken(config.params(d).unwrap(), 6);
             let label = format!("{blocks} blocks, {pairing:?}, {mixing:?}");
             check(DctMap::<f64>::from_params(params.clone()).unwrap(), &label);
             check(DctMap::<f32>::from_params(params).unwrap(), &label);
@@ -844,7 +842,7 @@ fn published_features_follow_the_formula() {
 
 fn refused(change: impl FnOnce(&mut DctParams)) -> Error {
     let mut params =
-        DctMapConfig::new(4).with_blocks(2).with_mixing(Mixing::Mixed).params().unwrap();
+        DctMapConfig::new().with_blocks(2).with_mixing(Mixing::Mixed).params(4).unwrap();
     change(&mut params);
     DctMap::<f64>::from_params(params).unwrap_err()
 }
@@ -852,23 +850,23 @@ fn refused(change: impl FnOnce(&mut DctParams)) -> Error {
 #[test]
 fn impossible_configs_are_refused() {
     let least = |argument| Error::Value { argument, expected: "at least 1", got: 0.0 };
-    assert_eq!(DctMapConfig::new(0).build::<f32>().unwrap_err(), least("dim"));
-    assert_eq!(DctMapConfig::new(4).with_blocks(0).build::<f32>().unwrap_err(), least("blocks"));
+    assert_eq!(DctMapConfig::new().build::<f32>(0).unwrap_err(), least("dim"));
+    assert_eq!(DctMapConfig::new().with_blocks(0).build::<f32>(4).unwrap_err(), least("blocks"));
     assert_eq!(FavorConfig::new(0, 4).build::<f32>().unwrap_err(), least("dim"));
     assert_eq!(FavorConfig::new(4, 0).build::<f32>().unwrap_err(), least("features"));
 
     let limit = 65_536 * 256;
     let too_large = |argument, limit, got| Error::TooLarge { argument, limit, got };
     assert_eq!(
-        DctMapConfig::new(usize::MAX).params().unwrap_err(),
+        DctMapConfig::new().params(usize::MAX).unwrap_err(),
         too_large("dim", limit, usize::MAX)
     );
     assert_eq!(
-        DctMapConfig::new(1).with_blocks(limit + 1).params().unwrap_err(),
+        DctMapConfig::new().with_blocks(limit + 1).params(1).unwrap_err(),
         too_large("blocks", limit, limit + 1)
     );
     assert_eq!(
-        DctMapConfig::new(8).with_blocks(usize::MAX).params().unwrap_err(),
+        DctMapConfig::new().with_blocks(usize::MAX).params(8).unwrap_err(),
         too_large("blocks", limit / 8, usize::MAX)
     );
     assert_eq!(
@@ -990,9 +988,9 @@ fn tied_sides_that_differ_are_refused() {
 
 #[test]
 fn oprf_needs_an_envelope_and_a_sensible_phi() {
-    let plain = DctMapConfig::new(4);
-    let gaussian = plain.clone().with_envelope(Envelope::Gaussian).params().unwrap();
-    let conflict = plain.params().unwrap().with_oprf(1.0).unwrap_err();
+    let plain = DctMapConfig::new();
+    let gaussian = plain.clone().with_envelope(Envelope::Gaussian).params(4).unwrap();
+    let conflict = plain.params(4).unwrap().with_oprf(1.0).unwrap_err();
     assert_eq!(conflict, Error::Conflict { argument: "OPRF weights", other: "Envelope::None" });
     for phi in [-1e-9, f64::NAN, f64::INFINITY] {
         let Error::Value { argument: "phi", expected, got } =
@@ -1013,7 +1011,7 @@ fn oprf_needs_an_envelope_and_a_sensible_phi() {
 
 #[test]
 fn wrong_inputs_are_refused() {
-    let map = DctMapConfig::new(4).build::<f32>().unwrap();
+    let map = DctMapConfig::new().build::<f32>(4).unwrap();
     let shape = |argument, got| Error::Shape { argument, axis: 1, expected: 4, got };
     assert_eq!(map.query_log_features(&Array2::zeros((2, 3))).unwrap_err(), shape("x", 3));
     assert_eq!(map.key_log_features(&Array2::zeros((2, 5))).unwrap_err(), shape("y", 5));

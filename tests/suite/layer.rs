@@ -69,8 +69,7 @@ fn rich() -> DijiangOptions {
     DijiangOptions::new()
         .with_window(Window::new(8, 1))
         .with_log_decay(-0.01)
-        .with_blocks(2)
-        .with_pairing(Pairing::Antithetic)
+        .with_map(DctMapConfig::new().with_blocks(2).with_pairing(Pairing::Antithetic))
 }
 
 fn hidden(n: usize, config: &AttentionConfig, seed: u64) -> Array2<f64> {
@@ -219,9 +218,11 @@ fn both_layers_are_their_formulas() {
 
             let layer = softmax(config.clone().with_causality(Causality::Bidirectional), 3);
             check("full softmax", layer.forward(&x, mask).unwrap(), expected(None, Pairs::full()));
-            let linear =
-                DijiangAttention::from_softmax(&layer, DijiangOptions::new().with_blocks(2))
-                    .unwrap();
+            let linear = DijiangAttention::from_softmax(
+                &layer,
+                DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(2)),
+            )
+            .unwrap();
             assert!(linear.windows().is_empty());
             check(
                 "full linear",
@@ -719,16 +720,17 @@ fn weights_are_shared_and_their_layout_does_not_matter() {
 
 #[test]
 fn options_reach_the_maps() {
-    let options = DijiangOptions::new()
-        .with_blocks(3)
-        .with_pairing(Pairing::Antithetic)
-        .with_envelope(Envelope::Gaussian)
-        .with_seed(5);
-    let options = options
-        .with_radial(Radial::Chi)
-        .with_points(Points::Random)
-        .with_mixing(Mixing::Mixed)
-        .with_sides(Sides::Tied);
+    let options = DijiangOptions::new().with_map(
+        DctMapConfig::new()
+            .with_blocks(3)
+            .with_pairing(Pairing::Antithetic)
+            .with_envelope(Envelope::Gaussian)
+            .with_radial(Radial::Chi)
+            .with_points(Points::Random)
+            .with_mixing(Mixing::Mixed)
+            .with_sides(Sides::Tied)
+            .with_seed(5),
+    );
     let layer = linear(grouped(), options.clone(), 1);
     assert_eq!(layer.maps().len(), 3);
     for map in layer.maps() {
@@ -749,7 +751,10 @@ fn options_reach_the_maps() {
         radii(&linear(grouped(), options.clone(), 2), 1),
         "same seed, same maps"
     );
-    assert_ne!(radii(&layer, 1), radii(&linear(grouped(), options.with_seed(6), 1), 1));
+    assert_ne!(
+        radii(&layer, 1),
+        radii(&linear(grouped(), options.clone().with_map(options.map.with_seed(6)), 1), 1)
+    );
 }
 
 /// A layer whose queries and keys lie far from zero, as those of trained models do.
@@ -789,7 +794,7 @@ fn calibration_brings_the_layers_together() {
         let exact = off_centre(causality);
         let mut layer = DijiangAttention::from_softmax(
             &exact,
-            DijiangOptions::new().with_blocks(2).with_window(window),
+            DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(2)).with_window(window),
         )
         .unwrap();
         let (samples, unseen) = ([correlated(200, 1), correlated(150, 2)], correlated(200, 3));
@@ -1136,9 +1141,12 @@ fn impossible_options() {
     let refused = |options: DijiangOptions| {
         DijiangAttention::from_softmax(&exact, options).map(|_| ()).unwrap_err()
     };
-    assert_eq!(argument(&refused(DijiangOptions::new().with_blocks(0))), "blocks");
+    assert_eq!(
+        argument(&refused(DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(0)))),
+        "blocks"
+    );
     assert!(matches!(
-        refused(DijiangOptions::new().with_blocks(usize::MAX)),
+        refused(DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(usize::MAX))),
         Error::TooLarge { argument: "blocks", .. }
     ));
     assert_eq!(
@@ -1183,7 +1191,7 @@ fn maps_of_another_layer() {
     let mut layer = linear(grouped(), rich(), 1);
     let before = layer.forward(&hidden(40, layer.config(), 1), KeyMask::All).unwrap();
     let maps = |dims: &[usize]| {
-        dims.iter().map(|&d| DctMapConfig::new(d).build::<f64>().unwrap()).collect::<Vec<_>>()
+        dims.iter().map(|&d| DctMapConfig::new().build::<f64>(d).unwrap()).collect::<Vec<_>>()
     };
     assert_eq!(
         layer.set_maps(maps(&[6, 6])),
@@ -1193,7 +1201,7 @@ fn maps_of_another_layer() {
     assert_eq!(layer.set_maps(maps(&[6, 8, 6])), Err(foreign.clone()));
     assert_eq!(layer.set_maps(maps(&[8, 8, 8])), Err(foreign));
     let mut mixed = maps(&[6, 6]);
-    mixed.push(DctMapConfig::new(6).with_blocks(2).build().unwrap());
+    mixed.push(DctMapConfig::new().with_blocks(2).build(6).unwrap());
     assert_eq!(argument(&layer.set_maps(mixed).unwrap_err()), "maps");
     let error = layer.clone().with_log_decay(vec![0.0; 2]).map(|_| ()).unwrap_err();
     assert_eq!(error, Error::Length { argument: "log_decay", expected: 3, got: 2 });

@@ -3,7 +3,7 @@
 use crate::common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::{KeyMask, Window};
-use dijiang::kernel::DctMap;
+use dijiang::kernel::{DctMap, DctMapConfig};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     LayerGradients, Rotary, RotaryPairing, RotaryScaling, SoftmaxAttention,
@@ -88,7 +88,11 @@ fn cases() -> Vec<(&'static str, DijiangAttention<f64>, bool)> {
             ),
             true,
         ),
-        ("pure, masked", layer(4, config(), false, pure().with_blocks(2)), true),
+        (
+            "pure, masked",
+            layer(4, config(), false, pure().with_map(DctMapConfig::new().with_blocks(2))),
+            true,
+        ),
         (
             "bidirectional",
             layer(

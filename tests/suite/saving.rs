@@ -7,7 +7,7 @@ use crate::common::{Random, assert_same_bits, cast};
 use dijiang::attention::{KeyMask, Window};
 use dijiang::checkpoint::{load_layers, load_maps, save_layers, save_maps};
 use dijiang::kernel::{
-    DctMap, DctParams, Envelope, FeatureMap, Mixing, Pairing, Projection, Sides,
+    DctMap, DctMapConfig, DctParams, Envelope, FeatureMap, Mixing, Pairing, Projection, Sides,
 };
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
@@ -158,7 +158,7 @@ fn kinds<T: Real>() -> Vec<(&'static str, DijiangAttention<T>)> {
     vec![
         ("plain", plain(AttentionConfig::new(8, 2), options())),
         ("one coordinate", plain(AttentionConfig::new(3, 3), options())),
-        ("grouped", plain(grouped(), options().with_blocks(2))),
+        ("grouped", plain(grouped(), options().with_map(DctMapConfig::new().with_blocks(2)))),
         ("q, k and v biases", layer(grouped(), Biases::Qkv, options(), 12)),
         ("all biases", layer(grouped(), Biases::All, options(), 13)),
         ("head_dim, scale", plain(grouped().with_head_dim(6).with_scale(0.1 + 0.2), options())),
@@ -221,15 +221,42 @@ fn kinds<T: Real>() -> Vec<(&'static str, DijiangAttention<T>)> {
         ),
         (
             "antithetic",
-            plain(grouped(), options().with_pairing(Pairing::Antithetic).with_sides(Sides::Tied)),
+            plain(
+                grouped(),
+                options().with_map(
+                    DctMapConfig::new().with_pairing(Pairing::Antithetic).with_sides(Sides::Tied),
+                ),
+            ),
         ),
-        ("mixed", plain(grouped(), options().with_blocks(3).with_mixing(Mixing::Mixed))),
-        ("Gaussian", plain(grouped(), options().with_envelope(Envelope::Gaussian))),
-        ("deep", deep(plain(grouped(), options().with_blocks(2)))),
-        ("dense", dense(plain(grouped(), options().with_blocks(2)), 3)),
+        (
+            "mixed",
+            plain(
+                grouped(),
+                options().with_map(DctMapConfig::new().with_blocks(3).with_mixing(Mixing::Mixed)),
+            ),
+        ),
+        (
+            "Gaussian",
+            plain(
+                grouped(),
+                options().with_map(DctMapConfig::new().with_envelope(Envelope::Gaussian)),
+            ),
+        ),
+        ("deep", deep(plain(grouped(), options().with_map(DctMapConfig::new().with_blocks(2))))),
+        (
+            "dense",
+            dense(plain(grouped(), options().with_map(DctMapConfig::new().with_blocks(2))), 3),
+        ),
         (
             "dense beside mixed",
-            dense(plain(grouped(), options().with_blocks(2).with_mixing(Mixing::Mixed)), 1),
+            dense(
+                plain(
+                    grouped(),
+                    options()
+                        .with_map(DctMapConfig::new().with_blocks(2).with_mixing(Mixing::Mixed)),
+                ),
+                1,
+            ),
         ),
         ("bidirectional", plain(bidirectional, options())),
     ]
@@ -348,8 +375,12 @@ fn weights_in_any_memory_layout() {
 fn the_format_in_full() {
     let config =
         AttentionConfig::new(4, 2).with_kv_heads(1).with_scale(0.1).with_rotary(Rotary::new(1e4));
-    let layer =
-        layer::<f32>(config, Biases::Qkv, options().with_blocks(2).with_mixing(Mixing::Mixed), 1);
+    let layer = layer::<f32>(
+        config,
+        Biases::Qkv,
+        options().with_map(DctMapConfig::new().with_blocks(2).with_mixing(Mixing::Mixed)),
+        1,
+    );
     let parts = Parts::open(&layer.to_safetensors().unwrap());
     let notes: BTreeMap<_, _> =
         parts.notes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
@@ -455,8 +486,11 @@ fn maps_alone() {
         let saved = calibrated(saved, 7);
         let softmax =
             SoftmaxAttention::new(saved.config().clone(), saved.weights().clone()).unwrap();
-        let fresh =
-            DijiangAttention::from_softmax(&softmax, DijiangOptions::new().with_blocks(3)).unwrap();
+        let fresh = DijiangAttention::from_softmax(
+            &softmax,
+            DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(3)),
+        )
+        .unwrap();
         let maps = saved.save_maps().unwrap();
         assert!(
             Parts::open(&maps)
@@ -483,7 +517,12 @@ fn maps_of_a_model() {
         (0..3)
             .map(|l| {
                 calibrated(
-                    layer(grouped(), Biases::None, options().with_seed(seed), 20 + l),
+                    layer(
+                        grouped(),
+                        Biases::None,
+                        options().with_map(DctMapConfig::new().with_seed(seed)),
+                        20 + l,
+                    ),
                     seed + l,
                 )
             })
@@ -727,7 +766,12 @@ fn whatever_is_missing() {
         },
     ));
     for layer in [
-        layer::<f32>(config.clone(), Biases::All, options().with_mixing(Mixing::Mixed), 1),
+        layer::<f32>(
+            config.clone(),
+            Biases::All,
+            options().with_map(DctMapConfig::new().with_mixing(Mixing::Mixed)),
+            1,
+        ),
         dense(layer::<f32>(config, Biases::All, options(), 1), 1),
     ] {
         let parts = Parts::open(&layer.to_safetensors().unwrap());
@@ -945,7 +989,12 @@ fn maps_of_another_layer() {
 fn a_failed_load_changes_nothing() {
     let saved = calibrated(layer::<f32>(grouped(), Biases::None, options(), 1), 2);
     let mut own = calibrated(
-        layer::<f32>(grouped(), Biases::None, options().with_blocks(2).with_window(None), 1),
+        layer::<f32>(
+            grouped(),
+            Biases::None,
+            options().with_map(DctMapConfig::new().with_blocks(2)).with_window(None),
+            1,
+        ),
         3,
     );
     let before = own.clone();

@@ -66,16 +66,12 @@ fn configs_come_back() {
             .with_rotary(rotary)
             .with_causality(Causality::Bidirectional),
     );
-    check(
-        DijiangOptions::new()
-            .with_blocks(3)
-            .with_window(Some(Window::new(32, 2)))
-            .with_mixing(Mixing::Mixed)
-            .with_seed(u64::MAX),
-    );
+    check(DijiangOptions::new().with_map(
+        DctMapConfig::new().with_blocks(3).with_mixing(Mixing::Mixed).with_seed(u64::MAX),
+    ));
     check(LinearConfig::new().with_window(Window::new(5, 1)).with_log_decay(vec![-0.1, 0.0]));
     check(SoftmaxConfig::new(4, 16));
-    check(DctMapConfig::new(16).with_blocks(2));
+    check(DctMapConfig::new().with_blocks(2));
     check(FavorConfig::new(16, 32));
     check(CalibrateOptions::new());
     check(Padding::Left);
@@ -86,7 +82,10 @@ fn configs_come_back() {
 #[test]
 fn options_have_their_defaults() {
     let options: DijiangOptions =
-        serde_json::from_str(r#"{ "blocks": 2, "windows": [] }"#).unwrap();
-    assert_eq!(options, DijiangOptions::new().with_blocks(2).with_window(None));
+        serde_json::from_str(r#"{ "map": { "blocks": 2 }, "windows": [] }"#).unwrap();
+    assert_eq!(
+        options,
+        DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(2)).with_window(None)
+    );
     assert_eq!(serde_json::from_str::<LinearConfig>("{}").unwrap(), LinearConfig::new());
 }

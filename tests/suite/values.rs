@@ -17,7 +17,7 @@ fn inputs(seed: u64, h: usize, n: usize, d: usize) -> Inputs<f64> {
 
 #[test]
 fn scales_and_sizes() {
-    let map = DctMapConfig::new(16).build::<f64>().unwrap();
+    let map = DctMapConfig::new().build::<f64>(16).unwrap();
     let attention = LinearConfig::new().build(vec![map.clone()]).unwrap();
     assert_eq!(attention.scale(), 0.25);
     assert_eq!(LinearConfig::new().with_scale(0.5).build(vec![map]).unwrap().scale(), 0.5);
@@ -40,13 +40,14 @@ fn scales_and_sizes() {
 
 #[test]
 fn options_and_windows() {
-    let options = DijiangOptions::new().with_scales(InputScales::Ones);
+    let map = DctMapConfig::new().with_scales(InputScales::Ones).with_blocks(3);
+    let options = DijiangOptions::new().with_map(map);
     let matrix = |p: usize| {
         Array2::from_shape_fn((8, 8), |(i, j)| ((i * 37 + j * p) % 17) as f64 / 17.0 - 0.3)
     };
     let weights = AttentionWeights::new(matrix(5), matrix(7), matrix(11), matrix(13));
     let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights).unwrap();
-    let layer = DijiangAttention::from_softmax(&softmax, options.with_blocks(3)).unwrap();
+    let layer = DijiangAttention::from_softmax(&softmax, options).unwrap();
     assert!(layer.maps().iter().all(|map| map.params().query.scale == [1.0; 12]));
     let windows = vec![Window::new(4, 1), Window::new(8, 1)];
     assert!(softmax.windows().is_empty());
@@ -55,7 +56,7 @@ fn options_and_windows() {
 
 #[test]
 fn gradients_add_up() {
-    let map = DctMapConfig::new(4).build::<f64>().unwrap();
+    let map = DctMapConfig::new().build::<f64>(4).unwrap();
     let Inputs { q, k, v } = inputs(2, 1, 20, 4);
     let attention = LinearConfig::new().build(vec![map.clone()]).unwrap();
     let once = attention.backward(Qkv::new(&q, &k, &v), &v).unwrap().maps.remove(0);
@@ -90,7 +91,7 @@ fn favor_maps_have_gradients() {
 #[test]
 fn tokens_of_wide_heads() {
     let d = 256;
-    let map = DctMapConfig::new(d).build::<f64>().unwrap();
+    let map = DctMapConfig::new().build::<f64>(d).unwrap();
     assert_eq!(map.features(), d);
     let attention = LinearConfig::new().build(vec![map]).unwrap();
     let Inputs { q, k, v } = inputs(4, 1, 21, d);

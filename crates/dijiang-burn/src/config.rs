@@ -3,7 +3,9 @@
 use burn::config::Config;
 use burn::module::Initializer;
 use dijiang::attention::{Causality, Window};
-use dijiang::kernel::{DctParams, Envelope, InputScales, Mixing, Pairing, Points, Radial};
+use dijiang::kernel::{
+    DctMapConfig, DctParams, Envelope, InputScales, Mixing, Pairing, Points, Radial,
+};
 use dijiang::layer::{AttentionConfig, AttentionWeights, DijiangOptions, Rotary, SoftmaxAttention};
 use ndarray::Array2;
 use serde::{Deserialize, Serialize};
@@ -144,14 +146,17 @@ impl DijiangAttentionConfig {
             _ => Mixing::None,
         };
         let options = DijiangOptions::new()
-            .with_blocks(features / least)
-            .with_pairing(self.pairing)
-            .with_envelope(self.envelope)
-            .with_radial(self.radial)
-            .with_mixing(mixing)
-            .with_points(Points::Sobol)
-            .with_scales(InputScales::RandomSigns)
-            .with_seed(self.seed)
+            .with_map(
+                DctMapConfig::new()
+                    .with_blocks(features / least)
+                    .with_pairing(self.pairing)
+                    .with_envelope(self.envelope)
+                    .with_radial(self.radial)
+                    .with_mixing(mixing)
+                    .with_points(Points::Sobol)
+                    .with_scales(InputScales::RandomSigns)
+                    .with_seed(self.seed),
+            )
             .with_windows(self.windows.clone())
             .with_sinks(self.sinks)
             .with_log_decay(self.log_decay);

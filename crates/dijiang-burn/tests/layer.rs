@@ -12,7 +12,7 @@ use common::gradients::{CASES, golden_problem};
 use common::{Golden, Random, assert_close, cast};
 use dijiang::Real;
 use dijiang::attention::{Causality, KeyMask, Window};
-use dijiang::kernel::{DctMap, DctParams, Envelope, Mixing, Pairing, Projection};
+use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, Mixing, Pairing, Projection};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention as NdLayer, DijiangOptions,
     Rotary, RotaryPairing, SoftmaxAttention,
@@ -74,18 +74,18 @@ fn cases() -> Vec<Case> {
                 .with_windows(vec![Window::new(16, 1), Window::new(32, 0), Window::new(16, 1)])
                 .with_sinks(3)
                 .with_log_decay(-0.05)
-                .with_pairing(Pairing::Antithetic),
+                .with_map(DctMapConfig::new().with_pairing(Pairing::Antithetic)),
         )
         .masked(),
         case(
             "odd chunks, mixed, two blocks, Gaussian envelope",
             config(9, 3, 1, 6).with_scale(0.3),
-            options()
-                .with_window(Window::new(7, 1))
-                .with_sinks(2)
-                .with_blocks(2)
-                .with_mixing(Mixing::Mixed)
-                .with_envelope(Envelope::Gaussian),
+            options().with_window(Window::new(7, 1)).with_sinks(2).with_map(
+                DctMapConfig::new()
+                    .with_blocks(2)
+                    .with_mixing(Mixing::Mixed)
+                    .with_envelope(Envelope::Gaussian),
+            ),
         ),
         Case {
             kind: Kind::Deep,
@@ -99,7 +99,7 @@ fn cases() -> Vec<Case> {
         case(
             "bidirectional",
             config(24, 4, 2, 8).with_causality(Causality::Bidirectional),
-            options().with_blocks(2),
+            options().with_map(DctMapConfig::new().with_blocks(2)),
         )
         .masked(),
         // More chunks than are summed by one product, twice over, and more tokens than a segment.
@@ -443,8 +443,11 @@ fn golden<T: Real + Element>(tolerance: f64) {
         let options = DijiangOptions::new()
             .with_windows(problem.windows.clone())
             .with_sinks(problem.sinks)
-            .with_blocks(problem.maps[0].blocks())
-            .with_pairing(problem.maps[0].pairing)
+            .with_map(
+                DctMapConfig::new()
+                    .with_blocks(problem.maps[0].blocks())
+                    .with_pairing(problem.maps[0].pairing),
+            )
             .with_log_decay(problem.log_decay[0]);
         let softmax = SoftmaxAttention::new(config, weights).unwrap();
         let map = DctMap::from_params(problem.maps[0].clone()).unwrap();

@@ -93,7 +93,7 @@ impl Measured {
 }
 
 fn measure(heads: usize, window: usize) -> dijiang::Result<Measured> {
-    let maps = (0..heads).map(|h| DctMapConfig::new(D).with_seed(h as u64).build::<f32>());
+    let maps = (0..heads).map(|h| DctMapConfig::new().with_seed(h as u64).build::<f32>(D));
     let mut config = LinearConfig::new();
     if window > 0 {
         config = config.with_window(Window::new(window, 1)).with_sinks(4);

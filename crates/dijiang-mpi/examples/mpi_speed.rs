@@ -56,7 +56,7 @@ fn run(args: &Args, world: &SimpleCommunicator) -> Result<(), Box<dyn Error>> {
     let ranks = Ranks::new(world).with_scan(if args.gather { Scan::Gather } else { Scan::Rounds });
     let (rank, size) = (ranks.rank(), ranks.size());
 
-    let maps = (0..args.heads).map(|h| DctMapConfig::new(D).with_seed(h as u64).build());
+    let maps = (0..args.heads).map(|h| DctMapConfig::new().with_seed(h as u64).build(D));
     let mut config = LinearConfig::new();
     if args.window > 0 {
         config = config.with_window(Window::new(args.window, 1)).with_sinks(4);

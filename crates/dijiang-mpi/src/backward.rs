@@ -51,7 +51,7 @@ impl Ranks {
         state: &CausalState<T>,
         qkv: Qkv<'_, T>,
         grad_out: &ArrayRef3<T>,
-    ) -> Result<(Gradients<T>, Option<Vec<StateGradients<T>>>)> {
+    ) -> Result<(Gradients<T>, Vec<StateGradients<T>>)> {
         let [_, k, v] = qkv.arrays();
         let tokens = k.shape()[1];
         let place = self.open(attempt(|| {
@@ -124,7 +124,10 @@ impl Ranks {
                 }
             });
         }
-        Ok((gradients, (self.rank() == 0).then_some(of_state)))
+        if self.rank() > 0 {
+            of_state.clear();
+        }
+        Ok((gradients, of_state))
     }
 }
 

@@ -172,7 +172,7 @@ mod tests {
     }
 
     fn map(rng: &mut ChaCha12Rng, d: usize) -> DctParams {
-        let mut params = DctMapConfig::new(d).with_blocks(2).params().unwrap();
+        let mut params = DctMapConfig::new().with_blocks(2).params(d).unwrap();
         for side in [&mut params.query, &mut params.key] {
             side.center
                 .iter_mut()

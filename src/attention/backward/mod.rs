@@ -118,7 +118,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// use dijiang::kernel::DctMapConfig;
     /// use ndarray::{Array, Array3};
     ///
-    /// let attention = LinearConfig::new().build(vec![DctMapConfig::new(8).build::<f64>()?])?;
+    /// let attention = LinearConfig::new().build(vec![DctMapConfig::new().build::<f64>(8)?])?;
     /// let element = |(_, i, j)| ((3 * i + 5 * j) % 7) as f64 / 7.0;
     /// let q: Array3<f64> = Array::from_shape_fn((1, 50, 8), element);
     /// let v = q.mapv(|x| x - 0.5);
@@ -618,7 +618,7 @@ mod tests {
                 LinearConfig::new().with_heads(h).with_value_dim(e).with_log_decay(vec![-0.01]);
             config.windows = window.into_iter().collect();
             let attention =
-                config.build(vec![DctMapConfig::new(d).build::<f64>().unwrap()]).unwrap();
+                config.build(vec![DctMapConfig::new().build::<f64>(d).unwrap()]).unwrap();
             let mut state = attention.new_state();
             attention
                 .prefill(

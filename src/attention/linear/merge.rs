@@ -62,7 +62,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// use dijiang::kernel::DctMapConfig;
     /// use ndarray::{Array, Array3, s};
     ///
-    /// let map = DctMapConfig::new(8).build::<f64>()?;
+    /// let map = DctMapConfig::new().build::<f64>(8)?;
     /// let attention = LinearConfig::new().with_window(Window::new(4, 1)).build(vec![map])?;
     /// let element = |(_, i, j)| ((3 * i + 5 * j) % 7) as f64 / 7.0;
     /// let k: Array3<f64> = Array::from_shape_fn((1, 30, 8), element);

@@ -60,7 +60,7 @@ pub use state::Storage;
 /// use ndarray::{Array, Array3};
 ///
 /// let (heads, n, d) = (2, 100, 16);
-/// let map = |head: usize| DctMapConfig::new(d).with_seed(head as u64).build::<f32>();
+/// let map = |head: usize| DctMapConfig::new().with_seed(head as u64).build::<f32>(d);
 /// let maps = (0..heads).map(map).collect::<Result<Vec<_>, _>>()?;
 /// let attention = LinearConfig::new().build(maps)?;
 /// let element = |(h, i, j)| ((h + 3 * i + 5 * j) % 7) as f32 / 7.0;

@@ -62,6 +62,7 @@ impl<T: Real> DijiangAttention<T> {
     /// # Examples
     /// ```
     /// use dijiang::attention::KeyMask;
+    /// use dijiang::kernel::DctMapConfig;
     /// use dijiang::layer::{
     ///     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
     ///     SoftmaxAttention,
@@ -82,7 +83,7 @@ impl<T: Real> DijiangAttention<T> {
     ///
     /// // The maps alone, for a layer made anew from the model's own file.
     /// let maps = layer.save_maps()?;
-    /// let options = DijiangOptions::new().with_blocks(2);
+    /// let options = DijiangOptions::new().with_map(DctMapConfig::new().with_blocks(2));
     /// let mut anew = DijiangAttention::from_softmax(&softmax, options)?;
     /// anew.load_maps(&maps)?;
     /// assert_eq!(anew.forward(&x, KeyMask::All)?, layer.forward(&x, KeyMask::All)?);
@@ -183,6 +184,7 @@ pub fn load_layers<T: Real>(bytes: &[u8]) -> Result<Vec<DijiangAttention<T>>> {
 /// # Examples
 /// ```
 /// use dijiang::checkpoint::{load_maps, save_maps};
+/// use dijiang::kernel::DctMapConfig;
 /// use dijiang::layer::{
 ///     AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention,
 /// };
@@ -191,7 +193,7 @@ pub fn load_layers<T: Real>(bytes: &[u8]) -> Result<Vec<DijiangAttention<T>>> {
 /// let eye = || Array2::<f32>::eye(8);
 /// let weights = AttentionWeights::new(eye(), eye(), eye(), eye());
 /// let softmax = SoftmaxAttention::new(AttentionConfig::new(8, 2), weights)?;
-/// let options = |seed| DijiangOptions::new().with_seed(seed);
+/// let options = |seed| DijiangOptions::new().with_map(DctMapConfig::new().with_seed(seed));
 /// let layer = |seed| DijiangAttention::from_softmax(&softmax, options(seed));
 ///
 /// let file = save_maps(&[layer(1)?, layer(2)?])?;

@@ -93,14 +93,15 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     };
     let refused = |sizes: &[usize]| sizes.iter().any(|&size| size == 0 || size > 1 << 27);
     if small(&[dim, blocks]) || refused(&[dim, blocks]) {
-        let config = DctMapConfig::new(dim)
+        let config = DctMapConfig::new()
             .with_blocks(blocks)
             .with_radial(source.choose(&[Radial::Normal, Radial::Chi]));
         let config = config
             .with_points(source.choose(&[Points::Sobol, Points::Random]))
             .with_scales(InputScales::Ones);
-        tally
-            .record(config.with_mixing(source.choose(&[Mixing::None, Mixing::Mixed])).build::<T>());
+        tally.record(
+            config.with_mixing(source.choose(&[Mixing::None, Mixing::Mixed])).build::<T>(dim),
+        );
     }
     if small(&[dim, features]) || refused(&[dim, features]) {
         tally.record(FavorConfig::new(dim, features).with_oprf(source.number()).build::<T>());
@@ -113,7 +114,7 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
         .with_value_dim(value_dim)
         .with_window(Window::new(chunk, back));
     (config.scale, config.log_decay) = (Some(source.number()), vec![source.number()]);
-    let map = DctMapConfig::new(4).build::<T>().unwrap_or_else(|error| panic!("{error}"));
+    let map = DctMapConfig::new().build::<T>(4).unwrap_or_else(|error| panic!("{error}"));
     tally.record(config.build::<T, _>(vec![map]));
     tally.record(
         SoftmaxConfig::new(heads, dim)
@@ -151,7 +152,7 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let softmax = softmax.unwrap_or_else(|error| panic!("{error}"));
     if small(&[blocks]) || blocks > 1 << 27 {
         let options = DijiangOptions::new()
-            .with_blocks(blocks)
+            .with_map(DctMapConfig::new().with_blocks(blocks))
             .with_window(Some(Window::new(chunk, back)))
             .with_log_decay(source.number());
         tally.record(DijiangAttention::from_softmax(&softmax, options));
@@ -177,7 +178,7 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
 fn maps<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let d = source.upto(9);
     let mut params =
-        DctMapConfig::new(d).with_blocks(2).params().unwrap_or_else(|error| panic!("{error}"));
+        DctMapConfig::new().with_blocks(2).params(d).unwrap_or_else(|error| panic!("{error}"));
     (params.envelope, params.pairing) = (
         source.choose(&[Envelope::None, Envelope::Gaussian]),
         source.choose(&[Pairing::Single, Pairing::Single, Pairing::Antithetic]),
@@ -257,7 +258,7 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let build = |config: LinearConfig, d: usize| -> Result<_> {
         config.build(
             (0..kv_heads)
-                .map(|h| DctMapConfig::new(d).with_seed(h as u64).build::<T>())
+                .map(|h| DctMapConfig::new().with_seed(h as u64).build::<T>(d))
                 .collect::<Result<Vec<_>>>()?,
         )
     };

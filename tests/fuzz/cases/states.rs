@@ -51,7 +51,7 @@ fn check<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
 fn operator<T: Real>(dim: usize, window: Option<Window>) -> LinearAttention<T, DctMap<T>> {
     let mut config = LinearConfig::new().with_log_decay(vec![-0.1]);
     config.windows = window.into_iter().collect();
-    let map = DctMapConfig::new(dim).build().unwrap_or_else(|error| panic!("{error}"));
+    let map = DctMapConfig::new().build(dim).unwrap_or_else(|error| panic!("{error}"));
     config.build(vec![map]).unwrap_or_else(|error| panic!("{error}"))
 }
 

@@ -80,7 +80,7 @@ fn inputs(ranks: &Ranks, culprit: usize) {
 /// Options, maps, weights and calls that are not those of rank 0.
 fn differences(ranks: &Ranks, culprit: usize) {
     let own = ranks.rank() == culprit;
-    let map = |seed: u64| DctMapConfig::new(8).with_seed(seed).build::<f32>().expect("a map");
+    let map = |seed: u64| DctMapConfig::new().with_seed(seed).build::<f32>(8).expect("a map");
     let attention = |sinks: usize, seed: u64| {
         let config = LinearConfig::new().with_window(Window::new(8, 1)).with_sinks(sinks);
         config.build(vec![map(1), map(2), map(seed)]).expect("sound options")
@@ -115,7 +115,7 @@ fn differences(ranks: &Ranks, culprit: usize) {
 
 /// A feature map of one rank panics.
 fn panics(ranks: &Ranks, culprit: usize) {
-    let map = DctMapConfig::new(8).build::<f32>().expect("a map");
+    let map = DctMapConfig::new().build::<f32>(8).expect("a map");
     let attention =
         |panics| LinearConfig::new().build(vec![Panicking { map: map.clone(), panics }]);
     let attention = attention(ranks.rank() == culprit).expect("sound options");

@@ -56,7 +56,7 @@ impl Random {
             let decay = (0..kv_heads).map(|_| -0.05 * self.below(3) as f64).collect();
             config = config.with_log_decay(decay);
         }
-        let maps = (0..kv_heads).map(|_| DctMapConfig::new(d).with_seed(self.next()).build());
+        let maps = (0..kv_heads).map(|_| DctMapConfig::new().with_seed(self.next()).build(d));
         let maps = maps.collect::<Result<Vec<_>, _>>().expect("a map of these options");
         config.build(maps).expect("attention of these options")
     }
