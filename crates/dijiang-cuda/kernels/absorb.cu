@@ -30,7 +30,7 @@ __device__ bool key_exponents(const Call &call, const Head &head, const Sequence
         int p = tile * TILE + threadIdx.x;
         bool joins = keys.valid(p) && !is_sink(sequence, p);
         float exponent = head.decay == 0.f ? 0.f : head.decay * (base - p);
-        if (call.envelope) exponent -= call.scale * half_norm(k + threadIdx.x * KEY_ROW);
+        if (call.envelope) exponent -= call.scale * half_norm(k, threadIdx.x);
         to[threadIdx.x] = joins ? exponent : NEVER;
     }
     __syncthreads();
@@ -60,55 +60,28 @@ struct KeyMap {
 __device__ void absorb_tile(Softmax &sums, const KeyMap &map, const Element *k, const Element *v,
                             const float *exponents, Element *scratch) {
     float s[TILE / 8][4];
-    zero(s);
-    scores(s, map.high, k);
+    all_scores(s, map.high, k);
     if (SPLIT && large(s)) scores(s, map.low, k);
-    add_rows(s, map.row[0], map.row[1]);
     if (exponents) add_columns(s, exponents);
-    sums.add(s, 1.f, v, scratch);
+    sums.add(s, 1.f, map.row, v, scratch);
 }
 
-// A row of means from the four lanes that hold it, 32 columns at a time.
-__device__ void store_row(Element *to, const Softmax &sums, int r, float factor) {
-    int lane = threadIdx.x % 4;
-#if SPLIT
-    bool odd = lane & 1, high = lane & 2;
-    auto swap = [](bool upper, int mask, u32 &x, u32 &y) {
-        u32 other = __shfl_xor_sync(~0u, upper ? x : y, mask);
-        (upper ? x : y) = other;
-    };
-#pragma unroll
-    for (int n = 0; n < E / 8; n += 4) {
-        // From two columns of each 8 to 8 columns.
-        u32 x[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            x[i] = pack_half(sums.o[n + i][2 * r] * factor, sums.o[n + i][2 * r + 1] * factor);
-        swap(odd, 1, x[0], x[1]), swap(odd, 1, x[2], x[3]);
-        swap(high, 2, x[0], x[2]), swap(high, 2, x[1], x[3]);
-        *(uint4 *)(to + 8 * (n + lane)) = make_uint4(x[0], x[1], x[2], x[3]);
-    }
-#else
-#pragma unroll
-    for (int n = 0; n < E / 8; n++)
-        *(float2 *)(to + 8 * n + 2 * lane) =
-            make_float2(sums.o[n][2 * r] * factor, sums.o[n][2 * r + 1] * factor);
-#endif
-}
-
-// The mean values of a block. Not again before threads have met.
+// The mean values of a block, by way of a tile in shared memory that nobody is to use before
+// threads have met.
 __device__ void store_means(const Softmax &sums, const float (&total)[2], Element *means,
-                            float *units, long version, int block) {
+                            float *units, long version, int block, Element *stage) {
     __shared__ float most[THREADS / 32];
     int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     float inverse[2], unit = 1.f;
     for (int r = 0; r < 2; r++) inverse[r] = total[r] > 0.f ? 1.f / total[r] : 0.f;
     if (SCALED) {
-        float own = 0.f;
+        float of_rows[2] = {0.f, 0.f};
 #pragma unroll
         for (int n = 0; n < E / 8; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) own = fmaxf(own, fabsf(sums.o[n][i]) * inverse[i / 2]);
+            for (int i = 0; i < 4; i++)
+                of_rows[i / 2] = fmaxf(of_rows[i / 2], fabsf(sums.o[n][i]));
+        float own = fmaxf(of_rows[0] * inverse[0], of_rows[1] * inverse[1]);
 #pragma unroll
         for (int lane = 16; lane > 0; lane /= 2)
             own = fmaxf(own, __shfl_xor_sync(~0u, own, lane));
@@ -119,17 +92,25 @@ __device__ void store_means(const Softmax &sums, const float (&total)[2], Elemen
         if (own > 0.f) unit = __uint_as_float(max(__float_as_uint(own) & 0x7f800000u, 2u << 23));
         if (threadIdx.x == 0) units[version * (M / TILE) + block] = unit;
     }
+#pragma unroll
     for (int r = 0; r < 2; r++) {
-        Element *to = means + (version * M + block * TILE + row + 8 * r) * E;
-        store_row(to, sums, r, inverse[r] / unit);
+        float factor = inverse[r] / unit;
+#pragma unroll
+        for (int n = 0; n < E / 8; n++) {
+            Element *to = stage + place<E>(row + 8 * r, 8 * n + 2 * (threadIdx.x % 4));
+            store_mean2(to, sums.o[n][2 * r] * factor, sums.o[n][2 * r + 1] * factor);
+        }
     }
+    __syncthreads();
+    store_block<E>(means + (version * M + block * TILE) * E, stage, [](int) { return true; });
 }
 
 #ifndef BACKWARD
 // One segment of one sequence, one head, 64 features: its sums; or, once the scan has made them
-// those of all segments before it, the means at each of its chunks.
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call call) {
-    extern __shared__ __align__(16) Element shared[];
+// those of all segments before it, the means at each of its chunks. There are not many more blocks
+// than multiprocessors, so each has registers enough.
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS == 4 ? 4 : 2) absorb(const Call call) {
+    SHARED(shared);
     __shared__ float exponents[TILE];
     const Tiles tiles{shared};
     // Blocks that read the same keys are neighbours.
@@ -198,7 +179,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) absorb(const Call 
                 for (int r = 0; r < 2; r++)
                     call.mean_level[version * M + f + 8 * r] =
                         total[r] > 0.f ? sums.top[r] + log2f(total[r]) : NEVER;
-            store_means(sums, total, call.means, call.mean_unit, version, block);
+            // The place of the last tile; the next one is on its way to the other.
+            Element *stage = tiles.v(1 - (at - first) % 2);
+            store_means(sums, total, call.means, call.mean_unit, version, block, stage);
+            __syncthreads();
         }
     }
 }

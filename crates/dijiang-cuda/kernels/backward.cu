@@ -111,7 +111,7 @@ __device__ void query_exponents(const Call &call, const Head &head, int offset, 
                                 const float *totals, float *to) {
     if (threadIdx.x < TILE) {
         float exponent = head.decay * (offset + (int)threadIdx.x) - totals[threadIdx.x];
-        if (call.envelope) exponent -= call.scale * half_norm(q + threadIdx.x * KEY_ROW);
+        if (call.envelope) exponent -= call.scale * half_norm(q, threadIdx.x);
         to[threadIdx.x] = exponent;
     }
     __syncthreads();
@@ -217,7 +217,7 @@ __device__ void store_decay(int first, const float (&rows)[2], double *to) {
 // One segment, one key-value head, 64 features: the sums over its queries; or, once the scan has
 // made them those of all segments behind, the means from each of its chunks on.
 extern "C" __global__ void __launch_bounds__(THREADS, 2) gather(const Call call, const Back back) {
-    extern __shared__ __align__(16) Element shared[];
+    SHARED(shared);
     __shared__ float totals[TILE], deltas[TILE], exponents[TILE];
     const Places at{shared};
     int kv = blockIdx.y, block = blockIdx.x % (M / TILE), at_segment = blockIdx.x / (M / TILE);
@@ -256,10 +256,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) gather(const Call call,
             zero(s);
             scores(s, high, at.tile_d());
             if (SPLIT) scores(s, low, at.tile_d());
-            add_rows(s, row[0], row[1]);
             add_columns(s, exponents);
             float top[2] = {sums.top[0], sums.top[1]};
-            sums.add(s, 1.f, at.tile_e(), at.scratch());
+            sums.add(s, 1.f, row, at.tile_e(), at.scratch());
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 float frame = sums.top[r] == NEVER ? 0.f : sums.top[r];
@@ -282,7 +281,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) gather(const Call call,
             back.mean_level[version * M + f + 8 * r] = level;
             back.mean_delta[version * M + f + 8 * r] = any ? sum / total[r] : 0.f;
         }
-        store_means(sums, total, back.means, back.mean_unit, version, block);
+        // Other tiles come only after threads have met again.
+        __syncthreads();
+        store_means(sums, total, back.means, back.mean_unit, version, block, at.tile_e());
     }
     if (back.versions) return;
     for (int r = 0; r < 2; r++) {
@@ -308,7 +309,7 @@ extern "C" __global__ void __launch_bounds__(256) scan_back(const Call call, con
 // A tile of 64 queries.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     query_gradients(const Call call, const Back back) {
-    extern __shared__ __align__(16) Element shared[];
+    SHARED(shared);
     __shared__ float masked[TILE], level[M], norm[TILE];
     const Places at{shared};
     int h = blockIdx.y, kv = h / call.group, i = 0;
@@ -338,7 +339,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
     arrived<0>();
     __syncthreads();
     if (call.envelope && threadIdx.x < TILE)
-        norm[threadIdx.x] = half_norm(at.rows_d() + threadIdx.x * KEY_ROW);
+        norm[threadIdx.x] = half_norm(at.rows_d(), threadIdx.x);
     SharedRows<D> q;
     q.load(at.rows_d());
     SharedRows<E> g;
@@ -433,7 +434,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 // Sinks that have left the window: one segment's queries, a share for each warp.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     sink_gradients(const Call call, const Back back) {
-    extern __shared__ __align__(16) Element shared[];
+    SHARED(shared);
     __shared__ float totals[TILE], deltas[TILE];
     const Places at{shared};
     int kv = blockIdx.y, at_segment = blockIdx.x;
@@ -503,7 +504,7 @@ extern "C" __global__ void __launch_bounds__(256) sink_totals(const Call call, c
 // A tile of 64 keys.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     key_gradients(const Call call, const Back back) {
-    extern __shared__ __align__(16) Element shared[];
+    SHARED(shared);
     __shared__ float totals[TILE], deltas[TILE], exponents[TILE], level[M], mean_delta[M];
     const Places at{shared};
     int kv = blockIdx.y, i = 0;
@@ -630,7 +631,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
 // the tokens they are of, and without.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     moments(const Call call, const Back back) {
-    extern __shared__ __align__(16) Element shared[];
+    SHARED(shared);
     __shared__ float totals[TILE], deltas[TILE], exponents[TILE];
     const Places at{shared};
     int kv = blockIdx.y, side = blockIdx.z;

@@ -55,7 +55,7 @@ __device__ void load_sinks(const Keys &keys, const Sequence &sequence, int sinks
 
 #ifndef BACKWARD
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call call) {
-    extern __shared__ __align__(16) Element shared[];
+    SHARED(shared);
     __shared__ float masked[2][TILE], level[M], norm[TILE], unit[M / TILE];
     const Tiles tiles{shared};
     int h = blockIdx.y, kv = h / call.group, i = 0;
@@ -89,12 +89,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
     Rows<D> q;
     q.load(queries);
     if (call.envelope && threadIdx.x < TILE)
-        norm[threadIdx.x] = half_norm(queries + threadIdx.x * KEY_ROW);
+        norm[threadIdx.x] = half_norm(queries, threadIdx.x);
     __syncthreads();
 
     // Two places for tiles: while one is worked on, the next one is on its way to the other.
     Softmax rows;
     rows.clear();
+    const float none[2] = {0.f, 0.f};
     int now = 0;
     for (int key_tile = seen; key_tile <= t; key_tile++, now = 1 - now) {
         Element *k = tiles.k(1 - now), *v = tiles.v(1 - now);
@@ -107,10 +108,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
         arrived<1>();
         __syncthreads();
         float s[TILE / 8][4];
-        zero(s);
-        scores(s, q, tiles.k(now));
+        all_scores(s, q, tiles.k(now));
         hide(s, plain ? nullptr : masked[now], key_tile == t);
-        rows.add(s, call.scale, tiles.v(now), tiles.scratch());
+        rows.add(s, call.scale, none, tiles.v(now), tiles.scratch());
         __syncthreads();
     }
 
@@ -131,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
         zero(s);
         scores(s, q, tiles.k(now));
         hide_columns(s, sinks);
-        rows.add(s, call.scale, tiles.v(now), tiles.scratch());
+        rows.add(s, call.scale, none, tiles.v(now), tiles.scratch());
         __syncthreads();
     }
     if (far) {
@@ -144,18 +144,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
             arrived<0>();
             __syncthreads();
             float s[TILE / 8][4];
-            zero(s);
-            scores(s, q, tiles.k(one));
+            all_scores(s, q, tiles.k(one));
             // Seldom needed, so it is not on its way already.
-            bool low = SPLIT && large(s);
-            if (SPLIT && __syncthreads_or(low)) {
+            if (SPLIT && __syncthreads_or(large(s))) {
                 load_block<D>(tiles.k(now), projection(call, kv, 0, block, SPLIT));
                 commit();
                 arrived<0>();
                 __syncthreads();
-                if (low) scores(s, q, tiles.k(now));
+                scores(s, q, tiles.k(now));
             }
-            add_rows(s, shift[0], shift[1]);
             add_columns(s, level + block * TILE);
             bool more = block + 1 < M / TILE;
             if (more) {
@@ -163,7 +160,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
                 load_high(block + 1);
                 commit();
             }
-            rows.add<true>(s, 1.f, tiles.v(one), tiles.scratch(), SCALED ? unit[block] : 1.f);
+            rows.add<true>(s, 1.f, shift, tiles.v(one), tiles.scratch(),
+                           SCALED ? unit[block] : 1.f);
             if (more) {
                 __syncthreads();
                 load_mean(block + 1);
@@ -199,10 +197,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
     for (int r = 0; r < 2; r++) {
 #pragma unroll
         for (int n = 0; n < E / 8; n++)
-            store2(out + (row + 8 * r) * VALUE_ROW + 8 * n + 2 * (lane % 4),
+            store2(out + place<E>(row + 8 * r, 8 * n + 2 * (lane % 4)),
                    rows.o[n][2 * r] * inverse[r], rows.o[n][2 * r + 1] * inverse[r]);
     }
     __syncthreads();
-    store_block<E>(call.out + tile.row * E, out, [&](int r) { return tile.has(r); });
+    Element *to = call.out + tile.row * E;
+    if (tile.plain()) store_block<E>(to, out, [](int) { return true; });
+    else store_block<E>(to, out, [&](int r) { return tile.has(r); });
 }
 #endif

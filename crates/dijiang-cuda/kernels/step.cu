@@ -81,7 +81,7 @@ template <int LANES> __device__ float dot(const Element *row, const float *q) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS == 4 ? 4 : 3) step(const Call call) {
-    extern __shared__ __align__(16) Element shared[];
+    SHARED(shared);
     __shared__ float exponents[TILE], query[D], columns[THREADS * (PACK + 4)];
     const int key_lanes = D / PACK, key_rows = THREADS / key_lanes;
     const int value_lanes = E / PACK, value_rows = THREADS / value_lanes;

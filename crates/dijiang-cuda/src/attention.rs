@@ -306,7 +306,7 @@ impl<E: Element> Attention<E> {
         qkv: &Qkv<'_, E>,
     ) -> Result<Plan> {
         let blocks = self.shape.kv_heads() * self.shape.features / TILE;
-        // Of 132 multiprocessors, as BLOCKS in kernels/common.cu.
+        // Of 132 multiprocessors, as BLOCKS in kernels/softmax.cu.
         let small = self.shape.dim == 64 && self.shape.value_dim == 64 && size_of::<E>() == 2;
         let at_once = if small { 512 } else { 256 };
         Plan::new(parts, qkv.mask, self.shape.sinks, blocks, at_once)
@@ -423,11 +423,12 @@ impl<E: Element> Attention<E> {
     }
 }
 
-/// Shared memory of a block, as `Tiles` in kernels/common.cu.
+/// Shared memory of a block, as `Tiles` in kernels/softmax.cu.
 fn shared_bytes<E>(shape: &Shape) -> usize {
-    let pack = 16 / size_of::<E>();
+    let wide = size_of::<E>() == 4;
+    let pack = if wide { 4 } else { 0 };
     let (key, value) = (shape.dim + pack, shape.value_dim + pack);
-    let fixed = if size_of::<E>() == 4 { TILE + 4 + key } else { 0 };
+    let fixed = if wide { TILE + 4 + key } else { 0 };
     TILE * (2 * key + 2 * value + fixed) * size_of::<E>()
 }
 

@@ -22,6 +22,9 @@ pub(crate) enum Program {
 const BACKWARD: &str = concat!(
     "#define BACKWARD\n",
     include_str!("../kernels/common.cu"),
+    include_str!("../kernels/products.cu"),
+    include_str!("../kernels/wgmma.cu"),
+    include_str!("../kernels/softmax.cu"),
     include_str!("../kernels/absorb.cu"),
     include_str!("../kernels/scan.cu"),
     include_str!("../kernels/outputs.cu"),
@@ -30,6 +33,9 @@ const BACKWARD: &str = concat!(
 
 const FORWARD: &str = concat!(
     include_str!("../kernels/common.cu"),
+    include_str!("../kernels/products.cu"),
+    include_str!("../kernels/wgmma.cu"),
+    include_str!("../kernels/softmax.cu"),
     include_str!("../kernels/absorb.cu"),
     include_str!("../kernels/scan.cu"),
     include_str!("../kernels/outputs.cu"),
@@ -100,7 +106,9 @@ impl Target {
 
     fn options(&self) -> Vec<String> {
         let Self { element, dim, value_dim, features, capability, .. } = self;
-        let mut options = vec![format!("-arch=sm_{capability}")];
+        // Hopper's own instructions are for it alone.
+        let only = if *capability == 90 { "a" } else { "" };
+        let mut options = vec![format!("-arch=sm_{capability}{only}")];
         options.extend(["-std=c++17", "-default-device"].map(String::from));
         options.push(format!("-DELEMENT={element}"));
         options.extend([
