@@ -73,15 +73,15 @@ __device__ void store_means(const Softmax &sums, const float (&total)[2], Elemen
     __shared__ float most[THREADS / 32];
     int row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     float inverse[2], unit = 1.f;
-    for (int r = 0; r < 2; r++) inverse[r] = total[r] > 0.f ? 1.f / total[r] : 0.f;
+    for (int r = 0; r < 2; r++) inverse[r] = total[r] > 0.f ? reciprocal(total[r]) : 0.f;
     if (SCALED) {
-        float of_rows[2] = {0.f, 0.f};
+        float most_of[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
         for (int n = 0; n < E / 8; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                of_rows[i / 2] = fmaxf(of_rows[i / 2], fabsf(sums.o[n][i]));
-        float own = fmaxf(of_rows[0] * inverse[0], of_rows[1] * inverse[1]);
+            for (int i = 0; i < 4; i++) most_of[i] = fmaxf(most_of[i], fabsf(sums.o[n][i]));
+        float own = fmaxf(fmaxf(most_of[0], most_of[1]) * inverse[0],
+                          fmaxf(most_of[2], most_of[3]) * inverse[1]);
 #pragma unroll
         for (int lane = 16; lane > 0; lane /= 2)
             own = fmaxf(own, __shfl_xor_sync(~0u, own, lane));
@@ -94,7 +94,7 @@ __device__ void store_means(const Softmax &sums, const float (&total)[2], Elemen
     }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        float factor = inverse[r] / unit;
+        float factor = inverse[r] * inverse_of_power(unit);
 #pragma unroll
         for (int n = 0; n < E / 8; n++) {
             Element *to = stage + place<E>(row + 8 * r, 8 * n + 2 * (threadIdx.x % 4));
@@ -130,7 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS == 4 ? 4 : 2) absor
     int base = begin * TILE;
     int at = segment == 0 ? first_kept(head, sequence.position) : first_seen(head, begin);
     int first = at, last = first_seen(head, ends || call.versions ? end : end + 1);
-    if (call.versions && last == 0) return;
+    if (call.versions && !any_before(sequence, last)) return;
 
     KeyMap map;
     // Without a split the projection is read from where it lies.
@@ -150,7 +150,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS == 4 ? 4 : 2) absor
     commit();
     int first_chunk = begin / head.tiles, chunks = end / head.tiles - first_chunk + 1;
     for (int chunk = 0; chunk < (call.versions ? chunks : 1); chunk++) {
-        int seen = call.versions ? first_seen(head, (first_chunk + chunk) * head.tiles) : last;
+        int joined = max(0, first_chunk + chunk - head.back) * head.tiles;
+        int seen = call.versions ? joined : last;
         for (; at < seen; at++) {
             int now = (at - first) % 2;
             if (at + 1 < last) load_keys(keys, at + 1, tiles.k(1 - now), tiles.v(1 - now));
@@ -172,13 +173,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS == 4 ? 4 : 2) absor
                     *(float2 *)(of_segment + 2 * M + g * E + 8 * n + column) =
                         make_float2(sums.o[n][2 * r], sums.o[n][2 * r + 1]);
             }
-        } else if (seen > 0) {
-            int t = max(begin, (first_chunk + chunk) * head.tiles);
-            long version = version_of(call, head, sequence, t, kv);
+        } else if (any_before(sequence, seen)) {
+            // As `version_of` has it.
+            long version = (long)at_segment * call.segment_tiles + chunk;
+            version = version * call.kv_heads + kv;
             if (column == 0)
                 for (int r = 0; r < 2; r++)
                     call.mean_level[version * M + f + 8 * r] =
-                        total[r] > 0.f ? sums.top[r] + log2f(total[r]) : NEVER;
+                        total[r] > 0.f ? sums.top[r] + __log2f(total[r]) : NEVER;
             // The place of the last tile; the next one is on its way to the other.
             Element *stage = tiles.v(1 - (at - first) % 2);
             store_means(sums, total, call.means, call.mean_unit, version, block, stage);

@@ -34,6 +34,11 @@ typedef u16 Element;
 #define WGMMA 0
 #endif
 
+// Whether every key joins the sums at once. Chunks are tiles then, and the own one is not exact.
+#ifndef WINDOWLESS
+#define WINDOWLESS 0
+#endif
+
 #define TILE 64
 #define THREADS 128
 #define SINKS 16
@@ -128,6 +133,12 @@ __device__ int first_seen(const Head &head, int t) {
 __device__ int first_kept(const Head &head, int position) {
     int chunk = head.tiles * TILE;
     return max(0, (position + chunk - 1) / chunk - head.back - 1) * head.tiles;
+}
+
+// Whether anything is in the sums before tile `seen`. Without a window what the last steps have
+// added may be.
+__device__ bool any_before(const Sequence &sequence, int seen) {
+    return seen > 0 || WINDOWLESS && sequence.position > 0;
 }
 
 // Which of the means, or of their levels, the queries of tile `t` find.
@@ -254,13 +265,14 @@ template <int WIDTH> __device__ void load_block(Element *to, const Element *from
 // A tile of 64 rows to dense ones; `has(i)` says which.
 template <int WIDTH, class Has>
 __device__ void store_block(Element *to, const Element *from, Has has) {
-    const int packs = WIDTH / PACK;
+    const int packs = WIDTH / PACK, rows = THREADS / packs;
+    const int stride = SWIZZLED ? 64 : WIDTH + PACK;
+    int row = threadIdx.x / packs;
+    from += place<WIDTH>(row, threadIdx.x % packs * PACK), to += threadIdx.x * PACK;
 #pragma unroll
-    for (int j = 0; j < TILE * packs / THREADS; j++) {
-        int i = j * THREADS + threadIdx.x, r = i / packs, at = i % packs * PACK;
-        const float4 *pack = (const float4 *)(from + place<WIDTH>(r, at));
-        if (has(r)) *(float4 *)(to + r * WIDTH + at) = *pack;
-    }
+    for (int j = 0; j * rows < TILE; j++)
+        if (has(row + j * rows))
+            *(float4 *)(to + j * THREADS * PACK) = *(const float4 *)(from + j * rows * stride);
 }
 
 // ---- elements ----
@@ -269,6 +281,16 @@ __device__ float exp2f_fast(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+__device__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// 1 / x of a power of two that has one.
+__device__ float inverse_of_power(float x) {
+    return __uint_as_float((254u << 23) - __float_as_uint(x));
 }
 
 #if ELEMENT != 2

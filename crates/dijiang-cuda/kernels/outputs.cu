@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
 
     int begin = t - (t - first_tile) % call.segment_tiles;
     long version = version_of(call, head, sequence, t, kv);
-    bool far = seen > 0;
+    bool far = any_before(sequence, seen);
     for (int f = threadIdx.x; far && f < M; f += THREADS)
         level[f] = call.rows[kv * 2 * M + f] + call.mean_level[version * M + f];
     if (SCALED && far && threadIdx.x < M / TILE)
@@ -97,6 +97,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
     rows.clear();
     const float none[2] = {0.f, 0.f};
     int now = 0;
+#if WINDOWLESS
+    {
+        float s[TILE / 8][4], tops[2];
+        bool any = key_exponents(call, head, sequence, keys, t, t * TILE, tiles.k(0), masked[0]);
+        own_scores(s, tops, q, call, kv, tiles, any ? masked[0] : nullptr);
+        for (int r = 0; r < 2; r++) {
+            tops[r] += head.decay * (row + 8 * r);
+            if (call.envelope) tops[r] -= call.scale * norm[row + 8 * r];
+        }
+        hide(s, nullptr, true);
+        rows.add(s, 1.f, tops, tiles.v(0), tiles.scratch());
+        __syncthreads();
+    }
+#else
     for (int key_tile = seen; key_tile <= t; key_tile++, now = 1 - now) {
         Element *k = tiles.k(1 - now), *v = tiles.v(1 - now);
         if (key_tile < t) load_keys(keys, key_tile + 1, k, v);
@@ -113,16 +127,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
         rows.add(s, call.scale, none, tiles.v(now), tiles.scratch());
         __syncthreads();
     }
+#endif
 
-    // Place `now` is the sinks', the other one is free for what the features need.
-    const int one = 1 - now;
-    auto load_high = [&](int block) {
-        load_block<D>(tiles.k(one), projection(call, kv, 0, block, 0));
+    // Place `now` is the sinks', the other one is free for the first features.
+    auto load_features = [&](int block, int to) {
+        load_block<D>(tiles.k(to), projection(call, kv, 0, block, 0));
+        load_block<E>(tiles.v(to), call.means + (version * M + block * TILE) * E);
     };
-    auto load_mean = [&](int block) {
-        load_block<E>(tiles.v(one), call.means + (version * M + block * TILE) * E);
-    };
-    if (far) load_high(0), load_mean(0);
+    if (far) load_features(0, 1 - now);
     commit();
     if (sinks > 0) {
         arrived<1>();
@@ -141,10 +153,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
             if (call.envelope) shift[r] -= call.scale * norm[row + 8 * r];
         }
         for (int block = 0; block < M / TILE; block++) {
-            arrived<0>();
+            now = 1 - now;
+            if (block > 0) __syncthreads();
+            if (block + 1 < M / TILE) load_features(block + 1, 1 - now);
+            commit();
+            arrived<1>();
             __syncthreads();
             float s[TILE / 8][4];
-            all_scores(s, q, tiles.k(one));
+            all_scores(s, q, tiles.k(now));
             // Seldom needed, so it is not on its way already.
             if (SPLIT && __syncthreads_or(large(s))) {
                 load_block<D>(tiles.k(now), projection(call, kv, 0, block, SPLIT));
@@ -154,19 +170,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
                 scores(s, q, tiles.k(now));
             }
             add_columns(s, level + block * TILE);
-            bool more = block + 1 < M / TILE;
-            if (more) {
-                __syncthreads();
-                load_high(block + 1);
-                commit();
-            }
-            rows.add<true>(s, 1.f, shift, tiles.v(one), tiles.scratch(),
+            rows.add<true>(s, 1.f, shift, tiles.v(now), tiles.scratch(),
                            SCALED ? unit[block] : 1.f);
-            if (more) {
-                __syncthreads();
-                load_mean(block + 1);
-                commit();
-            }
         }
     }
 
@@ -174,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) outputs(const Call
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         float total = whole(rows.total[2 * r]);
-        inverse[r] = total > 0.f ? rows.unit / total : 0.f;
+        inverse[r] = total > 0.f ? rows.unit * reciprocal(total) : 0.f;
         if (!call.grad_out || !tile.has(row + 8 * r)) continue;
         long at = tile.row + row + 8 * r;
         const Element *grad = call.grad_out + at * E + 2 * (lane % 4);

@@ -14,7 +14,7 @@ template <int WIDTH> using SharedRows = Rows<WIDTH>;
 template <int WIDTH> using FarRows = Rows<WIDTH>;
 
 // acc += rows * tile^T, tile: N * 8 rows of WIDTH.
-template <int N, int WIDTH>
+template <bool HALF = false, int N, int WIDTH>
 __device__ void scores(float (&acc)[N][4], const Rows<WIDTH> &rows, const float *tile) {
     const int stride = WIDTH + PACK;
     int lane = threadIdx.x % 32, column = 2 * (lane % 4);
@@ -81,7 +81,7 @@ __device__ void ldmatrix_transposed(u32 (&to)[4], const Element *from) {
 }
 #define MMA(TYPE) "mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 " \
     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-template <bool HALF = ELEMENT == 1>
+template <bool HALF>
 __device__ void mma(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
     if (HALF)
         asm(MMA("f16") : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -129,7 +129,7 @@ template <int WIDTH> struct FarRows {
     }
 };
 
-template <int N, int WIDTH, template <int> class R>
+template <bool HALF = ELEMENT == 1, int N, int WIDTH, template <int> class R>
 __device__ void scores(float (&acc)[N][4], const R<WIDTH> &rows, const Element *tile) {
     int lane = threadIdx.x % 32, row = lane / 16 * 8 + lane % 8, column = lane / 8 % 2 * 8;
 #pragma unroll
@@ -140,8 +140,8 @@ __device__ void scores(float (&acc)[N][4], const R<WIDTH> &rows, const Element *
         for (int n = 0; n < N; n += 2) {
             u32 b[4];
             ldmatrix(b, tile + place<WIDTH>(row + 8 * n, column + 16 * i));
-            mma(acc[n], a, b[0], b[1]);
-            mma(acc[n + 1], a, b[2], b[3]);
+            mma<HALF>(acc[n], a, b[0], b[1]);
+            mma<HALF>(acc[n + 1], a, b[2], b[3]);
         }
     }
 }

@@ -16,7 +16,7 @@ __device__ void scan_segments(const Call &call, float *all) {
     State state = state_of(call, head, max(sequence.slot, 0));
     // Until a chunk has left the window the state's sums mean nothing.
     int kept = first_kept(head, sequence.position);
-    if (sequence.slot >= 0 && kept > 0 && state.z[f] > 0.f) {
+    if (sequence.slot >= 0 && any_before(sequence, kept) && state.z[f] > 0.f) {
         c = state.c[f] + head.decay * TILE * (first_tile - kept);
         z = state.z[f];
         s = state.s[element];

@@ -1,7 +1,22 @@
+// Without a window sharp features leave a query a handful of keys, and rounding to bf16 would be
+// seen: what it takes from weights is added too, and the low part of projections is always used.
+#define TWICE (WINDOWLESS && ELEMENT == 0)
+template <int N> __device__ void unrounded(float (&s)[N][4]) {
+#if TWICE
+#pragma unroll
+    for (int n = 0; n < N; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i += 2) {
+            u32 both = pack2(s[n][i], s[n][i + 1]);
+            s[n][i] -= low_of(both), s[n][i + 1] -= high_of(both);
+        }
+#endif
+}
+
 // The online softmax of a warp's 16 rows: the exponent that weights are relative to, what they sum
 // up to (see `whole`), and the weighted sum of values, in units of `unit`. The exponent is one of
-// the row's largest: it moves when another one is SLACK above it, in bf16 whenever there is one, for
-// the largest weight is 1 then, which rounding to 8 bits leaves alone.
+// the row's largest: it moves when another one is SLACK above it, for values of 16 bits whenever
+// there is one, for the largest weight is 1 then, which rounding leaves alone.
 #define SLACK 8.f
 struct Softmax {
     float top[2], total[4], o[E / 8][4], unit;
@@ -34,14 +49,16 @@ struct Softmax {
     template <bool MEANS = false, int N>
     __device__ void add(float (&s)[N][4], float scale, const float (&rows)[2],
                         const Element *tile, Element *scratch, float other = 1.f) {
-        const float slack = ELEMENT == 0 && !MEANS ? 0.f : SLACK;
+        const float slack = SPLIT && !MEANS ? 0.f : SLACK;
         float next[2];
         bool moves = MEANS && SCALED && unit != other;
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            float most = NEVER;
+            float most_of[2] = {NEVER, NEVER};
 #pragma unroll
-            for (int n = 0; n < N; n++) most = fmaxf(most, fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+            for (int n = 0; n < N; n++)
+                most_of[n % 2] = fmaxf(most_of[n % 2], fmaxf(s[n][2 * r], s[n][2 * r + 1]));
+            float most = fmaxf(most_of[0], most_of[1]);
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
             most = fmaf(fmaxf(most, __shfl_xor_sync(~0u, most, 2)), scale, rows[r]);
             bool grows = most > top[r] + slack;
@@ -60,6 +77,10 @@ struct Softmax {
             }
         }
         mix<true, MEANS>(o, total, s, tile, scratch);
+        if (TWICE && !MEANS) {
+            unrounded(s);
+            mix<true>(o, total, s, tile, scratch);
+        }
     }
 
     // Other exponents that weights are relative to.
@@ -69,7 +90,7 @@ struct Softmax {
             float factor = exp2f_fast(top[r] - (next[r] == NEVER ? 0.f : next[r]));
             top[r] = next[r];
             total[2 * r] *= factor, total[2 * r + 1] *= factor;
-            if (MEANS && SCALED) factor *= unit / other;
+            if (MEANS && SCALED) factor *= unit * inverse_of_power(other);
 #pragma unroll
             for (int n = 0; n < E / 8; n++) o[n][2 * r] *= factor, o[n][2 * r + 1] *= factor;
         }
@@ -91,12 +112,15 @@ template <int N> __device__ void add_rows(float (&s)[N][4], float row0, float ro
 // Whether rounding the projection to its high part could be seen in some of a warp's exponents: up
 // to 8 it changes a weight by less than rounding the weight does.
 template <int N> __device__ bool large(const float (&s)[N][4]) {
-    float most = 0.f;
+    if (TWICE) return true;
+    // Four side by side: each waits for the one before it.
+    float most[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int n = 0; n < N; n++)
 #pragma unroll
-        for (int i = 0; i < 4; i++) most = fmaxf(most, fabsf(s[n][i]));
-    return __any_sync(~0u, !(most <= 8.f));
+        for (int i = 0; i < 4; i++) most[i] = fmaxf(most[i], fabsf(s[n][i]));
+    most[0] = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
+    return __any_sync(~0u, !(most[0] <= 8.f));
 }
 
 // Adds a number to each column.
@@ -137,7 +161,7 @@ struct Tiles {
     __device__ Element *fixed() const { return v(2) + SCRATCH; }
 };
 // As many blocks at a time as shared memory or registers have room for.
-#define BLOCKS (!SPLIT ? 2 : D == 64 && E == 64 ? 4 : 3)
+#define BLOCKS (!SPLIT || WINDOWLESS ? 2 : D == 64 && E == 64 ? 4 : 3)
 
 // The projection of a side: 0 query, 1 key; its block of 64 features; 0 high, 1 low part.
 __device__ const Element *projection(const Call &call, int kv, int side, int block, int part) {

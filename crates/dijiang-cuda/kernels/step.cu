@@ -25,13 +25,14 @@ template <bool LARGEST> __device__ float of_block(float x) {
     return x;
 }
 
-// Chunks that leave the window join the sums.
+// Tiles from `first` on join the sums, whose exponents become relative to tile `from`.
 __device__ void retire(const Call &call, const Head &head, const Sequence &sequence, int kv,
-                       const Keys &keys, int first, int until, Element *shared, float *exponents) {
+                       const Keys &keys, int first, int until, int from, Element *shared,
+                       float *exponents) {
     const Tiles tiles{shared};
     Element *k = tiles.k(0), *v = tiles.v(0);
     const State &state = keys.state;
-    int base = until * TILE, column = 2 * (threadIdx.x % 4);
+    int base = from * TILE, column = 2 * (threadIdx.x % 4);
     for (int block = 0; block < M / TILE; block++) {
         KeyMap map;
         map.load(call, kv, block, SPLIT ? k : tiles.fixed());
@@ -51,9 +52,9 @@ __device__ void retire(const Call &call, const Head &head, const Sequence &seque
         int f = block * TILE + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
         for (int r = 0; r < 2; r++) {
             int g = f + 8 * r;
-            bool more = first > 0 && state.z[g] > 0.f;
+            bool more = any_before(sequence, first) && state.z[g] > 0.f;
             float z = more ? state.z[g] : 0.f, total = whole(sums.total[2 * r]);
-            float c = more ? state.c[g] + head.decay * TILE * (until - first) : NEVER;
+            float c = more ? state.c[g] + head.decay * TILE * (from - first) : NEVER;
             float top = fmaxf(c, sums.top[r]), frame = top == NEVER ? 0.f : top;
             float own = exp2f(c - frame), added = exp2f(sums.top[r] - frame);
             __syncwarp();  // all lanes of the row have read what one of them writes
@@ -92,7 +93,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS == 4 ? 4 : 3) step(
     const State &state = keys.state;
     int p = sequence.position, t = p / TILE, seen = first_seen(head, t);
     int kept = first_kept(head, p);
-    if (kept < seen) retire(call, head, sequence, kv, keys, kept, seen, shared, exponents);
+#if WINDOWLESS
+    // The new key joins the sums at once, with those that a prefill has left in the ring.
+    retire(call, head, sequence, kv, keys, kept, t + 1, t, shared, exponents);
+    if (threadIdx.x < TILE) state.valid[threadIdx.x] = 0;
+    const int sinks = 0, window = 0;
+#else
+    if (kept < seen) retire(call, head, sequence, kv, keys, kept, seen, seen, shared, exponents);
 
     // The new key and value go to the ring first, and are read from there like the others.
     int slot = p % head.ring;
@@ -108,9 +115,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS == 4 ? 4 : 3) step(
         copy_row<E>(state.sink_v + i * E, keys.v);
     }
     __syncthreads();
+    int window = p + 1 - seen * TILE;
+#endif
 
     // Weights: window, then sinks, then features.
-    int window = p + 1 - seen * TILE, exact = window + sinks, features = seen > 0 ? M : 0;
+    int exact = window + sinks, features = WINDOWLESS || seen > 0 ? M : 0;
     float *weights = (float *)shared;
     for (int g = 0; g < call.group; g++) {
         long row = (long)(kv * call.group + g) * call.tokens + sequence.token;

@@ -10,7 +10,7 @@ __device__ u64 descriptor(const Element *at) {
     return (u64)high << 32 | low;
 }
 
-// Products run beside the threads: registers that they work on are left alone from `begin` to `end`.
+// Products run beside the threads: registers that they work on are left alone until they end.
 template <int N> __device__ void held(float (&c)[N][4]) {
 #pragma unroll
     for (int n = 0; n < N; n++)

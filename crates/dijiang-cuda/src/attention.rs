@@ -6,12 +6,13 @@ use std::sync::OnceLock;
 use cudarc::driver::{
     CudaFunction, CudaSlice, DevicePtr, DevicePtrMut, DeviceRepr, LaunchConfig, PushKernelArg,
 };
-use dijiang::attention::{Causality, LinearAttention};
+use dijiang::attention::{Causality, LinearAttention, Window};
 use dijiang::kernel::{DctMap, Envelope, FeatureMap};
 use dijiang::{Real, attention::CausalState};
 
-use crate::bytes::{Shape, decode, encode, foreign};
+use crate::bytes::{KeySides, Shape, decode, encode, foreign};
 use crate::call::{Call, Head, Part, Plan, SINKS, TILE, tiles};
+use crate::compile::Program;
 use crate::device::{BackwardKernels, Device, Kernels};
 use crate::element::Element;
 use crate::error::{Error, Result, check_len};
@@ -91,8 +92,8 @@ impl<E: Element> Attention<E> {
     /// The operator on `device`: its maps are copied there, and the kernels made.
     ///
     /// # Errors
-    /// [`Error::Unsupported`] for what these kernels cannot: attention that is bidirectional or
-    /// without windows, chunks that are no multiple of 64, head and value dimensions other than 64
+    /// [`Error::Unsupported`] for what these kernels cannot: attention that is bidirectional,
+    /// chunks that are no multiple of 64, head and value dimensions other than 64
     /// and 128, features other than 64, 128 and 256, more than 16 sinks, maps of which some have an
     /// envelope and some do not. [`Error::NoCompiler`], [`Error::Compile`], [`Error::Driver`].
     pub fn new<T: Real>(
@@ -101,7 +102,11 @@ impl<E: Element> Attention<E> {
     ) -> Result<Self> {
         let shape = Shape::of(attention)?;
         let (sides, envelope) = sides(attention)?;
-        let kernels = device.kernels::<E>(shape.sizes())?;
+        let program = match shape.windowless {
+            Some(_) => Program::Windowless,
+            None => Program::Forward,
+        };
+        let kernels = device.kernels::<E>(program, shape.sizes())?;
         let (mut heads, mut state_bytes) = (Vec::new(), 0);
         for (window, decay) in shape.windows.iter().zip(&shape.log_decay) {
             let (tiles, back) = tiles(*window)?;
@@ -423,13 +428,18 @@ impl<E: Element> Attention<E> {
     }
 }
 
-/// Shared memory of a block, as `Tiles` in kernels/softmax.cu.
+/// Shared memory of a block, as `Tiles` in kernels/softmax.cu and `weights_at` in kernels/own.cu.
 fn shared_bytes<E>(shape: &Shape) -> usize {
     let wide = size_of::<E>() == 4;
     let pack = if wide { 4 } else { 0 };
     let (key, value) = (shape.dim + pack, shape.value_dim + pack);
     let fixed = if wide { TILE + 4 + key } else { 0 };
-    TILE * (2 * key + 2 * value + fixed) * size_of::<E>()
+    // Weights of two tiles, in 16 bits the sums of two.
+    let weights = match shape.windowless {
+        Some(_) => TILE * if wide { 2 * (TILE + pack) } else { 4 * TILE },
+        None => 0,
+    };
+    (TILE * (2 * key + 2 * value + fixed) + weights) * size_of::<E>()
 }
 
 /// Shared memory for the weights of a decoded token over window, sinks and features.
@@ -448,6 +458,13 @@ fn advance<E>(pool: &mut Pool<E>, plan: &Plan) {
         let stream = &mut pool.streams[sequence.slot as usize];
         stream.position = (sequence.position + sequence.n) as usize;
         stream.sinks = sequence.sink[..sequence.sinks as usize].to_vec();
+    }
+}
+
+impl KeySides {
+    fn of<T: Real>(attention: &LinearAttention<T, DctMap<T>>) -> Result<Self> {
+        let (sides, envelope) = sides(attention)?;
+        Ok(Self { sides: sides.into_iter().skip(1).step_by(2).collect(), envelope })
     }
 }
 
@@ -478,21 +495,24 @@ impl Shape {
     pub(crate) fn of<T: Real>(attention: &LinearAttention<T, DctMap<T>>) -> Result<Self> {
         let unsupported =
             |argument, expected, got| Err(Error::Unsupported { argument, expected, got });
+        let (windows, windowless) = match attention.windows() {
+            // A tile's keys are kept until it is full.
+            [] => (vec![Window::new(TILE, 0); attention.maps().len()], Some(attention)),
+            windows => (windows.to_vec(), None),
+        };
         let shape = Self {
             dim: attention.maps()[0].dim(),
             value_dim: attention.value_dim(),
             features: attention.maps()[0].features(),
             scale: attention.scale(),
             sinks: attention.sinks(),
-            windows: attention.windows().to_vec(),
+            windows,
+            windowless: windowless.map(KeySides::of).transpose()?,
             log_decay: attention.log_decay().to_vec(),
             fingerprint: attention.fingerprint(),
         };
         if attention.causality() != Causality::Causal {
             return unsupported("the number of directions", "1 (causal attention)", 2);
-        }
-        if shape.windows.is_empty() {
-            return unsupported("the number of windows", "one for each head", 0);
         }
         for (argument, size) in [("dim", shape.dim), ("value_dim", shape.value_dim)] {
             if ![64, 128].contains(&size) {

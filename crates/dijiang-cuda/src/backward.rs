@@ -15,7 +15,7 @@ use crate::bytes::Shape;
 use crate::call::{Back, Call, Plan, SINKS, TILE};
 use crate::device::BackwardKernels;
 use crate::element::Element;
-use crate::error::{Result, check_len};
+use crate::error::{Error, Result, check_len};
 
 /// Where the gradients of q, k and v go; all of it is overwritten.
 ///
@@ -73,7 +73,7 @@ impl<E: Element> Attention<E> {
     /// # Errors
     /// As [`forward`](Self::forward); [`NoCompiler`](crate::Error::NoCompiler) and
     /// [`Compile`](crate::Error::Compile) at first use; [`Unsupported`](crate::Error::Unsupported)
-    /// on a GPU with too little shared memory for these sizes.
+    /// without windows, and on a GPU with too little shared memory for these sizes.
     pub fn backward(
         &self,
         qkv: Qkv<'_, E>,
@@ -139,6 +139,13 @@ impl<E: Element> Attention<E> {
         check_len("gradients.q", qkv.q.len(), gradients.q.len())?;
         check_len("gradients.k", qkv.k.len(), gradients.k.len())?;
         check_len("gradients.v", qkv.v.len(), gradients.v.len())?;
+        if self.shape.windowless.is_some() {
+            return Err(Error::Unsupported {
+                argument: "the number of windows",
+                expected: "one for each head where gradients are asked for",
+                got: 0,
+            });
+        }
         let bytes = backward_bytes::<E>(&self.shape);
         self.device.check_shared(bytes)?;
         let kernels = match self.backward.get() {

@@ -12,8 +12,11 @@ use crate::call::{SINKS, TILE};
 use crate::element::Element;
 use crate::error::{Error, Result};
 use crate::pool::Stream;
+use crate::tables::Side;
 
 const MAGIC: &[u8; 8] = b"dijiang\0";
+/// Keys that wait to join the sums where there are no windows.
+const PENDING: usize = 16;
 
 /// What states of one operator share.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,7 +26,9 @@ pub(crate) struct Shape {
     pub(crate) features: usize,
     pub(crate) scale: f64,
     pub(crate) sinks: usize,
+    /// Without windows those that the kernels work with: a tile.
     pub(crate) windows: Vec<Window>,
+    pub(crate) windowless: Option<KeySides>,
     pub(crate) log_decay: Vec<f64>,
     /// The operator's.
     pub(crate) fingerprint: u64,
@@ -41,10 +46,24 @@ impl Shape {
         sums + (ring + SINKS) * (self.dim + self.value_dim) * size_of::<E>() + ring
     }
 
+    /// Heads, d, m, e, windows and sinks, as the bytes have them.
+    fn sizes_in_bytes(&self) -> [usize; 6] {
+        let windows = if self.windowless.is_some() { 0 } else { self.windows.len() };
+        [self.kv_heads(), self.dim, self.features, self.value_dim, windows, self.sinks]
+    }
+
     /// Position of the first token that is in no sum; exponents of sums are relative to it.
     fn base(&self, window: Window, position: usize) -> usize {
         position.div_ceil(window.chunk).saturating_sub(window.back + 1) * window.chunk
     }
+}
+
+/// Without windows: the key sides of the maps. The device keeps the last keys as they are, but in
+/// the bytes every key is in the sums.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct KeySides {
+    pub(crate) sides: Vec<Side>,
+    pub(crate) envelope: bool,
 }
 
 /// One head's part of a state on the device, in f64.
@@ -93,6 +112,37 @@ impl HeadState {
         }
     }
 
+    /// The keys in the ring join the sums, whose exponents are relative to `kept.start`; `decay` is
+    /// the log2 of the decay of a token.
+    fn join(&mut self, kept: Range<usize>, shape: &Shape, side: &Side, envelope: bool, decay: f64) {
+        let Shape { dim, value_dim, .. } = *shape;
+        for p in kept.clone() {
+            let row = p % self.valid.len();
+            if self.valid[row] == 0 {
+                continue;
+            }
+            let key = &self.keys[row * dim..][..dim];
+            let value = &self.values[row * value_dim..][..value_dim];
+            let dot = |a: &[f64]| -> f64 { a.iter().zip(key).map(|(a, b)| a * b).sum() };
+            let norm = if envelope { 0.5 * LOG2_E * shape.scale * dot(key) } else { 0.0 };
+            let common = decay * (kept.start as f64 - p as f64) - norm;
+            let features = side.matrix.chunks_exact(dim).zip(&side.row);
+            for (f, (weights, constant)) in features.enumerate() {
+                let exponent = dot(weights) + constant + common;
+                let any = self.z[f] > 0.0;
+                let top = if any { self.c[f].max(exponent) } else { exponent };
+                let own = if any { (self.c[f] - top).exp2() } else { 0.0 };
+                let added = (exponent - top).exp2();
+                self.c[f] = top;
+                self.z[f] = if any { self.z[f] * own } else { 0.0 } + added;
+                let sums = &mut self.s[f * value_dim..][..value_dim];
+                for (s, v) in sums.iter_mut().zip(value) {
+                    *s = if any { *s * own } else { 0.0 } + added * v;
+                }
+            }
+        }
+    }
+
     fn write<E: Element>(&self, out: &mut Vec<u8>) {
         for numbers in [&self.c, &self.z, &self.s] {
             numbers.iter().for_each(|&x| out.extend((x as f32).to_le_bytes()));
@@ -127,18 +177,25 @@ pub(crate) fn encode<E: Element>(shape: &Shape, stream: &Stream, mut state: &[u8
     let (dim, value_dim, features) = (shape.dim, shape.value_dim, shape.features);
     let mut out = MAGIC.to_vec();
     [3u32, 4, 0].iter().for_each(|word| out.extend(word.to_le_bytes()));
-    let sizes = [shape.kv_heads(), dim, features, value_dim, shape.kv_heads(), shape.sinks];
+    let sizes = shape.sizes_in_bytes();
     let places = [0, stream.position];
-    let windows = shape.windows.iter().flat_map(|window| [window.chunk, window.back]);
+    let windows =
+        shape.windows.iter().take(sizes[4]).flat_map(|window| [window.chunk, window.back]);
     let numbers = sizes.into_iter().chain(places).map(|number| number as u64);
     let windows = windows.map(|number| number as u64);
     let numbers = numbers.chain([shape.fingerprint]).chain(windows);
     numbers.for_each(|number| out.extend(number.to_le_bytes()));
-    for window in &shape.windows {
+    for (h, window) in shape.windows.iter().enumerate() {
         let mut head = HeadState::read::<E>(shape, window.tokens(), &mut state);
         let base = shape.base(*window, stream.position);
         head.forget(base..stream.position, shape);
-        let started = base > 0 && head.z.iter().any(|&z| z > 0.0);
+        let mut any = base > 0;
+        if let Some(KeySides { sides, envelope }) = &shape.windowless {
+            let decay = LOG2_E * shape.log_decay[h];
+            head.join(base..stream.position, shape, &sides[h], *envelope, decay);
+            any = stream.position > 0;
+        }
+        let started = any && head.z.iter().any(|&z| z > 0.0);
         out.extend((base as u64).to_le_bytes());
         out.extend([u8::from(started), 0]);
         let kept = |x: f64| if started { x } else { 0.0 };
@@ -159,6 +216,10 @@ pub(crate) fn encode<E: Element>(shape: &Shape, stream: &Stream, mut state: &[u8
         put(&mut vec![0.0; features].into_iter());
         put(&mut head.s.iter().enumerate().map(|(i, s)| scaled(i / value_dim, *s)));
         put(&mut vec![0.0; features * value_dim].into_iter());
+        if shape.windowless.is_some() {
+            put(&mut vec![0.0; PENDING * (features + value_dim)].into_iter());
+            continue;
+        }
         let scale = shape.scale.sqrt();
         let keys: Vec<f64> = head.keys.iter().map(|x| x * scale).collect();
         let slots = keys.chunks_exact(window.chunk * dim);
@@ -218,8 +279,8 @@ pub(crate) fn decode<E: Element>(
     let places = [(); 2].map(|()| header());
     let fingerprint = header();
     let (dim, value_dim, features) = (shape.dim, shape.value_dim, shape.features);
-    let own = [shape.kv_heads(), dim, features, value_dim, shape.kv_heads(), shape.sinks];
-    let windows = shape.windows.iter().all(|window| {
+    let own = shape.sizes_in_bytes();
+    let windows = shape.windows.iter().take(own[4]).all(|window| {
         sizes == own && number(&mut rest) == window.chunk && number(&mut rest) == window.back
     });
     if !windows || sizes != own {
@@ -240,7 +301,10 @@ pub(crate) fn decode<E: Element>(
     let (mut out, mut sinks) = (Vec::new(), Vec::new());
     for (window, log_decay) in shape.windows.iter().zip(&shape.log_decay) {
         let reference = number(&mut rest);
-        let started = take(&mut rest, 2)[0] == 1;
+        let (started, pending) = match take(&mut rest, 2) {
+            [started, pending] => (*started == 1, usize::from(*pending)),
+            _ => unreachable!("two bytes were taken"),
+        };
         let mut floats = |len: usize| -> Vec<f64> {
             elements::<f32>(&mut rest, len).into_iter().map(f64::from).collect()
         };
@@ -249,6 +313,17 @@ pub(crate) fn decode<E: Element>(
         let mut z: Vec<f64> = both(floats(features), floats(features));
         let elements = features * value_dim;
         let mut s: Vec<f64> = both(floats(elements), floats(elements));
+        if shape.windowless.is_some() {
+            let (weights, values) = (floats(PENDING * features), floats(PENDING * value_dim));
+            let keys = weights.chunks_exact(features).zip(values.chunks_exact(value_dim));
+            for (weights, values) in keys.take(pending) {
+                for (f, weight) in weights.iter().enumerate() {
+                    z[f] += weight;
+                    let sums = &mut s[f * value_dim..][..value_dim];
+                    sums.iter_mut().zip(values).for_each(|(s, v)| *s += weight * v);
+                }
+            }
+        }
         let shift = log_decay * (shape.base(*window, position) as f64 - reference as f64);
         let exact = |c: &f64| if started { (c + shift) * LOG2_E } else { 0.0 };
         let exact: Vec<f64> = c.iter().map(exact).collect();
@@ -257,12 +332,17 @@ pub(crate) fn decode<E: Element>(
             z[f] *= factor;
             s[f * value_dim..][..value_dim].iter_mut().for_each(|s| *s *= factor);
         }
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for _ in 0..=window.back {
-            keys.extend(transposed(&floats(dim * window.chunk), window.chunk));
-            values.extend(floats(window.chunk * value_dim));
+        let (mut keys, mut values, mut valid) = (Vec::new(), Vec::new(), vec![0; window.tokens()]);
+        if shape.windowless.is_some() {
+            keys.resize(window.tokens() * dim, 0.0);
+            values.resize(window.tokens() * value_dim, 0.0);
+        } else {
+            for _ in 0..=window.back {
+                keys.extend(transposed(&floats(dim * window.chunk), window.chunk));
+                values.extend(floats(window.chunk * value_dim));
+            }
+            valid = take(&mut rest, window.tokens()).to_vec();
         }
-        let valid = take(&mut rest, window.tokens()).to_vec();
         let (mut sink_keys, mut sink_values) =
             (vec![0.0; SINKS * dim], vec![0.0; SINKS * value_dim]);
         if shape.sinks > 0 {
@@ -357,6 +437,57 @@ mod tests {
         }
     }
 
+    /// The same without windows, where states hold no keys; and keys that the device still has join
+    /// the sums.
+    #[test]
+    fn states_without_windows_come_and_go() {
+        let config = operator().config().with_windows(vec![]).with_sinks(0);
+        let operator = config.build(operator().maps().to_vec()).expect("sizes are right");
+        let shape = Shape::of(&operator).expect("the kernels can do it");
+        for n in [1, 5, 64, 127, 128, 129, 233, 300, 466, 576, 577, 640, 699] {
+            let base = shape.base(shape.windows[0], n);
+            let mut state = operator.new_state();
+            prefill(&operator, 0, n, &mut state);
+            let expected = prefill(&operator, n, 150, &mut state);
+            for kept in [n, base] {
+                let mut state = operator.new_state();
+                if kept > 0 {
+                    prefill(&operator, 0, kept, &mut state);
+                }
+                let (mut stream, mut device) = decode::<f32>(&shape, &state).expect("it is ours");
+                if kept < n {
+                    device = with_keys(&shape, base..n, &device);
+                }
+                stream.position = n;
+                let bytes = encode::<f32>(&shape, &stream, &device);
+                let mut back = operator.state_from_bytes(&bytes).expect("they are a state");
+                let got = prefill(&operator, n, 150, &mut back);
+                let error = (&got - &expected).iter().fold(0.0, |most: f32, x| most.max(x.abs()));
+                assert!(error < 1e-5, "{n} tokens, {kept} in the sums: off by {error:e}");
+            }
+        }
+    }
+
+    /// The state of a device that has these tokens in its rings, from one that has them not.
+    fn with_keys(shape: &Shape, tokens_kept: Range<usize>, mut state: &[u8]) -> Vec<u8> {
+        let mut out = Vec::new();
+        let x = tokens(tokens_kept.start, tokens_kept.len());
+        for h in 0..shape.kv_heads() {
+            let mut head = HeadState::read::<f32>(shape, TILE, &mut state);
+            // Exponents were relative to the tile before.
+            let moved = if tokens_kept.start > 0 { TILE as f64 } else { 0.0 };
+            head.c.iter_mut().for_each(|c| *c += LOG2_E * shape.log_decay[h] * moved);
+            for (i, p) in tokens_kept.clone().enumerate() {
+                let row = x.slice(s![h, i, ..]).mapv(f64::from).to_vec();
+                head.valid[p % TILE] = u8::from(p * p % 7 < 2);
+                head.keys[p % TILE * 64..][..64].copy_from_slice(&row);
+                head.values[p % TILE * 64..][..64].copy_from_slice(&row);
+            }
+            head.write::<f32>(&mut out);
+        }
+        out
+    }
+
     /// Rows of a ring that the device has left as they were, of an earlier chunk or sequence.
     #[test]
     fn rows_behind_the_last_token_are_empty() {
@@ -407,7 +538,6 @@ mod tests {
         };
         let config = operator.config();
         let unsupported = [
-            (of(config.clone().with_windows(vec![]).with_sinks(0)), 0),
             (of(config.clone().with_window(Window::new(65, 1))), 65),
             (of(config.clone().with_window(Window::new(65536, 1))), 131072),
             (of(config.clone().with_value_dim(32)), 32),

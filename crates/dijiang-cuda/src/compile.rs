@@ -12,10 +12,12 @@ use cudarc::nvrtc::sys;
 use crate::element::Element;
 use crate::error::{Error, Result};
 
-/// Which kernels: two programs, for most never take gradients.
+/// Which kernels: most never take gradients or do without windows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Program {
     Forward,
+    /// Forward without windows.
+    Windowless,
     Backward,
 }
 
@@ -38,6 +40,7 @@ const FORWARD: &str = concat!(
     include_str!("../kernels/softmax.cu"),
     include_str!("../kernels/absorb.cu"),
     include_str!("../kernels/scan.cu"),
+    include_str!("../kernels/own.cu"),
     include_str!("../kernels/outputs.cu"),
     include_str!("../kernels/step.cu"),
 );
@@ -74,7 +77,7 @@ pub fn compile_ahead<E: Element>(
     driver: i32,
     cache: &Cache,
 ) -> Result<()> {
-    [Program::Forward, Program::Backward].into_iter().try_for_each(|program| {
+    [Program::Forward, Program::Windowless, Program::Backward].into_iter().try_for_each(|program| {
         let target = Target { program, element: E::CODE, dim, value_dim, features, capability };
         target.kernels(cache, driver).map(drop)
     })
@@ -99,7 +102,7 @@ pub(crate) struct Target {
 impl Target {
     fn source(&self) -> &'static str {
         match self.program {
-            Program::Forward => FORWARD,
+            Program::Forward | Program::Windowless => FORWARD,
             Program::Backward => BACKWARD,
         }
     }
@@ -116,6 +119,9 @@ impl Target {
             format!("-DE={value_dim}"),
             format!("-DM={features}"),
         ]);
+        if self.program == Program::Windowless {
+            options.push("-DWINDOWLESS=1".into());
+        }
         options
     }
 
@@ -238,6 +244,7 @@ mod tests {
         let target = Target { program, element: 0, dim, value_dim, features, capability: 90 };
         let others = [
             Target { program: Program::Backward, ..target },
+            Target { program: Program::Windowless, ..target },
             Target { element: 1, ..target },
             Target { dim: 128, ..target },
             Target { value_dim: 128, ..target },

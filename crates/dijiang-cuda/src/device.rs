@@ -88,8 +88,12 @@ impl Device {
     }
 
     /// The kernels for these sizes: d, e and m.
-    pub(crate) fn kernels<E: Element>(&self, sizes: [usize; 3]) -> Result<Kernels> {
-        let module = self.module::<E>(Program::Forward, sizes)?;
+    pub(crate) fn kernels<E: Element>(
+        &self,
+        program: Program,
+        sizes: [usize; 3],
+    ) -> Result<Kernels> {
+        let module = self.module::<E>(program, sizes)?;
         let load = |name| self.function(&module, name);
         Ok(Kernels {
             absorb: load("absorb")?,

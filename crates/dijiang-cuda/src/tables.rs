@@ -14,6 +14,7 @@ use dijiang::kernel::{DctParams, Envelope, Pairing, Projection, SideParams};
 use crate::element::Element;
 
 /// One side of one head: a matrix `[m, d]` and what is added to each feature, `[m]`.
+#[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Side {
     pub(crate) matrix: Vec<f64>,
     pub(crate) row: Vec<f64>,

@@ -20,6 +20,7 @@ pub(crate) struct Draws {
     pub(crate) seed: u64,
     /// Of one sequence each; 0 for what the setup has drawn.
     pub(crate) tokens: u64,
+    pub(crate) windows: bool,
 }
 
 /// Compares every setup in bf16, f16 and f32, and prints the largest errors of each.
@@ -36,6 +37,7 @@ pub(crate) fn check<const N: usize>(
     for i in 0..draws.setups {
         let mut random = ChaCha8Rng::seed_from_u64(draws.seed + i);
         let setup = Setup::draw(&mut random).with_tokens(draws.tokens as usize);
+        let setup = if draws.windows { setup } else { setup.without_windows() };
         let inputs: u64 = random.random();
         for (t, (compare, limit)) in types.into_iter().enumerate() {
             let errors = compare(device, &setup, inputs)?;

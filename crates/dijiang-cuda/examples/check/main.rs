@@ -3,9 +3,10 @@
 //! ```text
 //! check correct [setups] [seed] [tokens]    random setups: odd lengths, windows, sinks, masks,
 //!                                  packed; with `tokens` one sequence of this length each
+//! check windowless [setups] [seed] [tokens]   the same without windows and sinks
 //! check backward [setups] [seed] [tokens]   gradients of the same setups
 //! check decode [tokens]            a long decode, compared at its end
-//! check time [forward | backward | decode | short]    one line of JSON for each
+//! check time [forward | backward | decode | windowless | short]    one line of JSON for each
 //! check compile [driver] [i]       the kernels these need, into the cache, without a GPU; of the
 //!                                  24 sets only number i
 //! check profile                    each kernel once or twice, for a profiler
@@ -32,15 +33,19 @@ fn main() -> Result<(), Box<dyn Error>> {
         return compile(number(1, 13000)? as i32, arguments.get(2).map(|i| i.parse()).transpose()?);
     }
     let device = Device::new(0)?;
-    let draws =
-        || Ok(Draws { setups: number(1, 200)?, seed: number(2, 0)?, tokens: number(3, 0)? });
-    match arguments.first().map(String::as_str) {
-        Some("correct") => draws().and_then(|draws| correct(&device, draws)),
+    let what = arguments.first().map(String::as_str);
+    let windows = what != Some("windowless");
+    let draws = || {
+        let [setups, seed, tokens] = [number(1, 200)?, number(2, 0)?, number(3, 0)?];
+        Ok(Draws { setups, seed, tokens, windows })
+    };
+    match what {
+        Some("correct" | "windowless") => draws().and_then(|draws| correct(&device, draws)),
         Some("backward") => draws().and_then(|draws| gradients::check(&device, draws)),
         Some("decode") => setup::long_decode(&device, number(1, 1_000_000)? as usize),
         Some("time") => time::all(&device, arguments.get(1).map_or("", String::as_str)),
         Some("profile") => time::profile(&device),
-        _ => Err("say correct, backward, decode, time, compile or profile".into()),
+        _ => Err("say correct, windowless, backward, decode, time, compile or profile".into()),
     }
 }
 

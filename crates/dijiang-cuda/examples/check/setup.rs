@@ -87,6 +87,11 @@ impl Setup {
         }
     }
 
+    /// The same attention without windows and sinks.
+    pub(crate) fn without_windows(self) -> Self {
+        Self { windows: Vec::new(), sinks: 0, ..self }
+    }
+
     /// One sequence of this many tokens; 0 leaves the lengths as they are.
     pub(crate) fn with_tokens(self, tokens: usize) -> Self {
         if tokens == 0 { self } else { Self { lengths: vec![tokens], ..self } }

@@ -19,6 +19,10 @@ pub(crate) fn all(device: &Device, only: &str) -> Result<(), Box<dyn Error>> {
     let name = device.stream().context().name()?;
     println!("{{\"device\": \"{name}\"}}");
     for d in [64, 128] {
+        if ["", "windowless"].contains(&only) {
+            forward(device, d, 0, TOKENS)?;
+            decode(device, d, 0, 1024)?;
+        }
         for chunk in [64, 128] {
             if only == "short" {
                 forward(device, d, chunk, 2048)?;
@@ -71,10 +75,14 @@ pub(crate) fn profile(device: &Device) -> Result<(), Box<dyn Error>> {
     Ok(device.stream().synchronize()?)
 }
 
+/// Without windows if `chunk` is 0.
 fn operator(device: &Device, d: usize, chunk: usize) -> Result<Attention<bf16>, Box<dyn Error>> {
     let map = |head: usize| DctMapConfig::new(d).with_seed(head as u64).build::<f64>();
     let maps = (0..HEADS).map(map).collect::<Result<Vec<_>, _>>()?;
-    let config = LinearConfig::new().with_window(Window::new(chunk, 1)).with_sinks(4);
+    let config = match chunk {
+        0 => LinearConfig::new(),
+        _ => LinearConfig::new().with_window(Window::new(chunk, 1)).with_sinks(4),
+    };
     Ok(Attention::new(device, &config.build(maps)?)?)
 }
 
@@ -184,7 +192,7 @@ fn decode(device: &Device, d: usize, chunk: usize, context: usize) -> Result<(),
     let mut out = device.stream().alloc_zeros::<bf16>(len)?;
     let all: Vec<usize> = (0..streams).collect();
     // A whole chunk at a time: one of its tokens moves the window.
-    let ms = median(device, 11, chunk, || {
+    let ms = median(device, 11, chunk.max(64), || {
         let qkv = Qkv::new(&q, &k, &v);
         Ok(attention.step(&mut pool, &all, qkv, &mut out, &mut workspace)?)
     })?;
