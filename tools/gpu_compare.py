@@ -1,13 +1,16 @@
 """Attention on an NVIDIA GPU: whether this crate is right, then its times beside PyTorch's.
 
     python tools/gpu_compare.py path/to/check [--setups N] [--window] [--backward] [--decode]
+                                              [--windowless] [--fla path/to/packages]
 
 `check` is the example of crates/dijiang-cuda, built in release. Needs PyTorch with CUDA. First N
-random setups (200) against the CPU engine in f64, forward and gradients; nothing is timed if one of
-them is beyond its limit. Then 16 heads, bf16, d = e = 64 and 128 (and m = d for ours), 16384 tokens
-in all or one longer sequence; medians of CUDA events after warm-up. `--window` adds PyTorch's
-sliding window (flex attention, compiled), `--backward` the gradients of q, k and v, where ours
-computes the forward pass again, `--decode` a token of 64 streams.
+random setups (200) against the CPU engine in f64, forward, without windows, and gradients; nothing
+is timed if one of them is beyond its limit. Then 16 heads, bf16, d = e = 64 and 128 (and m = d for
+ours), 16384 tokens in all or one longer sequence; medians of CUDA events after warm-up. `--window`
+adds PyTorch's sliding window (flex attention, compiled), `--backward` the gradients of q, k and v,
+where ours computes the forward pass again, `--decode` a token of 64 streams, `--windowless` ours
+without windows, `--fla` the linear attention of flash-linear-attention (fla-core, unpacked there)
+at n = 16384: the sums alone, of features that are given.
 """
 
 import argparse
@@ -96,14 +99,14 @@ def window_ms(q, k, v, window):
     return median_ms(lambda: attend(q, k, v, block_mask=mask))
 
 
-def times(check, what):
-    command = [check, "time", what]
+def times(check, command, what):
+    command = [check, "time", command]
     lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     return [line for line in map(json.loads, lines.splitlines()) if line.get("what") == what]
 
 
 def compare(check, what, window):
-    ours = {(line["d"], line["n"], line["chunk"]): line for line in times(check, what)}
+    ours = {(line["d"], line["n"], line["chunk"]): line for line in times(check, what, what)}
     backward = what == "backward"
     own = "times maps" if backward else "times TFLOP/s  GB/s"
     print(f"{what}\n  d      n   flash   cudnn  window |   c=64 {own} |  c=128 {own}")
@@ -126,6 +129,28 @@ def compare(check, what, window):
             print(row, flush=True)
 
 
+def compare_fla(path):
+    """The sums of features that are given, without what they are divided by."""
+    sys.path.insert(0, path)
+    import fla
+    from fla.ops.linear_attn import chunk_linear_attn
+
+    print(f"fla {fla.__version__}, chunk_linear_attn\n  d      n      ms")
+    for d in (64, 128):
+        shape = (1, TOKENS, HEADS, d)
+        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        q, k = (x.exp() / d for x in (q, k))
+        with torch.no_grad():
+            ms = median_ms(lambda: chunk_linear_attn(q, k, v, normalize=False))
+        print(f"{d:3} {TOKENS:6} {ms:7.3f}", flush=True)
+
+
+def print_decode(lines, rate):
+    for line in lines:
+        floor = 2 * line["state_mb"] * 1e6 / rate * 1e3
+        print(f"{line} over reading and writing once: {line['ms'] / floor:.2f}")
+
+
 def copy_rate():
     """Bytes per second that the card's memory gives, read and written."""
     a = torch.empty(2**32, dtype=torch.uint8, device="cuda").random_()
@@ -137,8 +162,9 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("check")
     parser.add_argument("--setups", type=int, default=200)
-    for flag in ("--window", "--backward", "--decode"):
+    for flag in ("--window", "--backward", "--decode", "--windowless"):
         parser.add_argument(flag, action="store_true")
+    parser.add_argument("--fla")
     given = parser.parse_args()
     driver = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(driver, stdout=subprocess.PIPE, text=True).stdout.split()
@@ -146,16 +172,22 @@ def main():
     print(f"torch {torch.__version__}, {device}, driver {' '.join(driver)}", flush=True)
     if given.setups:
         correct(given.check, "correct", given.setups)
+        correct(given.check, "windowless", given.setups)
         correct(given.check, "backward", given.setups)
     compare(given.check, "forward", given.window)
     if given.backward:
         compare(given.check, "backward", False)
+    rate = copy_rate()
+    print(f"a copy moves {rate / 1e12:.2f} TB/s")
     if given.decode:
-        rate = copy_rate()
-        print(f"decode; a copy moves {rate / 1e12:.2f} TB/s")
-        for line in times(given.check, "decode"):
-            floor = 2 * line["state_mb"] * 1e6 / rate * 1e3
-            print(f"{line} over reading and writing once: {line['ms'] / floor:.2f}")
+        print("decode")
+        print_decode(times(given.check, "decode", "decode"), rate)
+    if given.windowless:
+        print("without windows")
+        print(*times(given.check, "windowless", "forward"), sep="\n")
+        print_decode(times(given.check, "windowless", "decode"), rate)
+    if given.fla:
+        compare_fla(given.fla)
 
 
 main()
