@@ -325,7 +325,7 @@ mod tests {
     #[test]
     fn sums_are_all_that_a_maps_gradients_need() {
         let (d, n, scale) = (16, 48, 0.3f64);
-        let config = DctMapConfig::new(d).with_blocks(2);
+        let config = DctMapConfig::new().with_blocks(2);
         let configs = [
             config.clone(),
             config.clone().with_mixing(Mixing::Mixed).with_envelope(Envelope::Gaussian),
@@ -333,7 +333,7 @@ mod tests {
         ];
         let number = |i: usize, side: usize| (0.7 * (i * i + 3 * side) as f64).sin();
         for (config, kind) in configs.iter().flat_map(|config| [0, 1, 2].map(|i| (config, i))) {
-            let mut params = config.params().expect("sizes are right");
+            let mut params = config.params(d).expect("sizes are right");
             for i in 0..d {
                 (params.query.center[i], params.key.center[i]) = (number(i, 5), number(i, 6));
             }

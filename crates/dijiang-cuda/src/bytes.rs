@@ -389,7 +389,7 @@ mod tests {
     use super::*;
 
     fn operator() -> LinearAttention<f32, DctMap<f32>> {
-        let map = |seed| DctMapConfig::new(64).with_seed(seed).build();
+        let map = |seed| DctMapConfig::new().with_seed(seed).build(64);
         let maps = vec![map(0).expect("sizes are right"), map(1).expect("sizes are right")];
         LinearConfig::new()
             .with_windows(vec![Window::new(64, 2), Window::new(192, 0)])

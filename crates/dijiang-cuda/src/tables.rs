@@ -94,14 +94,14 @@ mod tests {
     #[test]
     fn tables_are_the_map() {
         let (d, scale) = (16, 0.3);
-        let config = DctMapConfig::new(d).with_blocks(2).with_scales(InputScales::RandomSigns);
+        let config = DctMapConfig::new().with_blocks(2).with_scales(InputScales::RandomSigns);
         let configs = [
             config.clone(),
             config.clone().with_mixing(Mixing::Mixed).with_envelope(Envelope::Gaussian),
             config.with_pairing(Pairing::Antithetic),
         ];
         for (config, deep) in configs.iter().flat_map(|config| [(config, false), (config, true)]) {
-            let mut params = config.params().expect("sizes are right");
+            let mut params = config.params(d).expect("sizes are right");
             for (i, (q, k)) in
                 params.query.center.iter_mut().zip(&mut params.key.center).enumerate()
             {

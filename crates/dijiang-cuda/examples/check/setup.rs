@@ -101,14 +101,14 @@ impl Setup {
         &self,
     ) -> Result<LinearAttention<T, DctMap<T>>, Box<dyn Error>> {
         let map = |head: usize| -> Result<DctParams, dijiang::Error> {
-            let mut params = DctMapConfig::new(self.d)
+            let mut params = DctMapConfig::new()
                 .with_blocks(self.blocks)
                 .with_pairing(self.pairing)
                 .with_mixing(self.mixing)
                 .with_radial(Radial::Normal)
                 .with_envelope(self.envelope)
                 .with_seed(head as u64)
-                .params()?;
+                .params(self.d)?;
             let mut random = ChaCha8Rng::seed_from_u64(self.seed + head as u64);
             let mut number = |size: f64| size * normal(&mut random);
             params.query.center.iter_mut().for_each(|x| *x = number(0.2));

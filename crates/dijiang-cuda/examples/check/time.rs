@@ -77,7 +77,7 @@ pub(crate) fn profile(device: &Device) -> Result<(), Box<dyn Error>> {
 
 /// Without windows if `chunk` is 0.
 fn operator(device: &Device, d: usize, chunk: usize) -> Result<Attention<bf16>, Box<dyn Error>> {
-    let map = |head: usize| DctMapConfig::new(d).with_seed(head as u64).build::<f64>();
+    let map = |head: usize| DctMapConfig::new().with_seed(head as u64).build::<f64>(d);
     let maps = (0..HEADS).map(map).collect::<Result<Vec<_>, _>>()?;
     let config = match chunk {
         0 => LinearConfig::new(),
