@@ -7,7 +7,7 @@ use dijiang::attention::{
     CausalState, KeyMask, LinearAttention, Operator, Qkv, Storage, Workspace,
 };
 use dijiang::kernel::FeatureMap;
-use ndarray::{Array3, ArrayView1, ArrayView3, ArrayViewMut1, ArrayViewMut3, Zip, s};
+use ndarray::{Array3, ArrayView3, s};
 
 use crate::error::Result;
 use crate::fingerprint::Fingerprint;
@@ -75,52 +75,39 @@ impl Ranks {
         let own = qkv.and_then(|qkv| {
             attempt(|| {
                 let mut workspace = attention.workspace();
-                let mut first = None;
                 let mut own = match self.rank() {
                     0 => state.clone(),
                     _ => attention.new_state_at(place.start)?,
                 };
-                let ahead = self.ahead(attention, place);
-                if ahead > 0 {
+                let mut partial =
+                    Partial::new(attention, place.tokens, self.ahead(attention, place));
+                if partial.tokens() > 0 {
                     own = attention.new_state_past_sinks(place.start)?;
-                    let (tokens, workspace) = (Tokens::of(qkv, 0..ahead), &mut workspace);
-                    first = Some(attention.prefill_partial(&mut own, tokens.qkv(), workspace)?);
+                    partial.over_own_keys(attention, &mut own, qkv, &mut workspace)?;
                 } else if place.tokens > 0 && !self.is_last() {
                     let [_, k, v] = qkv.arrays();
                     attention.extend(&mut own, (&k, &v), qkv.mask(), &mut workspace)?;
                 }
-                Ok((qkv, own, first, workspace))
+                Ok((qkv, own, partial, workspace))
             })
         });
-        let (qkv, own, first, mut workspace) = self.agree(own)?;
+        let (qkv, own, mut partial, mut workspace) = self.agree(own)?;
         let before = self.exclusive(&mut States::of(attention), &own);
         let result = before.and_then(|before| {
             attempt(|| {
                 let mut next = before.unwrap_or_else(|| state.clone());
-                let (h, e) = (attention.heads(), attention.value_dim());
-                let mut out = Array3::zeros((h, place.tokens, e));
-                let done = first.as_ref().map_or(0, |first| first.shape()[1]);
-                if let Some(first) = first {
-                    let tokens = Tokens::of(qkv, 0..done);
-                    let mut out = out.slice_mut(s![.., ..done, ..]);
-                    let mut earlier = next.clone();
-                    add_earlier(
-                        attention,
-                        &mut earlier,
-                        &tokens,
-                        &first,
-                        &mut out,
-                        &mut workspace,
-                    )?;
+                let done = partial.tokens();
+                if done > 0 {
+                    partial.over_earlier_keys(attention, next.clone(), qkv, &mut workspace)?;
                     attention.merge(&mut next, &own, &mut workspace)?;
                 }
                 if done < place.tokens {
                     let tokens = Tokens::of(qkv, done..place.tokens);
-                    let mut out = out.slice_mut(s![.., done.., ..]);
+                    let mut out = partial.out.slice_mut(s![.., done.., ..]);
                     let workspace = &mut workspace;
                     attention.prefill_into(&mut [&mut next], tokens.qkv(), &mut out, workspace)?;
                 }
-                Ok((out, next))
+                Ok((partial.out, next))
             })
         });
         self.agree(result)
@@ -181,42 +168,107 @@ impl<T: Real, M: FeatureMap<T>> Carrier for States<'_, T, M> {
 /// Queries whose first outputs are looked at again together.
 const SEGMENT: usize = 4096;
 
-/// Outputs of queries over all keys, from `first`, those over the keys of their own piece, and the
-/// state before it, which moves on with them.
-fn add_earlier<T: Real, M: FeatureMap<T>>(
-    attention: &LinearAttention<T, M>,
-    state: &mut CausalState<T>,
-    tokens: &Tokens<'_, T>,
-    first: &Array3<T>,
-    out: &mut ArrayViewMut3<'_, T>,
-    workspace: &mut Workspace<T>,
-) -> dijiang::Result<()> {
-    let n = first.shape()[1];
-    let nobody = vec![false; n.min(SEGMENT)];
-    for start in (0..n).step_by(SEGMENT) {
-        let rows = start..n.min(start + SEGMENT);
-        let own = first.slice(s![.., rows.clone(), ..]);
-        let tokens = Tokens::of(tokens.qkv(), rows.clone());
-        let qkv = tokens.qkv().with_mask(KeyMask::Valid(&nobody[..rows.len()]));
-        let earlier = attention.prefill_partial(state, qkv, workspace)?;
-        let mut out = out.slice_mut(s![.., rows, ..]);
-        Zip::from(out.rows_mut()).and(own.rows()).and(earlier.rows()).for_each(join);
-    }
-    Ok(())
+/// Outputs of a piece, the first of which are over some of the keys only.
+pub(crate) struct Partial<T> {
+    /// `[h, n, e]`
+    pub(crate) out: Array3<T>,
+    /// Exponents and normalisers of the first ones, `[h, tokens, 2]`.
+    norms: Array3<T>,
 }
 
-/// An output over two sets of keys, from those over each, with exponents and normalisers.
-fn join<T: Real>(mut out: ArrayViewMut1<'_, T>, a: ArrayView1<'_, T>, b: ArrayView1<'_, T>) {
-    let e = out.len();
-    let [(s_a, z_a), (s_b, z_b)] = [&a, &b].map(|row| (row[e].to_f64(), row[e + 1].to_f64()));
-    // The weight of a over that of b. Without a key there is no exponent.
+impl<T: Real> Partial<T> {
+    /// Of `n` tokens, `ahead` of them over some keys only.
+    pub(crate) fn new<M: FeatureMap<T>>(
+        attention: &LinearAttention<T, M>,
+        n: usize,
+        ahead: usize,
+    ) -> Self {
+        Self {
+            out: Array3::zeros((attention.heads(), n, attention.value_dim())),
+            norms: Array3::zeros((attention.heads(), ahead, 2)),
+        }
+    }
+
+    /// How many are over some keys only.
+    fn tokens(&self) -> usize {
+        self.norms.shape()[1]
+    }
+
+    fn segments(&self) -> impl Iterator<Item = Range<usize>> + use<T> {
+        let n = self.tokens();
+        (0..n).step_by(SEGMENT).map(move |start| start..n.min(start + SEGMENT))
+    }
+
+    /// Outputs and norms of some of the first tokens, one head after the other.
+    fn rows(&mut self, tokens: Range<usize>) -> impl Iterator<Item = (&mut [T], &mut [T])> {
+        let Self { out, norms } = self;
+        let (heads, of_heads) = (out.outer_iter_mut(), norms.outer_iter_mut());
+        heads.zip(of_heads).flat_map(move |(out, norms)| {
+            let [out, norms] = [out, norms].map(|rows| {
+                let width = rows.ncols();
+                let rows = rows.into_slice().expect("in standard layout");
+                rows[tokens.start * width..tokens.end * width].chunks_exact_mut(width)
+            });
+            out.zip(norms)
+        })
+    }
+
+    /// Those over the keys of their own piece, from an empty state at its beginning.
+    pub(crate) fn over_own_keys<M: FeatureMap<T>>(
+        &mut self,
+        attention: &LinearAttention<T, M>,
+        state: &mut CausalState<T>,
+        qkv: Qkv<'_, T>,
+        workspace: &mut Workspace<T>,
+    ) -> dijiang::Result<()> {
+        for rows in self.segments() {
+            let tokens = Tokens::of(qkv, rows.clone());
+            let found = attention.prefill_partial(state, tokens.qkv(), workspace)?;
+            for ((out, norms), found) in self.rows(rows).zip(in_rows(&found)) {
+                let (of_out, of_norms) = found.split_at(out.len());
+                out.copy_from_slice(of_out);
+                norms.copy_from_slice(of_norms);
+            }
+        }
+        Ok(())
+    }
+
+    /// From those to the outputs over all keys, with the state before the piece.
+    pub(crate) fn over_earlier_keys<M: FeatureMap<T>>(
+        &mut self,
+        attention: &LinearAttention<T, M>,
+        mut state: CausalState<T>,
+        qkv: Qkv<'_, T>,
+        workspace: &mut Workspace<T>,
+    ) -> dijiang::Result<()> {
+        let nobody = vec![false; SEGMENT];
+        for rows in self.segments() {
+            let tokens = Tokens::of(qkv, rows.clone());
+            let qkv = tokens.qkv().with_mask(KeyMask::Valid(&nobody[..rows.len()]));
+            let earlier = attention.prefill_partial(&mut state, qkv, workspace)?;
+            for ((out, norms), earlier) in self.rows(rows).zip(in_rows(&earlier)) {
+                join(out, norms, earlier);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What an operator found, row by row.
+fn in_rows<T>(found: &Array3<T>) -> impl Iterator<Item = &[T]> {
+    found.as_slice().expect("in standard layout").chunks_exact(found.shape()[2])
+}
+
+/// An output over two sets of keys: from that over the first, with its exponent and normaliser, and
+/// that over the second, with its own behind it.
+fn join<T: Real>(out: &mut [T], norms: &[T], other: &[T]) {
+    let (other, of_other) = other.split_at(out.len());
+    let [s_a, z_a, s_b, z_b] = [norms[0], norms[1], of_other[0], of_other[1]].map(Real::to_f64);
+    // The weight of the first over that of the second. Without a key there is no exponent.
     let ratio = if z_b > 0.0 { z_a / z_b * (s_a - s_b).exp() } else { f64::INFINITY };
     let share = if z_a > 0.0 { 1.0 / (1.0 + 1.0 / ratio) } else { 0.0 };
-    let [of_a, of_b] = [share, 1.0 - share].map(T::from_f64);
-    Zip::from(&mut out)
-        .and(&a.slice_move(s![..e]))
-        .and(&b.slice_move(s![..e]))
-        .for_each(|out, &a, &b| *out = of_a * a + of_b * b);
+    let [of_out, of_other] = [share, 1.0 - share].map(T::from_f64);
+    out.iter_mut().zip(other).for_each(|(out, &other)| *out = of_out * *out + of_other * other);
 }
 
 /// Some tokens of a [`Qkv`].

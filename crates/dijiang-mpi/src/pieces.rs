@@ -3,8 +3,10 @@
 use std::time::Instant;
 
 use dijiang::Real;
-use dijiang::attention::{KeyMask, LinearAttention, Operator, Qkv};
+use dijiang::attention::{LinearAttention, Operator, Qkv};
 use dijiang::kernel::FeatureMap;
+
+use crate::attention::Partial;
 
 /// Tries of a measurement; the fastest one counts.
 const TRIES: usize = 3;
@@ -16,7 +18,7 @@ const TRIES: usize = 3;
 pub struct Cost {
     /// Its key joining the state, κ. Default: 0.35.
     pub keys: f64,
-    /// Its query reading a state, ρ. Default: 0.35.
+    /// Its query reading a state by itself, and what it finds joining the rest, ρ. Default: 0.35.
     pub queries: f64,
 }
 
@@ -27,7 +29,7 @@ impl Default for Cost {
 }
 
 impl Cost {
-    /// Of a key that joins the state, and of a query that reads it, each as a share of a token's
+    /// Of a key that joins the state, and of a query that reads it by itself, each as a share of a token's
     /// whole cost: numbers from 0 to 1, others are taken for the nearest of these.
     pub fn new(keys: f64, queries: f64) -> Self {
         let share = |share: f64| if share > 0.0 { share.min(1.0) } else { 0.0 };
@@ -40,25 +42,27 @@ impl Cost {
         attention: &LinearAttention<T, M>,
         sample: Qkv<'_, T>,
     ) -> dijiang::Result<Self> {
-        let [q, k, v] = sample.arrays();
-        let (mut state, mut workspace) = (attention.new_state(), attention.workspace());
-        let nobody = vec![false; q.shape()[1]];
+        let [_, k, v] = sample.arrays();
+        let (n, mut workspace) = (k.shape()[1], attention.workspace());
+        let mut partial = Partial::new(attention, n, n);
         let mut best = [f64::INFINITY; 3];
         for _ in 0..TRIES {
-            let mut own = attention.new_state();
+            let mut state = attention.new_state();
             let begun = Instant::now();
-            attention.extend(&mut own, (&k, &v), sample.mask(), &mut workspace)?;
+            attention.extend(&mut state, (&k, &v), sample.mask(), &mut workspace)?;
             best[0] = best[0].min(begun.elapsed().as_secs_f64());
+            let (out, mut next) = (&mut partial.out, attention.new_state());
             let begun = Instant::now();
-            attention.prefill_partial(&mut state, sample, &mut workspace)?;
+            attention.prefill_into(&mut [&mut next], sample, out, &mut workspace)?;
             best[1] = best[1].min(begun.elapsed().as_secs_f64());
-            let earlier = Qkv::new(&q, &k, &v).with_mask(KeyMask::Valid(&nobody));
+            let mut own = attention.new_state_past_sinks(state.position())?;
             let begun = Instant::now();
-            attention.prefill_partial(&mut state, earlier, &mut workspace)?;
+            partial.over_own_keys(attention, &mut own, sample, &mut workspace)?;
+            partial.over_earlier_keys(attention, state, sample, &mut workspace)?;
             best[2] = best[2].min(begun.elapsed().as_secs_f64());
         }
-        let [keys, all, queries] = best;
-        Ok(Self::new(keys / all, queries / all))
+        let [keys, all, twice] = best;
+        Ok(Self::new(keys / all, twice / all - 1.0))
     }
 }
 
