@@ -361,6 +361,46 @@ fn segments_are_told_of_their_later_readers() {
     }
 }
 
+/// Gradients of later readers that cannot be those of the state after the tokens.
+#[test]
+fn later_readers_are_checked() {
+    let map = || DctMapConfig::new().build::<f64>(4).unwrap();
+    let attention = LinearConfig::new().with_window(Window::new(8, 1)).build(vec![map()]).unwrap();
+    let x = Random::new(5).normals((1, 40, 4), 1.0);
+    let mut state = attention.new_state();
+    attention.prefill(&mut state, Qkv::new(&x, &x, &x)).unwrap();
+    let sound = attention.new_state_gradients(&state).unwrap();
+    let start = attention.new_state();
+    let found = |after: &[StateGradients<f64>]| {
+        let by_keys = attention.extend_backward(&start, (&x, &x), KeyMask::All, after);
+        let whole = attention.prefill_backward(&start, Qkv::new(&x, &x, &x), &x, Some(after));
+        assert_eq!(by_keys.as_ref().err(), whole.as_ref().err());
+        by_keys.map(|_| ()).err()
+    };
+    assert_eq!(found(&sound), None);
+    assert!(matches!(found(&[]), Some(Error::Length { argument: "after", .. })));
+    let changed = |change: &dyn Fn(&mut StateGradients<f64>)| {
+        let mut after = sound.clone();
+        change(&mut after[0]);
+        found(&after)
+    };
+    let shapes: [&dyn Fn(&mut StateGradients<f64>); 3] = [
+        &|after| after.norm = Array1::zeros(5),
+        &|after| after.frame = Some((Array1::zeros(3), 0)),
+        &|after| after.positions.truncate(2),
+    ];
+    for shape in shapes {
+        assert!(matches!(changed(shape), Some(Error::Shape { .. })));
+    }
+    let infinite = changed(&|after| after.keys[[3, 1]] = f64::INFINITY);
+    assert!(matches!(infinite, Some(Error::NonFinite { argument: "after.keys", .. })));
+    let later = changed(&|after| after.positions[0] = 40);
+    assert!(matches!(later, Some(Error::Value { argument: "after.positions", got: 40.0, .. })));
+    let mut own = sound[0].clone();
+    own.frame = Some((Array1::zeros(3), 0));
+    assert!(matches!(own.add_later(&sound[0], 0.0), Err(Error::Shape { .. })));
+}
+
 /// Log-features of ±600 in f32: finite, and what f64 says.
 #[test]
 fn extreme_log_features() {

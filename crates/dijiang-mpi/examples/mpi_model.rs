@@ -9,14 +9,16 @@
 //! T(P) = n·t·(1 + κ) / (P + κ − ρκ) + ⌈log₂ P⌉·(L + 8·S/B + M)
 //! ```
 //!
-//! with t the time of a token, κ and ρ the keys' and the queries' share of it, S the bytes of a
+//! with t the time of a token, κ and ρ the keys' and the second look's share of it, S the bytes of a
 //! state, M the time to read, merge twice and write one, L and B latency and bandwidth.
 
+use std::error::Error;
 use std::time::Instant;
 
 use clap::Parser;
 use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, Storage, Window};
 use dijiang::kernel::DctMapConfig;
+use dijiang_mpi::{Cost, Ranks};
 use ndarray::Array3;
 
 const D: usize = 64;
@@ -35,25 +37,26 @@ struct Args {
 struct Measured {
     /// Seconds a token.
     token: f64,
-    keys: f64,
-    queries: f64,
+    cost: Cost,
     /// Bytes of a state.
     state: f64,
     /// Seconds to read a state, merge it twice and write it.
     merge: f64,
 }
 
-fn main() -> dijiang::Result<()> {
+fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
+    let universe = mpi::initialize().ok_or("MPI was initialised before")?;
+    let ranks = Ranks::new(&universe.world());
     for window in [0, 128] {
-        let found = measure(args.heads, window)?;
+        let found = measure(&ranks, args.heads, window)?;
         println!("\n{} heads, d = m = {D}, window {window}:", args.heads);
         println!(
             "{:.3} µs a token and head, keys {:.2}, queries {:.2} of it; a state of \
              {:.0} kB a head, {:.2} ms to merge\n",
             1e6 * found.token / args.heads as f64,
-            found.keys,
-            found.queries,
+            found.cost.keys,
+            found.cost.queries,
             found.state / args.heads as f64 / 1e3,
             1e3 * found.merge
         );
@@ -81,7 +84,7 @@ fn main() -> dijiang::Result<()> {
 impl Measured {
     /// Seconds of computing and of communication.
     fn time(&self, n: f64, gigabits: f64, ranks: usize) -> (f64, f64) {
-        let Self { token, keys, queries, state, merge } = self;
+        let Self { token, cost: Cost { keys, queries, .. }, state, merge } = self;
         if ranks == 1 {
             return (n * token, 0.0);
         }
@@ -92,7 +95,7 @@ impl Measured {
     }
 }
 
-fn measure(heads: usize, window: usize) -> dijiang::Result<Measured> {
+fn measure(ranks: &Ranks, heads: usize, window: usize) -> Result<Measured, Box<dyn Error>> {
     let maps = (0..heads).map(|h| DctMapConfig::new().with_seed(h as u64).build::<f32>(D));
     let mut config = LinearConfig::new();
     if window > 0 {
@@ -101,15 +104,11 @@ fn measure(heads: usize, window: usize) -> dijiang::Result<Measured> {
     let attention = config.build(maps.collect::<dijiang::Result<Vec<_>>>()?)?;
     let element = |(h, i, j)| ((h + 3 * i + 5 * j) % 17) as f32 / 8.0 - 1.0;
     let x = Array3::from_shape_fn((heads, SAMPLE, D), element);
-    let (qkv, nobody) = (Qkv::new(&x, &x, &x), vec![false; SAMPLE]);
-    let mut workspace = attention.workspace();
+    let qkv = Qkv::new(&x, &x, &x);
+    let cost = ranks.measure(&attention, qkv)?;
+    let (mut out, mut workspace) = (Array3::zeros((heads, SAMPLE, D)), attention.workspace());
     let mut state = attention.new_state();
-    let all = seconds(|| attention.prefill_partial(&mut state, qkv, &mut workspace).map(drop))?;
-    let masked = qkv.with_mask(KeyMask::Valid(&nobody));
-    let queries =
-        seconds(|| attention.prefill_partial(&mut state, masked, &mut workspace).map(drop))?;
-    let mut state = attention.new_state();
-    let keys = seconds(|| attention.extend(&mut state, (&x, &x), KeyMask::All, &mut workspace))?;
+    let all = seconds(|| attention.prefill_into(&mut [&mut state], qkv, &mut out, &mut workspace))?;
 
     let mut next = attention.new_state_at(state.position())?;
     attention.extend(&mut next, (&x, &x), KeyMask::All, &mut workspace)?;
@@ -122,13 +121,7 @@ fn measure(heads: usize, window: usize) -> dijiang::Result<Measured> {
         state.to_bytes(Storage::Exact);
         Ok(())
     })?;
-    Ok(Measured {
-        token: all / SAMPLE as f64,
-        keys: keys / all,
-        queries: queries / all,
-        state: bytes.len() as f64,
-        merge,
-    })
+    Ok(Measured { token: all / SAMPLE as f64, cost, state: bytes.len() as f64, merge })
 }
 
 /// The fastest of three runs.

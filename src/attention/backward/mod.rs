@@ -170,9 +170,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// to the state it starts from, one per key-value head. `state` is the state *before* the
     /// prefill.
     ///
-    /// `after` is the gradient with respect to the state *after* it, if somebody goes on from there:
-    /// what this function returns for the next tokens. None of its tokens, or of their positions,
-    /// need to be there.
+    /// `after` are the gradients with respect to the state *after* it, if somebody goes on from
+    /// there: what this function returns for the next tokens. They may leave out tokens.
     ///
     /// # Shapes
     /// - as for [`backward`](Self::backward).
@@ -201,10 +200,10 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         Ok((gradients, states))
     }
 
-    /// Gradients through [`extend`](crate::attention::Operator::extend): what
-    /// [`prefill_backward`](Self::prefill_backward) adds for the readers `after`, of whom there is
-    /// somebody. It is linear in them, so that a segment's own outputs and its later readers can be
-    /// dealt with one after the other, as sequence parallelism does. `q` is empty in the result.
+    /// Gradients through [`extend`](crate::attention::Operator::extend), of the keys' later readers
+    /// alone: what [`prefill_backward`](Self::prefill_backward) gives with `after` is the sum of this
+    /// and of what it gives without. So a segment's own outputs can be dealt with before its later
+    /// readers are known, as sequence parallelism does. `q` is empty in the result.
     ///
     /// # Shapes
     /// - `kv`: keys `[h_kv, n, d]` and values `[h_kv, n, e]`.
@@ -298,8 +297,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         let end = state.position + n;
         for (after, head) in after.iter().zip(&state.heads) {
             let tokens = after.positions.len();
-            check_shape("after.sums", &after.sums, &[features, value_dim])?;
-            check_shape("after.norm", &after.norm, &[features])?;
+            after.check_sums("after", (features, value_dim))?;
             check_shape("after.keys", &after.keys, &[tokens, dim])?;
             check_shape("after.values", &after.values, &[tokens, value_dim])?;
             check_elements("after.sums", &after.sums)?;
@@ -307,7 +305,6 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             check_elements("after.keys", &after.keys)?;
             check_elements("after.values", &after.values)?;
             if let Some((reference, _)) = &after.frame {
-                check_shape("after.frame", reference, &[features])?;
                 check_elements("after.frame", reference)?;
             }
             let first =
@@ -484,6 +481,16 @@ impl<T: Real> StateGradients<T> {
         }
     }
 
+    /// S and z, and the frame they are in, are of m and e.
+    fn check_sums(&self, argument: &'static str, (m, e): (usize, usize)) -> Result<()> {
+        check_shape(argument, &self.sums, &[m, e])?;
+        check_shape(argument, &self.norm, &[m])?;
+        match &self.frame {
+            Some((reference, _)) => check_shape(argument, reference, &[m]),
+            None => Ok(()),
+        }
+    }
+
     /// Adds the gradients of readers of a later state: `later` is with respect to that one, and
     /// what is between the two adds to its sums alone. Only `sums` and `norm` change, or nothing if
     /// one of the states has not seen a key. `log_decay` is log γ.
@@ -491,8 +498,8 @@ impl<T: Real> StateGradients<T> {
     /// # Errors
     /// [`Error::Shape`] for gradients of another shape; nothing is changed then.
     pub fn add_later(&mut self, later: &Self, log_decay: f64) -> Result<()> {
-        check_shape("later.sums", &later.sums, self.sums.shape())?;
-        check_shape("later.norm", &later.norm, self.norm.shape())?;
+        self.check_sums("self", self.sums.dim())?;
+        later.check_sums("later", self.sums.dim())?;
         if let Some((reference, position)) = &self.frame {
             let (sums, norm) = later.sums_at(reference.view(), *position, log_decay);
             self.sums += &sums;
