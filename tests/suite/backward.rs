@@ -272,8 +272,9 @@ fn continuing_a_state() {
 }
 
 /// The gradients of a whole sequence from those of its segments, the last one first: each is told
-/// what those behind it found of the state between them. Either at once, or, as sequence parallelism
-/// does it, of a segment's own outputs first and of its later readers when they are known.
+/// what those behind it found of the state between them. Either at once, or, as sequence
+/// parallelism does it, of a segment's own outputs first and of its later readers when they are
+/// known.
 #[test]
 fn segments_are_told_of_their_later_readers() {
     for seed in 0..60 {

@@ -9,8 +9,8 @@
 //! T(P) = n·t·(1 + κ) / (P + κ − ρκ) + ⌈log₂ P⌉·(L + 8·S/B + M)
 //! ```
 //!
-//! with t the time of a token, κ and ρ the keys' and the second look's share of it, S the bytes of a
-//! state, M the time to read, merge twice and write one, L and B latency and bandwidth.
+//! with t the time of a token, κ and ρ the keys' and the second look's share of it, S the bytes of
+//! a state, M the time to read, merge twice and write one, L and B latency and bandwidth.
 
 use std::error::Error;
 use std::time::Instant;

@@ -29,19 +29,20 @@ type Gradients<T> = AttentionGradients<T, DctGradients>;
 
 impl Ranks {
     /// Gradients through [`prefill`](Self::prefill), from its gradient with respect to this rank's
-    /// outputs: what [`prefill_backward`](LinearAttention::prefill_backward) gives for all pieces at
-    /// once, up to rounding. Collective.
+    /// outputs: what [`prefill_backward`](LinearAttention::prefill_backward) gives for all pieces
+    /// at once, up to rounding. Collective.
     ///
-    /// Those of maps and decays are this rank's share: added up over all ranks they are the gradients,
-    /// as those of a model's other parameters are. On rank 0 come those with respect to `state`, the
-    /// one the sequence goes on from; the others return none, and their `state` is not looked at.
+    /// Those of maps and decays are this rank's share: added up over all ranks they are the
+    /// gradients, as those of a model's other parameters are. On rank 0 come those with respect to
+    /// `state`, the one the sequence goes on from; the others return none, and their `state` is not
+    /// looked at.
     ///
     /// # Shapes
     /// - `qkv` as for [`prefill`](Self::prefill), n tokens; `grad_out`: `[h, n, e]`.
     ///
     /// # Cost
-    /// The backward pass of the piece, and its keys' part twice more: once for the state before, once
-    /// for later readers. Bytes sent do not depend on the number of tokens.
+    /// The backward pass of the piece, and its keys' part twice more: once for the state before,
+    /// once for later readers. Bytes sent do not depend on the number of tokens.
     ///
     /// # Errors
     /// The same on all ranks, as [`prefill`](Self::prefill).

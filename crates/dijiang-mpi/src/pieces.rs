@@ -29,8 +29,8 @@ impl Default for Cost {
 }
 
 impl Cost {
-    /// Of a key that joins the state, and of a query that reads it by itself, each as a share of a token's
-    /// whole cost: numbers from 0 to 1, others are taken for the nearest of these.
+    /// Of a key that joins the state, and of a query that reads it by itself, each as a share of a
+    /// token's whole cost: numbers from 0 to 1, others are taken for the nearest of these.
     pub fn new(keys: f64, queries: f64) -> Self {
         let share = |share: f64| if share > 0.0 { share.min(1.0) } else { 0.0 };
         let (keys, queries) = (share(keys), share(queries));

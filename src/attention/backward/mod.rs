@@ -178,9 +178,9 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     ///
     /// # Errors
     /// As [`backward`](Self::backward) and [`prefill`](crate::attention::Operator::prefill);
-    /// [`Error::Shape`], [`Error::Length`] and [`Error::NonFinite`] for gradients `after` of another
-    /// shape or not in range, [`Error::Value`] for tokens in them that are not those of the state
-    /// after.
+    /// [`Error::Shape`], [`Error::Length`] and [`Error::NonFinite`] for gradients `after` of
+    /// another shape or not in range, [`Error::Value`] for tokens in them that are not those of the
+    /// state after.
     pub fn prefill_backward(
         &self,
         state: &CausalState<T>,
@@ -201,9 +201,9 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     }
 
     /// Gradients through [`extend`](crate::attention::Operator::extend), of the keys' later readers
-    /// alone: what [`prefill_backward`](Self::prefill_backward) gives with `after` is the sum of this
-    /// and of what it gives without. So a segment's own outputs can be dealt with before its later
-    /// readers are known, as sequence parallelism does. `q` is empty in the result.
+    /// alone: what [`prefill_backward`](Self::prefill_backward) gives with `after` is the sum of
+    /// this and of what it gives without. So a segment's own outputs can be dealt with before its
+    /// later readers are known, as sequence parallelism does. `q` is empty in the result.
     ///
     /// # Shapes
     /// - `kv`: keys `[h_kv, n, d]` and values `[h_kv, n, e]`.
@@ -261,8 +261,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
     /// Zeros: the gradients with respect to a state that nobody reads.
     ///
     /// # Errors
-    /// [`Error::Foreign`] for a state of another operator, [`Error::Poisoned`] for one that was left
-    /// half changed.
+    /// [`Error::Foreign`] for a state of another operator, [`Error::Poisoned`] for one that was
+    /// left half changed.
     pub fn new_state_gradients(&self, state: &CausalState<T>) -> Result<Vec<StateGradients<T>>> {
         state.check(self.shape())?;
         let heads = state.heads.iter();
