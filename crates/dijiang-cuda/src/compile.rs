@@ -163,6 +163,8 @@ impl Target {
     }
 
     fn compile(&self) -> Result<Vec<u8>> {
+        // candle links it.
+        #[cfg(not(feature = "candle"))]
         // SAFETY: loading NVRTC runs its initialisers only.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::NoCompiler);

@@ -52,6 +52,8 @@ impl Device {
     /// # Errors
     /// [`Error::NoDriver`] on a machine without one; [`Error::Driver`] for a number without a GPU.
     pub fn new(ordinal: usize) -> Result<Self> {
+        // candle links it.
+        #[cfg(not(feature = "candle"))]
         // SAFETY: loading the driver runs its initialisers only.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::NoDriver);

@@ -53,6 +53,17 @@ pub enum Error {
         /// What it is.
         got: usize,
     },
+    /// A tensor is not of the kind that it must be.
+    #[cfg(feature = "candle")]
+    #[error("{argument} must be {expected}, got {got}")]
+    Tensor {
+        /// Which argument.
+        argument: &'static str,
+        /// What it must be.
+        expected: String,
+        /// What it is.
+        got: String,
+    },
     /// What the CPU crate refuses: bytes that are no state, say.
     #[error(transparent)]
     Dijiang(#[from] dijiang::Error),

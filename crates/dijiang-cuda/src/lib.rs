@@ -4,6 +4,8 @@ mod attention;
 mod backward;
 mod bytes;
 mod call;
+#[cfg(feature = "candle")]
+pub mod candle;
 mod compile;
 mod device;
 mod element;
