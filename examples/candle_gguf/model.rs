@@ -151,9 +151,15 @@ impl Body {
         x + block.down.forward(&swiglu(&block.gate_up.forward(&h)?)?)?
     }
 
-    /// Logits `[n, vocabulary]` from hidden states `[n, D]` behind the last block.
-    fn logits(&self, x: &Tensor) -> candle_core::Result<Tensor> {
-        self.head.forward(&rms_norm(x, &self.norm, self.epsilon)?)
+    /// Logits of each row of hidden states `[n, D]` behind the last block.
+    fn logits(&self, x: &Tensor) -> Result<Vec<Vec<f32>>> {
+        let logits = self.head.forward(&rms_norm(x, &self.norm, self.epsilon)?)?;
+        let logits = logits.to_vec2::<f32>()?;
+        // Quantised bytes have no checksum: this is how damaged ones show.
+        match logits.iter().flatten().all(|logit| logit.is_finite()) {
+            true => Ok(logits),
+            false => Err("logits are not finite: the file's weights are damaged".into()),
+        }
     }
 
     /// cos and sin of `n` positions from `position` on, `[n, d/2]`.
@@ -229,7 +235,7 @@ impl<A: Attend> Stream<'_, A> {
         }
         let Some(last) = last else { return Err("there must be a token to read".into()) };
         let last = last.narrow(0, last.dim(0)? - 1, 1)?;
-        Ok(self.model.body.logits(&last)?.squeeze(0)?.to_vec1()?)
+        Ok(self.model.body.logits(&last)?.swap_remove(0))
     }
 
     /// Reads tokens; returns −ln of the likelihood of each of `targets`, which follow them.
@@ -239,7 +245,7 @@ impl<A: Attend> Stream<'_, A> {
             let x = self.hidden(part)?;
             for (i, targets) in targets.chunks(LOGITS).enumerate() {
                 let logits = self.model.body.logits(&x.narrow(0, i * LOGITS, targets.len())?)?;
-                for (row, &target) in logits.to_vec2::<f32>()?.iter().zip(targets) {
+                for (row, &target) in logits.iter().zip(targets) {
                     surprises.push(surprise(row, target));
                 }
             }

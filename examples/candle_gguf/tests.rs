@@ -5,8 +5,9 @@ mod tiny_gguf;
 
 use std::path::{Path, PathBuf};
 
-use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value;
+use candle_core::quantized::{GgmlDType, QTensor};
+use candle_core::{Device, Tensor};
 use clap::Parser;
 use dijiang::checkpoint::Gguf;
 
@@ -265,6 +266,23 @@ fn the_vocabulary_of_the_file() {
         tiny.metadata.extend(value.map(|value| (key.clone(), value)));
         let error = encode(&tiny, text).unwrap_err().to_string();
         assert!(error.contains(&key) && !error.contains('\n'), "{error}");
+    }
+}
+
+/// Bytes that make no numbers end with a line, neither as text nor as a perplexity.
+#[test]
+fn damaged_weights() {
+    let mut tiny = Tiny::new(GgmlDType::F32);
+    let norm = Tensor::full(f32::NAN, tiny_gguf::HIDDEN, &Device::Cpu).unwrap();
+    let norm = QTensor::quantize(&norm, GgmlDType::F32).unwrap();
+    tiny.tensors.insert("output_norm.weight".to_owned(), norm);
+    let written = Written::new("damaged", &tiny);
+    let opened = Opened::open(&written.0).unwrap();
+    let model = opened.softmax();
+    let read = model.stream().read(&tokens(3)).map(drop);
+    let scored = model.stream().surprises(&tokens(3), &tokens(3)).map(drop);
+    for result in [read, scored] {
+        assert!(result.unwrap_err().to_string().contains("not finite"));
     }
 }
 
