@@ -139,6 +139,9 @@ pub(crate) struct ScoreArgs {
     /// What plan wrote [default: candle's softmax attention]
     #[arg(long, value_name = "FILE")]
     pub(crate) maps: Option<PathBuf>,
+    /// Its windows and sinks alone, with nothing behind them
+    #[arg(long, requires = "maps")]
+    pub(crate) alone: bool,
     /// Text to measure on
     #[arg(long, value_name = "FILE")]
     pub(crate) text: PathBuf,

@@ -1,18 +1,24 @@
 //! Perplexity on a text.
 
-use crate::Opened;
-use crate::Result;
+use dijiang::layer::DijiangAttention;
+
 use crate::args::ScoreArgs;
 use crate::attention::Attend;
+use crate::lm::plan::silenced;
 use crate::lm::progress::Progress;
 use crate::lm::text::Text;
 use crate::model::Model;
+use crate::{Opened, Result, plan};
 
 pub(crate) fn run(args: &ScoreArgs) -> Result<()> {
     let opened = Opened::open(&args.common.model)?;
     let text = Text::read(&args.text, &opened.tokenizer, args.context)?;
     let surprises = match &args.maps {
-        Some(maps) => surprises(&opened.linear(maps)?, &text, args.windows)?,
+        Some(maps) => {
+            let layers = plan::load(&opened.gguf, maps)?;
+            let layers = if args.alone { alone(layers)? } else { layers };
+            surprises(&opened.linear_of(&layers), &text, args.windows)?
+        }
         None => surprises(&opened.softmax(), &text, args.windows)?,
     };
     if let Some(every) = args.every {
@@ -29,6 +35,13 @@ pub(crate) fn run(args: &ScoreArgs) -> Result<()> {
         args.context
     );
     Ok(())
+}
+
+/// The windows and sinks of these layers with nothing behind them.
+pub(crate) fn alone(
+    layers: Vec<DijiangAttention<f32>>,
+) -> dijiang::Result<Vec<DijiangAttention<f32>>> {
+    layers.into_iter().map(silenced).collect()
 }
 
 /// −ln of the likelihood of every token in the first windows, each read on its own.

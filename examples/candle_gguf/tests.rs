@@ -17,7 +17,7 @@ use crate::attention::Attend;
 use crate::lm::llama;
 use crate::lm::tokens::{Token, Tokenizer};
 use crate::model::Model;
-use crate::{Opened, Result, bench, chat, plan, vocabulary};
+use crate::{Opened, Result, bench, chat, plan, score, vocabulary};
 
 /// A model in a folder of its own, which is removed when the test is over.
 struct Written(PathBuf);
@@ -129,6 +129,27 @@ fn linear_attention_within_its_window() {
     assert_eq!(stream.bytes(), bytes);
 }
 
+/// With nothing behind its windows a model forgets what they no longer hold; with maps it does not.
+#[test]
+fn windows_alone_forget() {
+    let written = Written::new("alone", &Tiny::new(GgmlDType::F32));
+    let opened = Opened::open(&written.0).unwrap();
+    let choices = plan::Choices { sinks: 4, average_window: 32.0, calibration: None };
+    let calibration = tokens(200);
+    let samples = [&calibration[..]];
+    let layers = plan::plan(&opened.gguf, &opened.body, &samples, &choices, || ()).unwrap().1;
+    // No window holds more than 200 tokens, so two layers see no further back than 400.
+    let tokens = tokens(700);
+    let mut others = tokens.clone();
+    others[10] += 1;
+    let last = |layers: &[_], tokens: &[Token]| {
+        surprises(&opened.linear_of(layers), tokens).pop().unwrap()
+    };
+    assert!(last(&layers, &tokens) != last(&layers, &others));
+    let alone = score::alone(layers).unwrap();
+    assert!(last(&alone, &tokens) == last(&alone, &others));
+}
+
 /// plan, run with a state that is put aside, and bench: what a user types.
 #[test]
 fn commands() {
@@ -174,8 +195,14 @@ fn commands() {
     let error = prompt(&["--maps", &maps, "--resume", &maps]).unwrap_err().to_string();
     assert!(error.contains("state") || error.contains("checksum"), "{error}");
     assert!(prompt(&["--maps", &state]).is_err());
-    run(&["score", "--model", model, "--text", text, "--context", "300", "--windows", "1"])
-        .unwrap();
+    let score = |more: &[&str]| {
+        let always =
+            ["score", "--model", model, "--text", text, "--context", "300", "--windows", "1"];
+        run(&[&always[..], more].concat())
+    };
+    score(&[]).unwrap();
+    score(&["--maps", &maps, "--alone", "--every", "100"]).unwrap();
+    assert!(score(&["--alone"]).is_err());
 
     for maps in [Some(&maps[..]), None] {
         let mut arguments = vec![

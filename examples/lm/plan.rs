@@ -79,7 +79,7 @@ pub(crate) fn shares(options: &CalibrateOptions) -> [CalibrateOptions; 2] {
 }
 
 /// The layer with maps that weigh nothing beside what is exact.
-fn silenced(layer: DijiangAttention<f32>) -> dijiang::Result<DijiangAttention<f32>> {
+pub(crate) fn silenced(layer: DijiangAttention<f32>) -> dijiang::Result<DijiangAttention<f32>> {
     let silent = |map: &DctMap<f32>| {
         let mut params = map.params().clone();
         params.log_mix = SILENT;
