@@ -7,8 +7,9 @@
 
 Every context is read by llama.cpp, then by candle with linear and with softmax attention, `--repeat` times over; medians are
 shown. Without `--ours` given or built, llama.cpp is measured alone. `--check` prints instead whether the first 20 tokens that
-both continue five prompts by are the same, softmax attention on our side. Both round: where they part, it says by how much
-llama.cpp preferred its token to its second choice, in logits.
+both continue five prompts by are the same, softmax attention on our side: with the weights as they are, where both round what
+they multiply them by to 8 bits, and with the same weights in f32, where neither does and the tokens must be the same. Where they
+part, it says by how much llama.cpp preferred its token to its second choice, in logits.
 """
 import argparse
 import json
@@ -16,10 +17,12 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
 
+import llama_cpp
 from llama_cpp import Llama
 
 PROMPTS = [
@@ -31,9 +34,9 @@ PROMPTS = [
 ]
 
 
-def llama(args, context, **more):
+def llama(args, path, context, **more):
     threads = {"n_threads": args.threads, "n_threads_batch": args.threads}
-    return Llama(model_path=str(args.model), n_ctx=context, verbose=False, **threads, **more)
+    return Llama(model_path=str(path), n_ctx=context, verbose=False, **threads, **more)
 
 
 def of_llama_cpp(model, tokens, context, decode):
@@ -61,7 +64,7 @@ def of_candle(args, context):
 def compare(args):
     text = args.text.read_bytes()
     longest = max(args.contexts)
-    model = llama(args, longest + args.decode)
+    model = llama(args, args.model, longest + args.decode)
     tokens = model.tokenize(text, add_bos=False, special=True)[: longest + args.decode]
     if len(tokens) < longest + args.decode:
         sys.exit(f"{args.text}: {longest + args.decode} tokens are needed, found {len(tokens)}")
@@ -106,11 +109,26 @@ def cpu():
 
 
 def check(args):
-    """Whether both continue the prompts by the same 20 tokens."""
-    model = llama(args, 512, logits_all=True)
+    """Whether both continue the prompts by the same 20 tokens, as they must with weights in f32."""
+    print(f"{args.model.name} as it is:")
+    continued_alike(args, args.model)
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder, "f32.gguf")
+        params = llama_cpp.llama_model_quantize_default_params()
+        params.ftype, params.allow_requantize = llama_cpp.LLAMA_FTYPE_ALL_F32, True
+        if llama_cpp.llama_model_quantize(str(args.model).encode(), str(copy).encode(), params):
+            sys.exit(f"{args.model}: llama.cpp makes no copy in f32")
+        print("the same weights in f32:")
+        sys.exit(not continued_alike(args, copy))
+
+
+def continued_alike(args, path):
+    # Keys and values in f32, as candle has them.
+    f32 = llama_cpp.GGML_TYPE_F32
+    model = llama(args, path, 512, logits_all=True, type_k=f32, type_v=f32, flash_attn=False)
     same = 0
     for prompt in PROMPTS:
-        command = [args.ours, "run", "--model", args.model, "--softmax", "--generate", "20", "--endless"]
+        command = [args.ours, "run", "--model", path, "--softmax", "--generate", "20", "--endless"]
         command += ["--threads", args.threads, "--prompt", prompt]
         out = subprocess.run([str(word) for word in command], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         ours = out.stdout.decode()[:-1]
@@ -128,7 +146,7 @@ def check(args):
             model.eval(continued[-1:])
         same += parted is None
         print(f"{prompt!r} + {ours!r}: " + ("same" if parted is None else f"parted {parted}: {theirs!r}"), flush=True)
-    sys.exit(same != len(PROMPTS))
+    return same == len(PROMPTS)
 
 
 def main():
