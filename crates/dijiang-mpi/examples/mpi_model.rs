@@ -12,6 +12,8 @@
 //! with t the time of a token, κ and ρ the keys' and the second look's share of it, S the bytes of
 //! a state, M the time to read, merge twice and write one, L and B latency and bandwidth.
 
+mod start;
+
 use std::error::Error;
 use std::time::Instant;
 
@@ -46,10 +48,12 @@ struct Measured {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let args = Args::parse();
-    let universe = mpi::initialize().ok_or("MPI was initialised before")?;
-    let ranks = Ranks::new(&universe.world());
+    start::on_all_ranks(|world| run(&args, &Ranks::new(world)))
+}
+
+fn run(args: &Args, ranks: &Ranks) -> Result<(), Box<dyn Error>> {
     for window in [0, 128] {
-        let found = measure(&ranks, args.heads, window)?;
+        let found = measure(ranks, args.heads, window)?;
         println!("\n{} heads, d = m = {D}, window {window}:", args.heads);
         println!(
             "{:.3} µs a token and head, keys {:.2}, queries {:.2} of it; a state of \

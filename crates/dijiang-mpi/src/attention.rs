@@ -75,19 +75,15 @@ impl Ranks {
         let own = qkv.and_then(|qkv| {
             attempt(|| {
                 let mut workspace = attention.workspace();
-                let mut own = match self.rank() {
-                    0 => state.clone(),
-                    _ => attention.new_state_at(place.start)?,
-                };
                 let mut partial =
                     Partial::new(attention, place.tokens, self.ahead(attention, place));
-                if partial.tokens() > 0 {
-                    own = attention.new_state_past_sinks(place.start)?;
+                let own = if partial.tokens() > 0 {
+                    let mut own = attention.new_state_past_sinks(place.start)?;
                     partial.over_own_keys(attention, &mut own, qkv, &mut workspace)?;
-                } else if place.tokens > 0 && !self.is_last() {
-                    let [_, k, v] = qkv.arrays();
-                    attention.extend(&mut own, (&k, &v), qkv.mask(), &mut workspace)?;
-                }
+                    own
+                } else {
+                    self.absorb(attention, state, place, qkv, &mut workspace)?
+                };
                 Ok((qkv, own, partial, workspace))
             })
         });
@@ -111,6 +107,27 @@ impl Ranks {
             })
         });
         self.agree(result)
+    }
+
+    /// The state behind the keys of this rank's piece alone, on rank 0 with what is before them.
+    /// The last rank's is nobody's business, and empty.
+    pub(crate) fn absorb<T: Real, M: FeatureMap<T>>(
+        &self,
+        attention: &LinearAttention<T, M>,
+        state: &CausalState<T>,
+        place: Place,
+        qkv: Qkv<'_, T>,
+        workspace: &mut Workspace<T>,
+    ) -> dijiang::Result<CausalState<T>> {
+        let mut own = match self.rank() {
+            0 => state.clone(),
+            _ => attention.new_state_at(place.start)?,
+        };
+        if place.tokens > 0 && !self.is_last() {
+            let [_, k, v] = qkv.arrays();
+            attention.extend(&mut own, (&k, &v), qkv.mask(), workspace)?;
+        }
+        Ok(own)
     }
 
     /// Tokens that this rank computes before it knows what is before them: on the last rank, as

@@ -65,14 +65,7 @@ impl Ranks {
             Ok(Opening { tokens, valid, position: state.position(), fingerprint })
         }))?;
         let own = self.agree(attempt(|| {
-            let mut own = match self.rank() {
-                0 => state.clone(),
-                _ => attention.new_state_at(place.start)?,
-            };
-            if tokens > 0 && !self.is_last() {
-                attention.extend(&mut own, (&k, &v), qkv.mask(), &mut attention.workspace())?;
-            }
-            Ok(own)
+            self.absorb(attention, state, place, qkv, &mut attention.workspace())
         }))?;
         let before = self.exclusive(&mut States::of(attention), &own);
         let (before, mut gradients, mut of_state) = self.agree(before.and_then(|before| {
@@ -197,9 +190,8 @@ impl<T: Real, M: FeatureMap<T>> Carrier for Later<'_, T, M> {
 
     fn join(&mut self, far: Self::Item, near: &Self::Item) -> dijiang::Result<Self::Item> {
         let mut near = near.clone();
-        let decays = &self.attention.config().log_decay;
-        for (h, (near, far)) in near.iter_mut().zip(&far).enumerate() {
-            near.add_later(far, decays.get(h).or(decays.first()).copied().unwrap_or(0.0))?;
+        for ((near, far), &decay) in near.iter_mut().zip(&far).zip(self.attention.log_decay()) {
+            near.add_later(far, decay)?;
         }
         Ok(near)
     }
@@ -249,9 +241,8 @@ fn read_tokens<T: Real, M: FeatureMap<T>>(
 
 /// Tokens that the state of head `h` remembers, at most.
 fn room<T: Real, M: FeatureMap<T>>(attention: &LinearAttention<T, M>, h: usize) -> usize {
-    let config = attention.config();
-    let window = config.windows.get(h).or(config.windows.first());
-    window.map_or(0, |window| window.chunk * (window.back + 1) + config.sinks)
+    let window = attention.windows().get(h);
+    window.map_or(0, |window| window.chunk * (window.back + 1) + attention.sinks())
 }
 
 /// Words as bytes.
@@ -269,8 +260,7 @@ impl Words {
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
-    let words = bytes.chunks_exact(8);
-    words.map(|word| word.iter().rev().fold(0, |word, &byte| word << 8 | u64::from(byte)))
+    bytes.as_chunks().0.iter().map(|&word| u64::from_le_bytes(word))
 }
 
 /// The next `n` numbers.

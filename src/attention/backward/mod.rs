@@ -307,9 +307,9 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             if let Some((reference, _)) = &after.frame {
                 check_elements("after.frame", reference)?;
             }
-            let first =
-                head.ring.as_ref().map_or(state.position, |ring| ring.first(state.position));
-            let known = |&&at: &&usize| (first..end).contains(&at) || head.sinks.contain(at);
+            let earlier = head.remembered(state.position);
+            let known =
+                |&&at: &&usize| earlier.contains(&at) || (state.position..end).contains(&at);
             if let Some(&at) = after.positions.iter().find(|at| !known(at)) {
                 return Err(Error::Value {
                     argument: "after.positions",
@@ -463,10 +463,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
 impl<T: Real> StateGradients<T> {
     fn zeros(state: &HeadState<T>, position: usize, sizes: Sizes) -> Self {
         let Sizes { dim, features, value_dim, .. } = sizes;
-        let first = state.ring.as_ref().map_or(position, |ring| ring.first(position));
-        let outside = state.ring.as_ref().map_or(0, |_| state.sinks.before(first));
-        let sinks = state.sinks.positions[..outside].iter().copied();
-        let positions: Vec<usize> = sinks.chain(first..position).collect();
+        let positions = state.remembered(position);
         let frame = || {
             let reference = Array1::from_vec(state.sums.reference.clone());
             (reference, state.sums.reference_position)

@@ -213,6 +213,14 @@ impl<T: Real> HeadState<T> {
         }
     }
 
+    /// Positions of the tokens it remembers as they are, the next token being at `position`: sinks
+    /// that have left the window, then those in the ring.
+    pub(crate) fn remembered(&self, position: usize) -> Vec<usize> {
+        let first = self.ring.as_ref().map_or(position, |ring| ring.first(position));
+        let outside = self.ring.as_ref().map_or(0, |_| self.sinks.before(first));
+        self.sinks.positions[..outside].iter().copied().chain(first..position).collect()
+    }
+
     /// Elements held.
     pub(crate) fn len(&self) -> usize {
         self.sums.len() + self.ring.as_ref().map_or(0, Ring::len) + self.sinks.len()
