@@ -18,24 +18,31 @@ pub(crate) fn for_each<S: Send, I: Send>(
     items: impl Iterator<Item = I> + Send,
     work: impl Fn(&mut S, I) + Sync,
 ) {
-    let items = Mutex::new(items);
-    let drain = |scratch: &mut S| {
-        loop {
-            let item = items.lock().unwrap_or_else(PoisonError::into_inner).next();
-            match item {
-                Some(item) => work(scratch, item),
-                None => return,
-            }
+    let threads = scratches.len();
+    let (scratches, items) = (Mutex::new(scratches.iter_mut()), Mutex::new(items));
+    at_once(threads, &|| {
+        let Some(scratch) = next(&scratches) else { return };
+        while let Some(item) = next(&items) {
+            work(scratch, item);
         }
-    };
+    });
+}
+
+fn next<I: Iterator>(items: &Mutex<I>) -> Option<I::Item> {
+    items.lock().unwrap_or_else(PoisonError::into_inner).next()
+}
+
+/// Calls `work` `times` times if threads can share that, else once. Not generic, so that a program
+/// has rayon's machinery once.
+fn at_once(times: usize, work: &(dyn Fn() + Sync)) {
     #[cfg(feature = "rayon")]
-    if scratches.len() > 1 && max_threads() > 1 {
+    if times > 1 && max_threads() > 1 {
         use rayon::prelude::*;
-        scratches.par_iter_mut().for_each(drain);
+        (0..times).into_par_iter().for_each(|_| work());
         return;
     }
-    if let Some(scratch) = scratches.first_mut() {
-        drain(scratch);
+    if times > 0 {
+        work();
     }
 }
 

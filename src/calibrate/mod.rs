@@ -346,12 +346,12 @@ impl<T: Real> DijiangAttention<T> {
         &mut self,
         samples: &[ArrayView2<'_, T>],
         options: &CalibrateOptions,
-        progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
+        mut progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
     ) -> Result<CalibrateReport> {
         let start = Instant::now();
         options.check(self.proj.config().causality)?;
         let samples = samples.iter().map(|x| Sample::new(self, x)).collect::<Result<Vec<_>>>()?;
-        self.fit(&samples, options, start, progress)
+        self.fit(&samples, options, start, &mut progress)
     }
 
     /// As [`calibrate`](Self::calibrate), with what softmax attention makes of the samples: in
@@ -364,10 +364,10 @@ impl<T: Real> DijiangAttention<T> {
         &mut self,
         samples: &[Sample<T>],
         options: &CalibrateOptions,
-        progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
+        mut progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
     ) -> Result<CalibrateReport> {
         options.check(self.proj.config().causality)?;
-        self.fit(samples, options, Instant::now(), progress)
+        self.fit(samples, options, Instant::now(), &mut progress)
     }
 
     /// With checked options, for a calibration that began at `start`.
@@ -376,7 +376,7 @@ impl<T: Real> DijiangAttention<T> {
         samples: &[Sample<T>],
         options: &CalibrateOptions,
         start: Instant,
-        progress: impl FnMut(CalibrateProgress) -> ControlFlow<()>,
+        progress: &mut dyn FnMut(CalibrateProgress) -> ControlFlow<()>,
     ) -> Result<CalibrateReport> {
         let samples = long_enough(self, samples)?;
         let decays = self.log_decay().iter();
@@ -469,7 +469,7 @@ impl Best {
 }
 
 /// One calibration.
-struct Run<'a, F> {
+struct Run<'a> {
     options: &'a CalibrateOptions,
     start: Instant,
     /// Whether there is a local window. Without one the mix cancels.
@@ -478,10 +478,10 @@ struct Run<'a, F> {
     held: Range<usize>,
     /// Passes and steps made.
     done: usize,
-    progress: F,
+    progress: &'a mut dyn FnMut(CalibrateProgress) -> ControlFlow<()>,
 }
 
-impl<F: FnMut(CalibrateProgress) -> ControlFlow<()>> Run<'_, F> {
+impl Run<'_> {
     fn run<T: Real>(
         mut self,
         objective: &mut Objective<'_, T>,
