@@ -30,6 +30,10 @@ fn everything<T: Real>() -> Result<()> {
     Refit::new(&linear).add(&linear, x, x, x)?;
     linear.backward(&x, KeyMask::All, &x)?;
     StatePool::new(&linear, 1)?;
+    #[cfg(feature = "states")]
+    linear.state_from_bytes(&linear.new_state().to_bytes(crate::attention::Storage::Exact))?;
+    #[cfg(feature = "safetensors")]
+    files(&mut linear)?;
     layer(&softmax)?;
     layer(&linear)
 }
@@ -43,4 +47,16 @@ fn layer<T: Real, A: Operator<T>>(layer: &crate::layer::Layer<T, A>) -> Result<(
     layer.forward_padded(&x.insert_axis(ndarray::Axis(0)), &[2], Padding::Left)?;
     layer.step(&mut state, &x.row(0), &mut Array1::zeros(2))?;
     layer.step_batch(&mut [&mut state], &x, &mut Array2::zeros((2, 2)))
+}
+
+#[cfg(feature = "safetensors")]
+fn files<T: Real>(layer: &mut DijiangAttention<T>) -> Result<()> {
+    use crate::checkpoint::{Checkpoint, load_layers, load_maps, save_layers, save_maps};
+    let files = Checkpoint::open("")?;
+    files.softmax_attention::<T>(0)?;
+    files.tensors().matrix::<T>("", 0, 0)?;
+    files.tensors().vector::<T>("", 0)?;
+    load_layers::<T>(&save_layers([&*layer])?)?;
+    let maps = save_maps([&*layer])?;
+    load_maps([layer], &maps)
 }

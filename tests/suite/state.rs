@@ -64,9 +64,15 @@ fn pieces<T: Real, A: Stream<T>>(
 ) -> Array3<T> {
     let mut outs = Vec::new();
     let mut start = 0;
+    let mut workspace = attention.workspace();
     for &end in ends {
         let mask = valid.map_or(KeyMask::All, |valid| KeyMask::Valid(&valid[start..end]));
-        outs.push(attention.prefill_of(state, &inputs.part(start..end), mask).unwrap());
+        let shape = (inputs.q.shape()[0], end - start, inputs.v.shape()[2]);
+        let (part, mut out) =
+            (inputs.part(start..end), Array3::from_elem(shape, T::from_f64(f64::NAN)));
+        let qkv = part.qkv().with_mask(mask);
+        attention.prefill_into(&mut [&mut *state], qkv, &mut out, &mut workspace).unwrap();
+        outs.push(out);
         start = end;
     }
     concatenate(Axis(1), &outs.iter().map(|out| out.view()).collect::<Vec<_>>()).unwrap()

@@ -453,11 +453,11 @@ macro_rules! leaf {
         unsafe fn $name<S: Simd>(simd: S, points: usize, x: *mut S::V, twiddles: *const S::T) {
             // SAFETY: the caller's promise; the arrays hold what they say.
             unsafe {
-                let twiddle = |i: usize| simd.splat(*twiddles.add(i));
+                let twiddles = Twiddles { simd, first: twiddles };
                 match points {
                     $($points => {
                         let input: [S::V; $points] = std::array::from_fn(|i| *x.add(i));
-                        let output = $transform(simd, input, twiddle);
+                        let output = $transform(simd, input, twiddles);
                         (0..$points).for_each(|i| x.add(i).write(output[i]));
                     })*
                     _ => unreachable!("as `leaf_points` says"),
@@ -477,21 +477,39 @@ leaf! {
     24 => transposed24, 32 => transposed32
 }
 
+/// The factors of a level, those of the level below behind them, and so on.
+#[derive(Clone, Copy)]
+struct Twiddles<S: Simd> {
+    simd: S,
+    /// Those that are asked for are there: the promise of `leaf`'s caller.
+    first: *const S::T,
+}
+
+impl<S: Simd> Twiddles<S> {
+    #[inline(always)]
+    fn at(self, i: usize) -> S::V {
+        // SAFETY: as the field says.
+        unsafe { self.simd.splat(*self.first.add(i)) }
+    }
+
+    #[inline(always)]
+    fn behind(self, level: usize) -> Self {
+        Self { first: self.first.wrapping_add(level), ..self }
+    }
+}
+
 macro_rules! points {
     (
         $name:ident, $half_name:ident, $transposed:ident, $half_transposed:ident, $n:literal,
         $half:literal
     ) => {
         #[inline(always)]
-        fn $name<S: Simd>(
-            simd: S,
-            x: [S::V; $n],
-            twiddle: impl Fn(usize) -> S::V + Copy,
-        ) -> [S::V; $n] {
+        fn $name<S: Simd>(simd: S, x: [S::V; $n], twiddles: Twiddles<S>) -> [S::V; $n] {
             let a = std::array::from_fn(|i| simd.add(x[i], x[$n - 1 - i]));
-            let b = std::array::from_fn(|i| simd.mul(simd.sub(x[i], x[$n - 1 - i]), twiddle(i)));
-            let a: [S::V; $half] = $half_name(simd, a, move |i| twiddle($half + i));
-            let b: [S::V; $half] = $half_name(simd, b, move |i| twiddle($half + i));
+            let b =
+                std::array::from_fn(|i| simd.mul(simd.sub(x[i], x[$n - 1 - i]), twiddles.at(i)));
+            let a: [S::V; $half] = $half_name(simd, a, twiddles.behind($half));
+            let b: [S::V; $half] = $half_name(simd, b, twiddles.behind($half));
             std::array::from_fn(|f| match f % 2 {
                 0 => a[f / 2],
                 _ if f == $n - 1 => b[$half - 1],
@@ -500,18 +518,14 @@ macro_rules! points {
         }
 
         #[inline(always)]
-        fn $transposed<S: Simd>(
-            simd: S,
-            x: [S::V; $n],
-            twiddle: impl Fn(usize) -> S::V + Copy,
-        ) -> [S::V; $n] {
+        fn $transposed<S: Simd>(simd: S, x: [S::V; $n], twiddles: Twiddles<S>) -> [S::V; $n] {
             let a = std::array::from_fn(|f| x[2 * f]);
             let b = std::array::from_fn(|f| {
                 if f == 0 { x[1] } else { simd.add(x[2 * f - 1], x[2 * f + 1]) }
             });
-            let a: [S::V; $half] = $half_transposed(simd, a, move |i| twiddle($half + i));
-            let b: [S::V; $half] = $half_transposed(simd, b, move |i| twiddle($half + i));
-            let b: [S::V; $half] = std::array::from_fn(|i| simd.mul(b[i], twiddle(i)));
+            let a: [S::V; $half] = $half_transposed(simd, a, twiddles.behind($half));
+            let b: [S::V; $half] = $half_transposed(simd, b, twiddles.behind($half));
+            let b: [S::V; $half] = std::array::from_fn(|i| simd.mul(b[i], twiddles.at(i)));
             std::array::from_fn(|i| {
                 if i < $half {
                     simd.add(a[i], b[i])
@@ -524,7 +538,7 @@ macro_rules! points {
 }
 
 #[inline(always)]
-fn points1<S: Simd>(_: S, x: [S::V; 1], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 1] {
+fn points1<S: Simd>(_: S, x: [S::V; 1], _: Twiddles<S>) -> [S::V; 1] {
     x
 }
 points!(points2, points1, transposed2, points1, 2, 1);
@@ -541,21 +555,21 @@ points!(points10, points5, transposed10, transposed5, 10, 5);
 points!(points20, points10, transposed20, transposed10, 20, 10);
 
 #[inline(always)]
-fn points3<S: Simd>(simd: S, x: [S::V; 3], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 3] {
+fn points3<S: Simd>(simd: S, x: [S::V; 3], _: Twiddles<S>) -> [S::V; 3] {
     let sum = simd.add(x[0], x[2]);
     let [half, cos] = [0.5, COS_30].map(|c| simd.splat(S::T::from_f64(c)));
     [simd.add(sum, x[1]), simd.mul(simd.sub(x[0], x[2]), cos), simd.sub(simd.mul(sum, half), x[1])]
 }
 
 #[inline(always)]
-fn transposed3<S: Simd>(simd: S, x: [S::V; 3], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 3] {
+fn transposed3<S: Simd>(simd: S, x: [S::V; 3], _: Twiddles<S>) -> [S::V; 3] {
     let [half, cos] = [0.5, COS_30].map(|c| simd.splat(S::T::from_f64(c)));
     let (even, odd) = (simd.mul_add(x[2], half, x[0]), simd.mul(x[1], cos));
     [simd.add(even, odd), simd.sub(x[0], x[2]), simd.sub(even, odd)]
 }
 
 #[inline(always)]
-fn points5<S: Simd>(simd: S, x: [S::V; 5], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 5] {
+fn points5<S: Simd>(simd: S, x: [S::V; 5], _: Twiddles<S>) -> [S::V; 5] {
     let [c18, c36, c54, c72] = COS_18.map(|c| simd.splat(S::T::from_f64(c)));
     let (outer, inner) = (simd.add(x[0], x[4]), simd.add(x[1], x[3]));
     let (outer_odd, inner_odd) = (simd.sub(x[0], x[4]), simd.sub(x[1], x[3]));
@@ -569,7 +583,7 @@ fn points5<S: Simd>(simd: S, x: [S::V; 5], _: impl Fn(usize) -> S::V + Copy) -> 
 }
 
 #[inline(always)]
-fn transposed5<S: Simd>(simd: S, x: [S::V; 5], _: impl Fn(usize) -> S::V + Copy) -> [S::V; 5] {
+fn transposed5<S: Simd>(simd: S, x: [S::V; 5], _: Twiddles<S>) -> [S::V; 5] {
     let [c18, c36, c54, c72] = COS_18.map(|c| simd.splat(S::T::from_f64(c)));
     let outer = simd.mul_add(x[4], c72, simd.mul_add(x[2], c36, x[0]));
     let inner = simd.sub(simd.sub(x[0], simd.mul(x[2], c72)), simd.mul(x[4], c36));
