@@ -115,8 +115,8 @@ impl Ranks {
     /// best of a few tries. Collective; the same on all ranks.
     ///
     /// # Shapes
-    /// - `sample`: as for [`prefill`](Self::prefill), at least one token; some thousands are
-    ///   enough.
+    /// - `sample`: as for [`prefill`](Self::prefill), at least one token; tens of thousands, as new
+    ///   memory for outputs is part of the cost, and small arrays find some that was used before.
     ///
     /// # Errors
     /// [`Error::Rank`] if one of the ranks was given what [`prefill`](Self::prefill) refuses.
