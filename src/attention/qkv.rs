@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use ndarray::{Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis, s};
+use ndarray::{
+    Array3, ArrayRef2, ArrayRef3, ArrayView2, ArrayView3, ArrayViewMut3, Axis, Slice, s,
+};
 
 use crate::Real;
 use crate::attention::KeyMask;
@@ -266,22 +268,25 @@ impl<'a, T> Qkv<'a, T> {
         });
         sequences.flat_map(move |(queries, keys, out)| {
             let valid = self.mask.valid().map(|valid| &valid[keys.clone()]);
-            (0..kv_heads).scan(Some(out), move |rest, head| {
-                let (own, later) = rest.take()?.split_at(Axis(0), group);
-                *rest = Some(later);
-                let of_group = s![head * group..(head + 1) * group, queries.clone(), ..];
-                let qkv = HeadQkv {
-                    head,
-                    position: 0,
-                    q: self.q.slice_move(of_group),
-                    k: self.k.slice_move(s![head, keys.clone(), ..]),
-                    v: self.v.slice_move(s![head, keys.clone(), ..]),
-                    valid,
-                };
+            let (k, v) = (of_tokens(self.k, keys.clone()), of_tokens(self.v, keys));
+            let queries = of_tokens(self.q, queries);
+            (0..kv_heads).scan(Some((queries, out)), move |rest, head| {
+                let (queries, out) = rest.take()?;
+                let (q, later_queries) = queries.split_at(Axis(0), group);
+                let (own, later) = out.split_at(Axis(0), group);
+                *rest = Some((later_queries, later));
+                let [k, v] = [k, v].map(|array| array.index_axis_move(Axis(0), head));
+                let qkv = HeadQkv { head, position: 0, q, k, v, valid };
                 Some((qkv, own))
             })
         })
     }
+}
+
+/// Some tokens of all heads.
+fn of_tokens<T>(mut array: ArrayView3<'_, T>, tokens: Range<usize>) -> ArrayView3<'_, T> {
+    array.slice_axis_inplace(Axis(1), Slice::from(tokens));
+    array
 }
 
 /// One key-value head of one sequence, with its group of query heads.

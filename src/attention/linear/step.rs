@@ -1,7 +1,7 @@
 //! One token at a time: the same sums as [`causal`](super::causal) and [`window`](super::window),
 //! with vectors in place of panels.
 
-use ndarray::{ArrayView1, ArrayViewMut3, s};
+use ndarray::{ArrayView1, ArrayViewMut3, Axis};
 
 use crate::Real;
 use crate::attention::linear::absorb::retire;
@@ -22,9 +22,10 @@ pub(crate) fn step<T: Real>(
     head: &Head<'_, T>,
     state: &mut HeadState<T>,
     qkv: HeadQkv<'_, T>,
-    mut out: ArrayViewMut3<'_, T>,
+    out: ArrayViewMut3<'_, T>,
     scratch: &mut Scratch<T>,
 ) -> Result<(), OutOfRange> {
+    let (queries, mut out) = (qkv.q.index_axis_move(Axis(1), 0), out.index_axis_move(Axis(1), 0));
     let (position, key) = (qkv.position, qkv.k.row(0));
     let chunk = state.ring.as_ref().map(Ring::chunk);
     if let Some(chunk) = chunk.filter(|&chunk| position.is_multiple_of(chunk)) {
@@ -44,11 +45,11 @@ pub(crate) fn step<T: Real>(
         }
         None => add_key(head, &mut state.sums, position, scratch),
     }
-    let heads = qkv.q.shape()[0];
+    let heads = queries.nrows();
     for first in (0..heads).step_by(QUERIES) {
         let group = first..heads.min(first + QUERIES);
         for (h, x) in group.clone().zip(scratch.x.chunks_exact_mut(head.dim)) {
-            scaled(qkv.q.slice(s![h, 0, ..]), head.scale, x);
+            scaled(queries.row(h), head.scale, x);
         }
         match &state.ring {
             Some(ring) => read_window(head, state, ring, position, group.len(), scratch),
@@ -56,7 +57,7 @@ pub(crate) fn step<T: Real>(
         }
         let rows = scratch.o.chunks_exact(head.value_stride).zip(&scratch.total);
         for (h, (sums, &total)) in group.zip(rows) {
-            normalise(sums, total, out.slice_mut(s![h, 0, ..]))?;
+            normalise(sums, total, out.row_mut(h))?;
         }
     }
     Ok(())
