@@ -55,7 +55,7 @@ pub(crate) struct PlanArgs {
     /// Windows of the text to calibrate on
     #[arg(long, value_name = "N", default_value_t = 8)]
     pub(crate) windows: usize,
-    /// Tokens per window of the text
+    /// Tokens per window of the text; maps do not hold for texts much longer than these
     #[arg(long, value_name = "N", default_value_t = 2048, value_parser = at_least_1)]
     pub(crate) context: usize,
     /// Steps of calibration by gradient, 0 for the closed form alone
