@@ -453,7 +453,7 @@ macro_rules! leaf {
         unsafe fn $name<S: Simd>(simd: S, points: usize, x: *mut S::V, twiddles: *const S::T) {
             // SAFETY: the caller's promise; the arrays hold what they say.
             unsafe {
-                let twiddles = Twiddles { simd, first: twiddles };
+                let twiddles = Twiddles::<S>(twiddles);
                 match points {
                     $($points => {
                         let input: [S::V; $points] = std::array::from_fn(|i| *x.add(i));
@@ -477,24 +477,21 @@ leaf! {
     24 => transposed24, 32 => transposed32
 }
 
-/// The factors of a level, those of the level below behind them, and so on.
+/// The factors of a level, those of the level below behind them, and so on. Those that are asked for
+/// are there: the promise of `leaf`'s caller.
 #[derive(Clone, Copy)]
-struct Twiddles<S: Simd> {
-    simd: S,
-    /// Those that are asked for are there: the promise of `leaf`'s caller.
-    first: *const S::T,
-}
+struct Twiddles<S: Simd>(*const S::T);
 
 impl<S: Simd> Twiddles<S> {
     #[inline(always)]
-    fn at(self, i: usize) -> S::V {
-        // SAFETY: as the field says.
-        unsafe { self.simd.splat(*self.first.add(i)) }
+    fn at(self, simd: S, i: usize) -> S::V {
+        // SAFETY: as the type says.
+        unsafe { simd.splat(*self.0.add(i)) }
     }
 
     #[inline(always)]
     fn behind(self, level: usize) -> Self {
-        Self { first: self.first.wrapping_add(level), ..self }
+        Self(self.0.wrapping_add(level))
     }
 }
 
@@ -506,8 +503,9 @@ macro_rules! points {
         #[inline(always)]
         fn $name<S: Simd>(simd: S, x: [S::V; $n], twiddles: Twiddles<S>) -> [S::V; $n] {
             let a = std::array::from_fn(|i| simd.add(x[i], x[$n - 1 - i]));
-            let b =
-                std::array::from_fn(|i| simd.mul(simd.sub(x[i], x[$n - 1 - i]), twiddles.at(i)));
+            let b = std::array::from_fn(|i| {
+                simd.mul(simd.sub(x[i], x[$n - 1 - i]), twiddles.at(simd, i))
+            });
             let a: [S::V; $half] = $half_name(simd, a, twiddles.behind($half));
             let b: [S::V; $half] = $half_name(simd, b, twiddles.behind($half));
             std::array::from_fn(|f| match f % 2 {
@@ -525,7 +523,7 @@ macro_rules! points {
             });
             let a: [S::V; $half] = $half_transposed(simd, a, twiddles.behind($half));
             let b: [S::V; $half] = $half_transposed(simd, b, twiddles.behind($half));
-            let b: [S::V; $half] = std::array::from_fn(|i| simd.mul(b[i], twiddles.at(i)));
+            let b: [S::V; $half] = std::array::from_fn(|i| simd.mul(b[i], twiddles.at(simd, i)));
             std::array::from_fn(|i| {
                 if i < $half {
                     simd.add(a[i], b[i])
