@@ -477,8 +477,8 @@ leaf! {
     24 => transposed24, 32 => transposed32
 }
 
-/// The factors of a level, those of the level below behind them, and so on. Those that are asked for
-/// are there: the promise of `leaf`'s caller.
+/// The factors of a level, those of the level below behind them, and so on. Those that are asked
+/// for are there: the promise of `leaf`'s caller.
 #[derive(Clone, Copy)]
 struct Twiddles<S: Simd>(*const S::T);
 
