@@ -10,6 +10,7 @@ use crate::attention::linear::state::{HeadShape, HeadState, PENDING, Ring, Sums}
 use crate::attention::rows::{OutOfRange, normalise};
 use crate::check::check_same;
 use crate::error::Result;
+use crate::low::aligned::Aligned;
 use crate::low::simd::{Ahead, LANES, padded};
 
 /// Tokens worked on at a time: a block's panels stay in the L2 cache, and 64 rows fill the matrix
@@ -107,19 +108,19 @@ impl<T: Real> Worker<T> {
 #[derive(Debug, Clone)]
 pub(crate) struct Scratch<T> {
     /// Scaled queries `[d, width]`.
-    pub(crate) x: Vec<T>,
+    pub(crate) x: Aligned<T>,
     /// Scaled keys `[d, width]`.
-    pub(crate) y: Vec<T>,
+    pub(crate) y: Aligned<T>,
     /// Values `[width, e_padded]`.
-    pub(crate) v: Vec<T>,
+    pub(crate) v: Aligned<T>,
     /// Scores `[width, scores]`.
-    pub(crate) p: Vec<T>,
+    pub(crate) p: Aligned<T>,
     /// Weighted sums of values `[width, e_padded]`.
-    pub(crate) o: Vec<T>,
+    pub(crate) o: Aligned<T>,
     /// One number per token: normalisers.
-    pub(crate) total: Vec<T>,
+    pub(crate) total: Aligned<T>,
     /// A row of d zeros, standing in for absent tokens.
-    pub(crate) zeros: Vec<T>,
+    pub(crate) zeros: Aligned<T>,
     pub(crate) features: FeatureScratch<T>,
 }
 
@@ -127,17 +128,17 @@ pub(crate) struct Scratch<T> {
 #[derive(Debug, Clone)]
 pub(crate) struct FeatureScratch<T> {
     /// Query features `[m, width]`.
-    pub(crate) a: Vec<T>,
+    pub(crate) a: Aligned<T>,
     /// Key features `[m, width]`.
-    pub(crate) b: Vec<T>,
+    pub(crate) b: Aligned<T>,
     /// One number per feature.
-    pub(crate) feature: Vec<T>,
+    pub(crate) feature: Aligned<T>,
     /// One number per token: exponents of keys, or shifts of queries.
-    pub(crate) column: Vec<T>,
+    pub(crate) column: Aligned<T>,
     /// One number per token: largest exponents.
-    pub(crate) top: Vec<T>,
+    pub(crate) top: Aligned<T>,
     /// The feature map's own.
-    pub(crate) map: Vec<T>,
+    pub(crate) map: Aligned<T>,
     /// What will be read next.
     pub(crate) ahead: Ahead<T>,
 }
@@ -145,7 +146,7 @@ pub(crate) struct FeatureScratch<T> {
 impl<T: Real> Scratch<T> {
     pub(crate) fn new(sizes: Sizes) -> Self {
         let Sizes { dim, features, value_dim, window, sinks, map } = sizes;
-        let zeros = |len| vec![T::zero(); len];
+        let zeros = |len| Aligned::filled(len, T::ZERO);
         let scores = window.map_or(BLOCK, |window| Ring::<T>::scores(window).max(BLOCK));
         let scores = scores + padded(sinks);
         Self {
@@ -188,7 +189,7 @@ impl<T: Real> Scratch<T> {
         let FeatureScratch { a, b, feature, column, top, map, .. } = features;
         [x, y, v, p, o, total, zeros, a, b, feature, column, top, map]
             .into_iter()
-            .map(Vec::len)
+            .map(|buffer| buffer.len())
             .sum()
     }
 }

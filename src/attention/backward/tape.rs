@@ -34,6 +34,7 @@ use crate::Real;
 use crate::attention::linear::state::Sums;
 use crate::attention::scratch::BLOCK;
 use crate::kernel::DifferentiableMap;
+use crate::low::aligned::Aligned;
 use crate::low::simd::padded;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -64,19 +65,19 @@ pub(crate) struct Tape<T> {
     /// p₀ of every frame.
     pub(crate) positions: Vec<usize>,
     /// λ(p_i − p₀) − log D_i, `[group, n_q]`.
-    pub(crate) shifts: Vec<T>,
+    pub(crate) shifts: Aligned<T>,
     /// Whether all normalisers have been numbers.
     pub(crate) finite: bool,
     /// δ_i, `[group, n_q]`.
-    pub(crate) deltas: Vec<T>,
+    pub(crate) deltas: Aligned<T>,
     /// ȯ, if it came from a loss, `[group, n_q, e_padded]`.
-    pub(crate) output_gradient: Vec<T>,
+    pub(crate) output_gradient: Aligned<T>,
     /// ẏ with a local window, `[n_k, d_padded]`.
-    pub(crate) keys: Vec<T>,
+    pub(crate) keys: Aligned<T>,
     /// v̇ with a local window, `[n_k, e_padded]`.
-    pub(crate) values: Vec<T>,
+    pub(crate) values: Aligned<T>,
     /// R, `[m, e_padded]`: at the end the gradient of the S the pass started from.
-    pub(crate) sums: Vec<T>,
+    pub(crate) sums: Aligned<T>,
     /// r, `[m]`: at the end minus the gradient of the z the pass started from.
     pub(crate) norm: Vec<T>,
     pub(crate) state: Sums<T>,
@@ -91,13 +92,13 @@ impl<T: Real> Tape<T> {
             events: Vec::new(),
             references: Vec::new(),
             positions: Vec::new(),
-            shifts: Vec::new(),
+            shifts: Aligned::default(),
             finite: true,
-            deltas: Vec::new(),
-            output_gradient: Vec::new(),
-            keys: Vec::new(),
-            values: Vec::new(),
-            sums: vec![T::ZERO; features * padded(value_dim)],
+            deltas: Aligned::default(),
+            output_gradient: Aligned::default(),
+            keys: Aligned::default(),
+            values: Aligned::default(),
+            sums: Aligned::filled(features * padded(value_dim), T::ZERO),
             norm: vec![T::ZERO; features],
             state: Sums::new(features, value_dim, 0),
             window: WindowBuffers::default(),
@@ -233,7 +234,7 @@ impl<T: Real> Tape<T> {
 }
 
 /// Exactly `len` elements of `value`.
-fn refill<T: Copy>(vector: &mut Vec<T>, len: usize, value: T) {
-    vector.clear();
+fn refill<T: Real>(vector: &mut Aligned<T>, len: usize, value: T) {
+    vector.resize(0, value);
     vector.resize(len, value);
 }

@@ -9,6 +9,7 @@ use crate::Real;
 use crate::attention::Window;
 use crate::attention::rows::Rows;
 use crate::attention::scratch::BLOCK;
+use crate::low::aligned::Aligned;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, LANES, padded};
 
@@ -31,13 +32,13 @@ pub(crate) struct WindowBuffers<T> {
     /// How many, 0 for none.
     pub(crate) rows: usize,
     /// Scaled keys: panels `[d, BLOCK]`, one after the other; every run begins one.
-    pub(crate) y: Vec<T>,
+    pub(crate) y: Aligned<T>,
     /// Values `[keys, e_padded]`.
-    pub(crate) v: Vec<T>,
+    pub(crate) v: Aligned<T>,
     /// Scores, then weights, `[keys, width]`.
-    pub(crate) p: Vec<T>,
+    pub(crate) p: Aligned<T>,
     /// ȯ·v, then gradients of scores, `[keys, width]`.
-    pub(crate) dp: Vec<T>,
+    pub(crate) dp: Aligned<T>,
     pub(crate) ones: Vec<T>,
     pub(crate) zeros: Vec<T>,
 }

@@ -55,7 +55,7 @@ pub(crate) fn step<T: Real>(
             Some(ring) => read_window(head, state, ring, position, group.len(), scratch),
             None => (0..group.len()).for_each(|row| read(head, &state.sums, row, scratch)),
         }
-        let rows = scratch.o.chunks_exact(head.value_stride).zip(&scratch.total);
+        let rows = scratch.o.chunks_exact(head.value_stride).zip(&*scratch.total);
         for (h, (sums, &total)) in group.zip(rows) {
             normalise(sums, total, out.row_mut(h))?;
         }

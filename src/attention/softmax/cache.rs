@@ -5,6 +5,7 @@ use crate::attention::operator::SequenceState;
 use crate::attention::qkv::HeadQkv;
 use crate::attention::rows::{OutOfRange, Valid};
 use crate::attention::scratch::{BLOCK, Scratch};
+use crate::low::aligned::Aligned;
 use crate::low::simd::{Ops, padded};
 
 /// The keys and values of every token so far: what [`Softmax`](crate::attention::Softmax) needs to
@@ -35,9 +36,9 @@ impl<T: Real> SequenceState for KvCache<T> {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct HeadCache<T> {
     /// Scaled keys, `[blocks, d, BLOCK]`: a panel per block.
-    keys: Vec<T>,
+    keys: Aligned<T>,
     /// Values, `[blocks, BLOCK, e_padded]`.
-    values: Vec<T>,
+    values: Aligned<T>,
     /// Tokens that may be attended to, `[blocks, BLOCK]`.
     pub(crate) valid: Vec<bool>,
 }
@@ -45,7 +46,8 @@ pub(crate) struct HeadCache<T> {
 impl<T: Real> KvCache<T> {
     /// The empty cache of a new sequence.
     pub(crate) fn new(kv_heads: usize, dim: usize, value_dim: usize) -> Self {
-        let head = HeadCache { keys: Vec::new(), values: Vec::new(), valid: Vec::new() };
+        let head =
+            HeadCache { keys: Aligned::default(), values: Aligned::default(), valid: Vec::new() };
         Self { heads: vec![head; kv_heads], position: 0, dim, value_dim }
     }
 
@@ -63,8 +65,8 @@ impl<T: Real> KvCache<T> {
     pub fn reset(&mut self) {
         self.position = 0;
         for head in &mut self.heads {
-            head.keys.clear();
-            head.values.clear();
+            head.keys.resize(0, T::ZERO);
+            head.values.resize(0, T::ZERO);
             head.valid.clear();
         }
     }

@@ -6,9 +6,7 @@ use std::ops::Range;
 use ndarray::ArrayView2;
 
 use super::lane::Simd;
-
-/// Bytes of a cache line.
-const LINE: usize = 64;
+use crate::low::aligned::LINE;
 
 /// Cache lines asked for at a time: more of them at once would wait for each other, and everything
 /// else for them.

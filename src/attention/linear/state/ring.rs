@@ -4,6 +4,7 @@ use ndarray::Array2;
 
 use crate::Real;
 use crate::attention::Window;
+use crate::low::aligned::Aligned;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ops, padded};
 
@@ -19,9 +20,9 @@ pub(crate) struct Ring<T> {
 #[derive(Debug, Clone)]
 pub(crate) struct Slot<T> {
     /// Scaled keys `[d, c_padded]`, columns are tokens.
-    pub(crate) keys: Vec<T>,
+    pub(crate) keys: Aligned<T>,
     /// Values `[c, e_padded]`.
-    pub(crate) values: Vec<T>,
+    pub(crate) values: Aligned<T>,
     /// Tokens that may be attended to, `[c]`.
     pub(crate) valid: Vec<bool>,
     /// Whether anything may have been written since it was cleared: a short sequence leaves most
@@ -33,8 +34,8 @@ impl<T: Real> Ring<T> {
     pub(crate) fn new(window: Window, dim: usize, value_dim: usize) -> Self {
         let chunk = window.chunk;
         let slot = Slot {
-            keys: vec![T::zero(); dim * padded(chunk)],
-            values: vec![T::zero(); chunk * padded(value_dim)],
+            keys: Aligned::filled(dim * padded(chunk), T::ZERO),
+            values: Aligned::filled(chunk * padded(value_dim), T::ZERO),
             valid: vec![false; chunk],
             used: false,
         };
@@ -44,7 +45,12 @@ impl<T: Real> Ring<T> {
     /// Empty, for another window of at most as many chunks of at most as many tokens, without
     /// allocating.
     pub(crate) fn reshape(&mut self, window: Window, dim: usize, value_dim: usize) {
-        let empty = || Slot { keys: vec![], values: vec![], valid: vec![], used: false };
+        let empty = || Slot {
+            keys: Aligned::default(),
+            values: Aligned::default(),
+            valid: vec![],
+            used: false,
+        };
         self.chunk = window.chunk;
         self.slots.resize_with(window.back + 1, empty);
         for slot in &mut self.slots {

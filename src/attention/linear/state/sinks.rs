@@ -3,6 +3,7 @@
 use ndarray::Array2;
 
 use crate::Real;
+use crate::low::aligned::Aligned;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, Ops, padded};
 
@@ -13,9 +14,9 @@ pub(crate) struct Sinks<T> {
     /// Positions, ascending.
     pub(crate) positions: Vec<usize>,
     /// Scaled keys `[d, s_padded]`, columns are tokens.
-    pub(crate) keys: Vec<T>,
+    pub(crate) keys: Aligned<T>,
     /// Values `[s, e_padded]`.
-    pub(crate) values: Vec<T>,
+    pub(crate) values: Aligned<T>,
     /// e, padded to whole lane groups.
     value_stride: usize,
 }
@@ -27,8 +28,8 @@ impl<T: Real> Sinks<T> {
     pub(crate) fn new(sinks: usize, dim: usize, value_dim: usize) -> Self {
         Self {
             positions: Vec::with_capacity(sinks),
-            keys: vec![T::zero(); dim * padded(sinks)],
-            values: vec![T::zero(); sinks * padded(value_dim)],
+            keys: Aligned::filled(dim * padded(sinks), T::ZERO),
+            values: Aligned::filled(sinks * padded(value_dim), T::ZERO),
             value_stride: padded(value_dim),
         }
     }

@@ -2,6 +2,7 @@
 
 use crate::Real;
 use crate::attention::rows::OutOfRange;
+use crate::low::aligned::Aligned;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, Ops, padded};
 
@@ -16,12 +17,12 @@ use crate::low::simd::{Ahead, Ops, padded};
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(crate) struct Sums<T> {
     /// S `[m, e_padded]`.
-    pub(crate) numerator: Vec<T>,
+    pub(crate) numerator: Aligned<T>,
     /// z `[m]`.
     pub(crate) norm: Vec<T>,
     /// What rounding has kept out of S, and of z: sums over millions of keys would stand still
     /// without it.
-    pub(crate) numerator_rest: Vec<T>,
+    pub(crate) numerator_rest: Aligned<T>,
     pub(crate) norm_rest: Vec<T>,
     /// c `[m]`.
     pub(crate) reference: Vec<T>,
@@ -39,9 +40,9 @@ pub(crate) struct Sums<T> {
 #[derive(Debug, Clone, PartialEq, Default)]
 pub(crate) struct Pending<T> {
     /// Weights in the state's frame, `[PENDING, m]`.
-    pub(crate) weights: Vec<T>,
+    pub(crate) weights: Aligned<T>,
     /// `[PENDING, e_padded]`.
-    pub(crate) values: Vec<T>,
+    pub(crate) values: Aligned<T>,
     /// Rows in use.
     pub(crate) len: usize,
 }
@@ -69,17 +70,18 @@ pub(crate) fn ceiling<T: Real>() -> T {
 impl<T: Real> Sums<T> {
     /// Empty sums, with room for `pending` decoded keys: 0 or [`PENDING`].
     pub(crate) fn new(features: usize, value_dim: usize, pending: usize) -> Self {
-        let zeros = |rows: usize| vec![T::zero(); rows * padded(value_dim)];
+        let zeros = |rows, row| Aligned::filled(rows * row, T::ZERO);
+        let stride = padded(value_dim);
         Self {
-            numerator: zeros(features),
+            numerator: zeros(features, stride),
             norm: vec![T::zero(); features],
-            numerator_rest: zeros(features),
+            numerator_rest: zeros(features, stride),
             norm_rest: vec![T::zero(); features],
             reference: vec![T::zero(); features],
             reference_position: 0,
             pending: Pending {
-                weights: vec![T::zero(); pending * features],
-                values: zeros(pending),
+                weights: zeros(pending, features),
+                values: zeros(pending, stride),
                 len: 0,
             },
             started: false,
