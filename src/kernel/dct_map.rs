@@ -25,6 +25,7 @@ use super::transform::{DctPlan, shared_halves, transposed};
 use crate::Real;
 use crate::check::check_positive;
 use crate::error::{Error, Result};
+use crate::low::aligned::Aligned;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::simd::{DctTables, padded, supports_dct};
 
@@ -275,14 +276,14 @@ enum TokenProjector<T> {
     Dct {
         /// Of the matrix C, shared by all maps of this dimension: with many heads their own
         /// matrices would push each other out of the fastest cache.
-        halves: Arc<Vec<T>>,
+        halves: Arc<Aligned<T>>,
         /// s, `[P]`.
         scale: Vec<T>,
         /// t, `[P]`.
         radii: Vec<T>,
     },
     /// Everything in one, `[d, P_padded]`.
-    Matrix(Vec<T>),
+    Matrix(Aligned<T>),
 }
 
 /// How the projection u = t ⊙ C(s ⊙ z) of a panel is computed; which one is faster was measured

@@ -3,6 +3,7 @@
 use std::sync::{Arc, PoisonError, Weak};
 
 use crate::Real;
+use crate::low::aligned::Aligned;
 use crate::low::real::sealed::RowDct;
 use crate::simd::padded;
 
@@ -97,7 +98,7 @@ impl<T: Real> DctPlan<T> {
 /// The halves of the DCT-II matrix that the product with one token works on, see
 /// [`Ops::dct_token`](crate::simd::Ops::dct_token): Cᵀ's even columns, then its odd ones, the first
 /// half of each; the same ones for all who hold them.
-pub(super) fn shared_halves<T: Real>(len: usize) -> Arc<Vec<T>> {
+pub(super) fn shared_halves<T: Real>(len: usize) -> Arc<Aligned<T>> {
     let mut shared = T::dct_halves().lock().unwrap_or_else(PoisonError::into_inner);
     if let Some(halves) = shared.get(&len).and_then(Weak::upgrade) {
         return halves;
@@ -107,7 +108,7 @@ pub(super) fn shared_halves<T: Real>(len: usize) -> Arc<Vec<T>> {
     (0..len).for_each(|i| rows[i * width + i] = 1.0);
     plan.dct2_panel(width, &mut rows, &mut vec![0.0; plan.scratch_len(width)]);
     let stride = padded(len.div_ceil(2));
-    let mut halves = vec![T::ZERO; len * stride];
+    let mut halves = Aligned::filled(len * stride, T::ZERO);
     let (even, odd) = halves.split_at_mut(len.div_ceil(2) * stride);
     for (f, row) in rows.chunks_exact(width).enumerate() {
         let half = if f % 2 == 0 { &mut *even } else { &mut *odd };
@@ -123,9 +124,9 @@ pub(super) fn shared_halves<T: Real>(len: usize) -> Arc<Vec<T>> {
 
 /// The first `dim` columns of `rows` `[P, row_len]` as rows padded to whole lane groups, `[dim,
 /// P_padded]`.
-pub(super) fn transposed<T: Real>(rows: &[f64], row_len: usize, dim: usize) -> Vec<T> {
+pub(super) fn transposed<T: Real>(rows: &[f64], row_len: usize, dim: usize) -> Aligned<T> {
     let stride = padded(rows.len() / row_len);
-    let mut columns = vec![T::ZERO; dim * stride];
+    let mut columns = Aligned::filled(dim * stride, T::ZERO);
     for (f, row) in rows.chunks_exact(row_len).enumerate() {
         row[..dim].iter().enumerate().for_each(|(i, &w)| columns[i * stride + f] = T::from_f64(w));
     }

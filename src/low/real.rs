@@ -76,8 +76,10 @@ pub(crate) mod sealed {
     use rustdct::rustfft::FftPlannerScalar;
     use rustdct::{DctNum, TransformType2And3};
 
+    use crate::low::aligned::Aligned;
+
     /// Tables by the length they belong to, for as long as somebody uses them.
-    pub type Shared<T> = Mutex<HashMap<usize, Weak<Vec<T>>>>;
+    pub type Shared<T> = Mutex<HashMap<usize, Weak<Aligned<T>>>>;
 
     /// Runs an unnormalised transform of one row in place, with scratch.
     pub type RowTransform<T> = Arc<dyn Fn(&mut [T], &mut [T]) + Send + Sync>;
