@@ -16,6 +16,7 @@ use crate::layer::config::AttentionConfig;
 use crate::layer::qk_norm::RmsNorm;
 use crate::layer::rotary::{Angles, RotaryTable};
 use crate::layer::weights::AttentionWeights;
+use crate::low::aligned::Aligned;
 use crate::simd::product;
 use crate::threads::{for_each, max_threads};
 
@@ -471,19 +472,19 @@ fn matrix_vector<T: Real>(weight: &[T], x: &[T], bias: Option<&Array1<T>>, y: &m
     (T::ops().matvec)(weight, x.len(), x, y);
 }
 
-/// [`matrix_vector`] of every row of `x`, `[b, in]` to `[b, out]`; W is read once.
+/// [`matrix_vector`] of every row of `x`, `[b, in]` to `[b, out]`; W is read once, and `x` so often
+/// that a copy at a cache line pays.
 fn matrix_vectors<T: Real>(
     weight: &Array2<T>,
     x: ArrayView2<'_, T>,
     bias: Option<&Array1<T>>,
 ) -> Array2<T> {
-    let (tokens, x) = (x.nrows(), x.as_standard_layout());
-    let x = x.as_slice().unwrap_or_default();
-    let mut out = Array2::zeros((tokens, weight.nrows()));
+    let mut out = Array2::zeros((x.nrows(), weight.nrows()));
+    let x = Aligned::from(x.as_standard_layout().as_slice().unwrap_or_default());
     if let Some(bias) = bias {
         out += bias;
     }
-    (T::ops().matvec)(slice(weight), weight.ncols(), x, slice_mut(&mut out));
+    (T::ops().matvec)(slice(weight), weight.ncols(), &x, slice_mut(&mut out));
     out
 }
 
