@@ -159,16 +159,10 @@ pub struct Softmax<T> {
     element: PhantomData<T>,
 }
 
-/// Keys that a query sees: those before `sinks`, and those of the window.
+/// Keys that a query sees: those before `sinks`, and those of the window, which begins no earlier.
 struct Visible {
     sinks: usize,
     window: Range<usize>,
-}
-
-impl Visible {
-    fn contains(&self, key: usize) -> bool {
-        key < self.sinks || self.window.contains(&key)
-    }
 }
 
 /// Where the key blocks of a pass come from: a cache, or the caller's arrays on the fly.
@@ -325,13 +319,15 @@ impl<T: Real> Softmax<T> {
                     let row_index = band + i;
                     if !whole {
                         let seen = visible(rows.start + row_index);
-                        for (j, score) in row.iter_mut().enumerate() {
-                            if !seen.contains(base + j)
-                                || j >= count
-                                || valid.is_some_and(|valid| !valid[j])
-                            {
-                                *score = T::NEG_INFINITY;
-                            }
+                        let column = |key: usize| key.saturating_sub(base).min(count);
+                        row[column(seen.sinks)..column(seen.window.start)].fill(T::NEG_INFINITY);
+                        row[column(seen.window.end)..].fill(T::NEG_INFINITY);
+                        for (score, _) in row
+                            .iter_mut()
+                            .zip(valid.unwrap_or_default())
+                            .filter(|(_, valid)| !**valid)
+                        {
+                            *score = T::NEG_INFINITY;
                         }
                     }
                     let new_top = top[row_index].max((ops.slice_max)(row));
