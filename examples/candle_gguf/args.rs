@@ -53,11 +53,14 @@ pub(crate) struct PlanArgs {
     #[arg(long, value_name = "N", default_value_t = 4)]
     pub(crate) sinks: usize,
     /// Windows of the text to calibrate on
-    #[arg(long, value_name = "N", default_value_t = 8)]
+    #[arg(long, value_name = "N", default_value_t = 4)]
     pub(crate) windows: usize,
-    /// Tokens per window of the text; maps do not hold for texts much longer than these
-    #[arg(long, value_name = "N", default_value_t = 2048, value_parser = at_least_1)]
+    /// Tokens per window of the text
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = at_least_1)]
     pub(crate) context: usize,
+    /// For texts of at most --context tokens: a little better there, and of no use beyond
+    #[arg(long)]
+    pub(crate) bounded: bool,
     /// Steps of calibration by gradient, 0 for the closed form alone
     #[arg(long, value_name = "N", default_value_t = 50)]
     pub(crate) steps: usize,

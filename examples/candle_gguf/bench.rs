@@ -83,7 +83,8 @@ pub(crate) fn measure(args: &BenchArgs) -> Result<Report> {
             let (windows, tokens) = PLAN;
             let text = Text::read(&args.text, &opened.tokenizer, tokens.min(longest))?;
             let samples: Vec<_> = text.spread(windows).collect();
-            let choices = Choices { sinks: 4, average_window: 128.0, calibration: None };
+            let choices =
+                Choices { sinks: 4, average_window: 128.0, hold: None, calibration: None };
             progress.stage("planning", opened.body.layers());
             let tick = || progress.tick();
             plan::plan(&opened.gguf, &opened.body, &samples, &choices, tick)?.1

@@ -35,7 +35,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use dijiang::calibrate::CalibrateOptions;
 use dijiang::checkpoint::{Gguf, save_maps};
-use dijiang::layer::DijiangAttention;
+use dijiang::layer::{Attention, DijiangAttention, Rotary};
 
 use crate::args::{Args, Command, PlanArgs};
 use crate::attention::{Linear, Softmax};
@@ -78,6 +78,7 @@ fn run(args: &Args) -> Result<()> {
 pub(crate) struct Opened {
     pub(crate) gguf: Gguf,
     pub(crate) body: Body,
+    rotary: Rotary,
     pub(crate) tokenizer: Tokenizer,
     /// The token that ends a text.
     pub(crate) end: Option<u32>,
@@ -88,13 +89,16 @@ impl Opened {
         let gguf = Gguf::open(path)?;
         let (tokenizer, end) = vocabulary::read(path, gguf.content())?;
         let body = Body::load(path, &gguf)?;
-        Ok(Self { gguf, body, tokenizer, end })
+        let Some(rotary) = gguf.attention_config().rotary.clone() else {
+            return Err(model::fault(path, "attention", "with rotary embedding", "none"));
+        };
+        Ok(Self { gguf, body, rotary, tokenizer, end })
     }
 
     /// The model as it was trained.
     pub(crate) fn softmax(&self) -> Model<'_, Softmax> {
         let attention = (0..self.body.layers()).map(|_| Softmax(self.body.heads)).collect();
-        Model { body: &self.body, attention }
+        Model { body: &self.body, rotary: self.rotary.clone(), attention }
     }
 
     /// The model with the maps in this file.
@@ -104,7 +108,12 @@ impl Opened {
 
     /// The model with the windows and maps of these layers.
     pub(crate) fn linear_of(&self, layers: &[DijiangAttention<f32>]) -> Model<'_, Linear> {
-        Model { body: &self.body, attention: layers.iter().map(Linear::of).collect() }
+        let hold = layers.iter().find_map(|layer| layer.config().rotary.as_ref()?.hold);
+        Model {
+            body: &self.body,
+            rotary: self.rotary.clone().with_hold(hold),
+            attention: layers.iter().map(Linear::of).collect(),
+        }
     }
 }
 
@@ -116,6 +125,8 @@ fn plan(args: &PlanArgs) -> Result<()> {
     let choices = Choices {
         sinks: args.sinks,
         average_window: args.average_window,
+        // Three quarters of a window of text are as it will be ever after.
+        hold: (!args.bounded).then_some((args.context / 4).max(1)),
         calibration: Some(CalibrateOptions::new().with_steps(args.steps).with_batch(batch)),
     };
     let progress = Progress::new();

@@ -8,7 +8,7 @@ use candle_core::quantized::gguf_file::Value;
 use candle_core::{Device, Tensor};
 use candle_nn::ops::{rms_norm, swiglu};
 use dijiang::checkpoint::Gguf;
-use dijiang::layer::{Rotary, RotaryScaling};
+use dijiang::layer::Rotary;
 
 use crate::Result;
 use crate::attention::{Attend, Heads, Linear, LinearState, rotate};
@@ -23,8 +23,6 @@ const LOGITS: usize = 64;
 /// All but what stands between the projections of attention.
 pub(crate) struct Body {
     pub(crate) heads: Heads,
-    /// θ of every rotated pair.
-    frequencies: Vec<f64>,
     epsilon: f32,
     /// `[vocabulary, D]`.
     embedding: Arc<QTensor>,
@@ -121,7 +119,6 @@ impl Body {
         };
         Ok(Self {
             heads,
-            frequencies: frequencies(path, gguf)?,
             epsilon,
             embedding,
             blocks: (0..gguf.layers()).map(block).collect::<Result<_>>()?,
@@ -161,46 +158,12 @@ impl Body {
             false => Err("logits are not finite: the file's weights are damaged".into()),
         }
     }
-
-    /// cos and sin of `n` positions from `position` on, `[n, d/2]`.
-    fn turns(&self, position: usize, n: usize) -> candle_core::Result<(Tensor, Tensor)> {
-        let table = |turn: fn(f64) -> f64| {
-            let at = |i: usize| {
-                self.frequencies.iter().map(move |theta| turn((position + i) as f64 * theta) as f32)
-            };
-            let values: Vec<f32> = (0..n).flat_map(at).collect();
-            Tensor::from_vec(values, (n, self.frequencies.len()), &Device::Cpu)
-        };
-        Ok((table(f64::cos)?, table(f64::sin)?))
-    }
-}
-
-/// θ of every pair.
-fn frequencies(path: &Path, gguf: &Gguf) -> Result<Vec<f64>> {
-    let dim = Heads::of(gguf.attention_config()).dim;
-    let Some(Rotary { base, scaling, .. }) = &gguf.attention_config().rotary else {
-        return Err(fault(path, "attention", "with rotary embedding", "none"));
-    };
-    let theta = |i: usize| {
-        let theta = base.powf(-2.0 * i as f64 / dim as f64);
-        match scaling {
-            RotaryScaling::None => Ok(theta),
-            RotaryScaling::Linear { factor } => Ok(theta / factor),
-            RotaryScaling::LongRope { factors, .. } => Ok(theta / factors[i]),
-            other => Err(fault(
-                path,
-                "scaling of positions",
-                "linear or by factors",
-                format!("{other:?}"),
-            )),
-        }
-    };
-    (0..dim / 2).map(theta).collect()
 }
 
 /// A model: its body, and attention for each block.
 pub(crate) struct Model<'a, A> {
     pub(crate) body: &'a Body,
+    pub(crate) rotary: Rotary,
     pub(crate) attention: Vec<A>,
 }
 
@@ -255,9 +218,14 @@ impl<A: Attend> Stream<'_, A> {
 
     /// Hidden states `[n, D]` behind the last block.
     fn hidden(&mut self, tokens: &[Token]) -> Result<Tensor> {
-        let Model { body, attention } = self.model;
-        let (cos, sin) = body.turns(self.position, tokens.len())?;
+        let Model { body, rotary, attention } = self.model;
         let Heads { heads, kv_heads, dim } = body.heads;
+        let turns = rotary.turns(dim, self.position..self.position + tokens.len())?;
+        let table = |part: fn(&(f64, f64)) -> f64| {
+            let values = turns.iter().map(|turn| part(turn) as f32).collect();
+            Tensor::from_vec(values, (tokens.len(), dim / 2), &Device::Cpu)
+        };
+        let (cos, sin) = (table(|turn| turn.0)?, table(|turn| turn.1)?);
         let rotated = (heads + kv_heads) * dim;
         let mut x = body.embed(tokens)?;
         for (l, (attention, state)) in attention.iter().zip(&mut self.states).enumerate() {

@@ -15,11 +15,18 @@ use crate::lm::plan::{Offers, proceed, samples, shares};
 use crate::lm::tokens::Token;
 use crate::model::{Body, fault};
 
+/// −log γ · hold: what is as old as the hold weighs e⁻² of what leaves the window. More would let
+/// far tokens gather beyond what maps were calibrated with, less would waste what they can hold.
+const FADING: f64 = 2.0;
+
 /// How windows are planned and maps calibrated.
 pub(crate) struct Choices {
     pub(crate) sinks: usize,
     /// Half of the tokens that a head's window holds, on average.
     pub(crate) average_window: f64,
+    /// Position from which on slow pairs of the rotary embedding turn no further, for texts of any
+    /// length; old tokens fade then.
+    pub(crate) hold: Option<usize>,
     /// Of calibration; none for maps as they are made.
     pub(crate) calibration: Option<CalibrateOptions>,
 }
@@ -35,12 +42,14 @@ pub(crate) fn plan(
     tick: impl Fn(),
 ) -> Result<(Plan, Vec<DijiangAttention<f32>>)> {
     let options = DijiangOptions::new().with_sinks(choices.sinks);
+    let log_decay = choices.hold.map_or(0.0, |hold| -FADING / hold as f64);
+    let options = options.with_log_decay(log_decay);
     let mut offers = Offers::new(samples, options.clone(), false)?;
-    let stand_in = stand_in(gguf, options)?;
+    let stand_in = stand_in(gguf, options)?.with_rotary_hold(choices.hold)?;
     let closed_form = || CalibrateOptions::new().with_steps(0);
     let [planning, calibration] = shares(&choices.calibration.clone().unwrap_or_else(closed_form));
     let mut fitted = Vec::new();
-    let mut walk = Walk::new(gguf, body, samples)?;
+    let mut walk = Walk::new(gguf, body, samples, choices.hold)?;
     walk.each_layer(|l, teacher, samples, hidden| {
         let calibrate =
             |layer: &mut DijiangAttention<f32>| layer.calibrate_on(samples, &planning, proceed);
@@ -60,13 +69,14 @@ pub(crate) fn plan(
     if calibration.steps == 0 {
         return Ok((plan, layers));
     }
-    let mut walk = Walk::new(gguf, body, samples)?;
+    let mut walk = Walk::new(gguf, body, samples, choices.hold)?;
     walk.each_layer(|l, teacher, samples, _| {
         let layer = &layers[l];
         let options = DijiangOptions::new().with_windows(layer.windows().to_vec());
         let mut fitted =
             DijiangAttention::from_softmax(teacher, options.with_sinks(layer.sinks()))?
-                .with_maps(layer.maps().to_vec())?;
+                .with_maps(layer.maps().to_vec())?
+                .with_log_decay(layer.log_decay().to_vec())?;
         fitted.calibrate_on(samples, &calibration, proceed).map_err(Error::in_layer(l))?;
         let (maps, log_decay) = (fitted.maps().to_vec(), fitted.log_decay().to_vec());
         layers[l] = layers[l].clone().with_maps(maps)?.with_log_decay(log_decay)?;
@@ -112,13 +122,19 @@ fn stand_in(gguf: &Gguf, options: DijiangOptions) -> Result<DijiangAttention<f32
 struct Walk<'a> {
     gguf: &'a Gguf,
     body: &'a Body,
+    hold: Option<usize>,
     hidden: Vec<Array2<f32>>,
 }
 
 impl<'a> Walk<'a> {
-    fn new(gguf: &'a Gguf, body: &'a Body, samples: &[&[Token]]) -> Result<Self> {
+    fn new(
+        gguf: &'a Gguf,
+        body: &'a Body,
+        samples: &[&[Token]],
+        hold: Option<usize>,
+    ) -> Result<Self> {
         let hidden = samples.iter().map(|sample| array(&body.embed(sample)?));
-        Ok(Self { gguf, body, hidden: hidden.collect::<Result<_>>()? })
+        Ok(Self { gguf, body, hold, hidden: hidden.collect::<Result<_>>()? })
     }
 
     /// Calls `visit` for every layer with its index, the layer, what it makes of each window, and
@@ -133,7 +149,7 @@ impl<'a> Walk<'a> {
         ) -> Result<()>,
     ) -> Result<()> {
         for l in 0..self.body.layers() {
-            let teacher = self.gguf.softmax_attention(l)?;
+            let teacher = self.gguf.softmax_attention(l)?.with_rotary_hold(self.hold)?;
             let input = |x: &Array2<f32>| array(&self.body.attention_input(l, &tensor(x)?)?);
             let inputs = self.hidden.iter().map(input).collect::<Result<Vec<_>>>()?;
             let samples = samples(&teacher, &inputs).map_err(Error::in_layer(l))?;

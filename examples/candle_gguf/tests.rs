@@ -108,7 +108,8 @@ fn subwords(tokenizer: &Tokenizer) -> &tokenizers::Tokenizer {
 fn linear_attention_within_its_window() {
     let written = Written::new("window", &Tiny::new(GgmlDType::F32));
     let opened = Opened::open(&written.0).unwrap();
-    let choices = plan::Choices { sinks: 4, average_window: 64.0, calibration: None };
+    let choices =
+        plan::Choices { sinks: 4, average_window: 64.0, hold: Some(50), calibration: None };
     let calibration = tokens(300);
     let samples = [&calibration[..]];
     let (plan, layers) = plan::plan(&opened.gguf, &opened.body, &samples, &choices, || ()).unwrap();
@@ -134,7 +135,7 @@ fn linear_attention_within_its_window() {
 fn windows_alone_forget() {
     let written = Written::new("alone", &Tiny::new(GgmlDType::F32));
     let opened = Opened::open(&written.0).unwrap();
-    let choices = plan::Choices { sinks: 4, average_window: 32.0, calibration: None };
+    let choices = plan::Choices { sinks: 4, average_window: 32.0, hold: None, calibration: None };
     let calibration = tokens(200);
     let samples = [&calibration[..]];
     let layers = plan::plan(&opened.gguf, &opened.body, &samples, &choices, || ()).unwrap().1;
@@ -238,7 +239,7 @@ fn commands() {
 fn a_state_on_disk() {
     let written = Written::new("state", &Tiny::new(GgmlDType::Q8_0));
     let opened = Opened::open(&written.0).unwrap();
-    let choices = plan::Choices { sinks: 2, average_window: 32.0, calibration: None };
+    let choices = plan::Choices { sinks: 2, average_window: 32.0, hold: None, calibration: None };
     let calibration = tokens(200);
     let planned =
         plan::plan(&opened.gguf, &opened.body, &[&calibration[..]], &choices, || ()).unwrap();

@@ -56,7 +56,9 @@ pub struct Sample<T> {
 }
 
 impl<T: Real> Sample<T> {
-    /// Softmax attention, with the projections of `layer`, of one sequence, positions from 0.
+    /// Softmax attention, with the projections of `layer`, of one sequence, positions from 0: as it
+    /// was trained, without a [hold](crate::layer::Rotary::hold). The queries and keys beside it are
+    /// held as `layer` holds them.
     ///
     /// # Shapes
     /// - `x`: hidden states as the layer receives them, `[n, D]`.
@@ -69,13 +71,17 @@ impl<T: Real> Sample<T> {
     pub fn new<A: Operator<T>>(layer: &Layer<T, A>, x: &ArrayRef2<T>) -> Result<Self> {
         let proj = &layer.proj;
         proj.check_sequence("samples", x)?;
-        let ProjectedQkv { mut q, mut k, v } = proj.project(x, 0);
-        let exact = softmax_of(proj, Vec::new(), 0)?;
+        let trained = proj.clone().with_rotary_hold(None)?;
+        let ProjectedQkv { mut q, mut k, v } = trained.project(x, 0);
+        let exact = softmax_of(&trained, Vec::new(), 0)?;
         let mut teacher = Array2::zeros(q.raw_dim());
         {
             let (q, k, v) = (proj.heads(&q), proj.heads(&k), proj.heads(&v));
             let (mut out, mut workspace) = (proj.heads_mut(&mut teacher), exact.workspace());
             exact.forward_into(Qkv::new(&q, &k, &v), &mut out, &mut workspace)?;
+        }
+        if proj.config().rotary.as_ref().is_some_and(|rotary| rotary.hold.is_some()) {
+            ProjectedQkv { q, k, .. } = proj.project(x, 0);
         }
         let root = T::from_f64(proj.scale().sqrt());
         q.mapv_inplace(|q| q * root);

@@ -81,6 +81,15 @@ impl<T: Real, A: Operator<T>> Layer<T, A> {
         &self.attention
     }
 
+    /// The layer with another [hold](crate::layer::Rotary::hold) of its rotary embedding; one
+    /// without rotary embedding stays as it is. States made before belong to another layer then.
+    ///
+    /// # Errors
+    /// [`Error::Value`] for a hold of 0.
+    pub fn with_rotary_hold(self, hold: impl Into<Option<usize>>) -> Result<Self> {
+        Ok(Self { proj: self.proj.with_rotary_hold(hold.into())?, ..self })
+    }
+
     /// Queries, keys and values of the tokens `x`, the first of them at `position`: normed and
     /// rotated, what [`operator`](Self::operator) is given. With [`output`](Self::output), for
     /// those who run the attention themselves.

@@ -99,6 +99,16 @@ impl<T: Real> QkvProj<T> {
         &self.config
     }
 
+    /// Another hold of the rotary embedding, if there is one.
+    pub(crate) fn with_rotary_hold(mut self, hold: Option<usize>) -> Result<Self> {
+        if let Some(rotary) = &mut self.config.rotary {
+            rotary.hold = hold;
+            rotary.check(self.head_dim)?;
+            self.rotary = Some(RotaryTable::new(rotary, self.head_dim));
+        }
+        Ok(self)
+    }
+
     pub(crate) fn weights(&self) -> &Arc<AttentionWeights<T>> {
         &self.weights
     }

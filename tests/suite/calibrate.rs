@@ -10,7 +10,7 @@ use dijiang::calibrate::{CalibrateOptions, CalibrateReport, Fit, ProjectionFit, 
 use dijiang::kernel::{DctMapConfig, DctParams, Pairing, Projection, Sides};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
-    SoftmaxAttention,
+    Rotary, SoftmaxAttention,
 };
 use ndarray::{Array2, ArrayView2};
 
@@ -296,6 +296,30 @@ fn samples_made_before() {
         Sample::new(&softmax, &Array2::zeros((0, texts[0].ncols()))).unwrap_err(),
         Error::Empty { argument: "samples" }
     );
+}
+
+/// A held layer is fitted to softmax as it was trained, with its own queries and keys.
+#[test]
+fn samples_of_a_held_layer() {
+    let options = CalibrateOptions::new().with_steps(3);
+    let (softmax, texts) = (exact(Causality::Causal), texts());
+    let config = softmax.config().clone().with_rotary(Rotary::new(50.0));
+    let softmax = SoftmaxAttention::new(config, softmax.weights().as_ref().clone()).unwrap();
+    let held = softmax.clone().with_rotary_hold(20).unwrap();
+    let of = |softmax| texts.iter().map(|x| Sample::new(softmax, x).unwrap()).collect::<Vec<_>>();
+    let (samples, plain) = (of(&held), of(&softmax));
+    let expected = softmax.forward(&texts[0], KeyMask::All).unwrap();
+    assert_eq!(samples[0].output(&softmax).unwrap(), expected);
+
+    let layer = DijiangAttention::from_softmax(&held, window()).unwrap();
+    let [mut own, mut on_samples, mut on_plain] = [layer.clone(), layer.clone(), layer];
+    let report = calibrate(&mut own, &texts, &options);
+    let on = |layer: &mut DijiangAttention<f64>, samples: &[Sample<f64>]| {
+        layer.calibrate_on(samples, &options, |_| ControlFlow::Continue(())).unwrap()
+    };
+    assert_eq!(on(&mut on_samples, &samples), report);
+    assert_eq!(numbers(&on_samples), numbers(&own));
+    assert_ne!(on(&mut on_plain, &plain), report);
 }
 
 /// Samples within the local window are left out; with no others there is nothing to learn from.

@@ -667,6 +667,30 @@ fn rotary_angles_are_relative() {
     }
 }
 
+/// A prefill in parts and steps beyond the hold, for both layers; a sequence that ends before it is
+/// as it would be without.
+#[test]
+fn held_positions() {
+    let rotary = || Rotary::new(500.0).with_dims(4);
+    let held = |hold| grouped().with_rotary(rotary().with_hold(hold));
+    let (softmax, linear) = (softmax(held(20), 1), linear(held(20), rich(), 1));
+    let x = hidden(90, softmax.config(), 43);
+    let expected = softmax.forward(&x, KeyMask::All).unwrap();
+    assert_close("softmax", &streamed(&softmax, &x, &[33, 27]), &expected, 1e-12);
+    let outputs = linear.forward(&x, KeyMask::All).unwrap();
+    assert_close("linear", &streamed(&linear, &x, &[33, 27]), &outputs, 1e-12);
+
+    let plain = softmax.clone().with_rotary_hold(None).unwrap();
+    let difference = &plain.forward(&x, KeyMask::All).unwrap() - &expected;
+    assert!(difference.slice(s![..21, ..]).iter().all(|&d| d == 0.0), "up to the hold");
+    assert!(difference.slice(s![21.., ..]).iter().any(|d| d.abs() > 1e-3), "beyond it");
+    let again = plain.with_rotary_hold(20).unwrap();
+    assert_eq!(again.forward(&x, KeyMask::All).unwrap(), expected);
+    assert_eq!(again.config(), softmax.config());
+    let error = softmax.with_rotary_hold(0).unwrap_err();
+    assert_eq!(error, Error::Value { argument: "rotary.hold", expected: "at least 1", got: 0.0 });
+}
+
 /// Interleaved pairs are halves with the rows of q and k in another order.
 #[test]
 fn pairings_are_permutations_of_each_other() {

@@ -171,6 +171,7 @@ fn kinds<T: Real>() -> Vec<(&'static str, DijiangAttention<T>)> {
                 options(),
             ),
         ),
+        ("held", plain(grouped().with_rotary(rotary().with_hold(3)), options())),
         (
             "linear scaling",
             plain(
@@ -971,6 +972,17 @@ fn maps_of_another_layer() {
     }
     let error = own.load_maps(&save_maps([&before]).unwrap()).unwrap_err();
     assert_eq!(named(&error), "self_attn.dijiang.model_dim", "a file of several layers: {error}");
+
+    // The hold comes with the maps.
+    for hold in [Some(40), None] {
+        let held = |hold| config().with_rotary(Rotary::new(1e4).with_hold(hold));
+        let saved = layer::<f32>(held(hold), Biases::None, options(), 3);
+        let mut loaded = layer::<f32>(held(Some(7)), Biases::None, options(), 4);
+        loaded.load_maps(&saved.save_maps().unwrap()).unwrap();
+        assert_eq!(loaded.config().rotary, held(hold).rotary);
+        let loaded = loaded.with_weights(saved.weights().as_ref().clone()).unwrap();
+        assert_same("held", &loaded, &saved);
+    }
 
     // All coordinates by number are all coordinates.
     let all = layer::<f32>(

@@ -305,6 +305,9 @@ words! {
     Sides: Untied "untied", Tied "tied";
 }
 
+/// The note of what maps were calibrated with, unlike the rest of a config: it comes with them.
+const HOLD: &str = "rotary.hold";
+
 /// The config as metadata, names without their place. Floats in the shortest form that is read back
 /// as the same number.
 fn config_notes(
@@ -331,6 +334,7 @@ fn config_notes(
         ("rotary.base", format!("{:?}", rotary.base)),
         ("rotary.dims", dims.map_or("all".to_owned(), |dims| dims.to_string())),
     ]);
+    notes.extend(rotary.hold.map(|hold| (HOLD, hold.to_string())));
     match &rotary.scaling {
         RotaryScaling::None => notes.push(("rotary.scaling", "none".to_owned())),
         RotaryScaling::Linear { factor } => {

@@ -7,7 +7,9 @@ use std::sync::Arc;
 use ndarray::{Array1, Array2};
 use safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
-use super::{CHECKSUM, Checksum, FIRST_VERSION, VERSION, Word, config_notes, dtype, weights_shape};
+use super::{
+    CHECKSUM, Checksum, FIRST_VERSION, HOLD, VERSION, Word, config_notes, dtype, weights_shape,
+};
 use crate::Real;
 use crate::attention::{LinearConfig, Window};
 use crate::check::within;
@@ -167,7 +169,9 @@ impl<'a> File<'a> {
             config_notes(projections.config(), projections.head_dim(), projections.scale())
         {
             let name = format!("{place}dijiang.{name}");
-            if self.is_first_version() && name.ends_with("qk_norm") && value == "none" {
+            if self.is_first_version() && name.ends_with("qk_norm") && value == "none"
+                || name.ends_with(HOLD)
+            {
                 continue;
             }
             let got = self.note(&name)?;
@@ -175,7 +179,18 @@ impl<'a> File<'a> {
                 return Err(fault(name, format!("{value} as in this layer"), quoted(got)));
             }
         }
-        self.heads(place, projections.clone())
+        let hold = match &projections.config().rotary {
+            Some(_) => self.hold(&format!("{place}dijiang."))?,
+            None => None,
+        };
+        let held = projections.clone().with_rotary_hold(hold);
+        self.heads(place, held.map_err(|error| fault_at(place, "a layer", error))?)
+    }
+
+    /// Of the rotary embedding.
+    fn hold(&self, place: &str) -> Result<Option<usize>> {
+        let name = format!("{place}{HOLD}");
+        self.note(&name).ok().map(|_| self.count(&name)).transpose()
     }
 
     fn config(&self, place: &str) -> Result<AttentionConfig> {
@@ -234,7 +249,8 @@ impl<'a> File<'a> {
             }
         };
         let (base, pairing) = (factor("rotary.base")?, self.choice(&name("rotary"))?);
-        Ok(config.with_rotary(Rotary { base, dims, pairing, scaling }))
+        let hold = self.hold(place)?;
+        Ok(config.with_rotary(Rotary { base, dims, pairing, scaling, hold }))
     }
 
     /// `config` has been checked.

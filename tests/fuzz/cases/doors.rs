@@ -124,6 +124,7 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     );
     let mut rotary = Rotary::new(source.number());
     rotary.dims = source.chance(0.5).then(|| source.size());
+    rotary.hold = source.chance(0.5).then(|| source.size());
     let (factor, low_freq_factor, high_freq_factor, original_context) =
         (source.number(), source.number(), source.number(), source.size());
     let (beta_fast, beta_slow, attention_factor, length) =

@@ -7,15 +7,21 @@
 //! ```
 //!
 //! r is the number of rotated coordinates. Angles, sines and cosines are computed in `f64`, for any
-//! position. [Su et al. 2021, *RoFormer*, equation 34; the first r coordinates alone: Black et al.
-//! 2022, *GPT-NeoX-20B*]
+//! position. With a [hold](Rotary::hold), slow pairs turn no further than its position:
+//! φ = min(position, hold) · θ_i where 2π/θ_i > hold.
+//! [Su et al. 2021, *RoFormer*, equation 34; the first r coordinates alone: Black et al. 2022,
+//! *GPT-NeoX-20B*; hold: this crate]
+
+mod scaling;
 
 use std::f64::consts::TAU;
 use std::ops::Range;
 
 use crate::Real;
-use crate::check::{check_len, check_positive, check_room};
+use crate::check::{check_positive, check_room};
 use crate::error::{Error, Result};
+pub use scaling::RotaryScaling;
+use scaling::{check_factor, check_value};
 
 /// Which coordinates are turned together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,70 +32,6 @@ pub enum RotaryPairing {
     Halves,
     /// 2i and 2i + 1: GPT-J, and LLaMA in its original layout.
     Interleaved,
-}
-
-/// How the frequencies are stretched for contexts longer than the training one. The rules are those
-/// of Hugging Face transformers 5, whose names stand at the variants.
-#[derive(Debug, Clone, PartialEq, Default)]
-#[cfg_attr(feature = "serde", derive(serde::Serialize, serde::Deserialize))]
-#[non_exhaustive]
-pub enum RotaryScaling {
-    /// Not at all.
-    #[default]
-    None,
-    /// Every frequency is divided by `factor`.
-    Linear {
-        /// How much longer the context becomes.
-        factor: f64,
-    },
-    /// The rule of Llama 3.1: wavelengths beyond `original_context / low_freq_factor` are stretched
-    /// by `factor`, those below `original_context / high_freq_factor` stay, those between move
-    /// smoothly from one to the other.
-    Llama3 {
-        /// How much longer the context becomes.
-        factor: f64,
-        /// Below the high one. Llama 3.1: 1.
-        low_freq_factor: f64,
-        /// Above the low one. Llama 3.1: 4.
-        high_freq_factor: f64,
-        /// Context the model was trained with first. Llama 3.1: 8192.
-        original_context: usize,
-    },
-    /// The NTK-aware rule (`dynamic`) for sequences of one length: the base grows by
-    /// `(factor·length/original_context − factor + 1)^(r/(r−2))`, and stays as it is where `length`
-    /// is at most `original_context`. transformers takes the longest sequence so far for `length`,
-    /// so that keys it has cached keep frequencies that are no longer in force; here there is one.
-    Dynamic {
-        /// How much longer the context becomes.
-        factor: f64,
-        /// Context the model was trained with.
-        original_context: usize,
-        /// Length of the sequences, in tokens.
-        length: usize,
-    },
-    /// YaRN [Peng et al. 2023, equations 22 to 25] (`yarn`): pair i stays if it turns more than
-    /// `beta_fast` times in the original context, is stretched by `factor` if it turns less than
-    /// `beta_slow` times, and moves from one to the other linearly in i, between whole numbers.
-    Yarn {
-        /// How much longer the context becomes.
-        factor: f64,
-        /// Context the model was trained with first.
-        original_context: usize,
-        /// At least the slow one. Usual: 32.
-        beta_fast: f64,
-        /// At most the fast one. Usual: 1.
-        beta_slow: f64,
-        /// Every rotated coordinate is multiplied by it. Usual: 0.1·ln(factor) + 1.
-        attention_factor: f64,
-    },
-    /// LongRoPE (`longrope`): every frequency is divided by a factor of its own.
-    LongRope {
-        /// `[r/2]`: the model's short or long factors, as the length of its sequences asks for.
-        factors: Vec<f64>,
-        /// Every rotated coordinate is multiplied by it. Usual: √(1 + ln s / ln n) for a context s
-        /// times as long as the original n.
-        attention_factor: f64,
-    },
 }
 
 /// Rotary position embedding of queries and keys. Checked with the
@@ -111,6 +53,14 @@ pub struct Rotary {
     pub pairing: RotaryPairing,
     /// Stretching for long contexts. Default: [`RotaryScaling::None`].
     pub scaling: RotaryScaling,
+    /// Position from which on slow pairs, those of a wavelength of more tokens than this, turn no
+    /// further. Default: none, every pair turns for ever, as softmax attention was trained.
+    ///
+    /// Within a local window slow pairs hardly turn, so that holding them changes little there. But
+    /// no angle arises any more that did not in the first `hold` tokens, however long the sequence:
+    /// sinks do not move out of the distances the model was trained for, nor keys and queries out
+    /// of what maps were calibrated on.
+    pub hold: Option<usize>,
 }
 
 impl Default for Rotary {
@@ -123,7 +73,13 @@ impl Default for Rotary {
 impl Rotary {
     /// Rotation of all coordinates, in halves, without stretching.
     pub fn new(base: f64) -> Self {
-        Self { base, dims: None, pairing: RotaryPairing::Halves, scaling: RotaryScaling::None }
+        Self {
+            base,
+            dims: None,
+            pairing: RotaryPairing::Halves,
+            scaling: RotaryScaling::None,
+            hold: None,
+        }
     }
 
     /// Rotates the first `dims` coordinates of each head only.
@@ -142,6 +98,12 @@ impl Rotary {
     #[must_use]
     pub fn with_scaling(self, scaling: RotaryScaling) -> Self {
         Self { scaling, ..self }
+    }
+
+    /// The [position](Self::hold) from which on slow pairs turn no further.
+    #[must_use]
+    pub fn with_hold(self, hold: impl Into<Option<usize>>) -> Self {
+        Self { hold: hold.into(), ..self }
     }
 
     /// (cos φ, sin φ) of every pair at every position, both times the attention factor of the
@@ -188,6 +150,7 @@ impl Rotary {
             return Err(Error::TooLarge { argument: "rotary.dims", limit: head_dim, got: dims });
         }
         check_factor("rotary.base", self.base)?;
+        self.hold.map_or(Ok(()), |hold| check_positive("rotary.hold", hold))?;
         self.scaling.check(dims, self.base)?;
         // Beyond it the angle of a token far out is a number of no meaning, or of no end.
         let got = self.scaling.largest(self.base, dims);
@@ -202,142 +165,6 @@ impl Rotary {
             .enumerate()
             .map(|(i, theta)| self.scaling.stretched(i, theta, dims, self.base))
             .collect()
-    }
-}
-
-impl RotaryScaling {
-    /// `dims` is even and at least 2, `base` finite and positive.
-    fn check(&self, dims: usize, base: f64) -> Result<()> {
-        match self {
-            Self::None => Ok(()),
-            Self::Linear { factor } => check_factor("rotary.factor", *factor),
-            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-                check_factor("rotary.factor", *factor)?;
-                check_factor("rotary.low_freq_factor", *low_freq_factor)?;
-                check_factor("rotary.high_freq_factor", *high_freq_factor)?;
-                check_positive("rotary.original_context", *original_context)?;
-                check_value(
-                    high_freq_factor > low_freq_factor,
-                    "rotary.high_freq_factor",
-                    "above low_freq_factor",
-                    *high_freq_factor,
-                )
-            }
-            Self::Dynamic { factor, original_context, length } => {
-                check_value(*factor >= 1.0, "rotary.factor", "at least 1", *factor)?;
-                check_factor("rotary.factor", *factor)?;
-                check_positive("rotary.original_context", *original_context)?;
-                check_positive("rotary.length", *length)?;
-                check_value(dims > 2, "rotary.dims", "above 2 where it is dynamic", dims as f64)
-            }
-            Self::Yarn { factor, original_context, beta_fast, beta_slow, attention_factor } => {
-                check_factor("rotary.factor", *factor)?;
-                check_positive("rotary.original_context", *original_context)?;
-                check_factor("rotary.beta_slow", *beta_slow)?;
-                check_factor("rotary.beta_fast", *beta_fast)?;
-                check_value(
-                    beta_fast >= beta_slow,
-                    "rotary.beta_fast",
-                    "at least beta_slow",
-                    *beta_fast,
-                )?;
-                check_value(base > 1.0, "rotary.base", "above 1 for YaRN", base)?;
-                check_attention_factor(*attention_factor)
-            }
-            Self::LongRope { factors, attention_factor } => {
-                check_len("rotary.factors", dims / 2, factors.len())?;
-                factors.iter().try_for_each(|&factor| check_factor("rotary.factors", factor))?;
-                check_attention_factor(*attention_factor)
-            }
-        }
-    }
-
-    /// A number that no frequency is above, without memory or time for `dims` of them, which may be
-    /// any number here; NaN if there is none.
-    fn largest(&self, base: f64, dims: usize) -> f64 {
-        let base = base * self.base_growth(dims);
-        let theta = |i: usize| base.powf(-2.0 * i as f64 / dims as f64);
-        let plain = theta(0).max(theta(dims / 2 - 1));
-        match self {
-            Self::None | Self::Dynamic { .. } => plain,
-            Self::Linear { factor } => plain / factor,
-            Self::Llama3 { factor, .. } | Self::Yarn { factor, .. } => plain / factor.min(1.0),
-            Self::LongRope { factors, .. } => {
-                factors.iter().enumerate().map(|(i, factor)| theta(i) / factor).fold(0.0, f64::max)
-            }
-        }
-    }
-
-    /// What the base is multiplied by.
-    fn base_growth(&self, dims: usize) -> f64 {
-        match self {
-            Self::Dynamic { factor, original_context, length } => {
-                let (context, r) = (*original_context as f64, dims as f64);
-                let longer = (*length as f64).max(context) / context;
-                (factor * longer - (factor - 1.0)).powf(r / (r - 2.0))
-            }
-            _ => 1.0,
-        }
-    }
-
-    /// The frequency of pair i, which is `theta` without this.
-    fn stretched(&self, i: usize, theta: f64, dims: usize, base: f64) -> f64 {
-        match self {
-            Self::None | Self::Dynamic { .. } => theta,
-            Self::Linear { factor } => theta / factor,
-            Self::Llama3 { factor, low_freq_factor, high_freq_factor, original_context } => {
-                let turns = *original_context as f64 * theta / TAU; // in the original context
-                let kept = ((turns - low_freq_factor) / (high_freq_factor - low_freq_factor))
-                    .clamp(0.0, 1.0);
-                theta * (kept + (1.0 - kept) / factor)
-            }
-            Self::Yarn { factor, original_context, beta_fast, beta_slow, .. } => {
-                // The pair, as a real number, that turns so often in the original context.
-                let pair = |turns: f64| {
-                    let wavelength = *original_context as f64 / (turns * TAU);
-                    dims as f64 * wavelength.ln() / (2.0 * base.ln())
-                };
-                let low = pair(*beta_fast).floor().max(0.0);
-                let high = pair(*beta_slow).ceil().min(dims as f64 - 1.0);
-                let high = if high == low { low + 0.001 } else { high };
-                let kept = 1.0 - ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
-                theta * (kept + (1.0 - kept) / factor)
-            }
-            Self::LongRope { factors, .. } => theta / factors[i],
-        }
-    }
-
-    /// What every rotated coordinate is multiplied by.
-    fn attention_factor(&self) -> f64 {
-        match self {
-            Self::Yarn { attention_factor, .. } | Self::LongRope { attention_factor, .. } => {
-                *attention_factor
-            }
-            _ => 1.0,
-        }
-    }
-}
-
-fn check_value(
-    holds: bool,
-    argument: &'static str,
-    expected: &'static str,
-    got: f64,
-) -> Result<()> {
-    if holds { Ok(()) } else { Err(Error::Value { argument, expected, got }) }
-}
-
-/// It multiplies queries and keys, which must stay numbers that can be worked with.
-fn check_attention_factor(got: f64) -> Result<()> {
-    let holds = (1e-6..=1e6).contains(&got);
-    check_value(holds, "rotary.attention_factor", "from 10⁻⁶ to 10⁶", got)
-}
-
-fn check_factor(argument: &'static str, got: f64) -> Result<()> {
-    if got.is_finite() && got > 0.0 {
-        Ok(())
-    } else {
-        Err(Error::Value { argument, expected: "finite and positive", got })
     }
 }
 
@@ -357,6 +184,10 @@ pub(crate) struct RotaryTable {
     attention_factor: f64,
     /// (cos bθ, sin bθ), `[64, r/2]`.
     fine: Vec<(f64, f64)>,
+    /// Position from which on slow pairs turn no further.
+    hold: usize,
+    /// (cos, sin) of each slow pair at that position, `[r/2]`.
+    held: Vec<Option<(f64, f64)>>,
 }
 
 /// Scratch: the angles of one position.
@@ -384,8 +215,17 @@ impl RotaryTable {
         let frequencies = rotary.frequencies(rotary.dims.unwrap_or(head_dim));
         let fine =
             (0..SPAN).flat_map(|b| frequencies.iter().map(move |&theta| turn(b, theta))).collect();
-        let attention_factor = rotary.scaling.attention_factor();
-        Self { head_dim, pairing: rotary.pairing, frequencies, attention_factor, fine }
+        let hold = rotary.hold.unwrap_or(usize::MAX);
+        let held = |&theta: &f64| (TAU / theta > hold as f64).then(|| turn(hold, theta));
+        Self {
+            head_dim,
+            pairing: rotary.pairing,
+            attention_factor: rotary.scaling.attention_factor(),
+            fine,
+            hold,
+            held: frequencies.iter().map(held).collect(),
+            frequencies,
+        }
     }
 
     pub(crate) fn angles<T: Real>(&self) -> Angles<T> {
@@ -442,6 +282,13 @@ impl RotaryTable {
         let fine = &self.fine[position % SPAN * self.frequencies.len()..];
         for ((whole, &(c, s)), &(cb, sb)) in angles.whole.iter_mut().zip(&angles.coarse).zip(fine) {
             *whole = (T::from_f64(c * cb - s * sb), T::from_f64(direction * (s * cb + c * sb)));
+        }
+        if position > self.hold {
+            for (whole, held) in angles.whole.iter_mut().zip(&self.held) {
+                if let Some((c, s)) = *held {
+                    *whole = (T::from_f64(c), T::from_f64(direction * s));
+                }
+            }
         }
         if self.attention_factor != 1.0 {
             let factor = T::from_f64(self.attention_factor);
@@ -540,6 +387,31 @@ mod tests {
         for (j, row) in rows.chunks(8).enumerate() {
             assert_eq!(row, turned::<f64>(&rotary, &head, 1021 + j), "row {j}");
             assert_eq!(row[6..], head[6..], "the rest is not turned");
+        }
+    }
+
+    /// Beyond the hold slow pairs stay where they were there, fast ones go on; up to it nothing is
+    /// another bit.
+    #[test]
+    fn slow_pairs_are_held() {
+        let rotary = Rotary::new(100.0).with_dims(6).with_scaling(RotaryScaling::LongRope {
+            factors: vec![1.0, 2.0, 1.0],
+            attention_factor: 1.5,
+        });
+        // Wavelengths of 6, 58 and 135 tokens.
+        let held = rotary.clone().with_hold(90);
+        let (plain, held) = (rotary.turns(8, 0..300), held.turns(8, 0..300));
+        let (plain, held) = (plain.expect("turns"), held.expect("turns"));
+        for (position, (plain, held)) in plain.chunks(3).zip(held.chunks(3)).enumerate() {
+            assert_eq!(plain[..2], held[..2], "fast pairs at {position}");
+            if position <= 90 {
+                assert_eq!(plain[2], held[2], "the slow pair at {position}");
+            } else {
+                assert_ne!(plain[2], held[2], "the slow pair at {position}");
+                let difference = |one: f64, other: f64| (one - other).abs();
+                let at_hold = 1.5 * (90.0 * 100f64.powf(-2.0 / 3.0)).cos();
+                assert!(difference(held[2].0, at_hold) < 1e-14, "the slow pair at {position}");
+            }
         }
     }
 
