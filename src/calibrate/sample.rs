@@ -57,8 +57,8 @@ pub struct Sample<T> {
 
 impl<T: Real> Sample<T> {
     /// Softmax attention, with the projections of `layer`, of one sequence, positions from 0: as it
-    /// was trained, without a [hold](crate::layer::Rotary::hold). The queries and keys beside it are
-    /// held as `layer` holds them.
+    /// was trained, without a [hold](crate::layer::Rotary::hold). The queries and keys beside it
+    /// are held as `layer` holds them.
     ///
     /// # Shapes
     /// - `x`: hidden states as the layer receives them, `[n, D]`.
