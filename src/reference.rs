@@ -9,6 +9,7 @@
 //! a, b         log-features of x and y                     PlainMap
 //! scores       S_ij = x_i·y_j                              scores
 //! log_kernel   L_ij = ln Σ_f exp(a_if + b_jf)              log_kernel
+//! key_scores   max_f b_jf                                  key_scores
 //! A_ij         = exp(S_ij)                 if window(i,j)
 //!              = γ^(i−j)·exp(L_ij)         otherwise
 //! o_i          = Σ_j A_ij v_j / Σ_j A_ij                   linear_attention, softmax_attention
@@ -34,7 +35,7 @@
 
 use std::f64::consts::PI;
 
-use ndarray::{Array2, ArrayRef2};
+use ndarray::{Array2, ArrayRef2, ArrayView1};
 
 use crate::check::{check_len, check_positive, check_room, check_shape};
 use crate::error::Result;
@@ -306,6 +307,19 @@ pub fn log_kernel(a: &ArrayRef2<f64>, b: &ArrayRef2<f64>) -> Result<Array2<f64>>
     }))
 }
 
+/// max_f b_jf: the largest log-feature of key j, by which keys are kept.
+///
+/// # Shapes
+/// - `b`: `[n_k, m]`, returns `[n_k]`.
+///
+/// # Cost
+/// O(n_k·m).
+pub fn key_scores(b: &ArrayRef2<f64>) -> Vec<f64> {
+    let largest =
+        |row: ArrayView1<'_, f64>| row.iter().fold(f64::NEG_INFINITY, |top, &b| top.max(b));
+    b.rows().into_iter().map(largest).collect()
+}
+
 /// Which keys a query may see at all, before masks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Order {
@@ -325,6 +339,10 @@ pub struct Pairs<'a> {
     pub window: Option<(usize, usize)>,
     /// Sinks: the first so many keys that take part are near for every later query. Default: 0.
     pub sinks: usize,
+    /// R: beyond the window, so many keys are near, those of the largest scores. Default: 0.
+    pub kept: usize,
+    /// The [score](key_scores) of every key, read if keys are kept. Default: none.
+    pub scores: &'a [f64],
     /// log γ. Default: 0.
     pub log_decay: f64,
     /// One entry per key, `false` for keys that take no part. Default: none, every key takes part.
@@ -335,7 +353,15 @@ impl<'a> Pairs<'a> {
     /// Every query sees every key.
     #[must_use]
     pub fn full() -> Self {
-        Self { order: Order::Full, window: None, sinks: 0, log_decay: 0.0, valid: None }
+        Self {
+            order: Order::Full,
+            window: None,
+            sinks: 0,
+            kept: 0,
+            scores: &[],
+            log_decay: 0.0,
+            valid: None,
+        }
     }
 
     /// Every query sees the keys up to its own.
@@ -356,6 +382,12 @@ impl<'a> Pairs<'a> {
         Self { sinks, ..self }
     }
 
+    /// So many keys of the largest `scores` beyond the window are near.
+    #[must_use]
+    pub fn with_kept(self, kept: usize, scores: &'a [f64]) -> Self {
+        Self { kept, scores, ..self }
+    }
+
     /// log γ of the far pairs.
     #[must_use]
     pub fn with_log_decay(self, log_decay: f64) -> Self {
@@ -372,16 +404,31 @@ impl<'a> Pairs<'a> {
         (self.order == Order::Full || j <= i) && self.valid.is_none_or(|valid| valid[j])
     }
 
-    /// exact(i, j) = window(i, j) or sink(j)
-    fn is_exact(&self, i: usize, j: usize) -> bool {
+    /// near(i, j) = window(i, j) or sink(j)
+    fn is_near(&self, i: usize, j: usize) -> bool {
         let before = (0..j).filter(|&key| self.valid.is_none_or(|valid| valid[key])).count();
         let sink = before < self.sinks && j <= i;
         sink || self.window.is_some_and(|(chunk, back)| j <= i && i / chunk - j / chunk <= back)
     }
 
+    /// kept(i, j): key j is beyond the window, and fewer than R others there have a larger score,
+    /// or as large a one and are earlier.
+    fn is_kept(&self, i: usize, j: usize) -> bool {
+        let beyond = |j: usize| self.allowed(i, j) && !self.is_near(i, j);
+        let score = |j: usize| self.scores[j] - self.log_decay * j as f64;
+        let is_before =
+            |other: usize| score(other) > score(j) || score(other) == score(j) && other < j;
+        self.kept > 0
+            && beyond(j)
+            && (0..=i).filter(|&other| beyond(other) && is_before(other)).count() < self.kept
+    }
+
     fn check(&self, n_k: usize) -> Result<()> {
         if let Some((chunk, _)) = self.window {
             check_positive("chunk", chunk)?;
+        }
+        if self.kept > 0 {
+            check_len("scores", n_k, self.scores.len())?;
         }
         self.valid.map_or(Ok(()), |valid| check_len("valid", n_k, valid.len()))
     }
@@ -390,7 +437,7 @@ impl<'a> Pairs<'a> {
 /// Linear attention with its optional exact local window.
 ///
 /// ```text
-/// A_ij = exp(S_ij)                        if window(i,j) or sink(j)
+/// A_ij = exp(S_ij)                        if window(i,j) or sink(j) or kept(i,j)
 ///      = γ^max(i−j, 0) · exp(L_ij)        otherwise, for every allowed pair
 /// o_i  = Σ_j A_ij v_j / Σ_j A_ij          zeros if no pair is allowed
 /// ```
@@ -438,7 +485,7 @@ pub fn linear_attention(
         (n_q, n_k),
         v,
         |i, j| {
-            if pairs.is_exact(i, j) {
+            if pairs.is_near(i, j) || pairs.is_kept(i, j) {
                 scores[[i, j]]
             } else {
                 log_kernel[[i, j]] + pairs.log_decay * i.saturating_sub(j) as f64
@@ -485,7 +532,7 @@ pub fn softmax_attention(
     check_shape("v", v, &[n_k, v.ncols()])?;
     pairs.check(n_k)?;
     check_room::<f64>("outputs", &[n_q, v.ncols()])?;
-    let windowed = |i, j| pairs.window.is_none() || pairs.is_exact(i, j);
+    let windowed = |i, j| pairs.window.is_none() || pairs.is_near(i, j);
     Ok(attend((n_q, n_k), v, |i, j| scores[[i, j]], |i, j| pairs.allowed(i, j) && windowed(i, j)))
 }
 

@@ -42,9 +42,10 @@ def log_features(x, scale, radii, antithetic, gaussian):
     return u
 
 
-def attention(q, k, v, p, causal, chunk=None, back=0, log_decay=None, antithetic=False, gaussian=False, valid=None, sinks=0):
+def attention(q, k, v, p, causal, chunk=None, back=0, log_decay=None, antithetic=False, gaussian=False, valid=None, sinks=0,
+              kept=0):
     """One head; `p` are the parameters of the map, `chunk` and `back` the window, `valid` a mask of keys, `sinks` how many of the first
-    unmasked keys stay exact."""
+    unmasked keys stay exact, and `kept` how many of those beyond the window, the largest first."""
     n, d = q.shape
     nk = k.shape[0]
     x, y = q * d**-0.25, k * d**-0.25
@@ -61,6 +62,11 @@ def attention(q, k, v, p, causal, chunk=None, back=0, log_decay=None, antithetic
         exact |= i // chunk - j // chunk <= back
     present = torch.ones(nk, dtype=torch.bool) if valid is None else valid.bool()
     exact |= (present & (present.cumsum(0) <= sinks))[None, :]
+    if kept:
+        score = b.detach().max(1).values - (0 if log_decay is None else log_decay.detach()) * torch.arange(nk)
+        for query in range(n):
+            beyond = [key for key in range(query + 1) if present[key] and not exact[query, key]]
+            exact[query, sorted(beyond, key=lambda key: -score[key])[:kept]] = True
     w = torch.where(exact & (j <= i), torch.exp(x @ y.T), far)
     if causal:
         w = w * (j <= i)
@@ -86,6 +92,9 @@ def cases():
         "local_sinks": dict(causal=True, chunk=16, back=1, sinks=4),
         "local_sinks_decay": dict(causal=True, chunk=8, back=0, sinks=3, log_decay=torch.tensor(-0.05)),
         "local_sinks_masked": dict(causal=True, chunk=8, back=1, sinks=4, valid=((j % 5 != 2) & (j > 8)).double()),
+        "local_kept": dict(causal=True, chunk=8, back=1, kept=10),
+        "local_kept_decay": dict(causal=True, chunk=8, back=0, sinks=3, kept=7, log_decay=torch.tensor(-0.05)),
+        "local_kept_masked": dict(causal=True, chunk=4, back=1, kept=5, valid=((j % 5 != 2) & (j > 8)).double()),
     }
 
 

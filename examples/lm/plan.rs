@@ -24,7 +24,7 @@ pub(crate) type Fitted = (Vec<DctMap<f32>>, CalibrateReport);
 pub(crate) struct Offers {
     /// With maps behind the windows.
     pub(crate) with_maps: Planner,
-    /// With nothing behind them, where that was asked for.
+    /// Without kept keys and with nothing behind them, where that was asked for.
     pub(crate) alone: Option<Planner>,
     options: DijiangOptions,
 }
@@ -42,8 +42,10 @@ impl Offers {
         let mut offers = PlanOptions::new().with_sinks(options.sinks);
         // A window that holds all of a sample is no window.
         offers.windows.retain(|window| window.tokens() < longest);
+        let mut plain = offers.clone();
+        plain.windows.retain(|window| window.kept == 0);
         let with_maps = Planner::new(offers)?;
-        let alone = alone.then(|| with_maps.clone());
+        let alone = alone.then(|| Planner::new(plain)).transpose()?;
         let window = Window::new(16.min(longest.div_ceil(16)), 7);
         Ok(Self { with_maps, alone, options: options.with_window(window) })
     }

@@ -48,8 +48,10 @@ pub(crate) fn check_state_size(
     window: Option<Window>,
 ) -> Result<()> {
     let padded = |n: usize| n.saturating_add(LANES);
-    let ring = window
-        .map_or(0, |window| window.back.saturating_add(1).saturating_mul(padded(window.chunk)));
+    let ring = window.map_or(0, |window| {
+        let ring = window.back.saturating_add(1).saturating_mul(padded(window.chunk));
+        ring.saturating_add(padded(window.kept))
+    });
     // Sums and what rounding keeps out of them, normaliser, reference and pending keys; and the
     // keys and values of the ring.
     let far = features.saturating_mul(2 * padded(value_dim) + 32);

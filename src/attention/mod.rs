@@ -2,7 +2,7 @@
 //! beside it.
 //!
 //! ```text
-//! A_ij = exp(x_i·y_j)         if window(i, j)
+//! A_ij = exp(x_i·y_j)         if window(i, j), kept(i, j) or sink(j)
 //!      = γ^(i−j) · K(x_i, y_j) otherwise, for every allowed pair
 //! o_i  = Σ_j A_ij v_j / Σ_j A_ij            a row with no allowed key gives zeros
 //! ```
@@ -14,7 +14,7 @@
 //!
 //! Sources: sums over features: Katharopoulos et al. 2020, *Transformers are RNNs*, equations 8 to
 //! 12; decay: Sun et al. 2023, *RetNet*, equation 5; running maxima as in the online softmax of
-//! Milakov and Gimelshein 2018; the local window is this crate's.
+//! Milakov and Gimelshein 2018; the local window and the keys that it keeps are this crate's.
 //!
 //! Elements of q, k and v must be numbers of at most [`Real::LIMIT`](crate::Real::LIMIT) in
 //! magnitude: everything else is refused at the door, before anything is changed. Within it no NaN
@@ -109,11 +109,17 @@ impl<'a> KeyMask<'a> {
 const MAX_WINDOW: usize = 1 << 20;
 
 /// The local window: the query's own chunk and the `back` chunks before it are exact softmax
-/// attention.
+/// attention, and so are `kept` keys beyond it.
 ///
 /// ```text
 /// window(i, j) = ⌊i/c⌋ − ⌊j/c⌋ ≤ r and j ≤ i
+/// kept(i, j)   = score_j is among the R largest of the keys older than i's window
+/// score_j      = max_f b_f(y_j) − j·log γ
 /// ```
+///
+/// A key's score is the largest exponent that it would have in the sums. Once there are R of them,
+/// a key leaves for the sums when one of a larger score comes out of the window. On SmolLM2 a
+/// quarter of a window's room is worth more as kept keys than as the window's oldest ones.
 ///
 /// Chunks are aligned to absolute positions, so prefill in any pieces and decoding agree exactly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -128,12 +134,21 @@ pub struct Window {
     pub chunk: usize,
     /// Number r of whole chunks before the query's own one. The drop-in layer's default: 1.
     pub back: usize,
+    /// Number R of keys beyond the window, sinks aside, that are exact. Default: 0.
+    #[cfg_attr(feature = "serde", serde(default))]
+    pub kept: usize,
 }
 
 impl Window {
     /// Chunks of `chunk` tokens, `back` of them before the query's own.
     pub fn new(chunk: usize, back: usize) -> Self {
-        Self { chunk, back }
+        Self { chunk, back, kept: 0 }
+    }
+
+    /// R keys beyond the window are exact.
+    #[must_use]
+    pub fn with_kept(self, kept: usize) -> Self {
+        Self { kept, ..self }
     }
 
     /// The local window that costs a head of dimension `dim` no more per token than 64 tokens a
@@ -141,12 +156,12 @@ impl Window {
     /// 64, and one chunk back. Narrow heads are worse approximated by their features, and gain more
     /// from a longer local window than from anything else.
     pub fn for_dim(dim: usize) -> Self {
-        Self { chunk: (4096 / dim.max(1)).next_multiple_of(16).clamp(64, 512), back: 1 }
+        Self { chunk: (4096 / dim.max(1)).next_multiple_of(16).clamp(64, 512), back: 1, kept: 0 }
     }
 
-    /// Tokens it holds when it is full: (r + 1)·c.
+    /// Tokens it holds when it is full: (r + 1)·c + R.
     pub fn tokens(self) -> usize {
-        self.back.saturating_add(1).saturating_mul(self.chunk)
+        self.back.saturating_add(1).saturating_mul(self.chunk).saturating_add(self.kept)
     }
 
     /// Chunks of at least one token, and not too many of them.

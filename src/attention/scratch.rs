@@ -43,14 +43,14 @@ pub(crate) struct Sizes {
 impl Sizes {
     /// Whether a workspace made for sizes `got` serves an operator of these.
     pub(crate) fn check_workspace(self, got: Self) -> Result<()> {
-        let window =
-            |sizes: Self| sizes.window.map_or((0, 0), |window| (window.chunk, window.back));
+        let window = |sizes: Self| sizes.window.unwrap_or(Window { chunk: 0, back: 0, kept: 0 });
         let pairs = [
             ("head dimension", self.dim, got.dim),
             ("number of features", self.features, got.features),
             ("value dimension", self.value_dim, got.value_dim),
-            ("window chunk", window(self).0, window(got).0),
-            ("window back", window(self).1, window(got).1),
+            ("window chunk", window(self).chunk, window(got).chunk),
+            ("window back", window(self).back, window(got).back),
+            ("window kept", window(self).kept, window(got).kept),
             ("number of sinks", self.sinks, got.sinks),
             ("map scratch", self.map, got.map),
         ];

@@ -36,7 +36,7 @@ use std::time::Instant;
 use ndarray::{ArrayView1, ArrayView2};
 
 use crate::Real;
-use crate::attention::Causality;
+use crate::attention::{Causality, Window};
 use crate::check::check_positive;
 use crate::error::{Error, Result};
 use crate::kernel::{DctMap, DctParams, mixed};
@@ -438,7 +438,8 @@ fn long_enough<'s, T: Real>(
         return Err(Error::Empty { argument: "samples" });
     }
     samples.iter().try_for_each(|sample| sample.check(&layer.proj))?;
-    let window = layer.windows().iter().map(|window| window.tokens()).min().unwrap_or(0);
+    let beyond = |window: &Window| window.with_kept(0).tokens();
+    let window = layer.windows().iter().map(beyond).min().unwrap_or(0);
     let longest = samples.iter().map(Sample::len).max().unwrap_or(0);
     let samples: Vec<_> = samples.iter().filter(|sample| sample.len() > window).collect();
     if samples.is_empty() {

@@ -173,7 +173,9 @@ impl<'a, T: Real> Objective<'a, T> {
                 };
                 let (x, y, v) = (queries(&sample.x), sample.y.slice(own), sample.v.slice(own));
                 let qkv = HeadQkv { head, position: 0, q: x, k: y, v, valid: None };
-                let far = FarPart::new(qkv, config.causality, (windows.get(head).copied(), sinks));
+                // Maps are for all keys beyond the window, whether they will be kept or not.
+                let window = windows.get(head).map(|window| window.with_kept(0));
+                let far = FarPart::new(qkv, config.causality, (window, sinks));
                 *slot = Some(Part { far, x, y, teacher: queries(&sample.teacher) });
             },
         );

@@ -42,9 +42,11 @@ pub enum Budget {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct PlanOptions {
-    /// Windows on offer, each larger than the one before. Default: 32, 64, 128, 256, 512, 1024 and
-    /// 2048 tokens in eight chunks, or in chunks of 16. A query sees all of them but, on average,
-    /// half a chunk: with two chunks a quarter of the window lies idle, with eight a sixteenth.
+    /// Windows on offer, none of which holds fewer tokens than the one before. Default: 32, 64,
+    /// 128, 256, 512, 1024 and 2048 tokens in eight chunks, or in chunks of 16. A query sees all of
+    /// them but, on average, half a chunk: with two chunks a quarter of the window lies idle, with
+    /// eight a sixteenth. Those of 64 to 512 tokens are there a second time with a quarter of their
+    /// room for kept keys; longer ones are what finds a passage again word by word, and stay whole.
     pub windows: Vec<Window>,
     /// Sinks beside every window. Default: 4.
     pub sinks: usize,
@@ -52,11 +54,14 @@ pub struct PlanOptions {
 
 impl Default for PlanOptions {
     fn default() -> Self {
-        let windows = [32, 64, 128, 256, 512, 1024, 2048].map(|tokens: usize| {
+        let offers = [32, 64, 128, 256, 512, 1024, 2048].map(|tokens: usize| {
             let chunk = (tokens / 8).max(16);
-            Window::new(chunk, tokens / chunk - 1)
+            let with =
+                |kept: usize| Window::new(chunk, (tokens - kept) / chunk - 1).with_kept(kept);
+            let kept = (64..=512).contains(&tokens).then_some(tokens / 4);
+            [0].into_iter().chain(kept).map(with).collect::<Vec<_>>()
         });
-        Self { windows: windows.to_vec(), sinks: 4 }
+        Self { windows: offers.concat(), sinks: 4 }
     }
 }
 
@@ -66,7 +71,7 @@ impl PlanOptions {
         Self::default()
     }
 
-    /// Windows on offer, each larger than the one before.
+    /// Windows on offer, none of which holds fewer tokens than the one before.
     #[must_use]
     pub fn with_windows(self, windows: Vec<Window>) -> Self {
         Self { windows, ..self }
@@ -163,7 +168,7 @@ impl Planner {
     /// Without a layer yet.
     ///
     /// # Errors
-    /// [`Error::Empty`] without windows, [`Error::Value`] unless each is larger than the one
+    /// [`Error::Empty`] without windows, [`Error::Value`] if one holds fewer tokens than the one
     /// before, [`Error::TooLarge`] for windows too large, and for more sinks than the smallest
     /// chunk has tokens or 64.
     pub fn new(options: PlanOptions) -> Result<Self> {
@@ -172,8 +177,8 @@ impl Planner {
         }
         check_exact_part(&options.windows, options.sinks)?;
         let pairs = || options.windows.windows(2);
-        if let Some(pair) = pairs().find(|pair| pair[1].tokens() <= pair[0].tokens()) {
-            let (expected, got) = ("larger than the one before", pair[1].tokens() as f64);
+        if let Some(pair) = pairs().find(|pair| pair[1].tokens() < pair[0].tokens()) {
+            let (expected, got) = ("no smaller than the one before", pair[1].tokens() as f64);
             return Err(Error::Value { argument: "windows", expected, got });
         }
         Ok(Self { options, layers: Vec::new() })
@@ -299,7 +304,8 @@ fn half(window: Window) -> f64 {
     window.tokens() as f64 / 2.0
 }
 
-/// The head and the window whose step up gains most per unit of cost, of those that fit in `left`.
+/// The head and the window whose step up gains most per unit of cost, of those that fit in `left`;
+/// a better window that costs no more first of all.
 fn best_jump(
     heads: &[&Measured],
     chosen: &[usize],

@@ -20,6 +20,7 @@ struct Case {
     envelope: Envelope,
     window: Option<(usize, usize)>,
     sinks: usize,
+    kept: usize,
     log_decay: f64,
     valid: Option<Vec<bool>>,
 }
@@ -31,6 +32,7 @@ fn golden_cases(n: usize) -> Vec<Case> {
         envelope: Envelope::None,
         window: None,
         sinks: 0,
+        kept: 0,
         log_decay: 0.0,
         valid: None,
     };
@@ -53,6 +55,14 @@ fn golden_cases(n: usize) -> Vec<Case> {
             name: "local_sinks_masked",
             valid: Some((0..n).map(|j| j % 5 != 2 && j > 8).collect()),
             ..local(8, 1, 4)
+        },
+        Case { name: "local_kept", kept: 10, ..local(8, 1, 0) },
+        Case { name: "local_kept_decay", kept: 7, log_decay: -0.05, ..local(8, 0, 3) },
+        Case {
+            name: "local_kept_masked",
+            kept: 5,
+            valid: Some((0..n).map(|j| j % 5 != 2 && j > 8).collect()),
+            ..local(4, 1, 0)
         },
     ]
 }
@@ -88,7 +98,7 @@ fn for_each_golden(check: impl Fn(&str, &Setup, PlainMap, &Case, &Inputs<f64>, &
         for case in golden_cases(n) {
             let map = golden_map(&golden, tag, pairing, case.envelope);
             let mut setup = Setup::new(0).sizes(d, e, map.features());
-            (setup.window, setup.sinks) = (case.window, case.sinks);
+            (setup.window, setup.sinks, setup.kept) = (case.window, case.sinks, case.kept);
             setup.log_decay = case.log_decay;
             let name = format!("{tag}.{}.output", case.name);
             check(&name, &setup, map, &case, &inputs, &one_head(&name));
@@ -381,6 +391,7 @@ fn causal_equals_the_reference_on_random_configurations() {
             let chunk = random.choose(&CHUNKS);
             setup = setup.window(chunk, random.below(4)).sinks(random.below(chunk.min(9) + 1));
             setup.uneven = random.chance(0.5);
+            setup.kept = random.choose(&[0, 0, 1, 5, 40]);
         }
         if random.chance(0.5) {
             setup = setup.decay(random.choose(&[-0.001, -0.05, -0.7]));

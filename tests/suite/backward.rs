@@ -108,7 +108,8 @@ fn random_problem(seed: u64) -> Problem {
     let windows: Vec<Window> = if causal && random.chance(0.6) {
         let mut window = || {
             let chunk = random.choose(&[1, 4, 16, 48, 64, 100]);
-            Window::new(chunk, random.choose(&[0, 1, 2]))
+            let back = random.choose(&[0, 1, 2]);
+            Window::new(chunk, back).with_kept(random.choose(&[0, 0, 3, 20]))
         };
         (0..kv_heads).map(|_| window()).collect()
     } else {
@@ -256,15 +257,8 @@ fn continuing_a_state() {
         for (h, state) in states.iter().enumerate() {
             let kept = state.keys.nrows();
             assert_eq!(!problem.windows.is_empty() && cut > 0, kept > 0, "{context}");
-            // Sinks that have left the window come first.
-            let first = problem.windows.get(h).map_or(cut, |window| {
-                cut.div_ceil(window.chunk).saturating_sub(window.back + 1) * window.chunk
-            });
-            let sinks = problem.sinks.min(first);
-            let whole_rows = |x: &Array3<f64>| {
-                let tokens: Vec<usize> = (0..sinks).chain(cut - (kept - sinks)..cut).collect();
-                x.index_axis(Axis(0), h).select(Axis(0), &tokens)
-            };
+            let whole_rows =
+                |x: &Array3<f64>| x.index_axis(Axis(0), h).select(Axis(0), &state.positions);
             assert_close(&context, &state.keys, &whole_rows(&whole.k), 1e-10);
             assert_close(&context, &state.values, &whole_rows(&whole.v), 1e-10);
         }

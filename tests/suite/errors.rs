@@ -120,6 +120,11 @@ fn window_parts_of_no_chunk_or_beyond_memory() {
     let exact = |window| {
         SoftmaxConfig::new(1, 4).with_window(window).build::<f32>().map(|_| ()).unwrap_err()
     };
+    let keeps = Window::new(8, 1).with_kept(3);
+    let (argument_of, other) = ("window kept", "softmax attention");
+    assert_eq!(exact(keeps), Error::Conflict { argument: argument_of, other });
+    let beyond = linear(Window::new(8, 1).with_kept(usize::MAX));
+    assert!(matches!(beyond, Error::TooLarge { argument: "window tokens", .. }), "{beyond:?}");
     for back in [0, 1, usize::MAX] {
         for error in [linear(Window::new(0, back)), exact(Window::new(0, back))] {
             assert!(

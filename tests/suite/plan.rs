@@ -130,6 +130,38 @@ fn a_plan_spends_what_it_may_where_it_helps() {
     assert_eq!(error(&work), before);
 }
 
+/// Of two windows of the same bytes a head has the one with the smaller error.
+#[test]
+fn rooms_of_the_same_size_compete() {
+    let softmax = softmax(6, 3, 0);
+    let (x, hidden) = text(200, 30);
+    let sample = Sample::new(&softmax, &x).unwrap();
+    let error_of = |windows: &[Window]| {
+        let options = PlanOptions::new().with_windows(windows.to_vec()).with_sinks(0);
+        let mut planner = Planner::new(options).unwrap();
+        planner.measure(&linear(&softmax), &[(&sample, hidden.view())]).unwrap();
+        let plan = planner.plan(Budget::AverageWindow(16.0)).unwrap();
+        (plan.layers()[0].clone(), plan.bytes())
+    };
+    let (small, whole) = (Window::new(16, 0), Window::new(16, 1));
+    let keeps = Window::new(16, 0).with_kept(16);
+    let (of_whole, bytes) = error_of(&[small, whole]);
+    let (of_keeps, same) = error_of(&[small, keeps]);
+    assert_eq!(bytes, same);
+    for offers in [[small, whole, keeps], [small, keeps, whole]] {
+        for (h, head) in error_of(&offers).0.iter().enumerate() {
+            let (window, error) = match of_keeps[h].error < of_whole[h].error {
+                true => (keeps, of_keeps[h].error),
+                false => (whole, of_whole[h].error),
+            };
+            assert_eq!((head.window, head.error), (window, error), "head {h}");
+        }
+    }
+    let offers = PlanOptions::new().windows;
+    assert!(offers.contains(&Window::new(16, 5).with_kept(32)), "{offers:?}");
+    assert!(offers.iter().all(|window| window.kept == 0 || window.tokens() < 1024), "{offers:?}");
+}
+
 #[test]
 fn impossible_plans() {
     let windows = |chunks: &[usize]| {
@@ -137,7 +169,7 @@ fn impossible_plans() {
         Planner::new(PlanOptions::new().with_windows(windows)).map(|_| ()).unwrap_err()
     };
     assert_eq!(windows(&[]), Error::Empty { argument: "windows" });
-    for chunks in [&[8, 8][..], &[16, 8], &[0], &[2, 64], &[usize::MAX]] {
+    for chunks in [&[16, 8][..], &[0], &[2, 64], &[usize::MAX]] {
         windows(chunks); // no panic
     }
     let (planner, model) = measured();

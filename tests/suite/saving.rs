@@ -260,6 +260,7 @@ fn kinds<T: Real>() -> Vec<(&'static str, DijiangAttention<T>)> {
             ),
         ),
         ("bidirectional", plain(bidirectional, options())),
+        ("kept keys", plain(grouped(), options().with_window(Window::new(4, 1).with_kept(5)))),
     ]
 }
 
@@ -927,6 +928,8 @@ fn parts_that_do_not_fit_each_other() {
             "window cannot be combined with bidirectional",
         ),
         ("windows", "0 1", "self_attn.dijiang", "window chunk"),
+        ("kept", "1 2 3", "self_attn.dijiang.kept", "1 numbers"),
+        ("kept", "-1", "self_attn.dijiang.kept", "numbers with spaces between them"),
         ("0.sides", "tied", "self_attn.dijiang.0", "Sides::Tied"),
         ("0.pairing", "antithetic", "self_attn.dijiang.0.log_weight", "F64 [8]"),
         ("0.projection", "mixed", "self_attn.dijiang.0.signs", "F64 [1, 3, 4]"),

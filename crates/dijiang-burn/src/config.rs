@@ -118,6 +118,7 @@ impl DijiangAttentionConfig {
     pub(crate) fn resolve(&self) -> Result<(Self, Vec<DctParams>)> {
         let layer = self.layer();
         layer.check()?;
+        check_windows(&self.windows)?;
         let dim = layer.head_dim.unwrap_or(layer.model_dim / layer.heads);
         let least = if self.pairing == Pairing::Antithetic { 2 * dim } else { dim };
         let features = self.features.unwrap_or(least);
@@ -178,5 +179,16 @@ impl DijiangAttentionConfig {
             ..self.clone()
         };
         Ok((resolved, maps))
+    }
+}
+
+/// Kept keys are chosen one after another, which no tensor operation does.
+pub(crate) fn check_windows(windows: &[Window]) -> Result<()> {
+    match windows.iter().find(|window| window.kept > 0) {
+        Some(window) => {
+            let (argument, expected, got) = ("window kept", "0", window.kept as f64);
+            Err(dijiang::Error::Value { argument, expected, got }.into())
+        }
+        None => Ok(()),
     }
 }

@@ -15,7 +15,7 @@ use ndarray::{Array1, Array2, Array3};
 use std::ops::ControlFlow;
 
 use crate::attention::DijiangAttention;
-use crate::config::DijiangAttentionConfig;
+use crate::config::{DijiangAttentionConfig, check_windows};
 use crate::error::{Error, Result};
 use crate::maps::{FeatureMaps, MapKind, elements};
 
@@ -43,6 +43,7 @@ impl DijiangAttention {
             let other = "burn's layer";
             return Err(dijiang::Error::Conflict { argument: "qk_norm", other }.into());
         }
+        check_windows(layer.windows())?;
         let params: Vec<_> = layer.maps().iter().map(|map| map.params().clone()).collect();
         let maps = FeatureMaps::new(&params, layer.log_decay(), (device, dtype))?;
         let MapKind { projection, envelope, pairing } = maps.kind;

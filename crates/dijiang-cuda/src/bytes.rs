@@ -281,7 +281,8 @@ pub(crate) fn decode<E: Element>(
     let (dim, value_dim, features) = (shape.dim, shape.value_dim, shape.features);
     let own = shape.sizes_in_bytes();
     let windows = shape.windows.iter().take(own[4]).all(|window| {
-        sizes == own && number(&mut rest) == window.chunk && number(&mut rest) == window.back
+        let mut is = |size| number(&mut rest) == size;
+        sizes == own && is(window.chunk) && is(window.back) && is(window.kept)
     });
     if !windows || sizes != own {
         let what = "the state's shape";

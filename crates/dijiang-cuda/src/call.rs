@@ -192,6 +192,9 @@ pub(crate) fn tiles(window: Window) -> Result<(i32, i32)> {
     if !window.chunk.is_multiple_of(TILE) {
         return unsupported("window chunk", "a multiple of 64", window.chunk);
     }
+    if window.kept > 0 {
+        return unsupported("window kept", "0", window.kept);
+    }
     if window.tokens() > MAX_WINDOW {
         return unsupported("window tokens", "at most 32768", window.tokens());
     }

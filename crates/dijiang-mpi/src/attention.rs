@@ -138,7 +138,9 @@ impl Ranks {
         place: Place,
     ) -> usize {
         let sinks_are_before = place.valid_before >= attention.sinks();
-        if self.rank() > 0 && self.is_last() && sinks_are_before {
+        // Which keys are kept depends on those before.
+        let keeps = attention.windows().iter().any(|window| window.kept > 0);
+        if self.rank() > 0 && self.is_last() && sinks_are_before && !keeps {
             let time = self.cost().keys * place.longest_before as f64;
             (time as usize).min(place.tokens)
         } else {

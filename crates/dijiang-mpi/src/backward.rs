@@ -45,7 +45,7 @@ impl Ranks {
     /// once for later readers. Bytes sent do not depend on the number of tokens.
     ///
     /// # Errors
-    /// The same on all ranks, as [`prefill`](Self::prefill).
+    /// The same on all ranks, as [`prefill`](Self::prefill), and for windows with kept keys.
     pub fn backward<T: Real, M: DifferentiableMap<T, Gradients = DctGradients>>(
         &self,
         attention: &LinearAttention<T, M>,
@@ -58,6 +58,11 @@ impl Ranks {
         let place = self.open(attempt(|| {
             attention.check_state(state)?;
             check(attention, qkv)?;
+            // A rank knows the tokens that later ones see as they are by their places.
+            if attention.windows().iter().any(|window| window.kept > 0) {
+                let (argument, other) = ("window kept", "the backward pass over ranks");
+                return Err(dijiang::Error::Conflict { argument, other });
+            }
             let shape = [attention.heads(), tokens, attention.value_dim()];
             check_shape("grad_out", &grad_out.view(), shape)?;
             let fingerprint = Fingerprint::new("backward", self.scan(), attention)?;

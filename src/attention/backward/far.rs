@@ -148,6 +148,8 @@ impl<'a, T: Real> FarPart<'a, T> {
             query_scale: T::ONE,
             key_scale: T::ONE,
             position: 0,
+            single: &[],
+            scores: &[],
             lead: 0,
             given: self.in_window.as_deref(),
             after: None,

@@ -10,7 +10,7 @@ use super::tape::{Event, Kind, Tape};
 use super::window_keys::window_block;
 use crate::Real;
 use crate::attention::Causality;
-use crate::attention::linear::state::Sums;
+use crate::attention::linear::state::{Sums, key_scores, place};
 use crate::attention::rows::{Rows, put_row};
 use crate::attention::scratch::{BLOCK, CAUSAL_BLOCK};
 use crate::kernel::{DifferentiableMap, PanelGradients};
@@ -50,7 +50,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
                 }
             }
             (Causality::Causal, Some(window)) => {
-                let mut absorbed = 0;
+                let mut absorbed = self.pass.single.len();
                 while start < queries {
                     let (end, first) = window_block(self.pass, window, start);
                     self.ahead.aim(end, BLOCK);
@@ -63,16 +63,12 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
     }
 
-    /// The keys' weights in the sums' frame, into `b`, their values into `v_rows`; moves the frame
-    /// where they leave it. Returns how many of them keep to it: all, unless `causal`, when the
-    /// frame must not depend on later tokens.
-    fn weigh(&mut self, keys: Range<usize>, causal: bool) -> usize {
-        let (ops, pass) = (T::ops(), self.pass);
-        let (start, width, mut tokens) = (keys.start, padded(keys.len()), keys.len());
+    /// The keys' log-features into `b`, their values into `v_rows`.
+    fn log_features(&mut self, keys: Range<usize>) {
+        let (ops, pass, width) = (T::ops(), self.pass, padded(keys.len()));
         let dim = pass.k.ncols();
-        let Buffers { x, b, v_rows, column, top, feature, zeros, map, .. } = &mut self.tape.block;
+        let Buffers { x, b, v_rows, feature, zeros, map, .. } = &mut self.tape.block;
         let b = &mut b[..feature.len() * width];
-        let (column, top) = (&mut column[..width], &mut top[..width]);
         _ = Rows { array: pass.k, tokens: keys.clone(), valid: pass.valid }.gather(
             ops,
             pass.key_scale,
@@ -81,10 +77,19 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         );
         _ = Rows { array: pass.v, tokens: keys, valid: pass.valid }.copy(ops, v_rows);
         pass.map.key_panel(width, &x[..dim * width], b, map);
+    }
 
-        let position = pass.position + start;
+    /// The weights of a block's keys in the sums' frame, from their log-features in `b`; those at
+    /// no position do not count. Moves the frame where they leave it. Returns how many of them keep
+    /// to it: all, unless `causal`, when the frame must not depend on later tokens.
+    fn weigh(&mut self, positions: &[Option<usize>], causal: bool) -> usize {
+        let (ops, pass) = (T::ops(), self.pass);
+        let (width, mut tokens) = (padded(positions.len()), positions.len());
+        let Buffers { b, column, top, feature, .. } = &mut self.tape.block;
+        let b = &mut b[..feature.len() * width];
+        let (column, top) = (&mut column[..width], &mut top[..width]);
         let exponents = |state: &Sums<T>, column: &mut [T]| {
-            state.exponents(pass.log_decay, position, tokens, |j| pass.joins(start + j), column);
+            state.exponents(pass.log_decay, tokens, |j| positions[j], column);
         };
         exponents(self.state, column);
         let mut above = self.state.first_above(ops, b, column, top, feature);
@@ -95,17 +100,11 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
                     .iter_mut()
                     .zip(b.chunks_exact(width))
                     .for_each(|(candidate, b)| *candidate = b[0]);
+                let position = positions[0].unwrap_or(0);
+                self.state.rebase(ops, pass.log_decay, position, feature);
             } else {
-                for (j, exponent) in column
-                    .iter_mut()
-                    .enumerate()
-                    .filter(|(_, exponent)| **exponent > T::NEG_INFINITY)
-                {
-                    *exponent = T::from_f64(-pass.log_decay * j as f64);
-                }
-                (ops.row_max)(b, column, feature);
+                self.state.raise(ops, pass.log_decay, positions, b, column, feature);
             }
-            self.state.rebase(ops, pass.log_decay, position, feature);
             exponents(self.state, column);
             above = self.state.first_above(ops, b, column, top, feature);
         }
@@ -129,14 +128,66 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
     }
 
-    /// Keys join the sums.
+    /// Keys join the sums, but for those that are kept.
     fn absorb(&mut self, keys: Range<usize>) {
         for start in keys.clone().step_by(BLOCK) {
-            let end = keys.end.min(start + BLOCK);
-            self.weigh(start..end, false);
-            self.push_event(Kind::Absorb, start..end);
-            self.join(end - start, padded(end - start));
+            let keys = start..keys.end.min(start + BLOCK);
+            self.log_features(keys.clone());
+            let mut positions = self.positions(keys.clone());
+            let positions = &mut positions[..keys.len()];
+            let gone = self.keep(keys.clone(), positions);
+            self.add(Kind::Absorb, keys, positions);
+            for key in gone {
+                self.log_features(key..key + 1);
+                self.add(Kind::Return, key..key + 1, &[Some(self.pass.position(key))]);
+            }
         }
+    }
+
+    /// Positions of those of the keys that leave the window.
+    fn positions(&self, keys: Range<usize>) -> [Option<usize>; BLOCK] {
+        let mut positions = [None; BLOCK];
+        for (position, j) in positions.iter_mut().zip(keys) {
+            *position = self.pass.leaves(j).then_some(self.pass.position(j));
+        }
+        positions
+    }
+
+    /// The keys of the largest scores are kept, and lose their position here; those are returned
+    /// whose place was taken.
+    fn keep(&mut self, keys: Range<usize>, positions: &mut [Option<usize>]) -> Vec<usize> {
+        let mut gone = Vec::new();
+        let room = self.pass.window.map_or(0, |window| window.kept);
+        if room == 0 {
+            return gone;
+        }
+        let Tape { kept, scores, chosen, block: Buffers { b, column, feature, .. }, .. } =
+            &mut *self.tape;
+        let (width, m) = (padded(keys.len()), feature.len());
+        let column = &mut column[..width];
+        key_scores(&b[..m * width], column, feature);
+        for ((key, position), &score) in keys.zip(positions).zip(&*column) {
+            let Some(at) = *position else { continue };
+            let score = score.to_f64() - self.pass.log_decay * at as f64;
+            let Some(place) = place(room, (scores, kept), score) else { continue };
+            if place == kept.len() {
+                kept.push(key);
+                scores.push(score);
+            } else {
+                gone.push(std::mem::replace(&mut kept[place], key));
+                scores[place] = score;
+            }
+            chosen.push(key);
+            *position = None;
+        }
+        gone
+    }
+
+    /// Keys at `positions`, whose log-features are in `b`, join the sums.
+    fn add(&mut self, kind: Kind, keys: Range<usize>, positions: &[Option<usize>]) {
+        self.weigh(positions, false);
+        self.push_event(kind, keys.clone());
+        self.join(keys.len(), padded(keys.len()));
     }
 
     /// The weighed keys of a block join the sums.
@@ -157,7 +208,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         if keys.is_empty() || self.pass.given.is_some() {
             self.tape.window.clear();
         } else {
-            self.tape.window.load(self.pass, keys, &self.tape.block.zeros);
+            let Tape { window, kept, block, .. } = &mut *self.tape;
+            window.load(self.pass, kept, keys, &block.zeros);
         }
         self.push_event(Kind::Read, queries.clone());
         for h in 0..self.pass.q.shape()[0] {
@@ -169,7 +221,8 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
     fn both(&mut self, block: Range<usize>) -> usize {
         let width = padded(block.len());
         self.tape.window.clear();
-        let tokens = self.weigh(block.clone(), true);
+        self.log_features(block.clone());
+        let tokens = self.weigh(&self.positions(block.clone())[..block.len()], true);
         let block = block.start..block.start + tokens;
         self.ahead.aim(block.end, CAUSAL_BLOCK);
         self.push_event(Kind::Both, block.clone());

@@ -399,7 +399,9 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             )
         });
         let lead = earlier.as_ref().map_or(0, |earlier| earlier.keys.nrows());
-        let mut sinks = earlier.map_or(Vec::new(), |earlier| earlier.sinks);
+        let (mut sinks, single, scores) = earlier.map_or_else(Default::default, |earlier| {
+            (earlier.sinks, earlier.single, earlier.scores)
+        });
         for j in (0..k.nrows()).filter(|&j| qkv.is_valid(j)) {
             if sinks.len() >= self.sinks() {
                 break;
@@ -420,6 +422,8 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
             query_scale: head.scale,
             key_scale: if joined.is_some() { T::ONE } else { head.scale },
             position: position - lead,
+            single: &single,
+            scores: &scores,
             lead,
             given: None,
             after,
@@ -545,7 +549,8 @@ impl<T: Real> StateGradients<T> {
     }
 }
 
-/// Tokens that a state remembers as they are: sinks that have left the window, then the window.
+/// Tokens that a state remembers as they are: sinks that have left the window, kept ones, then the
+/// window.
 struct Earlier<T> {
     /// Scaled, `[tokens, d]`.
     keys: Array2<T>,
@@ -554,23 +559,31 @@ struct Earlier<T> {
     valid: Vec<bool>,
     /// Which of them are sinks.
     sinks: Vec<usize>,
+    /// Positions of those before the window, and the kept ones' scores.
+    single: Vec<usize>,
+    scores: Vec<f64>,
 }
 
 impl<T: Real> Earlier<T> {
     /// `None` if there are none.
     fn of(state: &HeadState<T>, position: usize, value_dim: usize) -> Option<Self> {
         let (first, keys, values, valid) = state.ring.as_ref()?.tokens(position, value_dim);
-        let outside = state.sinks.before(first);
-        let (sink_keys, sink_values) = state.sinks.rows(outside, keys.ncols(), value_dim);
-        let valid: Vec<bool> = std::iter::repeat_n(true, outside).chain(valid).collect();
-        let inside = &state.sinks.positions[outside..];
-        let inside = inside.iter().map(|&position| outside + position - first);
-        let sinks = (0..outside).chain(inside).collect();
+        let (sinks, kept) = (&state.sinks, &state.kept);
+        let (outside, order) = (sinks.before(first), kept.in_order());
+        let (sink_keys, sink_values) = sinks.rows(0..outside, keys.ncols(), value_dim);
+        let (kept_keys, kept_values) =
+            kept.tokens.rows(order.iter().copied(), keys.ncols(), value_dim);
+        let alone = outside + order.len();
+        let valid: Vec<bool> = std::iter::repeat_n(true, alone).chain(valid).collect();
+        let inside = sinks.positions[outside..].iter().map(|&position| alone + position - first);
+        let places = order.iter().map(|&place| kept.tokens.positions[place]);
         (!valid.is_empty()).then(|| Self {
-            keys: concatenate![Axis(0), sink_keys, keys],
-            values: concatenate![Axis(0), sink_values, values],
+            keys: concatenate![Axis(0), sink_keys, kept_keys, keys],
+            values: concatenate![Axis(0), sink_values, kept_values, values],
             valid,
-            sinks,
+            sinks: (0..outside).chain(inside).collect(),
+            single: sinks.positions[..outside].iter().copied().chain(places).collect(),
+            scores: order.iter().map(|&place| kept.scores[place]).collect(),
         })
     }
 }

@@ -31,9 +31,13 @@ pub(crate) struct Pass<'a, T: 'static, M> {
     pub(crate) query_scale: T,
     /// y = key_scale·k.
     pub(crate) key_scale: T,
-    /// Position of the first key, as far as keys are not sinks from before the window.
+    /// Position of the first key, if all keys but the `single` ones are in a row.
     pub(crate) position: usize,
-    /// Keys before that of the first query: ones in the window of an earlier state.
+    /// Positions of the first keys: tokens that an earlier state remembers beyond its window.
+    pub(crate) single: &'a [usize],
+    /// Scores of the last ones of them, which the state has kept.
+    pub(crate) scores: &'a [f64],
+    /// Keys before that of the first query: those, and ones in the window of the state.
     pub(crate) lead: usize,
     /// Sums over the window keys, one per query head, to be taken as constants.
     pub(crate) given: Option<&'a [WindowSums<T>]>,
@@ -50,8 +54,13 @@ impl<T: Real, M> Pass<'_, T, M> {
         self.valid.is_none_or(|valid| valid[j])
     }
 
-    /// Whether key `j` joins the sums once it has left the window.
-    pub(crate) fn joins(&self, j: usize) -> bool {
+    /// Position of key `j`.
+    pub(crate) fn position(&self, j: usize) -> usize {
+        self.single.get(j).copied().unwrap_or(self.position + j)
+    }
+
+    /// Whether key `j` joins the sums, or is kept, once it has left the window.
+    pub(crate) fn leaves(&self, j: usize) -> bool {
         self.is_valid(j) && self.sinks.binary_search(&j).is_err()
     }
 

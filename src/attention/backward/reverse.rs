@@ -38,7 +38,7 @@ impl<T: Real, M: DifferentiableMap<T>> Reverse<'_, '_, '_, T, M> {
             if let Some(next) = events[..i].last() {
                 let arrays = match next.kind {
                     Kind::Read => KEYS..usize::MAX,
-                    Kind::Absorb => 0..KEYS,
+                    Kind::Absorb | Kind::Return => 0..KEYS,
                     Kind::Both => 0..usize::MAX,
                 };
                 self.ahead.aim_some(arrays, next.tokens.start, next.tokens.len());
@@ -47,8 +47,8 @@ impl<T: Real, M: DifferentiableMap<T>> Reverse<'_, '_, '_, T, M> {
             match event.kind {
                 Kind::Read => (0..self.pass.q.shape()[0])
                     .for_each(|h| self.collect(h, event.tokens.clone(), 0, true)),
-                Kind::Absorb | Kind::Both => {
-                    self.weigh(event.tokens.clone());
+                Kind::Absorb | Kind::Return | Kind::Both => {
+                    self.weigh(event.tokens.clone(), event.kind);
                     self.later_queries(event.tokens.clone());
                     if event.kind == Kind::Both {
                         let earlier = self.from_state || i > 0;
@@ -84,7 +84,7 @@ impl<T: Real, M: DifferentiableMap<T>> Reverse<'_, '_, '_, T, M> {
     }
 
     /// The keys' weights into `b`, values into `v_rows` and `v`.
-    fn weigh(&mut self, keys: Range<usize>) {
+    fn weigh(&mut self, keys: Range<usize>, kind: Kind) {
         let (ops, pass) = (T::ops(), self.pass);
         let (width, dim, stride) = (padded(keys.len()), pass.k.ncols(), padded(pass.v.ncols()));
         let Buffers { x, b, v_rows, v, column, feature, zeros, map, .. } = &mut self.tape.block;
@@ -102,8 +102,11 @@ impl<T: Real, M: DifferentiableMap<T>> Reverse<'_, '_, '_, T, M> {
         let reference = &self.tape.references[self.frame * feature.len()..][..feature.len()];
         feature.iter_mut().zip(reference).for_each(|(negated, &c)| *negated = -c);
         column.fill(T::NEG_INFINITY);
-        for (exponent, j) in column.iter_mut().zip(keys).filter(|(_, j)| pass.joins(*j)) {
-            *exponent = T::from_f64(-decay(pass, j, self.tape.positions[self.frame]));
+        let chosen = |j: &usize| self.tape.chosen.binary_search(j).is_ok();
+        let joins = |j: &usize| kind == Kind::Return || pass.leaves(*j) && !chosen(j);
+        for (exponent, j) in column.iter_mut().zip(keys).filter(|(_, j)| joins(j)) {
+            let distance = pass.position(j) as f64 - self.tape.positions[self.frame] as f64;
+            *exponent = T::from_f64(-pass.log_decay * distance);
         }
         (ops.exp_panel)(b, feature, column);
     }
@@ -258,7 +261,7 @@ impl<T: Real, M: DifferentiableMap<T>> Reverse<'_, '_, '_, T, M> {
         let m = feature.len();
         let (df, column, ones) = (&mut df[..m * width], &mut column[..width], &ones[..width]);
         (ops.log_weight_vjp)(df, &b[..m * width], ones, feature, ones, column);
-        let first = (pass.position + keys.start) as f64 - self.origin as f64;
+        let first = pass.position(keys.start) as f64 - self.origin as f64;
         *self.sinks.log_decay -= position_moment(first, &column[..keys.len()]);
         dx[..stride * width].fill(T::ZERO);
         let wanted = self.sinks.inputs.is_some().then(|| &mut dx[..dim * width]);
@@ -295,9 +298,4 @@ impl<T: Real, M: DifferentiableMap<T>> Reverse<'_, '_, '_, T, M> {
             }
         }
     }
-}
-
-/// λ(p_j − p₀) of key `j` in a frame taken at `p0`.
-fn decay<T, M>(pass: &Pass<'_, T, M>, j: usize, p0: usize) -> f64 {
-    if pass.log_decay == 0.0 { 0.0 } else { pass.log_decay * (pass.position + j - p0) as f64 }
 }

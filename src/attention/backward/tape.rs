@@ -39,8 +39,10 @@ use crate::low::simd::padded;
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Kind {
-    /// Keys join the sums.
+    /// Keys join the sums as they leave the window.
     Absorb,
+    /// A key that was kept joins the sums.
+    Return,
     /// Queries read the sums.
     Read,
     /// Queries read the sums and the keys of their own block, which then join.
@@ -81,6 +83,11 @@ pub(crate) struct Tape<T> {
     /// r, `[m]`: at the end minus the gradient of the z the pass started from.
     pub(crate) norm: Vec<T>,
     pub(crate) state: Sums<T>,
+    /// Keys that are kept beyond the window, and their scores.
+    pub(crate) kept: Vec<usize>,
+    pub(crate) scores: Vec<f64>,
+    /// All that ever were, in ascending order.
+    pub(crate) chosen: Vec<usize>,
     pub(crate) window: WindowBuffers<T>,
     pub(crate) block: Buffers<T>,
 }
@@ -101,6 +108,9 @@ impl<T: Real> Tape<T> {
             sums: Aligned::filled(features * padded(value_dim), T::ZERO),
             norm: vec![T::ZERO; features],
             state: Sums::new(features, value_dim, 0),
+            kept: Vec::new(),
+            scores: Vec::new(),
+            chosen: Vec::new(),
             window: WindowBuffers::default(),
             block: Buffers::new(dim, features, value_dim),
         }
@@ -128,6 +138,13 @@ impl<T: Real> Tape<T> {
         }
         self.finite = true;
         self.events.clear();
+        let kept = pass.single.len() - pass.scores.len()..pass.single.len();
+        self.kept.clear();
+        self.kept.extend(kept.clone());
+        self.chosen.clear();
+        self.chosen.extend(kept);
+        self.scores.clear();
+        self.scores.extend(pass.scores);
         self.references.clear();
         self.positions.clear();
         if state.started {

@@ -56,15 +56,24 @@ pub(crate) fn window_block<T, M>(
 }
 
 impl<T: Real> WindowBuffers<T> {
-    /// The window's `keys` and the sinks before it, whichever query head they are for.
-    pub(crate) fn load<M>(&mut self, pass: &Pass<'_, T, M>, keys: Range<usize>, zeros: &[T]) {
+    /// The window's `keys`, those that are `kept` beyond it, and the sinks before it, whichever
+    /// query head they are for.
+    pub(crate) fn load<M>(
+        &mut self,
+        pass: &Pass<'_, T, M>,
+        kept: &[usize],
+        keys: Range<usize>,
+        zeros: &[T],
+    ) {
         self.runs.clear();
-        for &sink in pass.sinks.iter().take_while(|&&sink| sink < keys.start) {
-            match self.runs.last_mut() {
-                Some(run) if run.end == sink => run.end += 1,
-                _ => self.runs.push(sink..sink + 1),
-            }
-        }
+        let sinks = pass.sinks.iter().take_while(|&&sink| sink < keys.start);
+        self.runs.extend(sinks.chain(kept).map(|&key| key..key + 1));
+        self.runs.sort_unstable_by_key(|run| run.start);
+        self.runs.dedup_by(|next, run| {
+            let joined = run.end == next.start;
+            run.end = if joined { next.end } else { run.end };
+            joined
+        });
         self.runs.push(keys);
         self.rows = self.runs.iter().map(ExactSizeIterator::len).sum();
         let (dim, stride) = (pass.k.ncols(), padded(pass.v.ncols()));
@@ -164,7 +173,7 @@ impl<T: Real> WindowSums<T> {
             ahead.aim(end, BLOCK);
             let (tokens, width) = (end - start, padded(end - start));
             let (column, total) = (&mut column[..width], &mut total[..width]);
-            buffers.load(pass, first..pass.lead + end, &no_token);
+            buffers.load(pass, &[], first..pass.lead + end, &no_token);
             _ = Rows { array: pass.q.index_axis(Axis(0), h), tokens: start..end, valid: None }
                 .gather(ops, pass.query_scale, &mut x, &no_token);
             buffers.score(pass, pass.lead + start, MatRef::packed(&x, dim, width), &mut ahead);

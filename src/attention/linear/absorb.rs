@@ -2,8 +2,7 @@
 
 use crate::Real;
 use crate::attention::linear::head::Head;
-use crate::attention::linear::state::{HeadState, Sums};
-use crate::attention::rows::Valid;
+use crate::attention::linear::state::{HeadState, Kept, Sums, key_scores};
 use crate::attention::scratch::{BLOCK, FeatureScratch, Scratch};
 use crate::low::mat::MatRef;
 use crate::low::simd::padded;
@@ -11,14 +10,19 @@ use crate::low::simd::padded;
 /// A block of keys that every later reader may see whole.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct KeyBlock<'a, T> {
-    /// Position of the first key.
-    pub(crate) position: usize,
-    pub(crate) tokens: usize,
-    pub(crate) valid: Valid<'a>,
+    /// Position of each key that counts, `None` of the others.
+    pub(crate) positions: &'a [Option<usize>],
     /// Scaled keys, a panel `[d, width]`.
     pub(crate) keys: &'a [T],
     /// Values `[tokens, e_padded]`.
     pub(crate) values: &'a [T],
+}
+
+impl<T: Real> KeyBlock<'_, T> {
+    /// Columns of its panels.
+    fn width(&self) -> usize {
+        padded(self.positions.len())
+    }
 }
 
 /// The keys of a block, weighted by their features, join the sums.
@@ -28,24 +32,41 @@ pub(crate) fn absorb<T: Real>(
     block: KeyBlock<'_, T>,
     scratch: &mut FeatureScratch<T>,
 ) {
-    let FeatureScratch { b, column, top, feature, map, ahead, .. } = scratch;
-    let KeyBlock { position, tokens, valid, keys, values } = block;
-    let width = padded(tokens);
+    log_features(head, block, scratch);
+    join(head, sums, block, scratch);
+}
+
+/// Log-features of the block's keys into `b`.
+fn log_features<T: Real>(
+    head: &Head<'_, T>,
+    block: KeyBlock<'_, T>,
+    scratch: &mut FeatureScratch<T>,
+) {
+    let FeatureScratch { b, map, .. } = scratch;
+    let width = block.width();
+    head.map.key_panel(
+        width,
+        &block.keys[..head.dim * width],
+        &mut b[..head.features * width],
+        map,
+    );
+}
+
+/// The keys of a block, whose log-features are in `b`, join the sums.
+fn join<T: Real>(
+    head: &Head<'_, T>,
+    sums: &mut Sums<T>,
+    block: KeyBlock<'_, T>,
+    scratch: &mut FeatureScratch<T>,
+) {
+    let FeatureScratch { b, column, top, feature, ahead, .. } = scratch;
+    let KeyBlock { positions, values, .. } = block;
+    let (tokens, width) = (positions.len(), block.width());
     let b = &mut b[..head.features * width];
     let (column, top) = (&mut column[..width], &mut top[..width]);
-    head.map.key_panel(width, &keys[..head.dim * width], b, map);
-    let is_valid = |j: usize| valid.is_none_or(|valid| valid[j]);
-    sums.exponents(head.log_decay, position, tokens, is_valid, column);
+    sums.exponents(head.log_decay, tokens, |j| positions[j], column);
     if sums.first_above(head.ops, b, column, top, feature).is_some() {
-        // The new frame is taken at `position`: exponents relative to it, then their maximum for
-        // every feature.
-        for (j, exponent) in
-            column.iter_mut().enumerate().filter(|(_, exponent)| **exponent > T::NEG_INFINITY)
-        {
-            *exponent = T::from_f64(-head.log_decay * j as f64);
-        }
-        (head.ops.row_max)(b, column, feature);
-        sums.rebase(head.ops, head.log_decay, position, feature);
+        sums.raise(head.ops, head.log_decay, positions, b, column, feature);
     } else if !sums.started {
         return;
     }
@@ -55,7 +76,57 @@ pub(crate) fn absorb<T: Real>(
     sums.accumulate(head.ops, weights, feature, values, ahead);
 }
 
-/// Before chunk `chunk` begins: the oldest chunk of the window leaves its slot for the sums.
+/// Keys that have left the window: those of the largest scores are kept as they are, and all others
+/// join the sums, those included whose place was taken. `keys` and `values` are scratch for as
+/// many.
+pub(crate) fn leave<T: Real>(
+    head: &Head<'_, T>,
+    (sums, kept): (&mut Sums<T>, &mut Kept<T>),
+    block: KeyBlock<'_, T>,
+    (keys, values): (&mut [T], &mut [T]),
+    scratch: &mut FeatureScratch<T>,
+) {
+    log_features(head, block, scratch);
+    let room = kept.tokens.room();
+    if room == 0 {
+        return join(head, sums, block, scratch);
+    }
+    let (tokens, stride) = (block.positions.len(), head.value_stride);
+    let mut joining = [None; BLOCK];
+    joining[..tokens].copy_from_slice(block.positions);
+    let (mut gone, mut count) = ([None; BLOCK], 0);
+    let FeatureScratch { b, column, feature, .. } = &mut *scratch;
+    let width = block.width();
+    key_scores(&b[..head.features * width], &mut column[..width], feature);
+    for (j, joining) in joining[..tokens].iter_mut().enumerate() {
+        let Some(position) = *joining else { continue };
+        let score = column[j].to_f64() - head.log_decay * position as f64;
+        let Some(place) = kept.place(score) else { continue };
+        *joining = None;
+        if place < kept.scores.len() {
+            gone[count] = Some(kept.tokens.positions[place]);
+            let panel = kept.tokens.panel(head.dim);
+            for (row, keys) in keys.chunks_exact_mut(BLOCK).take(head.dim).enumerate() {
+                keys[count] = panel.at(row, place);
+            }
+            values[count * stride..][..stride].copy_from_slice(kept.tokens.value(place));
+            count += 1;
+        }
+        let panel = MatRef::packed(block.keys, head.dim, width);
+        kept.put(place, (position, score), panel, j, &block.values[j * stride..][..stride]);
+    }
+    join(head, sums, KeyBlock { positions: &joining[..tokens], ..block }, scratch);
+    if count > 0 {
+        let width = padded(count);
+        for row in 0..head.dim {
+            keys.copy_within(row * BLOCK..row * BLOCK + count, row * width);
+            keys[row * width + count..(row + 1) * width].fill(T::ZERO);
+        }
+        absorb(head, sums, KeyBlock { positions: &gone[..count], keys, values }, scratch);
+    }
+}
+
+/// Before chunk `chunk` begins: the oldest chunk of the window leaves its slot.
 pub(crate) fn retire<T: Real>(
     head: &Head<'_, T>,
     state: &mut HeadState<T>,
@@ -64,31 +135,32 @@ pub(crate) fn retire<T: Real>(
 ) {
     let slots = state.ring.as_ref().map_or(0, |ring| ring.slots());
     if chunk >= slots {
-        absorb_chunk(head, state, chunk - slots, scratch);
+        leave_chunk(head, state, chunk - slots, scratch);
     }
     if let Some(ring) = &mut state.ring {
         ring.clear_slot(chunk);
     }
 }
 
-/// The keys of a chunk in the window join the sums, but for sinks.
-pub(crate) fn absorb_chunk<T: Real>(
+/// The keys of a chunk leave the window, but for sinks.
+pub(crate) fn leave_chunk<T: Real>(
     head: &Head<'_, T>,
     state: &mut HeadState<T>,
     chunk: usize,
     scratch: &mut Scratch<T>,
 ) {
-    let HeadState { sums, ring: Some(ring), sinks } = state else { return };
-    let Scratch { y, features, .. } = scratch;
+    let HeadState { sums, ring: Some(ring), sinks, kept } = state else { return };
+    let Scratch { x, y, o, features, .. } = scratch;
     let (length, slot, stride) = (ring.chunk(), ring.slot(chunk), padded(ring.chunk()));
     for start in (0..length).step_by(BLOCK) {
         let tokens = BLOCK.min(length - start);
-        let (width, position) = (padded(tokens), chunk * length + start);
-        let mut valid = [false; BLOCK];
-        for (j, valid) in valid[..tokens].iter_mut().enumerate() {
-            *valid = slot.valid[start + j] && !sinks.contain(position + j);
+        let (width, first) = (padded(tokens), chunk * length + start);
+        let mut positions = [None; BLOCK];
+        for (j, position) in positions[..tokens].iter_mut().enumerate() {
+            let joins = slot.valid[start + j] && !sinks.contain(first + j);
+            *position = joins.then_some(first + j);
         }
-        if !valid.contains(&true) {
+        if positions == [None; BLOCK] {
             continue;
         }
         for (y, keys) in y.chunks_exact_mut(width).zip(slot.keys.chunks_exact(stride)) {
@@ -96,12 +168,10 @@ pub(crate) fn absorb_chunk<T: Real>(
             y[tokens..].fill(T::zero());
         }
         let block = KeyBlock {
-            position,
-            tokens,
-            valid: Some(&valid[..tokens]),
+            positions: &positions[..tokens],
             keys: y,
             values: &slot.values[start * head.value_stride..][..tokens * head.value_stride],
         };
-        absorb(head, sums, block, features);
+        leave(head, (&mut *sums, &mut *kept), block, (&mut *x, &mut *o), features);
     }
 }

@@ -87,8 +87,8 @@ fn keys<T: Real>(
     head.map.key_panel(width, &y[..head.dim * width], b, map);
 
     let exponents = |sums: &Sums<T>, column: &mut [T]| {
-        let is_valid = |j: usize| qkv.is_valid(start + j);
-        sums.exponents(head.log_decay, qkv.position + start, tokens, is_valid, column);
+        let position = |j: usize| qkv.is_valid(start + j).then_some(qkv.position + start + j);
+        sums.exponents(head.log_decay, tokens, position, column);
     };
     exponents(sums, column);
     let mut cut = sums.first_above(head.ops, b, column, top, feature);

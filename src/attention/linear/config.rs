@@ -193,6 +193,8 @@ impl LinearConfig {
 
 /// The window that every ring of these windows fits in.
 pub(crate) fn largest(windows: &[Window]) -> Option<Window> {
-    let largest = |a: Window, b: &Window| Window::new(a.chunk.max(b.chunk), a.back.max(b.back));
+    let largest = |a: Window, b: &Window| {
+        Window::new(a.chunk.max(b.chunk), a.back.max(b.back)).with_kept(a.kept.max(b.kept))
+    };
     windows.split_first().map(|(first, rest)| rest.iter().fold(*first, largest))
 }

@@ -99,9 +99,12 @@ fn sum<T: Real>(
         qkv.key_rows(block.clone()).gather(head.ops, head.scale, y, zeros)?;
         qkv.value_rows(block.clone()).copy(head.ops, v)?;
         features.ahead.aim(block.end, BLOCK);
-        let valid = qkv.valid.map(|valid| &valid[block.clone()]);
-        let block =
-            KeyBlock { position: start, tokens: block.len(), valid, keys: &*y, values: &*v };
+        let mut positions = [None; BLOCK];
+        for (position, j) in positions.iter_mut().zip(block.clone()) {
+            *position = qkv.is_valid(j).then_some(j);
+        }
+        let positions = &positions[..block.len()];
+        let block = KeyBlock { positions, keys: &*y, values: &*v };
         absorb(head, sums, block, features);
     }
     Ok(())

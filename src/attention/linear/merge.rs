@@ -10,19 +10,20 @@
 //! window, but no more in that of the end, are absorbed before; the others stay in the window.
 //! Sinks of the second segment become sinks where the first has too few, and are absorbed else.
 
+use std::ops::Range;
+
 use crate::Real;
 use crate::attention::linear::LinearAttention;
-use crate::attention::linear::absorb::{KeyBlock, absorb, absorb_chunk};
+use crate::attention::linear::absorb::{KeyBlock, leave, leave_chunk};
 use crate::attention::linear::head::Head;
-use crate::attention::linear::state::{CausalState, HeadState, NOWHERE};
+use crate::attention::linear::state::{CausalState, HeadState, NOWHERE, Tokens};
 use crate::attention::qkv::not_finite;
 use crate::attention::rows::OutOfRange;
-use crate::attention::scratch::{Scratch, Whole};
+use crate::attention::scratch::{BLOCK, Scratch, Whole};
 use crate::attention::workspace::Workspace;
 use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
-use crate::low::mat::MatRef;
-use crate::low::simd::{LANES, padded};
+use crate::low::simd::padded;
 
 impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// `state` becomes that of its own segment and the next one, `next`: what feeding it the next
@@ -101,6 +102,8 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
             let head = self.head(h);
             hand_over(&head, own, cut, (next, end), scratch);
             take_sinks(&head, own, (next, end), scratch);
+            let kept = &next.kept.tokens;
+            take_tokens(&head, own, kept, 0..kept.positions.len(), scratch);
             part.copy(&next.sums);
             part.settle(head.ops);
             own.sums.join(head.ops, head.log_decay, part, &mut scratch.features.feature);
@@ -120,21 +123,41 @@ fn take_sinks<T: Real>(
     scratch: &mut Scratch<T>,
 ) {
     let first_kept = state.ring.as_ref().map_or(end, |ring| ring.first(end));
-    let (sinks, stride) = (&next.sinks, padded(next.sinks.room()));
+    let sinks = &next.sinks;
     for (i, &position) in sinks.positions.iter().enumerate().filter(|(_, at)| **at != NOWHERE) {
-        let panel = MatRef::packed(&sinks.keys, head.dim, stride);
-        let values = &sinks.values[i * head.value_stride..][..head.value_stride];
         if state.sinks.wants_more() {
-            state.sinks.push(position, panel, i, values);
+            state.sinks.push(position, sinks.panel(head.dim), i, sinks.value(i));
         } else if position < first_kept {
-            let Scratch { y, features, .. } = &mut *scratch;
-            for (row, keys) in y.chunks_exact_mut(LANES).take(head.dim).enumerate() {
-                keys.fill(T::ZERO);
-                keys[0] = panel.at(row, i);
-            }
-            let block = KeyBlock { position, tokens: 1, valid: None, keys: y, values };
-            absorb(head, &mut state.sums, block, features);
+            take_tokens(head, state, sinks, i..i + 1, scratch);
         }
+    }
+}
+
+/// Some tokens of the next segment that are older than the window at its end, and no sinks.
+fn take_tokens<T: Real>(
+    head: &Head<'_, T>,
+    state: &mut HeadState<T>,
+    tokens: &Tokens<T>,
+    which: Range<usize>,
+    scratch: &mut Scratch<T>,
+) {
+    let HeadState { sums, kept, .. } = state;
+    let Scratch { x, y, o, features, .. } = scratch;
+    let (panel, stride) = (tokens.panel(head.dim), head.value_stride);
+    for start in which.clone().step_by(BLOCK) {
+        let end = which.end.min(start + BLOCK);
+        let (count, width) = (end - start, padded(end - start));
+        let mut positions = [None; BLOCK];
+        for (position, i) in positions.iter_mut().zip(start..end) {
+            *position = Some(tokens.positions[i]);
+        }
+        for (row, keys) in y.chunks_exact_mut(width).take(head.dim).enumerate() {
+            keys.fill(T::ZERO);
+            keys.iter_mut().zip(start..end).for_each(|(key, i)| *key = panel.at(row, i));
+        }
+        let (positions, values) = (&positions[..count], &tokens.values[start * stride..]);
+        let block = KeyBlock { positions, keys: y, values };
+        leave(head, (&mut *sums, &mut *kept), block, (&mut *x, &mut *o), features);
     }
 }
 
@@ -153,7 +176,7 @@ fn hand_over<T: Real>(
     let first_kept = |position: usize| position.div_ceil(length).saturating_sub(slots);
     let kept = first_kept(end);
     for chunk in first_kept(cut)..cut.div_ceil(length).min(kept) {
-        absorb_chunk(head, state, chunk, scratch);
+        leave_chunk(head, state, chunk, scratch);
         if let Some(ring) = &mut state.ring {
             ring.clear_slot(chunk);
         }

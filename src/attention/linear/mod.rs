@@ -32,7 +32,7 @@ use crate::attention::scratch::{SEGMENT, Sizes};
 use crate::attention::workspace::Workspace;
 use crate::attention::{Causality, KeyMask, Window};
 use crate::check::check_room;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernel::FeatureMap;
 use crate::threads::try_each;
 use pipeline::Pipeline;
@@ -199,13 +199,18 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// - `qkv` as for [`prefill`](Operator::prefill); returns `[h, n, e + 2]`: o, s, z.
     ///
     /// # Errors
-    /// As [`prefill`](Operator::prefill).
+    /// As [`prefill`](Operator::prefill); [`Error::Conflict`](crate::Error::Conflict) for windows
+    /// that keep keys, which are others in the parts than in the whole.
     pub fn prefill_partial(
         &self,
         state: &mut CausalState<T>,
         qkv: Qkv<'_, T>,
         workspace: &mut Workspace<T>,
     ) -> Result<Array3<T>> {
+        if self.windows().iter().any(|window| window.kept > 0) {
+            let (argument, other) = ("window kept", "partial outputs");
+            return Err(Error::Conflict { argument, other });
+        }
         let (h, n, e) = qkv.output_shape(self.dims())?;
         check_room::<T>("outputs", &[h, n, e + 2])?;
         let mut out = Array3::zeros((h, n, e + 2));

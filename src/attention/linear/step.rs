@@ -121,7 +121,7 @@ fn read<T: Real>(head: &Head<'_, T>, sums: &Sums<T>, row: usize, scratch: &mut S
     total[row] = scores.iter().fold(far_total, |sum, &score| sum + score);
 }
 
-/// Weighted values of the queries in the first rows of `x` over sinks, window and sums into the
+/// Weighted values of the queries in the first rows of `x` over what the state remembers into the
 /// rows of `o`, their normalisers into `total`.
 fn read_window<T: Real>(
     head: &Head<'_, T>,
@@ -131,15 +131,18 @@ fn read_window<T: Real>(
     rows: usize,
     scratch: &mut Scratch<T>,
 ) {
-    let HeadState { sums, sinks, .. } = state;
+    let (sums, single) = (&state.sums, state.single(ring.first_seen(position)));
     let (m, stride) = (head.features, head.value_stride);
-    let count = sinks.before(ring.first_seen(position));
-    let sink_width = padded(count);
-    let width = sink_width + ring.columns(position);
+    let single_width: usize = single.iter().map(|(_, count)| padded(*count)).sum();
+    let width = single_width + ring.columns(position);
     let Scratch { x, p, .. } = scratch;
     let x = MatRef::packed(x, rows, head.dim);
-    sinks.score(head.ops, count, x, (&mut *p, width), None);
-    ring.score(head.ops, position, x, (&mut p[sink_width..], width));
+    let mut at = 0;
+    for (tokens, count) in single {
+        tokens.score(head.ops, count, x, (&mut p[at..], width), None);
+        at += padded(count);
+    }
+    ring.score(head.ops, position, x, (&mut p[at..], width));
     for row in 0..rows {
         let mut top = (head.ops.slice_max)(&scratch.p[row * width..][..width]);
         let mut far_total = T::ZERO;
@@ -159,8 +162,12 @@ fn read_window<T: Real>(
         total[row] = (head.ops.exp_sum)(&mut p[row * width..][..width], -top) + far_total;
     }
     let Scratch { p, o, .. } = scratch;
-    sinks.add_values(head.ops, count, MatRef::new(p, rows, count, width), o, None);
-    let p = MatRef::new(p, rows, width, width).cols(sink_width..width);
+    let mut at = 0;
+    for (tokens, count) in single {
+        tokens.add_values(head.ops, count, MatRef::new(&p[at..], rows, count, width), o, None);
+        at += padded(count);
+    }
+    let p = MatRef::new(p, rows, width, width).cols(at..width);
     ring.add_values(head.ops, position, p, o);
 }
 

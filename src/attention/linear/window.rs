@@ -8,7 +8,7 @@ use ndarray::{ArrayViewMut3, Axis};
 use crate::Real;
 use crate::attention::linear::absorb::retire;
 use crate::attention::linear::head::Head;
-use crate::attention::linear::state::{HeadState, Outputs, Ring, Sinks};
+use crate::attention::linear::state::{HeadState, Outputs, Ring, Tokens};
 use crate::attention::qkv::HeadQkv;
 use crate::attention::rows::OutOfRange;
 use crate::attention::scratch::{BLOCK, FeatureScratch, SEGMENT, Scratch};
@@ -99,15 +99,16 @@ fn queries<T: Real>(
     Ok(())
 }
 
-/// The sinks and chunks that a block of queries sees, and how their scores lie: a row per query, a
-/// column group for the sinks that have left the window and one per chunk, the oldest chunk first.
-/// The oldest chunks without a key that may be attended to are left out.
+/// The tokens that a block of queries sees as they are, and how their scores lie: a row per query,
+/// a column group for the sinks that have left the window, one for the kept tokens and one per
+/// chunk, the oldest chunk first. The oldest chunks without a key that may be attended to are left
+/// out.
 struct Seen<'r, T> {
     ring: &'r Ring<T>,
-    sinks: &'r Sinks<T>,
-    /// Sinks that have left the window, and the columns of their scores.
-    sink_count: usize,
-    sink_width: usize,
+    /// Sinks and kept tokens, and how many of them have left the window.
+    single: [(&'r Tokens<T>, usize); 2],
+    /// Columns of their scores.
+    single_width: usize,
     /// The queries' own chunk, and the first query's place in it.
     chunk: usize,
     within: usize,
@@ -120,31 +121,25 @@ struct Seen<'r, T> {
 }
 
 impl<'r, T: Real> Seen<'r, T> {
-    fn new(ring: &'r Ring<T>, sinks: &'r Sinks<T>, position: usize, tokens: usize) -> Self {
+    fn new(
+        ring: &'r Ring<T>,
+        single: [(&'r Tokens<T>, usize); 2],
+        position: usize,
+        tokens: usize,
+    ) -> Self {
         let (chunk, within) = (position / ring.chunk(), position % ring.chunk());
         let back = (ring.slots() - 1).min(chunk);
-        let sink_count = sinks.before((chunk - back) * ring.chunk());
-        let (sink_width, slot_width) = (padded(sink_count), padded(ring.chunk()));
+        let single_width = single.iter().map(|(_, count)| padded(*count)).sum();
+        let slot_width = padded(ring.chunk());
         let seen = |age: &usize| ring.slot(chunk - age).valid.contains(&true);
         let chunks = (0..=back).rev().find(seen).map_or(0, |oldest| oldest + 1);
-        let stride = sink_width + chunks * slot_width;
-        Self {
-            ring,
-            sinks,
-            sink_count,
-            sink_width,
-            chunk,
-            within,
-            chunks,
-            tokens,
-            slot_width,
-            stride,
-        }
+        let stride = single_width + chunks * slot_width;
+        Self { ring, single, single_width, chunk, within, chunks, tokens, slot_width, stride }
     }
 
     /// First column of the chunk of this age.
     fn column(&self, age: usize) -> usize {
-        self.sink_width + (self.chunks - 1 - age) * self.slot_width
+        self.single_width + (self.chunks - 1 - age) * self.slot_width
     }
 
     /// Where the scores of query `i` lie, up to the last one that any query of its band sees: the
@@ -152,18 +147,22 @@ impl<'r, T: Real> Seen<'r, T> {
     fn scores(&self, i: usize) -> Range<usize> {
         let band_end = self.tokens.min(i / LANES * LANES + LANES);
         let end = match self.chunks {
-            0 => self.sink_width,
+            0 => self.single_width,
             _ => self.column(0) + padded(self.within + band_end),
         };
         i * self.stride..i * self.stride + end
     }
 
-    /// Scores of the sinks and the older chunks, then of the queries' own up to the diagonal; −∞
-    /// where no key may be looked at.
+    /// Scores of the single tokens and the older chunks, then of the queries' own up to the
+    /// diagonal; −∞ where no key may be looked at.
     fn score(&self, ops: &Ops<T>, x: MatRef<'_, T>, p: &mut [T], ahead: &mut Ahead<T>) {
         let (length, stride, slot_width) = (self.ring.chunk(), self.stride, self.slot_width);
         let rows = x.cols(0..self.tokens).t();
-        self.sinks.score(ops, self.sink_count, rows, (&mut *p, stride), Some(&mut *ahead));
+        let mut at = 0;
+        for (tokens, count) in self.single {
+            tokens.score(ops, count, rows, (&mut p[at..], stride), Some(&mut *ahead));
+            at += padded(count);
+        }
         for age in (0..self.chunks).rev() {
             let slot = self.ring.slot(self.chunk - age);
             let at = self.column(age);
@@ -198,8 +197,12 @@ impl<'r, T: Real> Seen<'r, T> {
     /// Adds the values, weighted by `p`, to `o` `[tokens, e_padded]`.
     fn add_values(&self, ops: &Ops<T>, p: &[T], o: &mut [T], ahead: &mut Ahead<T>) {
         let length = self.ring.chunk();
-        let sink_scores = MatRef::new(p, self.tokens, self.sink_count, self.stride);
-        self.sinks.add_values(ops, self.sink_count, sink_scores, o, Some(&mut *ahead));
+        let mut at = 0;
+        for (tokens, count) in self.single {
+            let scores = MatRef::new(&p[at..], self.tokens, count, self.stride);
+            tokens.add_values(ops, count, scores, o, Some(&mut *ahead));
+            at += padded(count);
+        }
         for age in (0..self.chunks).rev() {
             let slot = self.ring.slot(self.chunk - age);
             let (at, e) = (self.column(age), slot.values.len() / length);
@@ -218,7 +221,7 @@ impl<'r, T: Real> Seen<'r, T> {
     }
 }
 
-/// Sums and normalisers of the queries `x`, the first at `position`, over sinks, window and sums,
+/// Sums and normalisers of the queries `x`, the first at `position`, over what the state remembers,
 /// into `o` and `total`.
 fn weigh<T: Real>(
     head: &Head<'_, T>,
@@ -227,13 +230,13 @@ fn weigh<T: Real>(
     tokens: usize,
     scratch: &mut Scratch<T>,
 ) {
-    let HeadState { sums, ring: Some(ring), sinks } = state else { return };
+    let HeadState { sums, ring: Some(ring), .. } = state else { return };
     let Scratch { x, p, o, total, features, .. } = scratch;
     let FeatureScratch { a, column, top, map, ahead, .. } = features;
     let width = padded(tokens);
     let x = &x[..head.dim * width];
     let (column, top, total) = (&mut column[..width], &mut top[..width], &mut total[..width]);
-    let seen = Seen::new(ring, sinks, position, tokens);
+    let seen = Seen::new(ring, state.single(ring.first_seen(position)), position, tokens);
     seen.score(head.ops, MatRef::packed(x, head.dim, width), p, ahead);
     for (i, top) in top.iter_mut().enumerate() {
         *top = if i < tokens { (head.ops.slice_max)(&p[seen.scores(i)]) } else { T::zero() };

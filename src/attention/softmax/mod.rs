@@ -116,7 +116,7 @@ impl SoftmaxConfig {
     /// # Errors
     /// [`Error::Value`] for sizes of zero and a scale that is not positive, [`Error::NotDivisible`]
     /// for heads that are no multiple of the key-value heads, [`Error::Conflict`] for a window of
-    /// bidirectional attention.
+    /// bidirectional attention, and for one that keeps keys.
     pub fn build<T: Real>(self) -> Result<Softmax<T>> {
         for (argument, value) in [
             ("heads", self.heads),
@@ -137,6 +137,10 @@ impl SoftmaxConfig {
         check_scale(self.scale, self.dim)?;
         let windows = each_head("windows", self.windows, self.kv_heads)?;
         check_exact_part(&windows, self.sinks)?;
+        if windows.iter().any(|window| window.kept > 0) {
+            // Only maps have scores to keep keys by.
+            return Err(Error::Conflict { argument: "window kept", other: "softmax attention" });
+        }
         if !windows.is_empty() {
             self.causality.check_causal("window")?;
         }

@@ -305,11 +305,11 @@ words! {
     Sides: Untied "untied", Tied "tied";
 }
 
-/// The note of what maps were calibrated with, unlike the rest of a config: it comes with them.
+/// The note of the rotary embedding's hold, which comes with the maps.
 const HOLD: &str = "rotary.hold";
 
-/// The config as metadata, names without their place. Floats in the shortest form that is read back
-/// as the same number.
+/// The config as metadata, but for [`HOLD`], names without their place. Floats in the shortest form
+/// that is read back as the same number.
 fn config_notes(
     config: &AttentionConfig,
     head_dim: usize,
@@ -334,7 +334,6 @@ fn config_notes(
         ("rotary.base", format!("{:?}", rotary.base)),
         ("rotary.dims", dims.map_or("all".to_owned(), |dims| dims.to_string())),
     ]);
-    notes.extend(rotary.hold.map(|hold| (HOLD, hold.to_string())));
     match &rotary.scaling {
         RotaryScaling::None => notes.push(("rotary.scaling", "none".to_owned())),
         RotaryScaling::Linear { factor } => {

@@ -169,9 +169,7 @@ impl<'a> File<'a> {
             config_notes(projections.config(), projections.head_dim(), projections.scale())
         {
             let name = format!("{place}dijiang.{name}");
-            if self.is_first_version() && name.ends_with("qk_norm") && value == "none"
-                || name.ends_with(HOLD)
-            {
+            if self.is_first_version() && name.ends_with("qk_norm") && value == "none" {
                 continue;
             }
             let got = self.note(&name)?;
@@ -179,10 +177,7 @@ impl<'a> File<'a> {
                 return Err(fault(name, format!("{value} as in this layer"), quoted(got)));
             }
         }
-        let hold = match &projections.config().rotary {
-            Some(_) => self.hold(&format!("{place}dijiang."))?,
-            None => None,
-        };
+        let hold = self.hold(&format!("{place}dijiang."))?;
         let held = projections.clone().with_rotary_hold(hold);
         self.heads(place, held.map_err(|error| fault_at(place, "a layer", error))?)
     }
@@ -191,6 +186,13 @@ impl<'a> File<'a> {
     fn hold(&self, place: &str) -> Result<Option<usize>> {
         let name = format!("{place}{HOLD}");
         self.note(&name).ok().map(|_| self.count(&name)).transpose()
+    }
+
+    /// Counts with spaces between them.
+    fn counts(&self, name: &str) -> Result<Vec<usize>> {
+        let counts = self.note(name)?.split_terminator(' ').map(str::parse);
+        let counts = counts.collect::<Result<_, _>>();
+        counts.map_err(|error| fault(name, "numbers with spaces between them", error))
     }
 
     fn config(&self, place: &str) -> Result<AttentionConfig> {
@@ -310,15 +312,20 @@ impl<'a> File<'a> {
                 other => Err(fault(name("near"), "none or chunks", quoted(other))),
             };
         }
-        let windows = self.note(&name("windows"))?;
-        let numbers: Vec<usize> =
-            windows.split_terminator(' ').map(str::parse).collect::<Result<_, _>>().map_err(
-                |error| fault(name("windows"), "numbers with spaces between them", error),
-            )?;
+        let numbers = self.counts(&name("windows"))?;
         if !numbers.len().is_multiple_of(2) {
-            return Err(fault(name("windows"), "pairs of chunk and back", quoted(windows)));
+            let got = quoted(self.note(&name("windows"))?);
+            return Err(fault(name("windows"), "pairs of chunk and back", got));
         }
         let windows = numbers.chunks_exact(2).map(|pair| Window::new(pair[0], pair[1]));
+        let kept = match self.note(&name("kept")) {
+            Ok(_) => self.counts(&name("kept"))?,
+            Err(_) => vec![0; windows.len()],
+        };
+        if kept.len() != windows.len() {
+            return Err(fault(name("kept"), format!("{} numbers", windows.len()), kept.len()));
+        }
+        let windows = windows.zip(kept).map(|(window, kept)| window.with_kept(kept));
         let sinks = self.count(&name("sinks"))?;
         Ok(LinearConfig::new().with_windows(windows.collect()).with_sinks(sinks))
     }

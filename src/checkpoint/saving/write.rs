@@ -5,7 +5,7 @@ use std::slice::from_ref;
 use ndarray::ArrayViewD;
 use safetensors::tensor::Dtype;
 
-use super::{CHECKSUM, Checksum, VERSION, Word, config_notes, dtype, weights_shape};
+use super::{CHECKSUM, Checksum, HOLD, VERSION, Word, config_notes, dtype, weights_shape};
 use crate::Real;
 use crate::error::{Error, Result};
 use crate::files::MAX_HEADER;
@@ -77,9 +77,15 @@ impl<'a, T: Real> Writer<'a, T> {
         {
             self.note(format!("{place}dijiang.{name}"), value);
         }
+        if let Some(hold) = projections.config().rotary.as_ref().and_then(|rotary| rotary.hold) {
+            self.note(format!("{place}dijiang.{HOLD}"), hold);
+        }
         let windows = layer.windows().iter().flat_map(|window| [window.chunk, window.back]);
-        let windows: Vec<String> = windows.map(|number| number.to_string()).collect();
-        self.note(format!("{place}dijiang.windows"), windows.join(" "));
+        self.note(format!("{place}dijiang.windows"), joined(windows));
+        if layer.windows().iter().any(|window| window.kept > 0) {
+            let kept = layer.windows().iter().map(|window| window.kept);
+            self.note(format!("{place}dijiang.kept"), joined(kept));
+        }
         self.note(format!("{place}dijiang.sinks"), layer.sinks());
         for (h, (map, log_decay)) in layer.maps().iter().zip(layer.log_decay()).enumerate() {
             let place = format!("{place}dijiang.{h}.");
@@ -206,4 +212,9 @@ impl<'a, T: Real> Writer<'a, T> {
         self.tensors.iter().for_each(|(_, _, numbers)| numbers.write(&mut bytes));
         Ok(bytes)
     }
+}
+
+/// Numbers with spaces between them.
+fn joined(numbers: impl Iterator<Item = usize>) -> String {
+    numbers.map(|number| number.to_string()).collect::<Vec<_>>().join(" ")
 }

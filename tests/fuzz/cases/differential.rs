@@ -58,8 +58,11 @@ impl Case {
             _ => source.upto(14),
         };
         let windows: Vec<Window> = if source.chance(0.5) {
-            let mut window =
-                || Window::new(source.choose(&[1, 2, 3, 4, 8, 8, 16, 64]), source.below(3));
+            let mut window = || {
+                let chunk = source.choose(&[1, 2, 3, 4, 8, 8, 16, 64]);
+                let kept = source.choose(&[0, 0, 0, 1, 2, 5, 17]);
+                Window::new(chunk, source.below(3)).with_kept(kept)
+            };
             (0..kv_heads).map(|_| window()).collect()
         } else {
             Vec::new()
@@ -95,7 +98,7 @@ impl Case {
         }
         let scale = source.choose(&[1.0 / (dim as f64).sqrt(), 1.0, 0.07]);
         let (layout, carried) = (source.choose(&LAYOUTS), source.chance(0.1));
-        Self {
+        let mut case = Self {
             heads: kv_heads * group,
             value_dim,
             scale,
@@ -110,7 +113,30 @@ impl Case {
             layout,
             pieces,
             carried,
+        };
+        for h in 0..kv_heads {
+            if case.has_tied_scores(h) && !case.windows.is_empty() {
+                case.windows[h].kept = 0;
+            }
         }
+        case
+    }
+
+    /// Scaled queries or keys of a head.
+    fn scaled(&self, rows: &Array3<f64>, h: usize) -> Array2<f64> {
+        rows.index_axis(Axis(0), h).mapv(|x| x * self.scale.sqrt())
+    }
+
+    /// Two keys of key-value head `h` are so close in score that rounding may decide between them.
+    fn has_tied_scores(&self, h: usize) -> bool {
+        let y = self.scaled(&self.k, h);
+        let (_, b) = log_features(&self.maps[h], &y, &y);
+        let scores = reference::key_scores(&b);
+        let mut scores: Vec<f64> =
+            scores.iter().enumerate().map(|(j, s)| s - self.log_decay[h] * j as f64).collect();
+        scores.sort_unstable_by(f64::total_cmp);
+        let tolerance = 1e-4 * (1.0 + largest(&b) + hidden(&self.maps[h], &y, &y));
+        scores.windows(2).any(|pair| pair[1] - pair[0] <= tolerance.max(1e-12 * pair[1].abs()))
     }
 
     fn mask(&self) -> KeyMask<'_> {
@@ -129,11 +155,7 @@ impl Case {
         let mut exact = Expected::new(self);
         for h in 0..self.heads {
             let of = h / (self.heads / self.maps.len());
-            let root = self.scale.sqrt();
-            let (x, y) = (
-                self.q.index_axis(Axis(0), h).mapv(|q| q * root),
-                self.k.index_axis(Axis(0), of).mapv(|k| k * root),
-            );
+            let (x, y) = (self.scaled(&self.q, h), self.scaled(&self.k, of));
             let v = self.v.index_axis(Axis(0), of).to_owned();
             let (a, b) = log_features(&self.maps[of], &x, &y);
             let says = |result: dijiang::Result<Array2<f64>>| {
@@ -141,8 +163,11 @@ impl Case {
             };
             let (scores, kernel) =
                 (says(reference::scores(&x, &y)), says(reference::log_kernel(&a, &b)));
+            let key_scores = reference::key_scores(&b);
             let pairs = Pairs {
                 window: self.windows.get(of).map(|window| (window.chunk, window.back)),
+                kept: self.windows.get(of).map_or(0, |window| window.kept),
+                scores: &key_scores,
                 sinks: self.sinks,
                 log_decay: self.log_decay[of],
                 valid: self.valid.as_deref(),

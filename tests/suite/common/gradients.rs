@@ -120,13 +120,16 @@ pub fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
         heads: 1,
         sinks: match case {
             "local_sinks" | "local_sinks_masked" => 4,
-            "local_sinks_decay" => 3,
+            "local_sinks_decay" | "local_kept_decay" => 3,
             _ => 0,
         },
         windows: match case {
             "local" | "local_decay" | "local_sinks" => vec![Window::new(16, 1)],
             "local0" | "local_sinks_decay" => vec![Window::new(8, 0)],
             "local_sinks_masked" => vec![Window::new(8, 1)],
+            "local_kept" => vec![Window::new(8, 1).with_kept(10)],
+            "local_kept_decay" => vec![Window::new(8, 0).with_kept(7)],
+            "local_kept_masked" => vec![Window::new(4, 1).with_kept(5)],
             _ => Vec::new(),
         },
         log_decay: vec![if case.ends_with("decay") { -0.05 } else { 0.0 }],
@@ -134,7 +137,9 @@ pub fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
         valid: match case {
             "full_masked" => Some((0..n).map(|j| j % 5 != 2).collect()),
             "causal_masked" => Some((0..n).map(|j| j % 5 != 2 || j == 0).collect()),
-            "local_sinks_masked" => Some((0..n).map(|j| j % 5 != 2 && j > 8).collect()),
+            "local_sinks_masked" | "local_kept_masked" => {
+                Some((0..n).map(|j| j % 5 != 2 && j > 8).collect())
+            }
             _ => None,
         },
         inputs,
@@ -143,7 +148,7 @@ pub fn golden_problem(golden: &Golden, tag: &str, case: &str) -> Problem {
 }
 
 /// The cases that the file has gradients of.
-pub const CASES: [&str; 12] = [
+pub const CASES: [&str; 15] = [
     "full",
     "causal",
     "causal_gaussian",
@@ -156,4 +161,7 @@ pub const CASES: [&str; 12] = [
     "local_sinks",
     "local_sinks_decay",
     "local_sinks_masked",
+    "local_kept",
+    "local_kept_decay",
+    "local_kept_masked",
 ];

@@ -168,6 +168,8 @@ pub struct Setup {
     pub window: Option<(usize, usize)>,
     pub uneven: bool,
     pub sinks: usize,
+    /// Keys that each window keeps beyond itself.
+    pub kept: usize,
     /// log γ of the first head; each further one decays a little faster.
     pub log_decay: f64,
     /// Deviation of the log-features.
@@ -185,6 +187,8 @@ impl Setup {
             Self::new(5).heads(6, 3).sizes(16, 17, 5),
             Self::new(6).window(4, 1).sinks(3),
             Self::new(7).heads(4, 2).window(5, 1).uneven().sinks(2).decay(-0.02),
+            Self::new(8).window(4, 0).kept(7),
+            Self::new(9).heads(4, 2).window(6, 1).uneven().kept(17).sinks(3).decay(-0.03),
         ]
     }
 
@@ -201,6 +205,7 @@ impl Setup {
             window: None,
             uneven: false,
             sinks: 0,
+            kept: 0,
             log_decay: 0.0,
             spread: 1.5,
         }
@@ -226,6 +231,10 @@ impl Setup {
         Self { sinks, ..self }
     }
 
+    pub fn kept(self, kept: usize) -> Self {
+        Self { kept, ..self }
+    }
+
     /// The window of one kv head.
     pub fn head_window(&self, h: usize) -> Option<(usize, usize)> {
         let longer = |chunk: usize| if self.uneven { chunk + h * chunk.div_ceil(2) } else { chunk };
@@ -234,7 +243,7 @@ impl Setup {
 
     fn windows(&self) -> Vec<Window> {
         let windows = (0..self.kv_heads).filter_map(|h| self.head_window(h));
-        windows.map(|(chunk, back)| Window::new(chunk, back)).collect()
+        windows.map(|(chunk, back)| Window::new(chunk, back).with_kept(self.kept)).collect()
     }
 
     pub fn decay(self, log_decay: f64) -> Self {
@@ -285,7 +294,8 @@ impl Setup {
             .with_kv_heads(self.kv_heads)
             .with_value_dim(self.e)
             .with_scale(self.softmax_scale());
-        (config.windows, config.sinks) = (self.windows(), self.sinks);
+        let windows = self.windows().into_iter().map(|window| window.with_kept(0));
+        (config.windows, config.sinks) = (windows.collect(), self.sinks);
         config.build().unwrap_or_else(|error| panic!("{self:?}: {error}"))
     }
 
@@ -320,10 +330,14 @@ impl Setup {
         mask: KeyMask<'_>,
     ) -> Array3<f64> {
         self.each_head(inputs, |h, x, y, v| {
-            let kernel = reference::log_kernel(&maps[h].query(x), &maps[h].key(y)).unwrap();
+            let b = maps[h].key(y);
+            let (kernel, scores) =
+                (reference::log_kernel(&maps[h].query(x), &b).unwrap(), reference::key_scores(&b));
             let pairs = Pairs {
                 window: self.head_window(h),
                 sinks: self.sinks,
+                kept: self.kept,
+                scores: &scores,
                 log_decay: self.head_decay(h),
                 valid: entries(mask),
                 ..pairs

@@ -37,7 +37,7 @@ pub(crate) fn equal(ranks: &Ranks, world: &SimpleCommunicator) {
 
 fn attention<T: Real>(ranks: &Ranks, seed: u64, tolerance: f64) {
     let random = &mut Random(seed);
-    let attention = random.attention::<T>();
+    let attention = random.attention::<T>(true);
     let lengths = random.lengths(ranks.size());
     let (before, n) = (random.pick(&[0, BEFORE]), lengths.iter().sum::<usize>());
     let sequence = Sequence::new(random, &attention, before + n + AFTER);
@@ -78,7 +78,7 @@ fn attention<T: Real>(ranks: &Ranks, seed: u64, tolerance: f64) {
 
 fn backward<T: Real>(ranks: &Ranks, world: &SimpleCommunicator, seed: u64, tolerance: f64) {
     let random = &mut Random(1000 + seed);
-    let attention = random.attention::<T>();
+    let attention = random.attention::<T>(false);
     let lengths = random.lengths(ranks.size());
     let (before, n) = (random.pick(&[0, BEFORE]), lengths.iter().sum::<usize>());
     if n == 0 {

@@ -39,7 +39,7 @@ pub(crate) fn all(ranks: &Ranks) {
 /// Elements and shapes that one rank's call refuses.
 fn inputs(ranks: &Ranks, culprit: usize) {
     let random = &mut Random(5);
-    let attention = random.attention::<f64>();
+    let attention = random.attention::<f64>(false);
     let own = ranks.rank() == culprit;
     let mut state = attention.new_state();
     let kept = state.clone();

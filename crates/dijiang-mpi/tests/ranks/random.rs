@@ -43,12 +43,16 @@ impl Random {
             .collect()
     }
 
-    /// Any options: windows of several lengths, sinks, decay, grouped queries.
-    pub(crate) fn attention<T: Real>(&mut self) -> LinearAttention<T, DctMap<T>> {
+    /// Any options: windows of several lengths, that keep keys if they may, sinks, decay, grouped
+    /// queries.
+    pub(crate) fn attention<T: Real>(&mut self, keeps: bool) -> LinearAttention<T, DctMap<T>> {
         let (kv_heads, group, d) = (self.pick(&[1, 3]), self.pick(&[1, 2]), self.pick(&[4, 8]));
         let mut config = LinearConfig::new().with_heads(kv_heads * group).with_value_dim(6);
         if self.below(3) > 0 {
-            let window = |_| Window::new(self.pick(&[4, 7, 16, 64]), self.pick(&[1, 1, 2]));
+            let kept = if keeps { self.pick(&[0, 5, 40]) } else { 0 };
+            let window = |_| {
+                Window::new(self.pick(&[4, 7, 16, 64]), self.pick(&[1, 1, 2])).with_kept(kept)
+            };
             config = config.with_windows((0..kv_heads).map(window).collect());
             config = config.with_sinks(self.pick(&[0, 1, 4]));
         }

@@ -2,26 +2,29 @@
 //! of a prompt.
 //!
 //! ```text
-//! magic "dijiang\0", then little-endian u32: format version 3, bytes per number of the layer,
+//! magic "dijiang\0", then little-endian u32: format version 4, bytes per number of the layer,
 //!      storage;
 //! u64: heads, d, m, e, windows (none, or one for each head), sinks s, start, position, fingerprint
-//! per window u64 chunk, u64 back
+//! per window u64 chunk, u64 back, u64 kept
 //! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of
 //!            z; S, what rounding kept out of S; pending weights and values; the window's keys and
 //!            values, and one byte each for validity; with sinks u8 how many there are, s times u64
-//!            position, keys, values
+//!            position, keys, values; with kept tokens u32 how many there are, R times u64
+//! position,            R times f64 score, keys, values
 //! CRC-32 of everything before it, u32
 //! ```
 //!
-//! Versions 1 and 2, which are read too, had no fingerprint, and version 1 one window for all heads
-//! (its chunk and back, 0 and 0 for none, in place of windows and sinks) and no sinks.
+//! Earlier versions are read too. They had no kept tokens; versions 1 and 2 no fingerprint; version
+//! 1 one window for all heads (its chunk and back, 0 and 0 for none, in place of windows and sinks)
+//! and no sinks.
 
 use std::sync::Arc;
 
 use half::bf16;
 
 use super::{
-    CausalState, HeadState, MAX_POSITION, PENDING, Pending, Ring, Shape, Sinks, Sums, ceiling,
+    CausalState, HeadState, Kept, MAX_POSITION, PENDING, Pending, Ring, Shape, Sums, Tokens,
+    ceiling,
 };
 use crate::Real;
 use crate::attention::Window;
@@ -33,11 +36,9 @@ use crate::kernel::FeatureMap;
 use crate::low::simd::padded;
 
 const MAGIC: &[u8; 8] = b"dijiang\0";
-const VERSION: u32 = 3;
+const VERSION: u32 = 4;
 /// Bytes of the magic and three u32.
 const PREFIX: usize = 8 + 3 * 4;
-/// Bytes of a window's chunk and back.
-const WINDOW: usize = 2 * 8;
 const CHECKSUM: usize = 4;
 
 /// In how many bytes a state's sums, keys and values are kept. Normalisers and exponents always
@@ -91,7 +92,7 @@ impl<T: Real> CausalState<T> {
         }
         let numbers =
             [heads, dim, features, value_dim, windows.len(), sinks, self.start, self.position];
-        let windows = windows.iter().flat_map(|window| [window.chunk, window.back]);
+        let windows = windows.iter().flat_map(|window| [window.chunk, window.back, window.kept]);
         let words = |number: usize| number as u64;
         let numbers = numbers.into_iter().map(words).chain([fingerprint]);
         for number in numbers.chain(windows.map(words)) {
@@ -129,7 +130,9 @@ impl<T: Real> CausalState<T> {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self> {
         let header = Header::read::<T>(bytes)?;
         let Shape { heads, dim, features, value_dim, ref windows, sinks, .. } = header.shape;
-        let windows = windows.iter().flat_map(|window| [window.chunk, window.back.max(1)]);
+        let windows = windows
+            .iter()
+            .flat_map(|window| [window.chunk, window.back.max(1), window.kept.max(1)]);
         let sizes = [heads, dim, features, value_dim, sinks.max(1)].into_iter().chain(windows);
         match { sizes }.find(|size| !(1..=bytes.len()).contains(size)) {
             Some(size) => Err(fault("state size", format!("from 1 to {}", bytes.len()), size)),
@@ -197,7 +200,7 @@ impl Header {
             1 if numbers[4..6] == [0, 0] => (Vec::new(), 0),
             // A state takes more bytes than it has heads.
             1 => (vec![Window::new(size(4), size(5)); size(0).min(bytes.len())], 0),
-            _ => (read_windows(rest, size(4))?, size(5)),
+            _ => (read_windows(rest, size(4), version)?, size(5)),
         };
         let (heads, windows): (_, Arc<[Window]>) = (size(0), windows.into());
         if !windows.is_empty() && windows.len() != heads {
@@ -242,6 +245,11 @@ impl Header {
             reader.sound &= positions.iter().all(|sink| (start..position).contains(sink));
             // The next key to join the sums must not lie before the frame.
             let next = head.ring.as_ref().map_or(position, |ring: &Ring<T>| ring.first(position));
+            let mut kept = head.kept.tokens.positions.clone();
+            kept.sort_unstable();
+            reader.sound &= kept.is_sorted_by(|a, b| a < b);
+            let left = |at: &usize| (start..next).contains(at) && !positions.contains(at);
+            reader.sound &= kept.iter().all(left);
             reader.sound &=
                 head.sums.reference_position <= next && head.sums.pending.len <= PENDING;
             // Without a token there is nothing in the sums.
@@ -263,17 +271,26 @@ fn numbers_len(version: u32) -> usize {
 
 /// Bytes before the first head.
 fn header_len(shape: &Shape, version: u32) -> usize {
-    let table = if version == 1 { 0 } else { shape.windows.len() * WINDOW };
+    let table = if version == 1 { 0 } else { shape.windows.len() * window_len(version) };
     PREFIX + numbers_len(version) + table
 }
 
+/// Bytes of what is told of a window.
+fn window_len(version: u32) -> usize {
+    8 * if version < 4 { 2 } else { 3 }
+}
+
 /// The table of `count` windows at the beginning of `bytes`.
-fn read_windows(bytes: &[u8], count: usize) -> Result<Vec<Window>> {
-    let table = count.checked_mul(WINDOW).and_then(|len| bytes.get(..len));
+fn read_windows(bytes: &[u8], count: usize, version: u32) -> Result<Vec<Window>> {
+    let table = count.checked_mul(window_len(version)).and_then(|len| bytes.get(..len));
     let table = table.ok_or_else(|| fault("state windows", "as many as are told", "fewer"))?;
     let numbers: Vec<u64> = elements(table, u64::from_le_bytes);
     let size = |number: u64| usize::try_from(number).unwrap_or(usize::MAX);
-    Ok(numbers.chunks_exact(2).map(|pair| Window::new(size(pair[0]), size(pair[1]))).collect())
+    let window = |numbers: &[u64]| {
+        let kept = numbers.get(2).map_or(0, |&kept| size(kept));
+        Window::new(size(numbers[0]), size(numbers[1])).with_kept(kept)
+    };
+    Ok(numbers.chunks_exact(window_len(version) / 8).map(window).collect())
 }
 
 /// Bytes of a state of this shape, whose sizes are those of something in memory.
@@ -281,13 +298,18 @@ fn length<T: Real>(shape: &Shape, storage: Storage, version: u32) -> u128 {
     let [heads, dim, features] = [shape.heads, shape.dim, shape.features].map(|size| size as u128);
     let (row, sinks) = (padded(shape.value_dim) as u128, shape.sinks as u128);
     let width = storage.width::<T>() as u128;
+    let token_bytes = |tokens: usize| (dim * padded(tokens) as u128 + tokens as u128 * row) * width;
     let sink_bytes = match shape.sinks {
         0 => 0,
-        _ => 1 + 8 * sinks + (dim * padded(shape.sinks) as u128 + sinks * row) * width,
+        _ => 1 + 8 * sinks + token_bytes(shape.sinks),
     };
     let window_bytes = |window: &Window| {
         let (chunk, slots) = (window.chunk as u128, window.back as u128 + 1);
-        slots * ((dim * padded(window.chunk) as u128 + chunk * row) * width + chunk)
+        let kept = match window.kept {
+            0 => 0,
+            kept => 4 + 16 * kept as u128 + token_bytes(kept),
+        };
+        slots * (token_bytes(window.chunk) + chunk) + kept
     };
     let exact = match shape.windows.len() {
         0 => heads * PENDING as u128 * (features + row) * width,
@@ -310,12 +332,15 @@ fn raise_frame<T: Real>(sums: &mut Sums<T>) {
 /// Whether a head's numbers are such as `tokens` tokens in range may have left: then outputs are
 /// finite, unless the map's features are not.
 fn is_possible<T: Real>(head: &HeadState<T>, dim: usize, tokens: usize) -> bool {
-    let HeadState { sums, ring, sinks } = head;
+    let HeadState { sums, ring, sinks, kept } = head;
     // Numbers kept in bf16 may have been rounded up.
     let limit = 1.01 * T::LIMIT;
     let within = |numbers: &[T], limit: f64| numbers.iter().all(|x| x.abs().to_f64() <= limit);
     let key_limit = limit * (MAX_SCALE / dim as f64).sqrt();
-    let mut exact = within(&sinks.keys, key_limit) && within(&sinks.values, limit);
+    let mut exact = kept.scores.iter().all(|score| score.is_finite());
+    for tokens in [sinks, &kept.tokens] {
+        exact &= within(&tokens.keys, key_limit) && within(&tokens.values, limit);
+    }
     for (i, numbers) in ring.iter().flat_map(Ring::numbers).enumerate() {
         exact &= within(numbers, if i % 2 == 0 { key_limit } else { limit });
     }
@@ -351,7 +376,7 @@ fn is_possible<T: Real>(head: &HeadState<T>, dim: usize, tokens: usize) -> bool 
 }
 
 fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>) {
-    let HeadState { sums, ring, sinks } = head;
+    let HeadState { sums, ring, sinks, kept } = head;
     out.extend_from_slice(&(sums.reference_position as u64).to_le_bytes());
     out.extend([u8::from(sums.started), sums.pending.len as u8]);
     for numbers in [&sums.reference, &sums.norm, &sums.norm_rest] {
@@ -365,16 +390,26 @@ fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>)
         ring.numbers().for_each(|numbers| write(numbers, storage, out));
         ring.valid().for_each(|valid| out.extend(valid.iter().map(|&valid| u8::from(valid))));
     }
-    if !sinks.values.is_empty() {
-        let Sinks { positions, keys, values, .. } = sinks;
-        out.push(positions.len() as u8);
-        for i in 0..sinks.room() {
-            let position = positions.get(i).copied().unwrap_or(0);
-            out.extend_from_slice(&(position as u64).to_le_bytes());
-        }
-        write(keys, storage, out);
-        write(values, storage, out);
+    if sinks.room() > 0 {
+        out.push(sinks.positions.len() as u8);
+        write_words(sinks.positions.iter().map(|&at| at as u64), sinks.room(), out);
+        write(&sinks.keys, storage, out);
+        write(&sinks.values, storage, out);
     }
+    let Kept { tokens, scores } = kept;
+    if tokens.room() > 0 {
+        out.extend_from_slice(&(scores.len() as u32).to_le_bytes());
+        write_words(tokens.positions.iter().map(|&at| at as u64), tokens.room(), out);
+        write_words(scores.iter().map(|score| score.to_bits()), tokens.room(), out);
+        write(&tokens.keys, storage, out);
+        write(&tokens.values, storage, out);
+    }
+}
+
+/// So many words: those given, then zeros.
+fn write_words(words: impl Iterator<Item = u64>, room: usize, out: &mut Vec<u8>) {
+    let words = words.chain(std::iter::repeat(0)).take(room);
+    out.extend(words.flat_map(u64::to_le_bytes));
 }
 
 fn write<T: Real>(numbers: &[T], storage: Storage, out: &mut Vec<u8>) {
@@ -414,6 +449,16 @@ impl<'a> Reader<'a> {
         out.iter_mut().zip(values).for_each(|(out, x)| *out = T::from_f64(x));
     }
 
+    /// Positions of `count` tokens.
+    fn positions<T: Real>(&mut self, tokens: &mut Tokens<T>, count: usize) {
+        let room = tokens.room();
+        let positions: Vec<u64> = elements(self.take(8 * room), u64::from_le_bytes);
+        let positions = positions.into_iter().map(|at| usize::try_from(at).unwrap_or(usize::MAX));
+        tokens.positions.clear();
+        tokens.positions.extend(positions.take(count));
+        self.sound &= count <= room;
+    }
+
     fn flags(&mut self, out: &mut [bool]) {
         let bytes = self.take(out.len());
         self.sound &= bytes.iter().all(|&byte| byte <= 1);
@@ -422,7 +467,7 @@ impl<'a> Reader<'a> {
 }
 
 fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
-    let HeadState { sums, ring, sinks } = head;
+    let HeadState { sums, ring, sinks, kept } = head;
     let position: Vec<u64> = elements(reader.take(8), u64::from_le_bytes);
     sums.reference_position =
         position.first().and_then(|&position| usize::try_from(position).ok()).unwrap_or(usize::MAX);
@@ -442,14 +487,20 @@ fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
         ring.numbers_mut().for_each(|numbers| reader.numbers(storage, numbers));
         ring.valid_mut().for_each(|valid| reader.flags(valid));
     }
-    let room = sinks.room();
-    if room > 0 {
+    if sinks.room() > 0 {
         let count = usize::from(reader.take(1).first().copied().unwrap_or_default());
-        let positions: Vec<u64> = elements(reader.take(8 * room), u64::from_le_bytes);
-        let positions = positions.into_iter().map(|at| usize::try_from(at).unwrap_or(usize::MAX));
-        sinks.positions = positions.take(count).collect();
-        reader.sound &= count <= room;
+        reader.positions(sinks, count);
         reader.numbers(storage, &mut sinks.keys);
         reader.numbers(storage, &mut sinks.values);
+    }
+    let room = kept.tokens.room();
+    if room > 0 {
+        let count: Vec<u32> = elements(reader.take(4), u32::from_le_bytes);
+        let count = count.first().map_or(0, |&count| count as usize);
+        reader.positions(&mut kept.tokens, count);
+        kept.scores = elements(reader.take(8 * room), f64::from_le_bytes);
+        kept.scores.truncate(count);
+        reader.numbers(storage, &mut kept.tokens.keys);
+        reader.numbers(storage, &mut kept.tokens.values);
     }
 }

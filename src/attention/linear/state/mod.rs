@@ -2,17 +2,19 @@
 
 #[cfg(feature = "states")]
 mod bytes;
+mod kept;
 mod ring;
 #[cfg(feature = "serde")]
 mod serde;
-mod sinks;
 mod sums;
+mod tokens;
 
 #[cfg(feature = "states")]
 pub use bytes::Storage;
+pub(crate) use kept::{Kept, key_scores, place};
 pub(crate) use ring::Ring;
-pub(crate) use sinks::{NOWHERE, Sinks};
 pub(crate) use sums::{Outputs, PENDING, Pending, Sums, ceiling};
+pub(crate) use tokens::{NOWHERE, Tokens};
 
 use std::sync::Arc;
 
@@ -164,15 +166,16 @@ impl Shape {
         let different = (0..self.heads).find(|&h| self.windows.get(h) != got.windows.get(h));
         let window = |shape: &Self| {
             let window = shape.windows.get(different.unwrap_or(0));
-            window.map_or((0, 0), |window| (window.chunk, window.back))
+            window.copied().unwrap_or(Window { chunk: 0, back: 0, kept: 0 })
         };
         let pairs = [
             ("number of heads", self.heads, got.heads),
             ("head dimension", self.dim, got.dim),
             ("number of features", self.features, got.features),
             ("value dimension", self.value_dim, got.value_dim),
-            ("window chunk", window(self).0, window(got).0),
-            ("window back", window(self).1, window(got).1),
+            ("window chunk", window(self).chunk, window(got).chunk),
+            ("window back", window(self).back, window(got).back),
+            ("window kept", window(self).kept, window(got).kept),
             ("number of sinks", self.sinks, got.sinks),
         ];
         check_same("state", pairs)?;
@@ -183,15 +186,18 @@ impl Shape {
     }
 }
 
-/// The state of one key-value head: three parts that work side by side.
+/// The state of one key-value head: parts that work side by side.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct HeadState<T> {
     /// Keys older than the local window.
     pub(crate) sums: Sums<T>,
     /// Those in the window.
     pub(crate) ring: Option<Ring<T>>,
-    /// The first ones of the sequence.
-    pub(crate) sinks: Sinks<T>,
+    /// The first ones of the sequence. They lie in the ring too, for as long as they are in the
+    /// window, and never join the sums.
+    pub(crate) sinks: Tokens<T>,
+    /// Those of the largest scores among the keys older than the window, in place of the sums.
+    pub(crate) kept: Kept<T>,
 }
 
 impl<T: Real> HeadState<T> {
@@ -200,7 +206,8 @@ impl<T: Real> HeadState<T> {
         Self {
             sums: Sums::new(features, value_dim, if window.is_some() { 0 } else { PENDING }),
             ring: window.map(|window| Ring::new(window, dim, value_dim)),
-            sinks: Sinks::new(sinks, dim, value_dim),
+            sinks: Tokens::new(sinks, dim, value_dim),
+            kept: Kept::new(window.map_or(0, |window| window.kept), dim, value_dim),
         }
     }
 
@@ -210,25 +217,38 @@ impl<T: Real> HeadState<T> {
         self.reset();
         if let (Some(ring), Some(window)) = (&mut self.ring, shape.window) {
             ring.reshape(window, shape.dim, shape.value_dim);
+            self.kept.reshape(window.kept, shape.dim, shape.value_dim);
         }
     }
 
+    /// Sinks and kept tokens, with how many of them lie before the window's first token at `first`.
+    pub(crate) fn single(&self, first: usize) -> [(&Tokens<T>, usize); 2] {
+        let kept = &self.kept.tokens;
+        [(&self.sinks, self.sinks.before(first)), (kept, kept.positions.len())]
+    }
+
     /// Positions of the tokens it remembers as they are, the next token being at `position`: sinks
-    /// that have left the window, then those in the ring.
+    /// that have left the window, kept ones in order, then those in the ring.
     pub(crate) fn remembered(&self, position: usize) -> Vec<usize> {
         let first = self.ring.as_ref().map_or(position, |ring| ring.first(position));
         let outside = self.ring.as_ref().map_or(0, |_| self.sinks.before(first));
-        self.sinks.positions[..outside].iter().copied().chain(first..position).collect()
+        let sinks = self.sinks.positions[..outside].iter().copied();
+        let kept = self.kept.in_order().into_iter().map(|place| self.kept.tokens.positions[place]);
+        sinks.chain(kept).chain(first..position).collect()
     }
 
     /// Elements held.
     pub(crate) fn len(&self) -> usize {
-        self.sums.len() + self.ring.as_ref().map_or(0, Ring::len) + self.sinks.len()
+        self.sums.len()
+            + self.ring.as_ref().map_or(0, Ring::len)
+            + self.sinks.len()
+            + self.kept.len()
     }
 
     pub(crate) fn reset(&mut self) {
         self.sums.reset();
         self.sinks.reset();
+        self.kept.reset();
         if let Some(ring) = &mut self.ring {
             ring.clear();
         }
@@ -238,6 +258,7 @@ impl<T: Real> HeadState<T> {
     pub(crate) fn copy(&mut self, from: &Self) {
         self.sums.copy(&from.sums);
         self.sinks.copy(&from.sinks);
+        self.kept.copy(&from.kept);
         match (&mut self.ring, &from.ring) {
             (Some(ring), Some(from)) => ring.copy(from),
             (ring, from) => ring.clone_from(from),

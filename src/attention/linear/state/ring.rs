@@ -241,9 +241,9 @@ impl<T: Real> Ring<T> {
         }
     }
 
-    /// Columns of the widest row of scores.
+    /// Columns of the widest row of scores, those of kept tokens included.
     pub(crate) fn scores(window: Window) -> usize {
-        (window.back + 1) * padded(window.chunk)
+        (window.back + 1) * padded(window.chunk) + padded(window.kept)
     }
 }
 

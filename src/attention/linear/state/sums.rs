@@ -151,7 +151,7 @@ impl<T: Real> Sums<T> {
         if log_decay == 0.0 {
             T::zero()
         } else {
-            T::from_f64(log_decay * (position - self.reference_position) as f64)
+            T::from_f64(log_decay * (position as f64 - self.reference_position as f64))
         }
     }
 
@@ -183,6 +183,28 @@ impl<T: Real> Sums<T> {
         }
         self.reference_position = position;
         self.started = true;
+    }
+
+    /// Moves the frame to the keys of a panel `b` of log-features at `positions`, as
+    /// [`rebase`](Self::rebase) does to one; leaves their [`exponents`](Self::exponents) in it in
+    /// `column`. `candidate` is scratch.
+    pub(crate) fn raise(
+        &mut self,
+        ops: &Ops<T>,
+        log_decay: f64,
+        positions: &[Option<usize>],
+        b: &[T],
+        column: &mut [T],
+        candidate: &mut [T],
+    ) {
+        let first = positions.iter().flatten().next().copied().unwrap_or(0);
+        let frame = if self.started { first.max(self.reference_position) } else { first };
+        let relative = |position: usize| T::from_f64(-log_decay * (position as f64 - frame as f64));
+        for (exponent, position) in column.iter_mut().zip(positions) {
+            *exponent = position.map_or(T::NEG_INFINITY, relative);
+        }
+        (ops.row_max)(b, column, candidate);
+        self.rebase(ops, log_decay, frame, candidate);
     }
 
     /// Adds the sums of another state, one without pending keys. `candidate` is scratch.
@@ -234,20 +256,19 @@ impl<T: Real> Sums<T> {
         top.iter().zip(exponents).position(|(&top, &exponent)| top + exponent > ceiling)
     }
 
-    /// −λ(p_j − p₀) for the tokens at `position`.. of a panel, −∞ for masked ones and for padding.
+    /// −λ(p_j − p₀) for the tokens of a panel, `position` giving p_j of those that count; −∞ for
+    /// the others and for padding.
     pub(crate) fn exponents(
         &self,
         log_decay: f64,
-        position: usize,
         tokens: usize,
-        valid: impl Fn(usize) -> bool,
+        position: impl Fn(usize) -> Option<usize>,
         out: &mut [T],
     ) {
         for (j, out) in out.iter_mut().enumerate() {
-            *out = if j < tokens && valid(j) {
-                -self.decay(log_decay, position + j)
-            } else {
-                T::NEG_INFINITY
+            *out = match Some(j).filter(|&j| j < tokens).and_then(&position) {
+                Some(position) => -self.decay(log_decay, position),
+                None => T::NEG_INFINITY,
             };
         }
     }

@@ -1,4 +1,4 @@
-//! [`Sinks`]: the first tokens of a sequence, which every later query sees as they are.
+//! [`Tokens`]: single tokens that stay as they are, sinks say.
 
 use ndarray::Array2;
 
@@ -7,15 +7,14 @@ use crate::low::aligned::Aligned;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, Ops, padded};
 
-/// Keys and values of the first unmasked tokens. They lie in the window's ring too, for as long as
-/// they are in the window, and never join the sums.
+/// Keys and values of up to so many tokens.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Sinks<T> {
-    /// Positions, ascending.
+pub(crate) struct Tokens<T> {
+    /// One for each token there is.
     pub(crate) positions: Vec<usize>,
-    /// Scaled keys `[d, s_padded]`, columns are tokens.
+    /// Scaled keys `[d, room_padded]`, columns are tokens.
     pub(crate) keys: Aligned<T>,
-    /// Values `[s, e_padded]`.
+    /// Values `[room, e_padded]`.
     pub(crate) values: Aligned<T>,
     /// e, padded to whole lane groups.
     value_stride: usize,
@@ -24,17 +23,29 @@ pub(crate) struct Sinks<T> {
 /// The position of what stands in for a sink of an earlier segment.
 pub(crate) const NOWHERE: usize = usize::MAX;
 
-impl<T: Real> Sinks<T> {
-    pub(crate) fn new(sinks: usize, dim: usize, value_dim: usize) -> Self {
+impl<T: Real> Tokens<T> {
+    /// None yet, with room for so many.
+    pub(crate) fn new(room: usize, dim: usize, value_dim: usize) -> Self {
         Self {
-            positions: Vec::with_capacity(sinks),
-            keys: Aligned::filled(dim * padded(sinks), T::ZERO),
-            values: Aligned::filled(sinks * padded(value_dim), T::ZERO),
+            positions: Vec::with_capacity(room),
+            keys: Aligned::filled(dim * padded(room), T::ZERO),
+            values: Aligned::filled(room * padded(value_dim), T::ZERO),
             value_stride: padded(value_dim),
         }
     }
 
-    /// s.
+    /// None, with room for so many: without allocating if there was as much.
+    pub(crate) fn reshape(&mut self, room: usize, dim: usize, value_dim: usize) {
+        self.positions.clear();
+        for (numbers, len) in
+            [(&mut self.keys, dim * padded(room)), (&mut self.values, room * padded(value_dim))]
+        {
+            numbers.resize(0, T::ZERO);
+            numbers.resize(len, T::ZERO);
+        }
+    }
+
+    /// How many there can be.
     pub(crate) fn room(&self) -> usize {
         self.values.len() / self.value_stride
     }
@@ -51,31 +62,54 @@ impl<T: Real> Sinks<T> {
         self.values.fill(T::zero());
     }
 
-    /// Takes over other sinks of this shape, without allocating.
+    /// Takes over others of this shape, without allocating.
     pub(crate) fn copy(&mut self, from: &Self) {
         self.positions.clone_from(&from.positions);
         self.keys.clone_from(&from.keys);
         self.values.clone_from(&from.values);
     }
 
-    /// No token becomes one any more: what lies before has them all.
+    /// No token becomes one any more: sinks, if what lies before has them all.
     pub(crate) fn close(&mut self) {
         self.positions.resize(self.room(), NOWHERE);
     }
 
-    /// Whether the next unmasked token becomes one.
+    /// Whether there is room for one more.
     pub(crate) fn wants_more(&self) -> bool {
         self.positions.len() < self.room()
     }
 
     /// One more: its scaled key, column `column` of a panel, and its value `[e_padded]`.
     pub(crate) fn push(&mut self, position: usize, panel: MatRef<'_, T>, column: usize, v: &[T]) {
-        let (at, stride) = (self.positions.len(), self.keys.len() / panel.rows);
+        self.positions.push(position);
+        self.replace(self.positions.len() - 1, position, panel, column, v);
+    }
+
+    /// Another in the place of the one at `at`.
+    pub(crate) fn replace(
+        &mut self,
+        at: usize,
+        position: usize,
+        panel: MatRef<'_, T>,
+        column: usize,
+        v: &[T],
+    ) {
+        let stride = self.keys.len() / panel.rows;
         for (row, keys) in self.keys.chunks_exact_mut(stride).enumerate() {
             keys[at] = panel.at(row, column);
         }
         self.values[at * v.len()..][..v.len()].copy_from_slice(v);
-        self.positions.push(position);
+        self.positions[at] = position;
+    }
+
+    /// The scaled keys, a panel of columns.
+    pub(crate) fn panel(&self, dim: usize) -> MatRef<'_, T> {
+        MatRef::packed(&self.keys, dim, self.keys.len() / dim)
+    }
+
+    /// The value of the one at `at`, `[e_padded]`.
+    pub(crate) fn value(&self, at: usize) -> &[T] {
+        &self.values[at * self.value_stride..][..self.value_stride]
     }
 
     /// Whether the token at `position` is one.
@@ -83,18 +117,28 @@ impl<T: Real> Sinks<T> {
         self.positions.contains(&position)
     }
 
-    /// How many lie before `position`.
+    /// How many lie before `position`, of tokens in order.
     pub(crate) fn before(&self, position: usize) -> usize {
         self.positions.partition_point(|&sink| sink < position)
     }
 
-    /// The first `count` of them: scaled keys `[count, d]` and values `[count, e]`.
-    pub(crate) fn rows(&self, count: usize, d: usize, e: usize) -> (Array2<T>, Array2<T>) {
+    /// Some of them: scaled keys `[count, d]` and values `[count, e]`.
+    pub(crate) fn rows(
+        &self,
+        which: impl ExactSizeIterator<Item = usize>,
+        d: usize,
+        e: usize,
+    ) -> (Array2<T>, Array2<T>) {
+        let (mut keys, mut values) =
+            (Array2::zeros((which.len(), d)), Array2::zeros((which.len(), e)));
         let stride = self.keys.len() / d;
-        (
-            Array2::from_shape_fn((count, d), |(j, i)| self.keys[i * stride + j]),
-            Array2::from_shape_fn((count, e), |(j, i)| self.values[j * self.value_stride + i]),
-        )
+        for (at, (mut key, mut value)) in
+            which.zip(keys.rows_mut().into_iter().zip(values.rows_mut()))
+        {
+            key.iter_mut().enumerate().for_each(|(i, key)| *key = self.keys[i * stride + at]);
+            value.iter_mut().zip(self.value(at)).for_each(|(to, &from)| *to = from);
+        }
+        (keys, values)
     }
 
     /// Scores of the queries (rows of `x`) over the first `count` of them into `p`, whose rows are
