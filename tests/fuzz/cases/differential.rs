@@ -246,7 +246,8 @@ impl Case {
             .with_kv_heads(kv_heads)
             .with_value_dim(self.value_dim)
             .with_scale(self.scale);
-        (config.windows, config.sinks) = (self.windows.clone(), self.sinks);
+        let windows = self.windows.iter().map(|window| window.with_kept(0));
+        (config.windows, config.sinks) = (windows.collect(), self.sinks);
         let softmax = config.build::<T>().unwrap_or_else(|error| panic!("{error}: {self:?}"));
         let out = tally
             .record(softmax.forward(Qkv::new(&q, &k, &v).with_mask(self.mask())))

@@ -10,7 +10,7 @@
 //!            z; S, what rounding kept out of S; pending weights and values; the window's keys and
 //!            values, and one byte each for validity; with sinks u8 how many there are, s times u64
 //!            position, keys, values; with kept tokens u32 how many there are, R times u64
-//! position,            R times f64 score, keys, values
+//!            position, R times f64 score, keys, values
 //! CRC-32 of everything before it, u32
 //! ```
 //!
