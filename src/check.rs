@@ -63,6 +63,21 @@ pub(crate) fn check_finite(argument: &'static str, got: f64) -> Result<()> {
     if got.is_finite() { Ok(()) } else { Err(Error::Value { argument, expected: "finite", got }) }
 }
 
+/// A single parameter that something is multiplied or divided by.
+pub(crate) fn check_factor(argument: &'static str, got: f64) -> Result<()> {
+    check_value(got.is_finite() && got > 0.0, argument, "finite and positive", got)
+}
+
+/// A single parameter of which something `expected` holds.
+pub(crate) fn check_value(
+    holds: bool,
+    argument: &'static str,
+    expected: &'static str,
+    got: f64,
+) -> Result<()> {
+    if holds { Ok(()) } else { Err(Error::Value { argument, expected, got }) }
+}
+
 /// A number of at most this magnitude; NaN is not one.
 pub(crate) fn within<T: Real>(value: T, limit: T) -> bool {
     value.abs() <= limit

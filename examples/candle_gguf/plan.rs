@@ -41,9 +41,8 @@ pub(crate) fn plan(
     choices: &Choices,
     tick: impl Fn(),
 ) -> Result<(Plan, Vec<DijiangAttention<f32>>)> {
-    let options = DijiangOptions::new().with_sinks(choices.sinks);
     let log_decay = choices.hold.map_or(0.0, |hold| -FADING / hold as f64);
-    let options = options.with_log_decay(log_decay);
+    let options = DijiangOptions::new().with_sinks(choices.sinks).with_log_decay(log_decay);
     let mut offers = Offers::new(samples, options.clone(), false)?;
     let stand_in = stand_in(gguf, options)?.with_rotary_hold(choices.hold)?;
     let closed_form = || CalibrateOptions::new().with_steps(0);

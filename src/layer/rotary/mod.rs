@@ -18,10 +18,9 @@ use std::f64::consts::TAU;
 use std::ops::Range;
 
 use crate::Real;
-use crate::check::{check_positive, check_room};
+use crate::check::{check_factor, check_positive, check_room, check_value};
 use crate::error::{Error, Result};
 pub use scaling::RotaryScaling;
-use scaling::{check_factor, check_value};
 
 /// Which coordinates are turned together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

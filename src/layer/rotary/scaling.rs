@@ -2,8 +2,8 @@
 
 use std::f64::consts::TAU;
 
-use crate::check::{check_len, check_positive};
-use crate::error::{Error, Result};
+use crate::check::{check_factor, check_len, check_positive, check_value};
+use crate::error::Result;
 
 /// How the frequencies are stretched for contexts longer than the training one. The rules are those
 /// of Hugging Face transformers 5, whose names stand at the variants.
@@ -182,25 +182,8 @@ impl RotaryScaling {
     }
 }
 
-pub(super) fn check_value(
-    holds: bool,
-    argument: &'static str,
-    expected: &'static str,
-    got: f64,
-) -> Result<()> {
-    if holds { Ok(()) } else { Err(Error::Value { argument, expected, got }) }
-}
-
 /// It multiplies queries and keys, which must stay numbers that can be worked with.
 fn check_attention_factor(got: f64) -> Result<()> {
     let holds = (1e-6..=1e6).contains(&got);
     check_value(holds, "rotary.attention_factor", "from 10⁻⁶ to 10⁶", got)
-}
-
-pub(super) fn check_factor(argument: &'static str, got: f64) -> Result<()> {
-    if got.is_finite() && got > 0.0 {
-        Ok(())
-    } else {
-        Err(Error::Value { argument, expected: "finite and positive", got })
-    }
 }
