@@ -147,7 +147,9 @@ fn tensors_of(maps: &[DctParams], log_decay: f64) -> Vec<MapTensors> {
 fn bits_of_the_operator<T: Real + WithDType>() {
     for seed in 0..30 {
         let (inputs, maps) = random_problem(seed);
-        let windows = if seed % 2 == 0 { vec![Window::new(16, 1)] } else { Vec::new() };
+        let kept = if seed % 3 == 0 { 5 } else { 0 };
+        let windows =
+            if seed % 2 == 0 { vec![Window::new(16, 1).with_kept(kept)] } else { Vec::new() };
         let sinks = 3 * windows.len();
         let causally = !windows.is_empty() || seed % 4 == 1;
         let log_decay = if causally { -0.01 } else { 0.0 };

@@ -70,7 +70,8 @@ fn steps_do_not_allocate<T: Real>() {
         .with_head_dim(10)
         .with_rotary(Rotary::new(100.0).with_dims(6));
     let softmax = SoftmaxAttention::new(config, weights).unwrap();
-    for window in [None, Some(Window::new(8, 1)), Some(Window::new(64, 1))] {
+    let windows = [Window::new(8, 1), Window::new(64, 1), Window::new(8, 1).with_kept(9)];
+    for window in [None].into_iter().chain(windows.map(Some)) {
         let options = DijiangOptions::new()
             .with_window(window)
             .with_map(DctMapConfig::new().with_pairing(Pairing::Antithetic))

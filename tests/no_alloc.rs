@@ -85,6 +85,7 @@ fn setups() -> Vec<Setup> {
         Setup::new(3).window(16, 1),
         Setup::new(4).window(100, 0).decay(-0.1),
         Setup::new(5).heads(4, 2).sizes(64, 64, 64).window(64, 1),
+        Setup::new(6).heads(4, 2).window(8, 0).uneven().kept(11).decay(-0.05),
         Setup::new(6).heads(4, 2).sizes(64, 64, 128),
     ]
 }

@@ -112,7 +112,7 @@ fn configs<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let mut config = LinearConfig::new()
         .with_heads(heads)
         .with_value_dim(value_dim)
-        .with_window(Window::new(chunk, back));
+        .with_window(Window::new(chunk, back).with_kept(source.choose(&[0, 3, usize::MAX])));
     (config.scale, config.log_decay) = (Some(source.number()), vec![source.number()]);
     let map = DctMapConfig::new().build::<T>(4).unwrap_or_else(|error| panic!("{error}"));
     tally.record(config.build::<T, _>(vec![map]));
@@ -248,7 +248,7 @@ fn attention<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
     let mut config = LinearConfig::new().with_heads(kv_heads * group).with_value_dim(e);
     config.windows = source
         .chance(0.5)
-        .then(|| Window::new(source.upto(9), source.below(3)))
+        .then(|| Window::new(source.upto(9), source.below(3)).with_kept(source.below(4)))
         .into_iter()
         .collect();
     let decays = source.chance(0.4);

@@ -18,7 +18,9 @@ pub fn run(source: &mut Source<'_>, tally: &mut Tally) {
 }
 
 fn check<T: Real>(source: &mut Source<'_>, tally: &mut Tally) {
-    let window = source.chance(0.5).then(|| Window::new(source.upto(3), source.below(2)));
+    let window = source
+        .chance(0.5)
+        .then(|| Window::new(source.upto(3), source.below(2)).with_kept(source.below(3)));
     let dim = source.upto(3);
     let attention = operator::<T>(dim, window);
     let bytes = forged(source, &attention);

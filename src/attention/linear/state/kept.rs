@@ -1,17 +1,25 @@
 //! [`Kept`]: tokens that have left the window, and stay as they are for their keys' scores.
 
 use crate::Real;
-use crate::attention::linear::state::Tokens;
+use crate::attention::linear::state::tokens::{Tokens, roomy};
 use crate::low::mat::MatRef;
 
 /// The tokens of the R largest scores among those that have left the window. A token's score is
 /// settled when it leaves, so that the largest of two parts of a sequence are among the largest of
 /// each.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Kept<T> {
     pub(crate) tokens: Tokens<T>,
     /// Of each token.
     pub(crate) scores: Vec<f64>,
+}
+
+impl<T: Clone> Clone for Kept<T> {
+    fn clone(&self) -> Self {
+        let tokens = self.tokens.clone();
+        let scores = roomy(&self.scores, tokens.positions.capacity());
+        Self { tokens, scores }
+    }
 }
 
 impl<T: Real> Kept<T> {

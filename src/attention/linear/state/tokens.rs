@@ -8,7 +8,7 @@ use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, Ops, padded};
 
 /// Keys and values of up to so many tokens.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, PartialEq)]
 pub(crate) struct Tokens<T> {
     /// One for each token there is.
     pub(crate) positions: Vec<usize>,
@@ -18,6 +18,26 @@ pub(crate) struct Tokens<T> {
     pub(crate) values: Aligned<T>,
     /// e, padded to whole lane groups.
     value_stride: usize,
+}
+
+/// A copy has room for as many: no token that joins it allocates.
+impl<T: Clone> Clone for Tokens<T> {
+    fn clone(&self) -> Self {
+        let room = self.values.len() / self.value_stride;
+        Self {
+            positions: roomy(&self.positions, room),
+            keys: self.keys.clone(),
+            values: self.values.clone(),
+            value_stride: self.value_stride,
+        }
+    }
+}
+
+/// A copy with room for so many elements, which a clone does not have.
+pub(crate) fn roomy<E: Copy>(elements: &[E], room: usize) -> Vec<E> {
+    let mut copy = Vec::with_capacity(room);
+    copy.extend_from_slice(elements);
+    copy
 }
 
 /// The position of what stands in for a sink of an earlier segment.
