@@ -10,7 +10,7 @@
 //! scores       S_ij = x_i·y_j                              scores
 //! log_kernel   L_ij = ln Σ_f exp(a_if + b_jf)              log_kernel
 //! key_scores   max_f b_jf                                  key_scores
-//! A_ij         = exp(S_ij)                 if window(i,j)
+//! A_ij         = exp(S_ij)                 if window(i,j), sink(j) or kept(i,j)
 //!              = γ^(i−j)·exp(L_ij)         otherwise
 //! o_i          = Σ_j A_ij v_j / Σ_j A_ij                   linear_attention, softmax_attention
 //! ```
@@ -414,13 +414,14 @@ impl<'a> Pairs<'a> {
     /// kept(i, j): key j is beyond the window, and fewer than R others there have a larger score,
     /// or as large a one and are earlier.
     fn is_kept(&self, i: usize, j: usize) -> bool {
-        let beyond = |j: usize| self.allowed(i, j) && !self.is_near(i, j);
+        let beyond = |j: usize| j <= i && self.allowed(i, j) && !self.is_near(i, j);
         let score = |j: usize| self.scores[j] - self.log_decay * j as f64;
         let is_before =
             |other: usize| score(other) > score(j) || score(other) == score(j) && other < j;
         self.kept > 0
             && beyond(j)
-            && (0..=i).filter(|&other| beyond(other) && is_before(other)).count() < self.kept
+            && (0..self.scores.len().min(i)).filter(|&j| is_before(j) && beyond(j)).count()
+                < self.kept
     }
 
     fn check(&self, n_k: usize) -> Result<()> {
@@ -451,7 +452,7 @@ impl<'a> Pairs<'a> {
 /// not allowed are never read.
 ///
 /// # Cost
-/// O(n_q·n_k·e).
+/// O(n_q·n_k·e); with kept keys up to O(n_q·n_k³) more.
 ///
 /// # Errors
 /// [`Error::Shape`](crate::Error::Shape), [`Error::Length`](crate::Error::Length) for a mask that

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use comfy_table::presets::UTF8_FULL_CONDENSED;
 use comfy_table::{CellAlignment, Table};
+use dijiang::attention::Window;
 use dijiang::calibrate::{CalibrateReport, HeadPlan, HeadReport, Plan, Point};
 use serde::Serialize;
 
@@ -130,6 +131,8 @@ pub(crate) struct PlanReport {
     sinks: usize,
     /// Tokens that the window of every key-value head holds, first layer first.
     windows: Vec<Vec<usize>>,
+    /// How many of them are kept keys beyond it.
+    kept: Vec<Vec<usize>>,
     /// Energy that every head's error was measured to leave in the residual stream.
     errors: Vec<Vec<f64>>,
     /// What less memory would have cost: half of the tokens a window holds on average, bytes of
@@ -142,11 +145,15 @@ impl From<&Plan> for PlanReport {
         let heads = |value: &dyn Fn(&HeadPlan) -> f64| -> Vec<Vec<f64>> {
             plan.layers().iter().map(|layer| layer.iter().map(value).collect()).collect()
         };
-        let tokens = |head: &HeadPlan| head.window.tokens();
+        let windows = |value: &dyn Fn(&Window) -> usize| -> Vec<Vec<usize>> {
+            let layers = plan.layers().iter();
+            layers.map(|layer| layer.iter().map(|head| value(&head.window)).collect()).collect()
+        };
         let point = |point: &Point| (point.average_window, point.bytes, point.error);
         Self {
             sinks: plan.sinks(),
-            windows: plan.layers().iter().map(|layer| layer.iter().map(tokens).collect()).collect(),
+            windows: windows(&|window| window.tokens()),
+            kept: windows(&|window| window.kept),
             errors: heads(&|head| head.error),
             frontier: plan.frontier().iter().map(point).collect(),
         }
@@ -162,6 +169,8 @@ impl PlanReport {
         }
         let counts: Vec<String> =
             counts.iter().map(|(tokens, heads)| format!("{tokens} in {heads} heads")).collect();
+        let tokens = self.windows.iter().flatten().sum::<usize>() as f64;
+        let kept = 100.0 * self.kept.iter().flatten().sum::<usize>() as f64 / tokens;
         let step = self.frontier.len().div_ceil(6).max(1);
         let points = self.frontier.iter().rev().step_by(step).collect::<Vec<_>>();
         let points: Vec<String> = points
@@ -172,7 +181,8 @@ impl PlanReport {
             })
             .collect();
         format!(
-            "plan: tokens held exactly: {}\npredicted error by their average: {}\n",
+            "plan: tokens held exactly: {}; {kept:.0} % of them are kept keys\n\
+             predicted error by their average: {}\n",
             counts.join(", "),
             points.join(", ")
         )

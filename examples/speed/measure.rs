@@ -221,6 +221,7 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
 /// The window of this many tokens among those that a plan chooses from.
 fn on_offer(tokens: usize) -> Result<Window, String> {
     let windows = PlanOptions::new().windows;
+    let windows: Vec<_> = windows.into_iter().filter(|window| window.kept == 0).collect();
     let found = windows.iter().find(|window| window.tokens() == tokens).copied();
     found.ok_or_else(|| {
         let offers: Vec<_> = windows.iter().map(|window| window.tokens().to_string()).collect();

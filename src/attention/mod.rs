@@ -117,9 +117,10 @@ const MAX_WINDOW: usize = 1 << 20;
 /// score_j      = max_f b_f(y_j) − j·log γ
 /// ```
 ///
-/// A key's score is the largest exponent that it would have in the sums. Once there are R of them,
-/// a key leaves for the sums when one of a larger score comes out of the window. On SmolLM2 a
-/// quarter of a window's room is worth more as kept keys than as the window's oldest ones.
+/// Masked keys and sinks aside; of equal scores the earlier key is kept. A key's score is the
+/// largest exponent that it would have in the sums. Once there are R of them, one leaves for the
+/// sums when one of a larger score comes out of the window. On SmolLM2 a quarter of a window's room
+/// is worth more as kept keys than as the window's oldest ones.
 ///
 /// Chunks are aligned to absolute positions, so prefill in any pieces and decoding agree exactly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,7 +157,7 @@ impl Window {
     /// 64, and one chunk back. Narrow heads are worse approximated by their features, and gain more
     /// from a longer local window than from anything else.
     pub fn for_dim(dim: usize) -> Self {
-        Self { chunk: (4096 / dim.max(1)).next_multiple_of(16).clamp(64, 512), back: 1, kept: 0 }
+        Self::new((4096 / dim.max(1)).next_multiple_of(16).clamp(64, 512), 1)
     }
 
     /// Tokens it holds when it is full: (r + 1)·c + R.

@@ -43,7 +43,7 @@ pub(crate) struct Sizes {
 impl Sizes {
     /// Whether a workspace made for sizes `got` serves an operator of these.
     pub(crate) fn check_workspace(self, got: Self) -> Result<()> {
-        let window = |sizes: Self| sizes.window.unwrap_or(Window { chunk: 0, back: 0, kept: 0 });
+        let window = |sizes: Self| sizes.window.unwrap_or(Window::new(0, 0));
         let pairs = [
             ("head dimension", self.dim, got.dim),
             ("number of features", self.features, got.features),

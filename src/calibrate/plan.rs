@@ -316,7 +316,8 @@ fn best_jump(
     for (h, (head, &at)) in heads.iter().zip(chosen).enumerate() {
         for offer in at + 1..head.errors.len() {
             let more = cost(head, offer) - cost(head, at);
-            let gain = (head.errors[at] - head.errors[offer]) / more;
+            let saved = head.errors[at] - head.errors[offer];
+            let gain = if more > 0.0 { saved / more } else { saved * f64::INFINITY };
             if more <= left && gain > best.map_or(0.0, |(gain, ..)| gain) {
                 best = Some((gain, h, offer));
             }

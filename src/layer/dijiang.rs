@@ -1,7 +1,7 @@
 //! [`DijiangAttention`]: the same layer with linear attention in place of softmax.
 //!
 //! ```text
-//! A_ij = exp(x_i·y_j) where window(i,j), otherwise γ^(i−j) · e^g · Σ_f exp(a_f(x_i) + b_f(y_j))
+//! A_ij = exp(x_i·y_j) where exact(i,j), otherwise γ^(i−j) · e^g · Σ_f exp(a_f(x_i) + b_f(y_j))
 //! y    = W_o · concat_h (A v_h / A 1) + b_o                               x = √σ·q, y = √σ·k
 //! ```
 //! [Chen et al. 2024, arXiv 2403.19928; local window and centres: this crate]

@@ -61,7 +61,8 @@ impl<T: Real> SoftmaxAttention<T> {
 
     /// Restricts attention to local windows, one for all key-value heads or one for each, and
     /// `sinks` sinks: what [`DijiangAttention`](crate::layer::DijiangAttention) computes exactly,
-    /// without the kernel. A baseline.
+    /// without the kernel. A baseline. Only maps tell which keys to keep beyond a window, so plan
+    /// for it without such windows.
     ///
     /// # Errors
     /// [`Error::Conflict`] if the layer is bidirectional or has a sliding window of its own, and

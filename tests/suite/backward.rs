@@ -109,7 +109,7 @@ fn random_problem(seed: u64) -> Problem {
         let mut window = || {
             let chunk = random.choose(&[1, 4, 16, 48, 64, 100]);
             let back = random.choose(&[0, 1, 2]);
-            Window::new(chunk, back).with_kept(random.choose(&[0, 0, 3, 20]))
+            Window::new(chunk, back).with_kept(random.choose(&[0, 0, 3, 20, 70]))
         };
         (0..kv_heads).map(|_| window()).collect()
     } else {

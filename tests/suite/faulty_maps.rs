@@ -165,8 +165,9 @@ fn works<T: Real>() -> [(&'static str, Work<T>); 8] {
     ]
 }
 
-fn windows() -> [Option<Window>; 3] {
-    [None, Some(Window::new(2, 0)), Some(Window::new(4, 1))]
+fn windows() -> [Option<Window>; 4] {
+    let keeps = Window::new(2, 0).with_kept(3);
+    [None, Some(Window::new(2, 0)), Some(Window::new(4, 1)), Some(keeps)]
 }
 
 fn faults() -> Vec<Fault> {

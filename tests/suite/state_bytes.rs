@@ -235,7 +235,7 @@ fn forged_numbers_do_no_harm() {
         let later = setup.inputs(20, 20).cast();
         let (mut read, mut refused) = (0, 0);
         let bytes = states(&attention, setup).remove(2).to_bytes(Storage::Exact);
-        let payload = 92 + if setup.window.is_some() { 16 * setup.kv_heads } else { 0 };
+        let payload = 92 + if setup.window.is_some() { 24 * setup.kv_heads } else { 0 };
         let values = [-1.0, -1e-3, 0.0, 1e-38, 1e20, 1e38, -3e38, 1e300].map(T::from_f64);
         for value in values.into_iter().filter(|x| x.to_f64().is_finite()) {
             let number = match size_of::<T>() {

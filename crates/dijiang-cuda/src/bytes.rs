@@ -1,4 +1,5 @@
-//! States of the device to and from the bytes of the CPU crate (its format, version 3).
+//! States of the device to and from the bytes of the CPU crate (written in its version 3, read in
+//! its newest).
 //!
 //! The device keeps exponents in units of log 2, no compensation of rounding, keys as they came and
 //! in rows; the bytes have natural logarithms, scaled keys, in columns.

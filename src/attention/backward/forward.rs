@@ -10,7 +10,7 @@ use super::tape::{Event, Kind, Tape};
 use super::window_keys::window_block;
 use crate::Real;
 use crate::attention::Causality;
-use crate::attention::linear::state::{Sums, key_scores, place};
+use crate::attention::linear::state::{Sums, key_scores, last_place, wins};
 use crate::attention::rows::{Rows, put_row};
 use crate::attention::scratch::{BLOCK, CAUSAL_BLOCK};
 use crate::kernel::{DifferentiableMap, PanelGradients};
@@ -105,8 +105,10 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             } else {
                 self.state.raise(ops, pass.log_decay, positions, b, column, feature);
             }
-            exponents(self.state, column);
-            above = self.state.first_above(ops, b, column, top, feature);
+            if causal {
+                exponents(self.state, column);
+                above = self.state.first_above(ops, b, column, top, feature);
+            }
         }
         if causal {
             tokens = above.unwrap_or(tokens);
@@ -136,7 +138,10 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             let mut positions = self.positions(keys.clone());
             let positions = &mut positions[..keys.len()];
             let gone = self.keep(keys.clone(), positions);
-            self.add(Kind::Absorb, keys, positions);
+            // Without a window masked keys have gradients written too.
+            if self.pass.window.is_none() || positions.iter().any(Option::is_some) {
+                self.add(Kind::Absorb, keys, positions);
+            }
             for key in gone {
                 self.log_features(key..key + 1);
                 self.add(Kind::Return, key..key + 1, &[Some(self.pass.position(key))]);
@@ -166,10 +171,13 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         let (width, m) = (padded(keys.len()), feature.len());
         let column = &mut column[..width];
         key_scores(&b[..m * width], column, feature);
+        let mut place = last_place(room, (scores, kept));
         for ((key, position), &score) in keys.zip(positions).zip(&*column) {
             let Some(at) = *position else { continue };
-            let score = score.to_f64() - self.pass.log_decay * at as f64;
-            let Some(place) = place(room, (scores, kept), score) else { continue };
+            let score = score.to_f64() - self.pass.log_decay * at as f64 + 0.0;
+            if !wins(place, (scores, kept), (score, key)) {
+                continue;
+            }
             if place == kept.len() {
                 kept.push(key);
                 scores.push(score);
@@ -179,6 +187,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
             }
             chosen.push(key);
             *position = None;
+            place = last_place(room, (scores, kept));
         }
         gone
     }
@@ -282,7 +291,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         }
     }
 
-    /// Weights of the far part into `a`, of sinks and window into `window.p`, of the block's own
+    /// Weights of the far part into `a`, of exact keys into `window.p`, of the block's own
     /// keys into `s`, and their sum into `total`; all of them scaled by e^−top.
     fn weights(&mut self, h: usize, queries: Range<usize>, own: usize) {
         let (ops, pass, state, ahead) = (T::ops(), self.pass, &*self.state, &mut self.ahead);
@@ -558,7 +567,7 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
         pass.map.query_vjp(panel, sinks.sums, map);
     }
 
-    /// The part of sinks and window in the gradients of queries, keys and values.
+    /// The part of exact keys in the gradients of queries, keys and values.
     fn window_gradients(&mut self, tokens: usize) {
         let rows = self.tape.window.rows;
         if rows == 0 {

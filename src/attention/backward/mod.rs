@@ -65,7 +65,7 @@ pub struct StateGradients<T> {
     /// `None` of a state that has not seen a key.
     pub frame: Option<(Array1<T>, usize)>,
     /// Positions of the tokens that the state remembers as they are: sinks that have left the
-    /// window, then those that have not joined the sums yet, the last one being the token before
+    /// window, kept keys in order, then the window's tokens, the last one being the token before
     /// the first query. Without a local window no tokens.
     pub positions: Vec<usize>,
     /// Of their keys, `[tokens, d]`.
@@ -385,7 +385,7 @@ impl<T: Real, M: DifferentiableMap<T>> LinearAttention<T, M> {
         let HeadQkv { position, q, k, v, valid, .. } = qkv;
         let (head, map) = (self.head(qkv.head), &self.maps()[qkv.head]);
         let value_dim = self.sizes().value_dim;
-        // The sinks and the window that the state holds come first, as tokens like the others.
+        // What the state remembers as it is comes first, as tokens like the others.
         let earlier = state.and_then(|state| Earlier::of(state, position, value_dim));
         let joined = earlier.as_ref().map(|earlier| {
             let scaled = k.mapv(|x| x * head.scale);
@@ -575,7 +575,7 @@ impl<T: Real> Earlier<T> {
             kept.tokens.rows(order.iter().copied(), keys.ncols(), value_dim);
         let alone = outside + order.len();
         let valid: Vec<bool> = std::iter::repeat_n(true, alone).chain(valid).collect();
-        let inside = sinks.positions[outside..].iter().map(|&position| alone + position - first);
+        let inside = sinks.positions[outside..].iter().map(|&position| alone + (position - first));
         let places = order.iter().map(|&place| kept.tokens.positions[place]);
         (!valid.is_empty()).then(|| Self {
             keys: concatenate![Axis(0), sink_keys, kept_keys, keys],

@@ -13,7 +13,7 @@ use crate::low::aligned::Aligned;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::low::simd::{Ahead, LANES, padded};
 
-/// exp(x·y)-weighted sums over the sinks and the window of every query.
+/// exp(x·y)-weighted sums over the sinks and the window of every query, kept keys aside.
 #[derive(Debug, Clone)]
 pub(crate) struct WindowSums<T> {
     /// Σ_j exp(x_i·y_j − top_i) v_j, `[n, e_padded]`.
@@ -24,14 +24,14 @@ pub(crate) struct WindowSums<T> {
     pub(crate) top: Vec<T>,
 }
 
-/// The keys that a block of queries sees as they are: sinks, and those in the window.
+/// The keys that a block of queries sees as they are: sinks, kept ones, and those in the window.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct WindowBuffers<T> {
     /// Which ones, in ascending order.
     pub(crate) runs: Vec<Range<usize>>,
     /// How many, 0 for none.
     pub(crate) rows: usize,
-    /// Scaled keys: panels `[d, BLOCK]`, one after the other; every run begins one.
+    /// Scaled keys: panels of up to BLOCK columns, one after the other; every run begins one.
     pub(crate) y: Aligned<T>,
     /// Values `[keys, e_padded]`.
     pub(crate) v: Aligned<T>,
@@ -77,30 +77,22 @@ impl<T: Real> WindowBuffers<T> {
         self.runs.push(keys);
         self.rows = self.runs.iter().map(ExactSizeIterator::len).sum();
         let (dim, stride) = (pass.k.ncols(), padded(pass.v.ncols()));
-        let panels: usize = self.runs.iter().map(|run| run.len().div_ceil(BLOCK)).sum();
-        if self.ones.len() < self.rows || self.y.len() < panels * BLOCK * dim {
-            self.y.resize(panels * BLOCK * dim, T::ZERO);
+        let columns: usize = blocks(&self.runs).map(|(_, block)| padded(block.len())).sum();
+        if self.ones.len() < self.rows || self.y.len() < columns * dim {
+            self.y.resize(columns * dim, T::ZERO);
             self.v.resize(self.rows * stride, T::ZERO);
             self.p.resize(self.rows * BLOCK, T::ZERO);
             self.dp.resize(self.rows * BLOCK, T::ZERO);
             self.ones.resize(self.rows, T::ONE);
             self.zeros.resize(self.rows, T::ZERO);
         }
-        let mut panels = self.y.chunks_exact_mut(dim * BLOCK);
-        let mut row = 0;
-        for run in &self.runs {
-            for (start, panel) in run.clone().step_by(BLOCK).zip(&mut panels) {
-                let tokens = start..run.end.min(start + BLOCK);
-                _ = Rows { array: pass.k, tokens, valid: pass.valid }.gather(
-                    T::ops(),
-                    pass.key_scale,
-                    panel,
-                    zeros,
-                );
-            }
-            _ = Rows { array: pass.v, tokens: run.clone(), valid: pass.valid }
-                .copy(T::ops(), &mut self.v[row * stride..]);
-            row += run.len();
+        let mut rest = &mut self.y[..];
+        for (row, tokens) in blocks(&self.runs) {
+            let (panel, others) = rest.split_at_mut(dim * padded(tokens.len()));
+            rest = others;
+            let rows = |array| Rows { array, tokens: tokens.clone(), valid: pass.valid };
+            _ = rows(pass.k).gather(T::ops(), pass.key_scale, panel, zeros);
+            _ = rows(pass.v).copy(T::ops(), &mut self.v[row * stride..]);
         }
     }
 
@@ -112,16 +104,11 @@ impl<T: Real> WindowBuffers<T> {
 
     /// The panels of scaled keys: the first row, how many rows, and the panel.
     pub(crate) fn panels(&self, dim: usize) -> impl Iterator<Item = (usize, usize, &[T])> {
-        let blocks = self.runs.iter().scan(0, |row, run| {
-            let first = *row;
-            *row += run.len();
-            let starts = (0..run.len()).step_by(BLOCK);
-            Some(starts.map(move |start| (first + start, BLOCK.min(run.len() - start))))
-        });
-        blocks
-            .flatten()
-            .zip(self.y.chunks_exact(dim * BLOCK))
-            .map(|((row, count), y)| (row, count, y))
+        blocks(&self.runs).scan(&self.y[..], move |rest, (row, keys)| {
+            let (panel, others) = rest.split_at(dim * padded(keys.len()));
+            *rest = others;
+            Some((row, keys.len(), panel))
+        })
     }
 
     /// Scores of the keys (rows) for the queries (columns) of the panel `x`, whose first one
@@ -150,6 +137,17 @@ impl<T: Real> WindowBuffers<T> {
         }
         self.p = p;
     }
+}
+
+/// Blocks of up to BLOCK keys, with the first row of each.
+fn blocks(runs: &[Range<usize>]) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let of_runs = runs.iter().scan(0, |row, run| {
+        let (first, run) = (*row, run.clone());
+        *row += run.len();
+        let starts = run.clone().step_by(BLOCK);
+        Some(starts.map(move |at| (first + at - run.start, at..run.end.min(at + BLOCK))))
+    });
+    of_runs.flatten()
 }
 
 impl<T: Real> WindowSums<T> {

@@ -1,4 +1,4 @@
-//! Keys join the sums.
+//! Keys leave the window: they are kept, or join the sums.
 
 use crate::Real;
 use crate::attention::linear::head::Head;
@@ -98,10 +98,13 @@ pub(crate) fn leave<T: Real>(
     let FeatureScratch { b, column, feature, .. } = &mut *scratch;
     let width = block.width();
     key_scores(&b[..head.features * width], &mut column[..width], feature);
+    let mut place = kept.last_place();
     for (j, joining) in joining[..tokens].iter_mut().enumerate() {
         let Some(position) = *joining else { continue };
-        let score = column[j].to_f64() - head.log_decay * position as f64;
-        let Some(place) = kept.place(score) else { continue };
+        let token = (column[j].to_f64() - head.log_decay * position as f64 + 0.0, position);
+        if !kept.wins(place, token) {
+            continue;
+        }
         *joining = None;
         if place < kept.scores.len() {
             gone[count] = Some(kept.tokens.positions[place]);
@@ -113,9 +116,12 @@ pub(crate) fn leave<T: Real>(
             count += 1;
         }
         let panel = MatRef::packed(block.keys, head.dim, width);
-        kept.put(place, (position, score), panel, j, &block.values[j * stride..][..stride]);
+        kept.put(place, token, panel, j, &block.values[j * stride..][..stride]);
+        place = kept.last_place();
     }
-    join(head, sums, KeyBlock { positions: &joining[..tokens], ..block }, scratch);
+    if joining != [None; BLOCK] {
+        join(head, sums, KeyBlock { positions: &joining[..tokens], ..block }, scratch);
+    }
     if count > 0 {
         let width = padded(count);
         for row in 0..head.dim {

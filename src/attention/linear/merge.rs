@@ -7,8 +7,9 @@
 //! ```
 //!
 //! with the frames (c, p) of both states, λ = log γ. Keys that lie in the first segment's
-//! window, but no more in that of the end, are absorbed before; the others stay in the window.
-//! Sinks of the second segment become sinks where the first has too few, and are absorbed else.
+//! window, but no more in that of the end, leave it before: they are kept or join the sums. The
+//! others stay in the window. Sinks of the second segment become sinks where the first has too few;
+//! else they are keys like others. Its kept keys compete with those of the first one.
 
 use std::ops::Range;
 
@@ -48,7 +49,7 @@ impl<T: Real, M: FeatureMap<T>> LinearAttention<T, M> {
     /// `dijiang-mpi` of this repository does it.
     ///
     /// # Cost
-    /// O(m·e) per head, and O(chunk · back) keys through the map with a local window. On the
+    /// O(m·e) per head, and O(chunk · back + R) keys through the map with a local window. On the
     /// calling thread, no allocation but for the first time in a
     /// [`step_workspace`](crate::attention::Operator::step_workspace).
     ///

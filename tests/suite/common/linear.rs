@@ -188,6 +188,7 @@ impl Setup {
             Self::new(6).window(4, 1).sinks(3),
             Self::new(7).heads(4, 2).window(5, 1).uneven().sinks(2).decay(-0.02),
             Self::new(8).window(4, 0).kept(7),
+            Self::new(10).heads(2, 1).window(16, 0).kept(70).decay(-0.001),
             Self::new(9).heads(4, 2).window(6, 1).uneven().kept(17).sinks(3).decay(-0.03),
         ]
     }

@@ -9,8 +9,8 @@
 //! per head   u64 reference position, u8 started, u8 pending keys; c, z, what rounding kept out of
 //!            z; S, what rounding kept out of S; pending weights and values; the window's keys and
 //!            values, and one byte each for validity; with sinks u8 how many there are, s times u64
-//!            position, keys, values; with kept tokens u32 how many there are, R times u64
-//!            position, R times f64 score, keys, values
+//!            position, keys, values; with kept keys u32 how many there are, R times u64
+//!            position, keys, values, R times f64 score
 //! CRC-32 of everything before it, u32
 //! ```
 //!
@@ -243,7 +243,7 @@ impl Header {
             let positions = &head.sinks.positions;
             reader.sound &= positions.is_sorted_by(|a, b| a < b);
             reader.sound &= positions.iter().all(|sink| (start..position).contains(sink));
-            // The next key to join the sums must not lie before the frame.
+            // The frame is that of a key that has left the window.
             let next = head.ring.as_ref().map_or(position, |ring: &Ring<T>| ring.first(position));
             let mut kept = head.kept.tokens.positions.clone();
             kept.sort_unstable();
@@ -392,18 +392,21 @@ fn write_head<T: Real>(head: &HeadState<T>, storage: Storage, out: &mut Vec<u8>)
     }
     if sinks.room() > 0 {
         out.push(sinks.positions.len() as u8);
-        write_words(sinks.positions.iter().map(|&at| at as u64), sinks.room(), out);
-        write(&sinks.keys, storage, out);
-        write(&sinks.values, storage, out);
+        write_tokens(sinks, storage, out);
     }
     let Kept { tokens, scores } = kept;
     if tokens.room() > 0 {
         out.extend_from_slice(&(scores.len() as u32).to_le_bytes());
-        write_words(tokens.positions.iter().map(|&at| at as u64), tokens.room(), out);
+        write_tokens(tokens, storage, out);
         write_words(scores.iter().map(|score| score.to_bits()), tokens.room(), out);
-        write(&tokens.keys, storage, out);
-        write(&tokens.values, storage, out);
     }
+}
+
+/// Positions, keys and values.
+fn write_tokens<T: Real>(tokens: &Tokens<T>, storage: Storage, out: &mut Vec<u8>) {
+    write_words(tokens.positions.iter().map(|&at| at as u64), tokens.room(), out);
+    write(&tokens.keys, storage, out);
+    write(&tokens.values, storage, out);
 }
 
 /// So many words: those given, then zeros.
@@ -449,14 +452,16 @@ impl<'a> Reader<'a> {
         out.iter_mut().zip(values).for_each(|(out, x)| *out = T::from_f64(x));
     }
 
-    /// Positions of `count` tokens.
-    fn positions<T: Real>(&mut self, tokens: &mut Tokens<T>, count: usize) {
+    /// `count` tokens.
+    fn tokens<T: Real>(&mut self, tokens: &mut Tokens<T>, count: usize) {
         let room = tokens.room();
         let positions: Vec<u64> = elements(self.take(8 * room), u64::from_le_bytes);
         let positions = positions.into_iter().map(|at| usize::try_from(at).unwrap_or(usize::MAX));
         tokens.positions.clear();
         tokens.positions.extend(positions.take(count));
         self.sound &= count <= room;
+        self.numbers(self.storage, &mut tokens.keys);
+        self.numbers(self.storage, &mut tokens.values);
     }
 
     fn flags(&mut self, out: &mut [bool]) {
@@ -489,18 +494,14 @@ fn read_head<T: Real>(head: &mut HeadState<T>, reader: &mut Reader<'_>) {
     }
     if sinks.room() > 0 {
         let count = usize::from(reader.take(1).first().copied().unwrap_or_default());
-        reader.positions(sinks, count);
-        reader.numbers(storage, &mut sinks.keys);
-        reader.numbers(storage, &mut sinks.values);
+        reader.tokens(sinks, count);
     }
     let room = kept.tokens.room();
     if room > 0 {
         let count: Vec<u32> = elements(reader.take(4), u32::from_le_bytes);
         let count = count.first().map_or(0, |&count| count as usize);
-        reader.positions(&mut kept.tokens, count);
+        reader.tokens(&mut kept.tokens, count);
         kept.scores = elements(reader.take(8 * room), f64::from_le_bytes);
         kept.scores.truncate(count);
-        reader.numbers(storage, &mut kept.tokens.keys);
-        reader.numbers(storage, &mut kept.tokens.values);
     }
 }

@@ -28,17 +28,6 @@ impl<T: Real> Kept<T> {
         Self { tokens: Tokens::new(room, dim, value_dim), scores: Vec::with_capacity(room) }
     }
 
-    /// None, with room for at most as many as before without allocating.
-    pub(crate) fn reshape(&mut self, room: usize, dim: usize, value_dim: usize) {
-        self.scores.clear();
-        self.tokens.reshape(room, dim, value_dim);
-    }
-
-    /// Elements held.
-    pub(crate) fn len(&self) -> usize {
-        self.tokens.len()
-    }
-
     /// Back to none.
     pub(crate) fn reset(&mut self) {
         self.tokens.reset();
@@ -51,9 +40,14 @@ impl<T: Real> Kept<T> {
         self.scores.clone_from(&from.scores);
     }
 
-    /// [`place`] of a token of this score.
-    pub(crate) fn place(&self, score: f64) -> Option<usize> {
-        place(self.tokens.room(), (&self.scores, &self.tokens.positions), score)
+    /// [`last_place`] among these.
+    pub(crate) fn last_place(&self) -> usize {
+        last_place(self.tokens.room(), (&self.scores, &self.tokens.positions))
+    }
+
+    /// [`wins`] among these.
+    pub(crate) fn wins(&self, place: usize, token: (f64, usize)) -> bool {
+        wins(place, (&self.scores, &self.tokens.positions), token)
     }
 
     /// Their places, in order of their positions.
@@ -63,11 +57,11 @@ impl<T: Real> Kept<T> {
         places
     }
 
-    /// A token takes the place [`place`](Self::place) gave.
+    /// A token takes a place that it wins.
     pub(crate) fn put(
         &mut self,
         place: usize,
-        (position, score): (usize, f64),
+        (score, position): (f64, usize),
         panel: MatRef<'_, T>,
         column: usize,
         v: &[T],
@@ -82,25 +76,35 @@ impl<T: Real> Kept<T> {
     }
 }
 
-/// The place of a token of this score among at most `room` others, of which `scores` and their
-/// order are told: a new place or that of the token that has to go; none if there is no room for
-/// it. Of equal scores the earlier token stays.
-pub(crate) fn place(room: usize, (scores, order): (&[f64], &[usize]), score: f64) -> Option<usize> {
-    if !score.is_finite() {
-        return None;
-    }
+/// The place that is to be won next among at most `room` tokens, of which scores and order are
+/// told: a new one, or that of the last token.
+pub(crate) fn last_place(room: usize, (scores, order): (&[f64], &[usize])) -> usize {
     if scores.len() < room {
-        return Some(scores.len());
+        return scores.len();
     }
-    let last =
-        (0..room).min_by(|&a, &b| scores[a].total_cmp(&scores[b]).then(order[b].cmp(&order[a])));
-    last.filter(|&last| score > scores[last])
+    let rank =
+        |&a: &usize, &b: &usize| scores[a].total_cmp(&scores[b]).then(order[b].cmp(&order[a]));
+    (0..room).min_by(rank).unwrap_or(0)
+}
+
+/// Whether a token of this score and order wins `place`, the [`last_place`]. Of equal scores the
+/// earlier token does; one whose score is no number never.
+pub(crate) fn wins(
+    place: usize,
+    (scores, order): (&[f64], &[usize]),
+    (score, at): (f64, usize),
+) -> bool {
+    let better = |&last: &f64| score > last || score == last && at < order[place];
+    score.is_finite() && scores.get(place).is_none_or(better)
 }
 
 /// Scores of keys, their largest log-feature, into `scores`: the exponent that the sums' frame
 /// would be raised to for them. `b` are their log-features `[m, width]`, `feature` is scratch for m
-/// numbers.
+/// numbers. If any is no number all keys have none, so that they join the sums, which find out.
 pub(crate) fn key_scores<T: Real>(b: &[T], scores: &mut [T], feature: &mut [T]) {
     feature.fill(T::ZERO);
     (T::ops().column_max)(b, feature, scores);
+    if !b.iter().all(|&b| b < -T::NEG_INFINITY) {
+        scores.fill(-T::NEG_INFINITY);
+    }
 }

@@ -11,7 +11,7 @@ mod tokens;
 
 #[cfg(feature = "states")]
 pub use bytes::Storage;
-pub(crate) use kept::{Kept, key_scores, place};
+pub(crate) use kept::{Kept, key_scores, last_place, wins};
 pub(crate) use ring::Ring;
 pub(crate) use sums::{Outputs, PENDING, Pending, Sums, ceiling};
 pub(crate) use tokens::{NOWHERE, Tokens};
@@ -28,7 +28,7 @@ use crate::error::{Error, Result};
 ///
 /// Per key-value head: the sums S `[m, e]` of φ(k)·v, the normaliser z `[m]`, the reference
 /// exponent c `[m]` they are scaled by, and with a local window the last `back + 1` chunks of keys
-/// and values, and those of the sinks. Made by
+/// and values, and those of sinks and kept keys. Made by
 /// [`LinearAttention::new_state`](crate::attention::Operator::new_state), and fed by its `prefill`
 /// and `step`; `clone` is a snapshot to roll back to or to continue several times.
 ///
@@ -166,7 +166,7 @@ impl Shape {
         let different = (0..self.heads).find(|&h| self.windows.get(h) != got.windows.get(h));
         let window = |shape: &Self| {
             let window = shape.windows.get(different.unwrap_or(0));
-            window.copied().unwrap_or(Window { chunk: 0, back: 0, kept: 0 })
+            window.copied().unwrap_or(Window::new(0, 0))
         };
         let pairs = [
             ("number of heads", self.heads, got.heads),
@@ -196,7 +196,7 @@ pub(crate) struct HeadState<T> {
     /// The first ones of the sequence. They lie in the ring too, for as long as they are in the
     /// window, and never join the sums.
     pub(crate) sinks: Tokens<T>,
-    /// Those of the largest scores among the keys older than the window, in place of the sums.
+    /// Those of the largest scores among the keys older than the window, which are in no sum.
     pub(crate) kept: Kept<T>,
 }
 
@@ -217,7 +217,7 @@ impl<T: Real> HeadState<T> {
         self.reset();
         if let (Some(ring), Some(window)) = (&mut self.ring, shape.window) {
             ring.reshape(window, shape.dim, shape.value_dim);
-            self.kept.reshape(window.kept, shape.dim, shape.value_dim);
+            self.kept.tokens.reshape(window.kept, shape.dim, shape.value_dim);
         }
     }
 
@@ -242,7 +242,7 @@ impl<T: Real> HeadState<T> {
         self.sums.len()
             + self.ring.as_ref().map_or(0, Ring::len)
             + self.sinks.len()
-            + self.kept.len()
+            + self.kept.tokens.len()
     }
 
     pub(crate) fn reset(&mut self) {

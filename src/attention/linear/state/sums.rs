@@ -197,8 +197,8 @@ impl<T: Real> Sums<T> {
         column: &mut [T],
         candidate: &mut [T],
     ) {
-        let first = positions.iter().flatten().next().copied().unwrap_or(0);
-        let frame = if self.started { first.max(self.reference_position) } else { first };
+        let last = positions.iter().flatten().max().copied().unwrap_or(0);
+        let frame = if self.started { last.max(self.reference_position) } else { last };
         let relative = |position: usize| T::from_f64(-log_decay * (position as f64 - frame as f64));
         for (exponent, position) in column.iter_mut().zip(positions) {
             *exponent = position.map_or(T::NEG_INFINITY, relative);

@@ -54,15 +54,10 @@ impl<T: Real> Tokens<T> {
         }
     }
 
-    /// None, with room for so many: without allocating if there was as much.
+    /// Room for so many, there being none: without allocating if there was as much before.
     pub(crate) fn reshape(&mut self, room: usize, dim: usize, value_dim: usize) {
-        self.positions.clear();
-        for (numbers, len) in
-            [(&mut self.keys, dim * padded(room)), (&mut self.values, room * padded(value_dim))]
-        {
-            numbers.resize(0, T::ZERO);
-            numbers.resize(len, T::ZERO);
-        }
+        self.keys.resize(dim * padded(room), T::ZERO);
+        self.values.resize(room * padded(value_dim), T::ZERO);
     }
 
     /// How many there can be.
