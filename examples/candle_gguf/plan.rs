@@ -43,7 +43,7 @@ pub(crate) fn plan(
 ) -> Result<(Plan, Vec<DijiangAttention<f32>>)> {
     let log_decay = choices.hold.map_or(0.0, |hold| -FADING / hold as f64);
     let options = DijiangOptions::new().with_sinks(choices.sinks).with_log_decay(log_decay);
-    let mut offers = Offers::new(samples, options.clone(), false)?;
+    let mut offers = Offers::new(samples, options.clone(), choices.hold.is_none(), false)?;
     let stand_in = stand_in(gguf, options)?.with_rotary_hold(choices.hold)?;
     let closed_form = || CalibrateOptions::new().with_steps(0);
     let [planning, calibration] = shares(&choices.calibration.clone().unwrap_or_else(closed_form));

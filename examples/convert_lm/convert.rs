@@ -117,7 +117,7 @@ fn measured(
     tick: &impl Fn(),
 ) -> Result<(Offers, Vec<Fitted>)> {
     let alone = args.rows().contains(&Row::PlannedWindow);
-    let mut offers = Offers::new(samples, args.options(), alone)?;
+    let mut offers = Offers::new(samples, args.options(), true, alone)?;
     let (mut walk, mut maps) = (softmax.walk(samples), Vec::new());
     while let Some(l) = walk.layer() {
         let teacher = &softmax.attention()[l];

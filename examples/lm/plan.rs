@@ -31,11 +31,12 @@ pub(crate) struct Offers {
 
 impl Offers {
     /// Without a layer yet. `samples` is the text that layers will be measured on; `options` says
-    /// what maps and how many sinks there are; `alone` whether windows are measured with nothing
-    /// behind them too.
+    /// what maps and how many sinks there are; `keeps` whether windows may keep keys, which does not
+    /// help beyond a hold; `alone` whether windows are measured with nothing behind them too.
     pub(crate) fn new(
         samples: &[&[Token]],
         options: DijiangOptions,
+        keeps: bool,
         alone: bool,
     ) -> dijiang::Result<Self> {
         let longest = samples.iter().map(|sample| sample.len()).max().unwrap_or(0);
@@ -44,7 +45,7 @@ impl Offers {
         offers.windows.retain(|window| window.tokens() < longest);
         let mut plain = offers.clone();
         plain.windows.retain(|window| window.kept == 0);
-        let with_maps = Planner::new(offers)?;
+        let with_maps = Planner::new(if keeps { offers } else { plain.clone() })?;
         let alone = alone.then(|| Planner::new(plain)).transpose()?;
         let window = Window::new(16.min(longest.div_ceil(16)), 7);
         Ok(Self { with_maps, alone, options: options.with_window(window) })
