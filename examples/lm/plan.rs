@@ -31,8 +31,8 @@ pub(crate) struct Offers {
 
 impl Offers {
     /// Without a layer yet. `samples` is the text that layers will be measured on; `options` says
-    /// what maps and how many sinks there are; `keeps` whether windows may keep keys, which does not
-    /// help beyond a hold; `alone` whether windows are measured with nothing behind them too.
+    /// what maps and how many sinks there are; `keeps` whether windows may keep keys, which does
+    /// not help beyond a hold; `alone` whether windows are measured with nothing behind them too.
     pub(crate) fn new(
         samples: &[&[Token]],
         options: DijiangOptions,

@@ -102,12 +102,10 @@ impl<T: Real, M: DifferentiableMap<T>> Forward<'_, '_, '_, '_, T, M> {
                     .for_each(|(candidate, b)| *candidate = b[0]);
                 let position = positions[0].unwrap_or(0);
                 self.state.rebase(ops, pass.log_decay, position, feature);
-            } else {
-                self.state.raise(ops, pass.log_decay, positions, b, column, feature);
-            }
-            if causal {
                 exponents(self.state, column);
                 above = self.state.first_above(ops, b, column, top, feature);
+            } else {
+                self.state.raise(ops, pass.log_decay, positions, b, column, feature);
             }
         }
         if causal {
