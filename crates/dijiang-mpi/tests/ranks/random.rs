@@ -50,9 +50,8 @@ impl Random {
         let mut config = LinearConfig::new().with_heads(kv_heads * group).with_value_dim(6);
         if self.below(3) > 0 {
             let kept = if keeps { self.pick(&[0, 5, 40]) } else { 0 };
-            let window = |_| {
-                Window::new(self.pick(&[4, 7, 16, 64]), self.pick(&[1, 1, 2])).with_kept(kept)
-            };
+            let window =
+                |_| Window::new(self.pick(&[4, 7, 16, 64]), self.pick(&[1, 1, 2])).with_kept(kept);
             config = config.with_windows((0..kv_heads).map(window).collect());
             config = config.with_sinks(self.pick(&[0, 1, 4]));
         }
