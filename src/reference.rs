@@ -406,8 +406,8 @@ impl<'a> Pairs<'a> {
 
     /// near(i, j) = window(i, j) or sink(j)
     fn is_near(&self, i: usize, j: usize) -> bool {
-        let before = (0..j).filter(|&key| self.valid.is_none_or(|valid| valid[key])).count();
-        let sink = before < self.sinks && j <= i;
+        let is_valid = |&key: &usize| self.valid.is_none_or(|valid| valid[key]);
+        let sink = self.sinks > 0 && j <= i && (0..j).filter(is_valid).count() < self.sinks;
         sink || self.window.is_some_and(|(chunk, back)| j <= i && i / chunk - j / chunk <= back)
     }
 
