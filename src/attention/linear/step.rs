@@ -133,15 +133,11 @@ fn read_window<T: Real>(
 ) {
     let (sums, single) = (&state.sums, state.single(ring.first_seen(position)));
     let (m, stride) = (head.features, head.value_stride);
-    let single_width: usize = single.iter().map(|(_, count)| padded(*count)).sum();
-    let width = single_width + ring.columns(position);
+    let at = single.width();
+    let width = at + ring.columns(position);
     let Scratch { x, p, .. } = scratch;
     let x = MatRef::packed(x, rows, head.dim);
-    let mut at = 0;
-    for (tokens, count) in single {
-        tokens.score(head.ops, count, x, (&mut p[at..], width), None);
-        at += padded(count);
-    }
+    single.score(head.ops, x, (&mut *p, width), None);
     ring.score(head.ops, position, x, (&mut p[at..], width));
     for row in 0..rows {
         let mut top = (head.ops.slice_max)(&scratch.p[row * width..][..width]);
@@ -162,11 +158,7 @@ fn read_window<T: Real>(
         total[row] = (head.ops.exp_sum)(&mut p[row * width..][..width], -top) + far_total;
     }
     let Scratch { p, o, .. } = scratch;
-    let mut at = 0;
-    for (tokens, count) in single {
-        tokens.add_values(head.ops, count, MatRef::new(&p[at..], rows, count, width), o, None);
-        at += padded(count);
-    }
+    single.add_values(head.ops, (p, rows, width), o, None);
     let p = MatRef::new(p, rows, width, width).cols(at..width);
     ring.add_values(head.ops, position, p, o);
 }

@@ -8,7 +8,7 @@ use ndarray::{ArrayViewMut3, Axis};
 use crate::Real;
 use crate::attention::linear::absorb::retire;
 use crate::attention::linear::head::Head;
-use crate::attention::linear::state::{HeadState, Outputs, Ring, Tokens};
+use crate::attention::linear::state::{HeadState, Outputs, Ring, Single};
 use crate::attention::qkv::HeadQkv;
 use crate::attention::rows::OutOfRange;
 use crate::attention::scratch::{BLOCK, FeatureScratch, SEGMENT, Scratch};
@@ -105,8 +105,7 @@ fn queries<T: Real>(
 /// out.
 struct Seen<'r, T> {
     ring: &'r Ring<T>,
-    /// Sinks and kept tokens, and how many of them have left the window.
-    single: [(&'r Tokens<T>, usize); 2],
+    single: Single<'r, T>,
     /// Columns of their scores.
     single_width: usize,
     /// The queries' own chunk, and the first query's place in it.
@@ -121,16 +120,10 @@ struct Seen<'r, T> {
 }
 
 impl<'r, T: Real> Seen<'r, T> {
-    fn new(
-        ring: &'r Ring<T>,
-        single: [(&'r Tokens<T>, usize); 2],
-        position: usize,
-        tokens: usize,
-    ) -> Self {
+    fn new(ring: &'r Ring<T>, single: Single<'r, T>, position: usize, tokens: usize) -> Self {
         let (chunk, within) = (position / ring.chunk(), position % ring.chunk());
         let back = (ring.slots() - 1).min(chunk);
-        let single_width = single.iter().map(|(_, count)| padded(*count)).sum();
-        let slot_width = padded(ring.chunk());
+        let (single_width, slot_width) = (single.width(), padded(ring.chunk()));
         let seen = |age: &usize| ring.slot(chunk - age).valid.contains(&true);
         let chunks = (0..=back).rev().find(seen).map_or(0, |oldest| oldest + 1);
         let stride = single_width + chunks * slot_width;
@@ -158,11 +151,7 @@ impl<'r, T: Real> Seen<'r, T> {
     fn score(&self, ops: &Ops<T>, x: MatRef<'_, T>, p: &mut [T], ahead: &mut Ahead<T>) {
         let (length, stride, slot_width) = (self.ring.chunk(), self.stride, self.slot_width);
         let rows = x.cols(0..self.tokens).t();
-        let mut at = 0;
-        for (tokens, count) in self.single {
-            tokens.score(ops, count, rows, (&mut p[at..], stride), Some(&mut *ahead));
-            at += padded(count);
-        }
+        self.single.score(ops, rows, (&mut *p, stride), Some(&mut *ahead));
         for age in (0..self.chunks).rev() {
             let slot = self.ring.slot(self.chunk - age);
             let at = self.column(age);
@@ -197,12 +186,7 @@ impl<'r, T: Real> Seen<'r, T> {
     /// Adds the values, weighted by `p`, to `o` `[tokens, e_padded]`.
     fn add_values(&self, ops: &Ops<T>, p: &[T], o: &mut [T], ahead: &mut Ahead<T>) {
         let length = self.ring.chunk();
-        let mut at = 0;
-        for (tokens, count) in self.single {
-            let scores = MatRef::new(&p[at..], self.tokens, count, self.stride);
-            tokens.add_values(ops, count, scores, o, Some(&mut *ahead));
-            at += padded(count);
-        }
+        self.single.add_values(ops, (p, self.tokens, self.stride), o, Some(&mut *ahead));
         for age in (0..self.chunks).rev() {
             let slot = self.ring.slot(self.chunk - age);
             let (at, e) = (self.column(age), slot.values.len() / length);

@@ -14,7 +14,7 @@ pub use bytes::Storage;
 pub(crate) use kept::{Kept, key_scores, last_place, wins};
 pub(crate) use ring::Ring;
 pub(crate) use sums::{Outputs, PENDING, Pending, Sums, ceiling};
-pub(crate) use tokens::{NOWHERE, Tokens};
+pub(crate) use tokens::{NOWHERE, Single, Tokens};
 
 use std::sync::Arc;
 
@@ -221,10 +221,10 @@ impl<T: Real> HeadState<T> {
         }
     }
 
-    /// Sinks and kept tokens, with how many of them lie before the window's first token at `first`.
-    pub(crate) fn single(&self, first: usize) -> [(&Tokens<T>, usize); 2] {
+    /// Its single tokens for queries whose window begins at `first`.
+    pub(crate) fn single(&self, first: usize) -> Single<'_, T> {
         let kept = &self.kept.tokens;
-        [(&self.sinks, self.sinks.before(first)), (kept, kept.positions.len())]
+        Single([(&self.sinks, self.sinks.before(first)), (kept, kept.positions.len())])
     }
 
     /// Positions of the tokens it remembers as they are, the next token being at `position`: sinks

@@ -204,3 +204,44 @@ impl<T: Real> Tokens<T> {
         );
     }
 }
+
+/// Sinks and kept tokens, and how many of them have left the window: a column group of scores each.
+pub(crate) struct Single<'s, T>(pub(crate) [(&'s Tokens<T>, usize); 2]);
+
+impl<T: Real> Single<'_, T> {
+    /// Columns of their scores.
+    pub(crate) fn width(&self) -> usize {
+        self.0.iter().map(|(_, count)| padded(*count)).sum()
+    }
+
+    /// [`Tokens::score`] of each.
+    pub(crate) fn score(
+        &self,
+        ops: &Ops<T>,
+        x: MatRef<'_, T>,
+        (p, stride): (&mut [T], usize),
+        mut ahead: Option<&mut Ahead<T>>,
+    ) {
+        let mut at = 0;
+        for (tokens, count) in self.0 {
+            tokens.score(ops, count, x, (&mut p[at..], stride), ahead.as_deref_mut());
+            at += padded(count);
+        }
+    }
+
+    /// [`Tokens::add_values`] of each, for `rows` queries whose scores are `stride` apart.
+    pub(crate) fn add_values(
+        &self,
+        ops: &Ops<T>,
+        (p, rows, stride): (&[T], usize, usize),
+        o: &mut [T],
+        mut ahead: Option<&mut Ahead<T>>,
+    ) {
+        let mut at = 0;
+        for (tokens, count) in self.0 {
+            let scores = MatRef::new(&p[at..], rows, count, stride);
+            tokens.add_values(ops, count, scores, o, ahead.as_deref_mut());
+            at += padded(count);
+        }
+    }
+}
