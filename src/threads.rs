@@ -19,6 +19,11 @@ pub(crate) fn for_each<S: Send, I: Send>(
     work: impl Fn(&mut S, I) + Sync,
 ) {
     let threads = scratches.len();
+    let mut items = items.fuse();
+    let (first, second) = (items.next(), items.next());
+    // One item is worked on here: to wake another thread takes longer than many a short sequence.
+    let threads = if second.is_some() { threads } else { threads.min(1) };
+    let items = first.into_iter().chain(second).chain(items);
     let (scratches, items) = (Mutex::new(scratches.iter_mut()), Mutex::new(items));
     at_once(threads, &|| {
         let Some(scratch) = next(&scratches) else { return };
