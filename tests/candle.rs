@@ -1,14 +1,8 @@
 //! Attention on candle's tensors against golden values, the crate's own types and itself.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-#[path = "suite/common/mod.rs"]
-mod common;
-
 use candle_core::{DType, Device, Tensor, Var, WithDType};
 use candle_nn::{VarBuilder, VarMap};
-use common::gradients::{CASES, golden_problem};
-use common::stream::Stream;
-use common::{Golden, Random, assert_close, cast, to_f64, tolerance};
 use dijiang::Real;
 use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, Window};
 use dijiang::candle::{AttentionOptions, CandleAttention, HeadLayout, MapTensors, causal, full};
@@ -17,6 +11,9 @@ use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     Rotary, SoftmaxAttention,
 };
+use dijiang_testing::gradients::{CASES, golden_problem};
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{Golden, Random, assert_close, cast, to_f64, tolerance};
 use ndarray::{Array, Array3, Array4, ArrayD, Axis, Dimension};
 
 fn tensor<T: Real + WithDType, D: Dimension>(array: &Array<T, D>) -> Tensor {

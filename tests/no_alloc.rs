@@ -2,21 +2,18 @@
 #![allow(unsafe_code, reason = "a global allocator is unsafe by nature")]
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-#[path = "suite/common/mod.rs"]
-mod common;
-
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
-use common::linear::Setup;
-use common::stream::Stream;
-use common::{Inputs, Random};
 use dijiang::Real;
 use dijiang::attention::{KeyMask, Operator, Qkv};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions,
     SoftmaxAttention, StatePool,
 };
+use dijiang_testing::linear::Setup;
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{Inputs, Random};
 use ndarray::{Array2, Array3};
 
 /// The system's allocator, with a count of what it was asked for.

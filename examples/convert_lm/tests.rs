@@ -187,7 +187,7 @@ fn foreign_models_are_refused() {
     let error = read("vocab_size", json!(32000));
     assert!(matches!(error, Error::NoTokenizer { vocabulary: 32000, .. }), "{error}");
     assert!(error.to_string().contains("tokenizer.json"), "{error}");
-    let opt = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/hf-opt");
+    let opt = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/hf-opt");
     assert!(matches!(load(&opt), Err(Error::Family { found: Family::Opt, .. })));
     assert!(matches!(read("intermediate_size", json!("8")), Error::Json { .. }));
     assert!(matches!(read("head_dim", json!(0)), Error::Model(dijiang::Error::Format { .. })));

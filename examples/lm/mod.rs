@@ -25,7 +25,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 
 /// The directory of the model that comes with the examples.
-pub(crate) const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/data/lm-kjv");
+pub(crate) const MODEL: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/data/lm-kjv");
 
 /// What a program ends with; an error is written to standard error.
 pub(crate) fn exit(result: Result<(), impl Display>) -> ExitCode {

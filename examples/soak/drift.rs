@@ -8,8 +8,8 @@ use dijiang::kernel::{DctMap, DctMapConfig};
 use ndarray::{Array2, Axis};
 use serde::Serialize;
 
-use crate::cases::Source;
 use crate::memory::resident_kb;
+use dijiang_testing::cases::Source;
 
 /// Head dimension d, features m, value dimension e.
 const DIM: usize = 32;

@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 
-use crate::cases::{Source, TARGETS, Tally};
+use dijiang_testing::cases::{Source, TARGETS, Tally};
 
 /// Cases between two looks at the clock.
 const ROUND: u64 = 16;

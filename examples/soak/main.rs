@@ -11,8 +11,6 @@
 //! cases of `tests/fuzz`. Counts what was accepted, the errors by kind, and panics.
 
 #[allow(unreachable_pub, dead_code, reason = "shared with the tests")]
-#[path = "../../tests/fuzz/cases/mod.rs"]
-mod cases;
 mod drift;
 mod inputs;
 mod memory;

@@ -1,9 +1,6 @@
 //! Attention against golden values and against the reference, and what must hold whatever the
 //! numbers are: causality, threads, scratch, layouts.
 
-use crate::common::linear::{Affine, ReferenceMap, Setup, TestMap};
-use crate::common::stream::Stream;
-use crate::common::{Golden, Inputs, Random, assert_close, assert_same_bits, cast, tolerance};
 use dijiang::Real;
 use dijiang::attention::{
     CausalState, KeyMask, KvCache, LinearAttention, LinearConfig, Operator, Qkv, Softmax,
@@ -11,6 +8,9 @@ use dijiang::attention::{
 };
 use dijiang::kernel::{self, DctMap, DctMapConfig, DctParams, FeatureMap, SideParams};
 use dijiang::reference::{Envelope, Pairing, Pairs, PlainMap, PlainSide};
+use dijiang_testing::linear::{Affine, ReferenceMap, Setup, TestMap};
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{Golden, Inputs, Random, assert_close, assert_same_bits, cast, tolerance};
 use ndarray::{Array1, Array2, Array3, ArrayView3, Axis, s};
 
 /// A case of the golden file: what tools/golden.py calls `kw`.
@@ -737,7 +737,7 @@ fn one_thread_and_many_agree_bit_for_bit() {
     }
     fn check<T: Real>(setup: &Setup) {
         let inputs = setup.inputs(300, 300);
-        let run = |threads| crate::common::on_threads(threads, || runs::<T>(setup, &inputs));
+        let run = |threads| dijiang_testing::on_threads(threads, || runs::<T>(setup, &inputs));
         let expected = run(1);
         for threads in [2, 3, 5] {
             for (i, (got, expected)) in run(threads).iter().zip(&expected).enumerate() {
@@ -747,10 +747,10 @@ fn one_thread_and_many_agree_bit_for_bit() {
         // A workspace made for another number of threads serves as well.
         let (linear, inputs) = (setup.build::<T>(), inputs.cast());
         for (made, used) in [(1, 5), (5, 1), (2, 3)] {
-            let mut workspace = crate::common::on_threads(made, || linear.workspace());
+            let mut workspace = dijiang_testing::on_threads(made, || linear.workspace());
             let mut out = expected[0].clone();
             out.fill(T::from_f64(f64::NAN));
-            crate::common::on_threads(used, || {
+            dijiang_testing::on_threads(used, || {
                 linear.prefill_into(
                     &mut [&mut linear.new_state()],
                     Qkv::new(&inputs.q, &inputs.k, &inputs.v),
@@ -794,7 +794,7 @@ fn full_attention_shares_keys_and_queries() {
         let valid: Vec<bool> = (0..keys).map(|j| j >= first && j % 7 != 3).collect();
         let run = |threads: usize| {
             let mut workspace = linear.workspace();
-            crate::common::on_threads(threads, || {
+            dijiang_testing::on_threads(threads, || {
                 let mut out =
                     Array3::from_elem((setup.heads, queries, setup.e), T::from_f64(f64::NAN));
                 let Inputs { q, k, v } = &inputs;
@@ -862,7 +862,7 @@ fn threads_share_a_head_bit_for_bit() {
         let valid: Vec<bool> = (0..n).map(|j| j > 600 && j % 7 != 3).collect();
         let run = |threads: usize| {
             let mut workspace = linear.workspace();
-            crate::common::on_threads(threads, || {
+            dijiang_testing::on_threads(threads, || {
                 let mut state = linear.new_state();
                 let mut outs = Vec::new();
                 for tokens in [0..29, 29..1000, 1000..n] {

@@ -1,10 +1,5 @@
 //! Gradients against golden values, finite differences and each other.
 
-#[cfg(feature = "rayon")]
-use crate::common::assert_same_bits;
-use crate::common::gradients::{CASES, Gradients, Problem, golden_problem};
-use crate::common::stream::Stream;
-use crate::common::{Golden, Inputs, Random, argument, assert_close, on_threads};
 use dijiang::attention::{
     BackwardWorkspace, KeyMask, LinearConfig, Operator, Qkv, StateGradients, Window,
 };
@@ -13,6 +8,11 @@ use dijiang::kernel::{
     FeatureMap, Mixing, Pairing, PanelGradients, Projection,
 };
 use dijiang::{Error, Real};
+#[cfg(feature = "rayon")]
+use dijiang_testing::assert_same_bits;
+use dijiang_testing::gradients::{CASES, Gradients, Problem, golden_problem};
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{Golden, Inputs, Random, argument, assert_close, on_threads};
 use ndarray::{Array1, Array3, ArrayD, Axis, ShapeBuilder, s};
 
 /// A gradient by the names of [`Problem::tensors`].

@@ -3,7 +3,6 @@
 use std::ops::ControlFlow;
 use std::slice;
 
-use crate::common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::{KeyMask, Window};
 use dijiang::calibrate::{CalibrateOptions, CalibrateReport, Fit, ProjectionFit, Sample};
@@ -12,6 +11,7 @@ use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     Rotary, SoftmaxAttention,
 };
+use dijiang_testing::{Random, argument};
 use ndarray::{Array2, ArrayView2};
 
 /// D = 32, four query heads of 8 on two key-value heads, with biases that move queries and keys off
@@ -254,7 +254,7 @@ fn threads_change_no_bit() {
     let options =
         CalibrateOptions::new().with_steps(15).with_batch(3).with_decay(Fit::Train).with_seed(5);
     let run = |threads| {
-        crate::common::on_threads(threads, || {
+        dijiang_testing::on_threads(threads, || {
             let mut layer = layer(window());
             (calibrate(&mut layer, &samples, &options), numbers(&layer))
         })

@@ -2,12 +2,12 @@
 
 use std::fs;
 
-use crate::common::assert_close;
-use crate::common::models::{Directory, Stored, golden, named, stored};
 use dijiang::Error;
 use dijiang::attention::KeyMask;
 use dijiang::checkpoint::{Checkpoint, CheckpointOptions, Family, Tensors};
 use dijiang::layer::{Attention, AttentionWeights, Causality, SoftmaxAttention};
+use dijiang_testing::assert_close;
+use dijiang_testing::models::{Directory, Stored, golden, named, stored};
 use half::{bf16, f16};
 use ndarray::{Array1, Array2, Array3, s};
 use safetensors::Dtype;

@@ -3,10 +3,10 @@
 
 use std::fs;
 
-use crate::common::models::{Directory, Model, Stored, golden, named, stored};
 use dijiang::checkpoint::{Checkpoint, CheckpointOptions};
 use dijiang::layer::{Causality, RotaryScaling};
 use dijiang::{Error, Result};
+use dijiang_testing::models::{Directory, Model, Stored, golden, named, stored};
 use ndarray::Array2;
 use safetensors::Dtype;
 use serde_json::{Value, json};

@@ -3,11 +3,11 @@
 
 use std::path::Path;
 
-use crate::common::Random;
-use crate::common::models::{Model, golden, named};
 use dijiang::checkpoint::{Checkpoint, CheckpointOptions};
 use dijiang::layer::{AttentionConfig, AttentionWeights};
 use dijiang::{Error, Result};
+use dijiang_testing::Random;
+use dijiang_testing::models::{Model, golden, named};
 use serde_json::{Map, Value, json};
 
 /// The golden models.

@@ -1,12 +1,12 @@
 //! Whatever a caller can do wrong gives a typed error that names the argument, and changes nothing.
 
-use crate::common::linear::{Setup, TestMap};
-use crate::common::stream::Stream;
-use crate::common::{Inputs, Random, argument, assert_same_bits};
 use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Window, Workspace};
 use dijiang::kernel::FeatureMap;
 use dijiang::reference::{self, Pairs, PlainMap};
 use dijiang::{Error, Real, Result};
+use dijiang_testing::linear::{Setup, TestMap};
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{Inputs, Random, argument, assert_same_bits};
 use ndarray::{Array2, Array3, Axis, ShapeBuilder};
 
 fn map(d: usize, m: usize) -> TestMap<f64> {

@@ -5,7 +5,6 @@ use std::fmt::Debug;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use crate::common::{argument, cast};
 use dijiang::attention::{
     CausalState, Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Window,
 };
@@ -13,6 +12,7 @@ use dijiang::kernel::{
     DctGradients, DctMap, DctMapConfig, DctSums, DifferentiableMap, FeatureMap, PanelGradients,
 };
 use dijiang::{Error, Real, Result};
+use dijiang_testing::{argument, cast};
 use ndarray::{Array2, Array3, Axis};
 
 #[derive(Debug, Clone, Copy)]

@@ -5,8 +5,6 @@ use std::ops::ControlFlow;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
-use crate::common::stream::Stream;
-use crate::common::{argument, assert_same_bits};
 use dijiang::attention::{KeyMask, LinearConfig, Operator, Qkv, SoftmaxConfig, Storage, Window};
 use dijiang::calibrate::CalibrateOptions;
 use dijiang::checkpoint::{Checkpoint, Tensors};
@@ -19,6 +17,8 @@ use dijiang::layer::{
     PublishedAttention, PublishedWeights, SoftmaxAttention, StatePool,
 };
 use dijiang::{Error, reference};
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{argument, assert_same_bits};
 use ndarray::{Array1, Array2, Array3, ArrayView2, ArrayView3, Axis, arr0, s};
 
 /// Tokens that nobody can hold, but a view without strides has.

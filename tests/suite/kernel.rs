@@ -753,10 +753,8 @@ fn empty_and_strided_inputs() {
 }
 
 fn golden(name: &str) -> (Vec<usize>, Vec<f64>) {
-    let path = concat!(
-        env!("CARGO_MANIFEST_DIR"),
-        "/tests/golden/official_neox_attention_f64.safetensors"
-    );
+    let path =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/golden/official_neox_attention_f64.safetensors");
     let bytes = std::fs::read(path).unwrap();
     let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
     let tensor = file.tensor(name).unwrap();

@@ -4,7 +4,6 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use crate::common::{Random, argument, assert_close, assert_same_bits, cast};
 use dijiang::attention::{KeyMask, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::calibrate::{CalibrateOptions, CalibrateProgress};
 use dijiang::kernel::{
@@ -16,6 +15,7 @@ use dijiang::layer::{
 };
 use dijiang::reference::{self, Pairs};
 use dijiang::{Error, Real};
+use dijiang_testing::{Random, argument, assert_close, assert_same_bits, cast};
 use ndarray::{Array1, Array2, Array3, ArrayView2, Axis, concatenate, s};
 
 /// Random weights whose queries and keys come out with deviation about 1, biases included.
@@ -543,7 +543,7 @@ fn threads_change_no_bit() {
     let (exact, linear) = (softmax(grouped(), 1), linear(grouped(), rich(), 1));
     let x: Array3<f64> = Random::new(29).normals((3, 300, 24), 1.0);
     let run = |threads| {
-        crate::common::on_threads(threads, || {
+        dijiang_testing::on_threads(threads, || {
             let (mut linear, samples) =
                 (linear.clone(), [x.index_axis(Axis(0), 0), x.index_axis(Axis(0), 1)]);
             let batches =

@@ -1,6 +1,5 @@
 //! Gradients through whole layers, against finite differences.
 
-use crate::common::{Random, argument};
 use dijiang::Error;
 use dijiang::attention::{KeyMask, Window};
 use dijiang::kernel::{DctMap, DctMapConfig};
@@ -8,6 +7,7 @@ use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     LayerGradients, Rotary, RotaryPairing, RotaryScaling, SoftmaxAttention,
 };
+use dijiang_testing::{Random, argument};
 use ndarray::{Array1, Array2};
 
 const MODEL: usize = 12;
@@ -217,7 +217,9 @@ fn threads_change_no_bit() {
     let (x, grad_out): (Array2<f64>, Array2<f64>) =
         (random.normals((300, MODEL), 1.0), random.normals((300, MODEL), 1.0));
     let run = |threads| {
-        crate::common::on_threads(threads, || layer.backward(&x, KeyMask::All, &grad_out).unwrap())
+        dijiang_testing::on_threads(threads, || {
+            layer.backward(&x, KeyMask::All, &grad_out).unwrap()
+        })
     };
     let one = run(1);
     assert_eq!(one, run(2));

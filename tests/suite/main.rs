@@ -2,8 +2,6 @@
 //! tensors, and of random cases (`fuzz`).
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-mod common;
-
 mod attention;
 mod backward;
 mod calibrate;
@@ -31,7 +29,7 @@ mod values;
 
 #[test]
 fn every_file_is_a_module() {
-    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/suite");
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/suite");
     for entry in std::fs::read_dir(folder).unwrap() {
         let path = entry.unwrap().path();
         let name = path.file_stem().unwrap().to_str().unwrap();

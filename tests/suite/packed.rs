@@ -1,10 +1,10 @@
 //! Sequences packed one after another: each as if it were alone.
 
-use crate::common::linear::Setup;
-use crate::common::stream::Stream;
-use crate::common::{Inputs, Random, argument, assert_same_bits, on_threads};
 use dijiang::attention::KeyMask;
 use dijiang::{Error, Real};
+use dijiang_testing::linear::Setup;
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{Inputs, Random, argument, assert_same_bits, on_threads};
 use ndarray::{Array3, s};
 
 fn setups() -> Vec<Setup> {

@@ -1,6 +1,5 @@
 //! Plans and refits: what they measure, what they choose, and what they refuse.
 
-use crate::common::{Random, argument, assert_close};
 use dijiang::attention::{KeyMask, Window};
 use dijiang::calibrate::{Budget, Plan, PlanOptions, Planner, Refit, Sample};
 use dijiang::layer::{
@@ -8,6 +7,7 @@ use dijiang::layer::{
     SoftmaxAttention,
 };
 use dijiang::{Error, Result};
+use dijiang_testing::{Random, argument, assert_close};
 use ndarray::{Array1, Array2, Axis, s};
 
 const D: usize = 12;

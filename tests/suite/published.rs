@@ -2,7 +2,6 @@
 
 use std::path::Path;
 
-use crate::common::{Random, argument, assert_close, cast};
 use dijiang::attention::KeyMask;
 use dijiang::checkpoint::Tensors;
 use dijiang::kernel::published_features;
@@ -11,6 +10,7 @@ use dijiang::layer::{
     Rotary,
 };
 use dijiang::{Error, Real};
+use dijiang_testing::{Random, argument, assert_close, cast};
 use ndarray::{Array1, Array2, Array3, Axis, s};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -18,7 +18,7 @@ use safetensors::{Dtype, SafeTensors};
 fn golden() -> Tensors {
     Tensors::open_file(
         Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/golden/official_neox_attention_f64.safetensors"),
+            .join("golden/official_neox_attention_f64.safetensors"),
     )
     .unwrap()
 }
@@ -72,7 +72,7 @@ fn decays_from_powers_that_vanish() {
     let powers: Vec<u8> = powers.flat_map(f32::to_le_bytes).collect();
     let bytes = std::fs::read(
         Path::new(env!("CARGO_MANIFEST_DIR"))
-            .join("tests/golden/official_neox_attention_f64.safetensors"),
+            .join("golden/official_neox_attention_f64.safetensors"),
     )
     .unwrap();
     let stored = SafeTensors::deserialize(&bytes).unwrap();

@@ -3,7 +3,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use crate::common::{Random, assert_same_bits, cast};
 use dijiang::attention::{KeyMask, Window};
 use dijiang::checkpoint::{load_layers, load_maps, save_layers, save_maps};
 use dijiang::kernel::{
@@ -14,6 +13,7 @@ use dijiang::layer::{
     Rotary, RotaryPairing, RotaryScaling, SoftmaxAttention,
 };
 use dijiang::{Error, Real};
+use dijiang_testing::{Random, assert_same_bits, cast};
 use ndarray::{Array2, s};
 use safetensors::tensor::{Dtype, TensorView};
 use safetensors::{SafeTensors, serialize};

@@ -1,14 +1,14 @@
 //! Segments of a sequence, fed by themselves and merged: the state of the whole.
 
-use crate::common::linear::{Setup, TestMap};
-use crate::common::stream::Stream;
-use crate::common::{Inputs, Random, argument, assert_close, assert_same_bits, tolerance};
 use dijiang::attention::{CausalState, KeyMask, LinearAttention, Operator, Window};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     Rotary, SoftmaxAttention,
 };
 use dijiang::{Error, Real};
+use dijiang_testing::linear::{Setup, TestMap};
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{Inputs, Random, argument, assert_close, assert_same_bits, tolerance};
 use ndarray::{Array2, Array3, s};
 
 fn setups() -> Vec<Setup> {

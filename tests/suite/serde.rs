@@ -1,12 +1,12 @@
 //! States and configs through serde: JSON stands for any format.
 
-use crate::common::linear::Setup;
-use crate::common::stream::Stream;
 use dijiang::attention::Operator;
 use dijiang::attention::{CausalState, KeyMask, LinearConfig, SoftmaxConfig, Storage, Window};
 use dijiang::calibrate::CalibrateOptions;
 use dijiang::kernel::{DctMapConfig, FavorConfig, Mixing};
 use dijiang::layer::{AttentionConfig, Causality, DijiangOptions, Padding, Rotary, RotaryScaling};
+use dijiang_testing::linear::Setup;
+use dijiang_testing::stream::Stream;
 use serde::de::value::{BytesDeserializer, Error as ValueError};
 use serde::de::{Deserialize, DeserializeOwned};
 use serde::ser::Serialize;

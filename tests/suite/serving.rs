@@ -1,12 +1,12 @@
 //! Many sequences at once: each as if it were alone.
 
-use crate::common::{Random, argument, assert_same_bits, cast, on_threads};
 use dijiang::attention::{KeyMask, Window};
 use dijiang::layer::{
     Attention, AttentionConfig, AttentionWeights, Causality, DijiangAttention, DijiangOptions,
     DijiangState, Padding, Rotary, SoftmaxAttention, StatePool,
 };
 use dijiang::{Error, Real};
+use dijiang_testing::{Random, argument, assert_same_bits, cast, on_threads};
 use ndarray::{Array1, Array2, Array3, ArrayRef1, ArrayRef2, Axis, s};
 
 /// Four query heads of 5 on two key-value heads, in a model of width 23.

@@ -1,12 +1,12 @@
 //! One layer for many threads, and every public type across them.
 
-use crate::common::assert_same_bits;
 use dijiang::attention::*;
 use dijiang::calibrate::*;
 use dijiang::checkpoint::{Checkpoint, CheckpointOptions, Family, Tensors};
 use dijiang::kernel::*;
 use dijiang::layer::*;
 use dijiang::{Error, reference};
+use dijiang_testing::assert_same_bits;
 use ndarray::{Array1, Array2, s};
 
 /// Every public type, those of every feature among them.

@@ -1,12 +1,12 @@
 //! Attention at the edges of its numbers: extreme log-features, growth, strong decay, millions of
 //! tokens.
 
-use crate::common::linear::{Setup, TestMap};
-use crate::common::stream::Stream;
-use crate::common::{Inputs, Random, assert_close, assert_same_bits, tolerance};
 use dijiang::Real;
 use dijiang::attention::{KeyMask, LinearAttention, Operator, Qkv};
 use dijiang::reference::Pairs;
+use dijiang_testing::linear::{Setup, TestMap};
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{Inputs, Random, assert_close, assert_same_bits, tolerance};
 use ndarray::{Array2, Array3, Axis};
 
 /// σ = 1 and the identity as map: q and k are the log-features. With integers as inputs every sum a

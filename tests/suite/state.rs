@@ -1,11 +1,11 @@
 //! The state: it does not matter in which pieces a sequence arrives, and a state can be copied,
 //! rolled back and reset.
 
-use crate::common::linear::Setup;
-use crate::common::stream::Stream;
-use crate::common::{Inputs, Random, assert_close, assert_same_bits, to_f64};
 use dijiang::Real;
 use dijiang::attention::{KeyMask, Operator, Qkv, SequenceState};
+use dijiang_testing::linear::Setup;
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{Inputs, Random, assert_close, assert_same_bits, to_f64};
 use ndarray::{Array2, Array3, Axis, concatenate, s};
 
 fn setups() -> Vec<Setup> {

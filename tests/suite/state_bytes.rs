@@ -1,8 +1,5 @@
 //! States as bytes: they continue bit for bit, and nothing else is taken for one.
 
-use crate::common::linear::Setup;
-use crate::common::stream::Stream;
-use crate::common::{assert_close, assert_same_bits};
 use dijiang::attention::Operator;
 use dijiang::attention::{CausalState, KeyMask, Storage};
 use dijiang::layer::{
@@ -10,6 +7,9 @@ use dijiang::layer::{
     SoftmaxAttention,
 };
 use dijiang::{Error, Real};
+use dijiang_testing::linear::Setup;
+use dijiang_testing::stream::Stream;
+use dijiang_testing::{assert_close, assert_same_bits};
 use ndarray::{Array1, Array2, s};
 
 /// The empty state, one with pending keys, one after a prefill.

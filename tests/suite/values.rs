@@ -1,12 +1,12 @@
 //! What small public methods say of the values they are asked of, and the maps and caches that the
 //! other tests do not take.
 
-use crate::common::{Inputs, Random, assert_close, assert_same_bits};
 use dijiang::attention::{LinearConfig, Operator, Qkv, SoftmaxConfig, Window};
 use dijiang::kernel::{DctGradients, DctMap, DctMapConfig, FavorConfig, FeatureMap, InputScales};
 use dijiang::layer::{
     AttentionConfig, AttentionWeights, DijiangAttention, DijiangOptions, SoftmaxAttention,
 };
+use dijiang_testing::{Inputs, Random, assert_close, assert_same_bits};
 use ndarray::{Array2, Array3, Axis, s};
 
 fn inputs(seed: u64, h: usize, n: usize, d: usize) -> Inputs<f64> {

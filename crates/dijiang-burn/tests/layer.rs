@@ -1,15 +1,10 @@
 //! The layer by both paths against that of [`dijiang`]: outputs, caches, gradients, conversions.
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
-#[path = "../../../tests/suite/common/mod.rs"]
-mod common;
-
 use std::path::Path;
 
 use burn::module::{Module, Param};
 use burn::tensor::{Bool, Device, Element, Tensor, TensorData};
-use common::gradients::{CASES, golden_problem};
-use common::{Golden, Random, assert_close, cast};
 use dijiang::Real;
 use dijiang::attention::{Causality, KeyMask, Window};
 use dijiang::kernel::{DctMap, DctMapConfig, DctParams, Envelope, Mixing, Pairing, Projection};
@@ -18,6 +13,8 @@ use dijiang::layer::{
     Rotary, RotaryPairing, SoftmaxAttention,
 };
 use dijiang_burn::{AttentionPath, DijiangAttention, DijiangCache, DijiangInput};
+use dijiang_testing::gradients::{CASES, golden_problem};
+use dijiang_testing::{Golden, Random, assert_close, cast};
 use ndarray::{Array1, Array2, Array3, ArrayD, Axis, s};
 
 /// A layer, and the batch it is given.
@@ -232,10 +229,9 @@ fn outputs<T: Real + Element>(tolerance: f64) {
         let layer = case.layer::<T>(random);
         let (x, valid) = case.batch(random);
         let key_mask = |i: usize| valid.as_ref().map_or(KeyMask::All, |v| KeyMask::Valid(&v[i]));
-        let expected = x
-            .outer_iter()
-            .enumerate()
-            .map(|(i, x)| common::to_f64(&layer.forward(&cast::<T, _>(&x), key_mask(i)).unwrap()));
+        let expected = x.outer_iter().enumerate().map(|(i, x)| {
+            dijiang_testing::to_f64(&layer.forward(&cast::<T, _>(&x), key_mask(i)).unwrap())
+        });
         let expected: Vec<Array2<f64>> = expected.collect();
         for path in paths(&device) {
             let attention = DijiangAttention::from_layer(&layer, &device).unwrap().with_path(path);
@@ -285,7 +281,8 @@ fn a_cache_in_parts_is_the_whole() {
                 }
                 let out = attention.forward_cache(input.clone(), &mut cache).unwrap();
                 let out = array::<f32, 3>(out);
-                let expected = common::to_f64(&whole.slice(s![.., start..end, ..]).to_owned());
+                let expected =
+                    dijiang_testing::to_f64(&whole.slice(s![.., start..end, ..]).to_owned());
                 assert_close((case.name, path, start), &out, &expected.into_dyn(), 2e-5);
                 if let Some(cache) = &mut snapshot {
                     let again = attention.forward_cache(input, cache).unwrap();
@@ -347,7 +344,7 @@ fn gradients<T: Real + Element>(tolerance: f64) {
                 assert_close((case.name, path, what), &got, &expected, tolerance);
             };
             let got = array::<T, 3>(tracked.grad(&grads).unwrap());
-            let expected = of_layer.iter().flat_map(|g| common::to_f64(&g.x));
+            let expected = of_layer.iter().flat_map(|g| dijiang_testing::to_f64(&g.x));
             check("x", got, expected.collect());
             let projections = [
                 (&attention.query, "q"),
@@ -365,8 +362,8 @@ fn gradients<T: Real + Element>(tolerance: f64) {
                         "v" => (&g.weights.v, &g.weights.v_bias),
                         _ => (&g.weights.o, &g.weights.o_bias),
                     };
-                    weight += &common::to_f64(w).reversed_axes();
-                    bias += &common::to_f64(b.as_ref().unwrap());
+                    weight += &dijiang_testing::to_f64(w).reversed_axes();
+                    bias += &dijiang_testing::to_f64(b.as_ref().unwrap());
                 }
                 let weight = weight.as_standard_layout().iter().copied().collect();
                 check(name, gradient(&linear.weight, &grads), weight);

@@ -1,12 +1,12 @@
-//! What the test-suites share: golden values, seeded inputs, comparisons, and literal stand-ins for
-//! the fast paths.
-#![allow(
-    dead_code,
-    unreachable_pub,
-    reason = "every test binary includes this module and uses its own part of it"
-)]
+//! What the tests share: golden values, seeded inputs, comparisons, literal stand-ins for the fast
+//! paths, and the cases of the fuzz targets. A library, so that it is compiled once, and optimised,
+//! which the tests themselves are not.
+#![allow(missing_docs, reason = "its readers have the source")]
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+pub mod cases;
 pub mod gradients;
+mod instances;
 pub mod linear;
 pub mod models;
 pub mod stream;
@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::fmt::Debug;
 use std::path::Path;
 
+use approx::abs_diff_eq;
 use dijiang::attention::Qkv;
 use dijiang::{Error, Real};
 use ndarray::{
@@ -34,7 +35,7 @@ pub struct Golden {
 impl Golden {
     /// Reads `tests/golden/<file>`.
     pub fn open(file: &str) -> Self {
-        Self::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden"), file)
+        Self::read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../golden"), file)
     }
 
     /// Reads `<directory>/<file>`.
@@ -160,6 +161,10 @@ pub fn assert_close<T: Real, D: Dimension>(
     assert_eq!(got.shape(), expected.shape(), "{context:?}: shape");
     let scale = expected.iter().fold(0.0, |top: f64, x| top.max(x.abs()));
     let scale = if scale > 0.0 { scale } else { 1.0 };
+    let epsilon = tolerance * scale;
+    if got.iter().zip(expected).all(|(got, x)| abs_diff_eq!(got.to_f64(), x, epsilon = epsilon)) {
+        return;
+    }
     let mut worst: Option<(IxDyn, f64, f64, f64)> = None;
     for ((index, got), &expected) in got.view().into_dyn().indexed_iter().zip(expected) {
         let got = got.to_f64();
@@ -169,16 +174,14 @@ pub fn assert_close<T: Real, D: Dimension>(
             worst = Some((index, error, got, expected));
         }
     }
-    if let Some((index, error, got_value, expected)) = worst {
-        assert!(
-            error <= tolerance,
-            "{context:?}: {} {:?} differs most at {:?}: got {got_value:e}, expected {expected:e}, \
-             error {error:.3e} of the largest element {scale:e}, tolerance {tolerance:.3e}",
-            T::NAME,
-            got.shape(),
-            index.as_array_view().to_vec(),
-        );
-    }
+    let (index, error, got_value, expected) = worst.unwrap();
+    panic!(
+        "{context:?}: {} {:?} differs most at {:?}: got {got_value:e}, expected {expected:e}, \
+         error {error:.3e} of the largest element {scale:e}, tolerance {tolerance:.3e}",
+        T::NAME,
+        got.shape(),
+        index.as_array_view().to_vec(),
+    );
 }
 
 /// Every element has the same bits.

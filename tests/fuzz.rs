@@ -7,14 +7,11 @@
 //! ```
 //!
 //! `fuzz/` has thin targets over the same cases for cargo-fuzz.
-#![allow(unreachable_pub, dead_code, reason = "other drivers use other parts of the cases")]
-
-mod cases;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
-use cases::{Source, TARGETS, Tally};
+use dijiang_testing::cases::{Source, TARGETS, Tally};
 
 /// A number from the environment.
 fn setting(name: &str) -> Option<u64> {

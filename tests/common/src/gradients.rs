@@ -8,7 +8,7 @@ use dijiang::attention::{
 use dijiang::kernel::{DctGradients, DctMap, DctParams, Envelope, Pairing, Projection};
 use ndarray::{Array3, Axis};
 
-use super::{Golden, Inputs, cast};
+use crate::{Golden, Inputs, cast};
 
 /// Everything a gradient is taken with respect to, and what it is not.
 #[derive(Debug, Clone)]

@@ -9,7 +9,7 @@ use dijiang::reference::{self, Pairs, PlainMap};
 use dijiang::{Real, Result};
 use ndarray::{Array1, Array2, Array3, ArrayRef2, Axis, s};
 
-use super::{Inputs, Random, cast, to_f64};
+use crate::{Inputs, Random, cast, to_f64};
 
 /// Log-features in f64, row by row: what the reference computes attention from.
 pub trait Oracle: Debug {
@@ -38,14 +38,11 @@ impl<T: Real> Affine<T> {
         assert_eq!((z.len(), out.len()), (d * width, m * width), "panels without gaps");
         assert!(scratch.len() >= width, "scratch as large as promised");
         scratch.fill(T::from_f64(f64::NAN));
-        out.fill(T::from_f64(f64::NAN));
-        for f in 0..m {
-            for j in 0..width {
-                let mut sum = self.offset[f];
-                for i in 0..d {
-                    sum += self.weight[[f, i]] * z[i * width + j];
-                }
-                out[f * width + j] = sum;
+        let rows = self.weight.as_slice().unwrap().chunks_exact(d);
+        for ((out, row), &offset) in out.chunks_exact_mut(width).zip(rows).zip(&self.offset) {
+            out.fill(offset);
+            for (z, &weight) in z.chunks_exact(width).zip(row) {
+                out.iter_mut().zip(z).for_each(|(out, &z)| *out += weight * z);
             }
         }
     }

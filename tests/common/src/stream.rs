@@ -5,7 +5,7 @@ use dijiang::kernel::FeatureMap;
 use dijiang::{Real, Result};
 use ndarray::{Array2, Array3, ArrayRef3, Axis};
 
-use super::Inputs;
+use crate::Inputs;
 
 /// An operator, given the inputs of a test.
 pub trait Stream<T: Real>: Operator<T> + Clone {
