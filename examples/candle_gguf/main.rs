@@ -18,7 +18,7 @@ mod chat;
 #[path = "../lm/mod.rs"]
 mod lm;
 #[allow(dead_code, reason = "each example uses its own part")]
-#[path = "../soak/memory.rs"]
+#[path = "../../tests/soak/memory.rs"]
 mod memory;
 mod model;
 mod plan;

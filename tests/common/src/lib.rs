@@ -6,6 +6,7 @@
 
 pub mod cases;
 pub mod gradients;
+#[cfg(debug_assertions)]
 mod instances;
 pub mod linear;
 pub mod models;

@@ -8,7 +8,7 @@
 //! how far their outputs have drifted apart at every power of ten, and the process's memory there.
 //! Then, for the rest of the time, gives hostile inputs to every public door and to the readers of
 //! states and files, and compares the fast paths with the reference on random configurations: the
-//! cases of `tests/fuzz`. Counts what was accepted, the errors by kind, and panics.
+//! cases of `tests/common`. Counts what was accepted, the errors by kind, and panics.
 
 #[allow(unreachable_pub, dead_code, reason = "shared with the tests")]
 mod drift;
