@@ -290,20 +290,14 @@ pub fn scores(x: &ArrayRef2<f64>, y: &ArrayRef2<f64>) -> Result<Array2<f64>> {
 pub fn log_kernel(a: &ArrayRef2<f64>, b: &ArrayRef2<f64>) -> Result<Array2<f64>> {
     check_shape("b", b, &[b.nrows(), a.ncols()])?;
     check_room::<f64>("log_kernel", &[a.nrows(), b.nrows()])?;
-    let m = a.ncols();
     Ok(Array2::from_shape_fn((a.nrows(), b.nrows()), |(i, j)| {
-        let mut top = f64::NEG_INFINITY;
-        for f in 0..m {
-            top = top.max(a[[i, f]] + b[[j, f]]);
-        }
+        let (a, b) = (a.row(i), b.row(j));
+        let sums = || a.iter().zip(b).map(|(a, b)| a + b);
+        let top = sums().fold(f64::NEG_INFINITY, f64::max);
         if top == f64::NEG_INFINITY {
             return top;
         }
-        let mut sum = 0.0;
-        for f in 0..m {
-            sum += (a[[i, f]] + b[[j, f]] - top).exp();
-        }
-        top + sum.ln()
+        top + sums().map(|sum| (sum - top).exp()).sum::<f64>().ln()
     }))
 }
 
@@ -407,7 +401,8 @@ impl<'a> Pairs<'a> {
     /// near(i, j) = window(i, j) or sink(j)
     fn is_near(&self, i: usize, j: usize) -> bool {
         let is_valid = |&key: &usize| self.valid.is_none_or(|valid| valid[key]);
-        let sink = self.sinks > 0 && j <= i && (0..j).filter(is_valid).count() < self.sinks;
+        let earlier = || (0..j).filter(is_valid).take(self.sinks).count();
+        let sink = j <= i && earlier() < self.sinks;
         sink || self.window.is_some_and(|(chunk, back)| j <= i && i / chunk - j / chunk <= back)
     }
 

@@ -7,7 +7,7 @@
 
 use super::ahead::Ahead;
 pub(super) use super::dct::{transform as dct, transposed as dct_transposed};
-use super::lane::Simd;
+use super::lane::{Simd, array};
 use crate::Real;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::simd::{LANES, padded};
@@ -155,7 +155,7 @@ unsafe fn tile<S: Simd, const R: usize, const C: usize>(
     for k in 0..p.k {
         // SAFETY: the caller's promise.
         unsafe {
-            let b: [S::V; C] = std::array::from_fn(|j| simd.load(b.add(k * p.b_row + j * S::N)));
+            let b = array!([sums[0][0]; C], |j| simd.load(b.add(k * p.b_row + j * S::N)));
             for r in 0..R {
                 let a = simd.splat(*a.add(r * p.a_row + k * p.a_col));
                 for j in 0..C {
@@ -180,11 +180,10 @@ unsafe fn tile<S: Simd, const R: usize, const C: usize>(
 /// exp(x) for x ≤ 88; zero far below the range of the type. NaN for NaN.
 #[inline(always)]
 fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
-    let c = |value: f64| simd.splat(S::T::from_f64(value));
     let single = size_of::<S::T>() == 4;
     // Below this 2ⁿ is zero, and −∞ must not reach the subtraction. NaN stays, coming second.
-    let x = simd.max(c(if single { -150.0 } else { -1100.0 }), x);
-    let n = simd.round(simd.mul(x, c(std::f64::consts::LOG2_E)));
+    let x = simd.max(simd.constant(if single { -150.0 } else { -1100.0 }), x);
+    let n = simd.round(simd.mul(x, simd.constant(std::f64::consts::LOG2_E)));
     // ln 2 in two parts, the first with enough trailing zeros that n·HIGH is exact (Cody and
     // Waite).
     let (high, low) = if single {
@@ -192,12 +191,13 @@ fn exp<S: Simd>(simd: S, x: S::V) -> S::V {
     } else {
         (0.693_147_180_369_123_8, 1.908_214_929_270_587_7e-10)
     };
-    let f = simd.mul_add(n, c(-low), simd.mul_add(n, c(-high), x));
+    let f = simd.mul_add(n, simd.constant(-high), x);
+    let f = simd.mul_add(n, simd.constant(-low), f);
     // Taylor polynomials on |f| ≤ ln 2 / 2: remainder 5e-9 at degree 7, 4e-18 at degree 13.
     let degree = if single { 7 } else { 13 };
-    let mut p = c(INVERSE_FACTORIAL[degree]);
+    let mut p = simd.constant(INVERSE_FACTORIAL[degree]);
     for i in (0..degree).rev() {
-        p = simd.mul_add(p, f, c(INVERSE_FACTORIAL[i]));
+        p = simd.mul_add(p, f, simd.constant(INVERSE_FACTORIAL[i]));
     }
     simd.scale2(p, n)
 }
@@ -239,14 +239,14 @@ pub(super) fn gather<S: Simd>(
     let d = rows[0].len();
     assert!(rows.iter().all(|row| row.len() == d), "rows of one length");
     assert!(d == 0 || panel.len() >= (d - 1) * width + LANES, "panel");
-    let pointers: [*const S::T; LANES] = std::array::from_fn(|lane| rows[lane].as_ptr());
+    let pointers = array!([rows[0].as_ptr(); LANES], |lane| rows[lane].as_ptr());
     let whole = d / S::N * S::N;
     let mut squares = simd.splat(S::T::ZERO);
     let mut i = 0;
     while i < whole {
         // SAFETY: i + N ≤ d, and the panel holds LANES elements in each of rows 0..d.
         unsafe {
-            let rows: [*const S::T; LANES] = std::array::from_fn(|lane| pointers[lane].add(i));
+            let rows = array!([pointers[0]; LANES], |lane| pointers[lane].add(i));
             squares = simd.add(
                 squares,
                 simd.transpose(&rows, simd.splat(scale), panel.as_mut_ptr().add(i * width), width),
@@ -611,8 +611,8 @@ pub(super) fn lower_less<S: Simd>(simd: S, p: &mut [S::T], width: usize, minus: 
 pub(super) fn upper_less<S: Simd>(simd: S, p: &mut [S::T], minus: &[S::T]) {
     let width = minus.len();
     assert!(width.is_multiple_of(LANES) && p.len().is_multiple_of(width), "products");
-    let step: [S::T; 2 * LANES] =
-        std::array::from_fn(|i| if i < LANES { S::T::ZERO } else { S::T::ONE });
+    let mut step = [S::T::ZERO; 2 * LANES];
+    step[LANES..].fill(S::T::ONE);
     for (start, row) in p.chunks_exact_mut(width).enumerate() {
         for j in (0..width).step_by(S::N) {
             // SAFETY: j + N ≤ width, which is the length of `row` and `minus`; where 0 < start − j
@@ -637,8 +637,8 @@ pub(super) fn upper_less<S: Simd>(simd: S, p: &mut [S::T], minus: &[S::T]) {
 /// the others; returns the sums of every N-th element.
 #[inline(always)]
 fn keep_until<S: Simd>(simd: S, row: &mut [S::T], end: usize, minus: S::T) -> S::V {
-    let step: [S::T; 2 * LANES] =
-        std::array::from_fn(|i| if i < LANES { S::T::ONE } else { S::T::ZERO });
+    let mut step = [S::T::ZERO; 2 * LANES];
+    step[..LANES].fill(S::T::ONE);
     let (minus, zero) = (simd.splat(minus), simd.splat(S::T::ZERO));
     let mut total = zero;
     for j in (0..row.len()).step_by(S::N) {
@@ -792,7 +792,7 @@ pub(super) fn shares<S: Simd>(
             ];
         }
     }
-    let mut sums = sums.map(|sum| simd.sum(sum));
+    let mut sums = array!([S::T::ZERO; 3], |i| simd.sum(sums[i]));
     for i in whole..a.len() {
         let (u, w, difference) = (a[i] - factor * base[i], b[i] - factor * base[i], a[i] - b[i]);
         sums = [sums[0] + u * w, sums[1] + w * w, sums[2] + difference * difference];
@@ -870,21 +870,19 @@ unsafe fn vecmat_columns<S: Simd, const C: usize, const U: usize>(
     // SAFETY: the caller's promise.
     unsafe {
         for f in (0..whole).step_by(U) {
-            for (u, sums) in sums.iter_mut().enumerate() {
+            for u in 0..U {
                 let x = simd.splat(*x.get_unchecked(f + u));
-                for (c, sum) in sums.iter_mut().enumerate() {
-                    *sum = simd.mul_add(
-                        x,
-                        simd.load(a.as_ptr().add((f + u) * n + i + c * S::N)),
-                        *sum,
-                    );
+                for c in 0..C {
+                    let a = simd.load(a.as_ptr().add((f + u) * n + i + c * S::N));
+                    sums[u][c] = simd.mul_add(x, a, sums[u][c]);
                 }
             }
         }
         for f in whole..x.len() {
             let x = simd.splat(*x.get_unchecked(f));
-            for (c, sum) in sums[0].iter_mut().enumerate() {
-                *sum = simd.mul_add(x, simd.load(a.as_ptr().add(f * n + i + c * S::N)), *sum);
+            for c in 0..C {
+                let a = simd.load(a.as_ptr().add(f * n + i + c * S::N));
+                sums[0][c] = simd.mul_add(x, a, sums[0][c]);
             }
         }
         for c in 0..C {
@@ -1027,25 +1025,28 @@ fn dots<S: Simd, const G: usize>(simd: S, row: &[S::T], x: &[S::T]) -> [S::T; G]
             for u in 0..4 {
                 let at = j + u * S::N;
                 let a = simd.load(row.as_ptr().add(at));
-                for (t, sums) in sums.iter_mut().enumerate() {
-                    sums[u] = simd.mul_add(a, simd.load(x.as_ptr().add(t * k + at)), sums[u]);
+                for t in 0..G {
+                    let x = simd.load(x.as_ptr().add(t * k + at));
+                    sums[t][u] = simd.mul_add(a, x, sums[t][u]);
                 }
             }
             j += 4 * S::N;
         }
         while j < whole {
             let a = simd.load(row.as_ptr().add(j));
-            for (t, sums) in sums.iter_mut().enumerate() {
-                sums[0] = simd.mul_add(a, simd.load(x.as_ptr().add(t * k + j)), sums[0]);
+            for t in 0..G {
+                let x = simd.load(x.as_ptr().add(t * k + j));
+                sums[t][0] = simd.mul_add(a, x, sums[t][0]);
             }
             j += S::N;
         }
     }
     let mut totals = [S::T::ZERO; G];
-    for (t, (total, sums)) in totals.iter_mut().zip(&sums).enumerate() {
-        *total = simd.sum(simd.add(simd.add(sums[0], sums[1]), simd.add(sums[2], sums[3])));
+    for t in 0..G {
+        let [a, b, c, d] = sums[t];
+        totals[t] = simd.sum(simd.add(simd.add(a, b), simd.add(c, d)));
         for j in whole..k {
-            *total += row[j] * x[t * k + j];
+            totals[t] += row[j] * x[t * k + j];
         }
     }
     totals

@@ -24,7 +24,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::lane::Simd;
+use super::lane::{Simd, array};
 use crate::Real;
 use crate::simd::LANES;
 
@@ -272,7 +272,7 @@ pub(super) fn transposed<S: Simd>(
         // points from d − n on) were checked above; the buffers hold d ≤ MOST registers, and every
         // one is written before it is read: each pass writes all d.
         unsafe {
-            let level = |n: usize| tables.twiddles.as_ptr().add(d - n);
+            let twiddles = tables.twiddles.as_ptr();
             // Down: the even and odd ones of n points become two blocks of n/2.
             if d <= points {
                 for f in 0..d {
@@ -291,7 +291,7 @@ pub(super) fn transposed<S: Simd>(
                 }
             }
             for block in (0..d).step_by(points) {
-                leaf_transposed(simd, points, from.add(block), level(points));
+                leaf_transposed(simd, points, from.add(block), twiddles.add(d - points));
             }
             // Up: two blocks of n/2 become n points.
             let mut n = points;
@@ -302,7 +302,7 @@ pub(super) fn transposed<S: Simd>(
                     for i in 0..n / 2 {
                         let (a, b) = (
                             *from.add(i),
-                            simd.mul(*from.add(n / 2 + i), simd.splat(*level(n).add(i))),
+                            simd.mul(*from.add(n / 2 + i), simd.splat(*twiddles.add(d - n + i))),
                         );
                         to.add(i).write(simd.add(a, b));
                         to.add(n - 1 - i).write(simd.sub(a, b));
@@ -311,21 +311,21 @@ pub(super) fn transposed<S: Simd>(
                 (from, to) = (to, from);
             }
             let out = out.as_mut_ptr().add(j);
-            let pre = |i: usize| simd.splat(*tables.pre.get_unchecked(i));
+            let pre = Factors::<S>(tables.pre.as_ptr());
             if d <= points {
                 for i in 0..d {
-                    simd.store(out.add(i * width), simd.mul(*from.add(i), pre(i)));
+                    simd.store(out.add(i * width), simd.mul(*from.add(i), pre.at(simd, i)));
                 }
             } else {
                 for i in 0..d / 2 {
                     let (a, b) = (
                         *from.add(i),
-                        simd.mul(*from.add(d / 2 + i), simd.splat(*level(d).add(i))),
+                        simd.mul(*from.add(d / 2 + i), simd.splat(*twiddles.add(i))),
                     );
-                    simd.store(out.add(i * width), simd.mul(simd.add(a, b), pre(i)));
+                    simd.store(out.add(i * width), simd.mul(simd.add(a, b), pre.at(simd, i)));
                     simd.store(
                         out.add((d - 1 - i) * width),
-                        simd.mul(simd.sub(a, b), pre(d - 1 - i)),
+                        simd.mul(simd.sub(a, b), pre.at(simd, d - 1 - i)),
                     );
                 }
             }
@@ -333,8 +333,7 @@ pub(super) fn transposed<S: Simd>(
     }
 }
 
-// Structs and a macro in place of closures: a closure that the compiler does not inline is compiled
-// without the CPU features, and all its arithmetic becomes calls.
+// Structs and macros in place of closures, see `array`.
 
 /// pre ⊙ x + shift
 struct Input<'a, S: Simd> {
@@ -453,12 +452,11 @@ macro_rules! leaf {
         unsafe fn $name<S: Simd>(simd: S, points: usize, x: *mut S::V, twiddles: *const S::T) {
             // SAFETY: the caller's promise; the arrays hold what they say.
             unsafe {
-                let twiddles = Twiddles::<S>(twiddles);
+                let twiddles = Factors::<S>(twiddles);
                 match points {
                     $($points => {
-                        let input: [S::V; $points] = std::array::from_fn(|i| *x.add(i));
-                        let output = $transform(simd, input, twiddles);
-                        (0..$points).for_each(|i| x.add(i).write(output[i]));
+                        let x = &mut *x.cast::<[S::V; $points]>();
+                        *x = $transform(simd, *x, twiddles);
                     })*
                     _ => unreachable!("as `leaf_points` says"),
                 }
@@ -477,12 +475,12 @@ leaf! {
     24 => transposed24, 32 => transposed32
 }
 
-/// The factors of a level, those of the level below behind them, and so on. Those that are asked
-/// for are there: the promise of `leaf`'s caller.
+/// Factors of rows; the twiddles of a level have those of the level below behind them, and so on.
+/// Those that are asked for are there: the promise of who makes it.
 #[derive(Clone, Copy)]
-struct Twiddles<S: Simd>(*const S::T);
+struct Factors<S: Simd>(*const S::T);
 
-impl<S: Simd> Twiddles<S> {
+impl<S: Simd> Factors<S> {
     #[inline(always)]
     fn at(self, simd: S, i: usize) -> S::V {
         // SAFETY: as the type says.
@@ -501,14 +499,14 @@ macro_rules! points {
         $half:literal
     ) => {
         #[inline(always)]
-        fn $name<S: Simd>(simd: S, x: [S::V; $n], twiddles: Twiddles<S>) -> [S::V; $n] {
-            let a = std::array::from_fn(|i| simd.add(x[i], x[$n - 1 - i]));
-            let b = std::array::from_fn(|i| {
+        fn $name<S: Simd>(simd: S, x: [S::V; $n], twiddles: Factors<S>) -> [S::V; $n] {
+            let a = array!([x[0]; $half], |i| simd.add(x[i], x[$n - 1 - i]));
+            let b = array!([x[0]; $half], |i| {
                 simd.mul(simd.sub(x[i], x[$n - 1 - i]), twiddles.at(simd, i))
             });
-            let a: [S::V; $half] = $half_name(simd, a, twiddles.behind($half));
-            let b: [S::V; $half] = $half_name(simd, b, twiddles.behind($half));
-            std::array::from_fn(|f| match f % 2 {
+            let a = $half_name(simd, a, twiddles.behind($half));
+            let b = $half_name(simd, b, twiddles.behind($half));
+            array!([x[0]; $n], |f| match f % 2 {
                 0 => a[f / 2],
                 _ if f == $n - 1 => b[$half - 1],
                 _ => simd.add(b[f / 2], b[f / 2 + 1]),
@@ -516,15 +514,15 @@ macro_rules! points {
         }
 
         #[inline(always)]
-        fn $transposed<S: Simd>(simd: S, x: [S::V; $n], twiddles: Twiddles<S>) -> [S::V; $n] {
-            let a = std::array::from_fn(|f| x[2 * f]);
-            let b = std::array::from_fn(|f| {
+        fn $transposed<S: Simd>(simd: S, x: [S::V; $n], twiddles: Factors<S>) -> [S::V; $n] {
+            let a = array!([x[0]; $half], |f| x[2 * f]);
+            let b = array!([x[0]; $half], |f| {
                 if f == 0 { x[1] } else { simd.add(x[2 * f - 1], x[2 * f + 1]) }
             });
-            let a: [S::V; $half] = $half_transposed(simd, a, twiddles.behind($half));
-            let b: [S::V; $half] = $half_transposed(simd, b, twiddles.behind($half));
-            let b: [S::V; $half] = std::array::from_fn(|i| simd.mul(b[i], twiddles.at(simd, i)));
-            std::array::from_fn(|i| {
+            let a = $half_transposed(simd, a, twiddles.behind($half));
+            let b = $half_transposed(simd, b, twiddles.behind($half));
+            let b = array!([x[0]; $half], |i| simd.mul(b[i], twiddles.at(simd, i)));
+            array!([x[0]; $n], |i| {
                 if i < $half {
                     simd.add(a[i], b[i])
                 } else {
@@ -536,7 +534,7 @@ macro_rules! points {
 }
 
 #[inline(always)]
-fn points1<S: Simd>(_: S, x: [S::V; 1], _: Twiddles<S>) -> [S::V; 1] {
+fn points1<S: Simd>(_: S, x: [S::V; 1], _: Factors<S>) -> [S::V; 1] {
     x
 }
 points!(points2, points1, transposed2, points1, 2, 1);
@@ -553,22 +551,22 @@ points!(points10, points5, transposed10, transposed5, 10, 5);
 points!(points20, points10, transposed20, transposed10, 20, 10);
 
 #[inline(always)]
-fn points3<S: Simd>(simd: S, x: [S::V; 3], _: Twiddles<S>) -> [S::V; 3] {
+fn points3<S: Simd>(simd: S, x: [S::V; 3], _: Factors<S>) -> [S::V; 3] {
     let sum = simd.add(x[0], x[2]);
-    let [half, cos] = [0.5, COS_30].map(|c| simd.splat(S::T::from_f64(c)));
+    let (half, cos) = (simd.constant(0.5), simd.constant(COS_30));
     [simd.add(sum, x[1]), simd.mul(simd.sub(x[0], x[2]), cos), simd.sub(simd.mul(sum, half), x[1])]
 }
 
 #[inline(always)]
-fn transposed3<S: Simd>(simd: S, x: [S::V; 3], _: Twiddles<S>) -> [S::V; 3] {
-    let [half, cos] = [0.5, COS_30].map(|c| simd.splat(S::T::from_f64(c)));
+fn transposed3<S: Simd>(simd: S, x: [S::V; 3], _: Factors<S>) -> [S::V; 3] {
+    let (half, cos) = (simd.constant(0.5), simd.constant(COS_30));
     let (even, odd) = (simd.mul_add(x[2], half, x[0]), simd.mul(x[1], cos));
     [simd.add(even, odd), simd.sub(x[0], x[2]), simd.sub(even, odd)]
 }
 
 #[inline(always)]
-fn points5<S: Simd>(simd: S, x: [S::V; 5], _: Twiddles<S>) -> [S::V; 5] {
-    let [c18, c36, c54, c72] = COS_18.map(|c| simd.splat(S::T::from_f64(c)));
+fn points5<S: Simd>(simd: S, x: [S::V; 5], _: Factors<S>) -> [S::V; 5] {
+    let [c18, c36, c54, c72] = array!([x[0]; 4], |i| simd.constant(COS_18[i]));
     let (outer, inner) = (simd.add(x[0], x[4]), simd.add(x[1], x[3]));
     let (outer_odd, inner_odd) = (simd.sub(x[0], x[4]), simd.sub(x[1], x[3]));
     [
@@ -581,8 +579,8 @@ fn points5<S: Simd>(simd: S, x: [S::V; 5], _: Twiddles<S>) -> [S::V; 5] {
 }
 
 #[inline(always)]
-fn transposed5<S: Simd>(simd: S, x: [S::V; 5], _: Twiddles<S>) -> [S::V; 5] {
-    let [c18, c36, c54, c72] = COS_18.map(|c| simd.splat(S::T::from_f64(c)));
+fn transposed5<S: Simd>(simd: S, x: [S::V; 5], _: Factors<S>) -> [S::V; 5] {
+    let [c18, c36, c54, c72] = array!([x[0]; 4], |i| simd.constant(COS_18[i]));
     let outer = simd.mul_add(x[4], c72, simd.mul_add(x[2], c36, x[0]));
     let inner = simd.sub(simd.sub(x[0], simd.mul(x[2], c72)), simd.mul(x[4], c36));
     let outer_odd = simd.mul_add(x[1], c18, simd.mul(x[3], c54));

@@ -4,6 +4,22 @@
 use crate::Real;
 use crate::simd::LANES;
 
+/// `[value of 0, value of 1, …]` as [`std::array::from_fn`] has it, by a loop: a closure that the
+/// compiler does not inline is compiled without the CPU features, and all its arithmetic becomes
+/// calls. `blank` is any value of the type.
+macro_rules! array {
+    ([$blank:expr; $n:expr], |$i:ident| $value:expr) => {{
+        let mut array = [$blank; $n];
+        let mut $i = 0;
+        while $i < $n {
+            array[$i] = $value;
+            $i += 1;
+        }
+        array
+    }};
+}
+pub(super) use array;
+
 /// Vector arithmetic on one instruction set.
 ///
 /// A value of an implementing type is a token: it is only made where the CPU is known to have the
@@ -20,6 +36,10 @@ pub(super) trait Simd: Copy {
     const REGISTERS: usize;
 
     fn splat(self, x: Self::T) -> Self::V;
+    #[inline(always)]
+    fn constant(self, x: f64) -> Self::V {
+        self.splat(Self::T::from_f64(x))
+    }
     /// # Safety
     /// `p` is valid for reading [`N`](Self::N) elements.
     unsafe fn load(self, p: *const Self::T) -> Self::V;
@@ -111,43 +131,43 @@ macro_rules! portable {
             }
             #[inline(always)]
             fn add(self, a: Self::V, b: Self::V) -> Self::V {
-                std::array::from_fn(|i| a[i] + b[i])
+                array!([0.0; $n], |i| a[i] + b[i])
             }
             #[inline(always)]
             fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-                std::array::from_fn(|i| a[i] - b[i])
+                array!([0.0; $n], |i| a[i] - b[i])
             }
             #[inline(always)]
             fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-                std::array::from_fn(|i| a[i] * b[i])
+                array!([0.0; $n], |i| a[i] * b[i])
             }
             #[inline(always)]
             fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
                 // Without the instruction `mul_add` is a library call, fifty times slower than two
                 // roundings.
                 if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
-                    std::array::from_fn(|i| a[i].mul_add(b[i], c[i]))
+                    array!([0.0; $n], |i| a[i].mul_add(b[i], c[i]))
                 } else {
-                    std::array::from_fn(|i| a[i] * b[i] + c[i])
+                    array!([0.0; $n], |i| a[i] * b[i] + c[i])
                 }
             }
             #[inline(always)]
             fn max(self, a: Self::V, b: Self::V) -> Self::V {
-                std::array::from_fn(|i| if a[i] > b[i] { a[i] } else { b[i] })
+                array!([0.0; $n], |i| if a[i] > b[i] { a[i] } else { b[i] })
             }
             #[inline(always)]
             fn round(self, a: Self::V) -> Self::V {
                 // Adding 1.5·2^mantissa leaves no bits for a fraction; `round` itself does not
                 // vectorise.
                 const MAGIC: $t = ((3 as $bits) << ($mantissa - 1)) as $t;
-                std::array::from_fn(|i| (a[i] + MAGIC) - MAGIC)
+                array!([0.0; $n], |i| (a[i] + MAGIC) - MAGIC)
             }
             #[inline(always)]
             fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
                 // 2ⁿ by its exponent bits, read from the low bits of 1.5·2^mantissa + n + bias;
                 // below the normal range 0.
                 const MAGIC: $t = ((3 as $bits) << ($mantissa - 1)) as $t;
-                std::array::from_fn(|i| {
+                array!([0.0; $n], |i| {
                     let exponent = if n[i] < (1 - $bias) as $t { -$bias as $t } else { n[i] };
                     a[i] * <$t>::from_bits(
                         (exponent + (MAGIC + $bias as $t)).to_bits() << $mantissa,

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::lane::Simd;
+use super::lane::{Simd, array};
 use crate::simd::LANES;
 
 /// AVX-512, 16 × f32.
@@ -315,7 +315,7 @@ impl Simd for Avx2F32 {
         unsafe {
             for (half, column) in [(0, 0), (0, 4), (8, 0), (8, 4)] {
                 // Four columns of rows i and i + 4 of eight, in two lanes.
-                let x: [__m256; 4] = std::array::from_fn(|i| {
+                let x = array!([scale; 4], |i| {
                     let (low, high) = (rows[half + i].add(column), rows[half + i + 4].add(column));
                     _mm256_insertf128_ps::<1>(
                         _mm256_castps128_ps256(_mm_loadu_ps(low)),
@@ -326,21 +326,22 @@ impl Simd for Avx2F32 {
                     [self.mul_add(x[0], x[0], squares[0]), self.mul_add(x[1], x[1], squares[1])];
                 squares =
                     [self.mul_add(x[2], x[2], squares[0]), self.mul_add(x[3], x[3], squares[1])];
-                let x = x.map(|x| self.mul(x, scale));
-                let pair = |i: usize| {
-                    let (low, high) =
-                        (_mm256_unpacklo_ps(x[i], x[i + 1]), _mm256_unpackhi_ps(x[i], x[i + 1]));
-                    (_mm256_castps_pd(low), _mm256_castps_pd(high))
-                };
-                let (top, bottom) = (pair(0), pair(2));
+                let x = array!([scale; 4], |i| self.mul(x[i], scale));
+                let low = array!([_mm256_castps_pd(scale); 2], |i| {
+                    _mm256_castps_pd(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]))
+                });
+                let high = array!([_mm256_castps_pd(scale); 2], |i| {
+                    _mm256_castps_pd(_mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]))
+                });
                 let columns = [
-                    _mm256_unpacklo_pd(top.0, bottom.0),
-                    _mm256_unpackhi_pd(top.0, bottom.0),
-                    _mm256_unpacklo_pd(top.1, bottom.1),
-                    _mm256_unpackhi_pd(top.1, bottom.1),
+                    _mm256_unpacklo_pd(low[0], low[1]),
+                    _mm256_unpackhi_pd(low[0], low[1]),
+                    _mm256_unpacklo_pd(high[0], high[1]),
+                    _mm256_unpackhi_pd(high[0], high[1]),
                 ];
-                for (i, x) in columns.into_iter().enumerate() {
-                    self.store(out.add(half + (column + i) * stride), _mm256_castpd_ps(x));
+                for i in 0..4 {
+                    let at = out.add(half + (column + i) * stride);
+                    self.store(at, _mm256_castpd_ps(columns[i]));
                 }
             }
         }
@@ -420,17 +421,14 @@ impl Simd for Avx2F64 {
         // SAFETY: the token proves the instruction set, the caller the pointers.
         unsafe {
             for group in (0..LANES).step_by(4) {
-                let x: [__m256d; 4] = std::array::from_fn(|i| self.load(rows[group + i]));
+                let x = array!([scale; 4], |i| self.load(rows[group + i]));
                 squares =
                     [self.mul_add(x[0], x[0], squares[0]), self.mul_add(x[1], x[1], squares[1])];
                 squares =
                     [self.mul_add(x[2], x[2], squares[0]), self.mul_add(x[3], x[3], squares[1])];
-                let x = x.map(|x| self.mul(x, scale));
-                let (even, odd) = ([x[0], x[2]], [x[1], x[3]]);
-                let low: [__m256d; 2] =
-                    std::array::from_fn(|i| _mm256_unpacklo_pd(even[i], odd[i]));
-                let high: [__m256d; 2] =
-                    std::array::from_fn(|i| _mm256_unpackhi_pd(even[i], odd[i]));
+                let x = array!([scale; 4], |i| self.mul(x[i], scale));
+                let low = array!([scale; 2], |i| _mm256_unpacklo_pd(x[2 * i], x[2 * i + 1]));
+                let high = array!([scale; 2], |i| _mm256_unpackhi_pd(x[2 * i], x[2 * i + 1]));
                 let at = out.add(group);
                 self.store(at, _mm256_permute2f128_pd::<0x20>(low[0], low[1]));
                 self.store(at.add(stride), _mm256_permute2f128_pd::<0x20>(high[0], high[1]));
