@@ -7,7 +7,7 @@
 
 use super::ahead::Ahead;
 pub(super) use super::dct::{transform as dct, transposed as dct_transposed};
-use super::lane::{Simd, array};
+use super::lane::{Simd, each};
 use crate::Real;
 use crate::low::mat::{Accum, MatMut, MatRef};
 use crate::simd::{LANES, padded};
@@ -155,11 +155,14 @@ unsafe fn tile<S: Simd, const R: usize, const C: usize>(
     for k in 0..p.k {
         // SAFETY: the caller's promise.
         unsafe {
-            let b = array!([sums[0][0]; C], |j| simd.load(b.add(k * p.b_row + j * S::N)));
+            let mut row = [sums[0][0]; C];
+            for j in 0..C {
+                row[j] = simd.load(b.add(k * p.b_row + j * S::N));
+            }
             for r in 0..R {
                 let a = simd.splat(*a.add(r * p.a_row + k * p.a_col));
                 for j in 0..C {
-                    sums[r][j] = simd.mul_add(a, b[j], sums[r][j]);
+                    sums[r][j] = simd.mul_add(a, row[j], sums[r][j]);
                 }
             }
         }
@@ -239,20 +242,24 @@ pub(super) fn gather<S: Simd>(
     let d = rows[0].len();
     assert!(rows.iter().all(|row| row.len() == d), "rows of one length");
     assert!(d == 0 || panel.len() >= (d - 1) * width + LANES, "panel");
-    let pointers = array!([rows[0].as_ptr(); LANES], |lane| rows[lane].as_ptr());
+    let mut pointers = [rows[0].as_ptr(); LANES];
+    for lane in 0..LANES {
+        pointers[lane] = rows[lane].as_ptr();
+    }
     let whole = d / S::N * S::N;
     let mut squares = simd.splat(S::T::ZERO);
     let mut i = 0;
     while i < whole {
-        // SAFETY: i + N ≤ d, and the panel holds LANES elements in each of rows 0..d.
+        // SAFETY: the pointers are i elements into their rows, i + N ≤ d, and the panel holds LANES
+        // elements in each of rows 0..d.
         unsafe {
-            let rows = array!([pointers[0]; LANES], |lane| pointers[lane].add(i));
-            squares = simd.add(
-                squares,
-                simd.transpose(&rows, simd.splat(scale), panel.as_mut_ptr().add(i * width), width),
-            );
+            let to = panel.as_mut_ptr().add(i * width);
+            squares = simd.add(squares, simd.transpose(&pointers, simd.splat(scale), to, width));
         }
         i += S::N;
+        for lane in 0..LANES {
+            pointers[lane] = pointers[lane].wrapping_add(S::N);
+        }
     }
     let mut rest = S::T::ZERO;
     for i in whole..d {
@@ -792,7 +799,7 @@ pub(super) fn shares<S: Simd>(
             ];
         }
     }
-    let mut sums = array!([S::T::ZERO; 3], |i| simd.sum(sums[i]));
+    let mut sums = each!([0 1 2], |i| simd.sum(sums[i]));
     for i in whole..a.len() {
         let (u, w, difference) = (a[i] - factor * base[i], b[i] - factor * base[i], a[i] - b[i]);
         sums = [sums[0] + u * w, sums[1] + w * w, sums[2] + difference * difference];

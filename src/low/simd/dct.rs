@@ -24,7 +24,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::lane::{Simd, array};
+use super::lane::{Simd, each};
 use crate::Real;
 use crate::simd::LANES;
 
@@ -333,7 +333,7 @@ pub(super) fn transposed<S: Simd>(
     }
 }
 
-// Structs and macros in place of closures, see `array`.
+// Structs and macros in place of closures, see `each`.
 
 /// pre ⊙ x + shift
 struct Input<'a, S: Simd> {
@@ -455,8 +455,8 @@ macro_rules! leaf {
                 let twiddles = Factors::<S>(twiddles);
                 match points {
                     $($points => {
-                        let x = &mut *x.cast::<[S::V; $points]>();
-                        *x = $transform(simd, *x, twiddles);
+                        let x = x.cast::<[S::V; $points]>();
+                        x.write($transform(simd, x.read(), twiddles));
                     })*
                     _ => unreachable!("as `leaf_points` says"),
                 }
@@ -495,18 +495,18 @@ impl<S: Simd> Factors<S> {
 
 macro_rules! points {
     (
-        $name:ident, $half_name:ident, $transposed:ident, $half_transposed:ident, $n:literal,
-        $half:literal
+        $name:ident, $half_name:ident, $transposed:ident, $half_transposed:ident,
+        $n:literal $all:tt, $half:literal $halves:tt
     ) => {
         #[inline(always)]
         fn $name<S: Simd>(simd: S, x: [S::V; $n], twiddles: Factors<S>) -> [S::V; $n] {
-            let a = array!([x[0]; $half], |i| simd.add(x[i], x[$n - 1 - i]));
-            let b = array!([x[0]; $half], |i| {
+            let a = each!($halves, |i| simd.add(x[i], x[$n - 1 - i]));
+            let b = each!($halves, |i| {
                 simd.mul(simd.sub(x[i], x[$n - 1 - i]), twiddles.at(simd, i))
             });
             let a = $half_name(simd, a, twiddles.behind($half));
             let b = $half_name(simd, b, twiddles.behind($half));
-            array!([x[0]; $n], |f| match f % 2 {
+            each!($all, |f| match f % 2 {
                 0 => a[f / 2],
                 _ if f == $n - 1 => b[$half - 1],
                 _ => simd.add(b[f / 2], b[f / 2 + 1]),
@@ -515,14 +515,14 @@ macro_rules! points {
 
         #[inline(always)]
         fn $transposed<S: Simd>(simd: S, x: [S::V; $n], twiddles: Factors<S>) -> [S::V; $n] {
-            let a = array!([x[0]; $half], |f| x[2 * f]);
-            let b = array!([x[0]; $half], |f| {
+            let a = each!($halves, |f| x[2 * f]);
+            let b = each!($halves, |f| {
                 if f == 0 { x[1] } else { simd.add(x[2 * f - 1], x[2 * f + 1]) }
             });
             let a = $half_transposed(simd, a, twiddles.behind($half));
             let b = $half_transposed(simd, b, twiddles.behind($half));
-            let b = array!([x[0]; $half], |i| simd.mul(b[i], twiddles.at(simd, i)));
-            array!([x[0]; $n], |i| {
+            let b = each!($halves, |i| simd.mul(b[i], twiddles.at(simd, i)));
+            each!($all, |i| {
                 if i < $half {
                     simd.add(a[i], b[i])
                 } else {
@@ -537,18 +537,38 @@ macro_rules! points {
 fn points1<S: Simd>(_: S, x: [S::V; 1], _: Factors<S>) -> [S::V; 1] {
     x
 }
-points!(points2, points1, transposed2, points1, 2, 1);
-points!(points4, points2, transposed4, transposed2, 4, 2);
-points!(points8, points4, transposed8, transposed4, 8, 4);
-points!(points16, points8, transposed16, transposed8, 16, 8);
-points!(points32, points16, transposed32, transposed16, 32, 16);
+points!(points2, points1, transposed2, points1, 2 [0 1], 1 [0]);
+points!(points4, points2, transposed4, transposed2, 4 [0 1 2 3], 2 [0 1]);
+points!(points8, points4, transposed8, transposed4, 8 [0 1 2 3 4 5 6 7], 4 [0 1 2 3]);
+points!(
+    points16, points8, transposed16, transposed8,
+    16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15],
+    8 [0 1 2 3 4 5 6 7]
+);
+points!(
+    points32, points16, transposed32, transposed16,
+    32 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31],
+    16 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]
+);
 
-points!(points6, points3, transposed6, transposed3, 6, 3);
-points!(points12, points6, transposed12, transposed6, 12, 6);
-points!(points24, points12, transposed24, transposed12, 24, 12);
+points!(points6, points3, transposed6, transposed3, 6 [0 1 2 3 4 5], 3 [0 1 2]);
+points!(
+    points12, points6, transposed12, transposed6,
+    12 [0 1 2 3 4 5 6 7 8 9 10 11],
+    6 [0 1 2 3 4 5]
+);
+points!(
+    points24, points12, transposed24, transposed12,
+    24 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23],
+    12 [0 1 2 3 4 5 6 7 8 9 10 11]
+);
 
-points!(points10, points5, transposed10, transposed5, 10, 5);
-points!(points20, points10, transposed20, transposed10, 20, 10);
+points!(points10, points5, transposed10, transposed5, 10 [0 1 2 3 4 5 6 7 8 9], 5 [0 1 2 3 4]);
+points!(
+    points20, points10, transposed20, transposed10,
+    20 [0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19],
+    10 [0 1 2 3 4 5 6 7 8 9]
+);
 
 #[inline(always)]
 fn points3<S: Simd>(simd: S, x: [S::V; 3], _: Factors<S>) -> [S::V; 3] {
@@ -566,7 +586,7 @@ fn transposed3<S: Simd>(simd: S, x: [S::V; 3], _: Factors<S>) -> [S::V; 3] {
 
 #[inline(always)]
 fn points5<S: Simd>(simd: S, x: [S::V; 5], _: Factors<S>) -> [S::V; 5] {
-    let [c18, c36, c54, c72] = array!([x[0]; 4], |i| simd.constant(COS_18[i]));
+    let [c18, c36, c54, c72] = each!([0 1 2 3], |i| simd.constant(COS_18[i]));
     let (outer, inner) = (simd.add(x[0], x[4]), simd.add(x[1], x[3]));
     let (outer_odd, inner_odd) = (simd.sub(x[0], x[4]), simd.sub(x[1], x[3]));
     [
@@ -580,7 +600,7 @@ fn points5<S: Simd>(simd: S, x: [S::V; 5], _: Factors<S>) -> [S::V; 5] {
 
 #[inline(always)]
 fn transposed5<S: Simd>(simd: S, x: [S::V; 5], _: Factors<S>) -> [S::V; 5] {
-    let [c18, c36, c54, c72] = array!([x[0]; 4], |i| simd.constant(COS_18[i]));
+    let [c18, c36, c54, c72] = each!([0 1 2 3], |i| simd.constant(COS_18[i]));
     let outer = simd.mul_add(x[4], c72, simd.mul_add(x[2], c36, x[0]));
     let inner = simd.sub(simd.sub(x[0], simd.mul(x[2], c72)), simd.mul(x[4], c36));
     let outer_odd = simd.mul_add(x[1], c18, simd.mul(x[3], c54));

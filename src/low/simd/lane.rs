@@ -4,21 +4,18 @@
 use crate::Real;
 use crate::simd::LANES;
 
-/// `[value of 0, value of 1, …]` as [`std::array::from_fn`] has it, by a loop: a closure that the
+/// `[value of 0, value of 1, …]` as [`std::array::from_fn`] has it, written out: a closure that the
 /// compiler does not inline is compiled without the CPU features, and all its arithmetic becomes
-/// calls. `blank` is any value of the type.
-macro_rules! array {
-    ([$blank:expr; $n:expr], |$i:ident| $value:expr) => {{
-        let mut array = [$blank; $n];
-        let mut $i = 0;
-        while $i < $n {
-            array[$i] = $value;
-            $i += 1;
-        }
-        array
-    }};
+/// calls; an array that a loop fills may stay in memory.
+macro_rules! each {
+    ([$($index:literal)*], |$i:ident| $value:expr) => {
+        [$({
+            let $i: usize = $index;
+            $value
+        }),*]
+    };
 }
-pub(super) use array;
+pub(super) use each;
 
 /// Vector arithmetic on one instruction set.
 ///
@@ -107,7 +104,7 @@ pub(super) trait Simd: Copy {
 pub(super) struct Portable<T>(pub(super) std::marker::PhantomData<T>);
 
 macro_rules! portable {
-    ($t:ty, $n:literal, $bits:ty, $mantissa:literal, $bias:literal) => {
+    ($t:ty, $n:literal $lanes:tt, $bits:ty, $mantissa:literal, $bias:literal) => {
         impl Simd for Portable<$t> {
             type T = $t;
             type V = [$t; $n];
@@ -131,43 +128,43 @@ macro_rules! portable {
             }
             #[inline(always)]
             fn add(self, a: Self::V, b: Self::V) -> Self::V {
-                array!([0.0; $n], |i| a[i] + b[i])
+                each!($lanes, |i| a[i] + b[i])
             }
             #[inline(always)]
             fn sub(self, a: Self::V, b: Self::V) -> Self::V {
-                array!([0.0; $n], |i| a[i] - b[i])
+                each!($lanes, |i| a[i] - b[i])
             }
             #[inline(always)]
             fn mul(self, a: Self::V, b: Self::V) -> Self::V {
-                array!([0.0; $n], |i| a[i] * b[i])
+                each!($lanes, |i| a[i] * b[i])
             }
             #[inline(always)]
             fn mul_add(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
                 // Without the instruction `mul_add` is a library call, fifty times slower than two
                 // roundings.
                 if cfg!(any(target_arch = "aarch64", target_feature = "fma")) {
-                    array!([0.0; $n], |i| a[i].mul_add(b[i], c[i]))
+                    each!($lanes, |i| a[i].mul_add(b[i], c[i]))
                 } else {
-                    array!([0.0; $n], |i| a[i] * b[i] + c[i])
+                    each!($lanes, |i| a[i] * b[i] + c[i])
                 }
             }
             #[inline(always)]
             fn max(self, a: Self::V, b: Self::V) -> Self::V {
-                array!([0.0; $n], |i| if a[i] > b[i] { a[i] } else { b[i] })
+                each!($lanes, |i| if a[i] > b[i] { a[i] } else { b[i] })
             }
             #[inline(always)]
             fn round(self, a: Self::V) -> Self::V {
                 // Adding 1.5·2^mantissa leaves no bits for a fraction; `round` itself does not
                 // vectorise.
                 const MAGIC: $t = ((3 as $bits) << ($mantissa - 1)) as $t;
-                array!([0.0; $n], |i| (a[i] + MAGIC) - MAGIC)
+                each!($lanes, |i| (a[i] + MAGIC) - MAGIC)
             }
             #[inline(always)]
             fn scale2(self, a: Self::V, n: Self::V) -> Self::V {
                 // 2ⁿ by its exponent bits, read from the low bits of 1.5·2^mantissa + n + bias;
                 // below the normal range 0.
                 const MAGIC: $t = ((3 as $bits) << ($mantissa - 1)) as $t;
-                array!([0.0; $n], |i| {
+                each!($lanes, |i| {
                     let exponent = if n[i] < (1 - $bias) as $t { -$bias as $t } else { n[i] };
                     a[i] * <$t>::from_bits(
                         (exponent + (MAGIC + $bias as $t)).to_bits() << $mantissa,
@@ -190,5 +187,5 @@ macro_rules! portable {
     };
 }
 
-portable!(f32, 4, u32, 23, 127);
-portable!(f64, 2, u64, 52, 1023);
+portable!(f32, 4 [0 1 2 3], u32, 23, 127);
+portable!(f64, 2 [0 1], u64, 52, 1023);

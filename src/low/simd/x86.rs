@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::lane::{Simd, array};
+use super::lane::{Simd, each};
 use crate::simd::LANES;
 
 /// AVX-512, 16 × f32.
@@ -315,7 +315,7 @@ impl Simd for Avx2F32 {
         unsafe {
             for (half, column) in [(0, 0), (0, 4), (8, 0), (8, 4)] {
                 // Four columns of rows i and i + 4 of eight, in two lanes.
-                let x = array!([scale; 4], |i| {
+                let x = each!([0 1 2 3], |i| {
                     let (low, high) = (rows[half + i].add(column), rows[half + i + 4].add(column));
                     _mm256_insertf128_ps::<1>(
                         _mm256_castps128_ps256(_mm_loadu_ps(low)),
@@ -326,11 +326,11 @@ impl Simd for Avx2F32 {
                     [self.mul_add(x[0], x[0], squares[0]), self.mul_add(x[1], x[1], squares[1])];
                 squares =
                     [self.mul_add(x[2], x[2], squares[0]), self.mul_add(x[3], x[3], squares[1])];
-                let x = array!([scale; 4], |i| self.mul(x[i], scale));
-                let low = array!([_mm256_castps_pd(scale); 2], |i| {
+                let x = each!([0 1 2 3], |i| self.mul(x[i], scale));
+                let low = each!([0 1], |i| {
                     _mm256_castps_pd(_mm256_unpacklo_ps(x[2 * i], x[2 * i + 1]))
                 });
-                let high = array!([_mm256_castps_pd(scale); 2], |i| {
+                let high = each!([0 1], |i| {
                     _mm256_castps_pd(_mm256_unpackhi_ps(x[2 * i], x[2 * i + 1]))
                 });
                 let columns = [
@@ -421,14 +421,14 @@ impl Simd for Avx2F64 {
         // SAFETY: the token proves the instruction set, the caller the pointers.
         unsafe {
             for group in (0..LANES).step_by(4) {
-                let x = array!([scale; 4], |i| self.load(rows[group + i]));
+                let x = each!([0 1 2 3], |i| self.load(rows[group + i]));
                 squares =
                     [self.mul_add(x[0], x[0], squares[0]), self.mul_add(x[1], x[1], squares[1])];
                 squares =
                     [self.mul_add(x[2], x[2], squares[0]), self.mul_add(x[3], x[3], squares[1])];
-                let x = array!([scale; 4], |i| self.mul(x[i], scale));
-                let low = array!([scale; 2], |i| _mm256_unpacklo_pd(x[2 * i], x[2 * i + 1]));
-                let high = array!([scale; 2], |i| _mm256_unpackhi_pd(x[2 * i], x[2 * i + 1]));
+                let x = each!([0 1 2 3], |i| self.mul(x[i], scale));
+                let low = each!([0 1], |i| _mm256_unpacklo_pd(x[2 * i], x[2 * i + 1]));
+                let high = each!([0 1], |i| _mm256_unpackhi_pd(x[2 * i], x[2 * i + 1]));
                 let at = out.add(group);
                 self.store(at, _mm256_permute2f128_pd::<0x20>(low[0], low[1]));
                 self.store(at.add(stride), _mm256_permute2f128_pd::<0x20>(high[0], high[1]));
