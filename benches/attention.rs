@@ -8,7 +8,7 @@ use std::hint::black_box;
 
 use common::{gaussian, id, linear};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dijiang::attention::{Operator, Qkv, SoftmaxConfig};
+use dijiang::attention::{Causality, Operator, Qkv, SoftmaxConfig};
 use dijiang::{Real, reference};
 use ndarray::{Array3, Axis};
 
@@ -97,6 +97,9 @@ fn sequences<T: Real>(c: &mut Criterion, n: usize, d: usize) {
     }
     group.finish();
 
+    let pure = pure.with_causality(Causality::Bidirectional).expect("a valid operator");
+    let exact = SoftmaxConfig::new(HEADS, d).with_causality(Causality::Bidirectional).build::<T>();
+    let exact = exact.expect("a valid operator");
     let mut group = c.benchmark_group("full");
     group.throughput(Throughput::Elements((HEADS * n) as u64)).sample_size(10);
     let mut ws = pure.workspace();

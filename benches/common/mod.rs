@@ -21,7 +21,7 @@ pub(crate) fn gaussian<T: Real>(seed: u64, shape: (usize, usize, usize)) -> Arra
     })
 }
 
-/// Liwindow attention with `heads` plain maps of m = d features.
+/// Linear attention with `heads` plain maps of m = d features.
 pub(crate) fn linear<T: Real>(
     heads: usize,
     d: usize,

@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use dijiang::Real;
 use dijiang::attention::{
-    KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Softmax, SoftmaxConfig, Window,
+    Causality, KeyMask, LinearAttention, LinearConfig, Operator, Qkv, Softmax, SoftmaxConfig,
+    Window,
 };
 use dijiang::calibrate::PlanOptions;
 use dijiang::kernel::{DctMap, DctMapConfig, FeatureMap};
@@ -152,6 +153,9 @@ struct Bench<T> {
     seconds: f64,
     exact: Softmax<T>,
     pure: LinearAttention<T, DctMap<T>>,
+    /// Bidirectional: softmax attention, and linear attention by the maps of `pure`.
+    full_exact: Softmax<T>,
+    full: LinearAttention<T, DctMap<T>>,
     window: LinearAttention<T, DctMap<T>>,
     rng: ChaCha12Rng,
 }
@@ -166,13 +170,17 @@ pub(crate) fn all<T: Gemm>(args: &Args) -> Result<Report, Box<dyn Error + Send +
         .map(|h| DctMapConfig::new().with_seed(h as u64).build(args.dim))
         .collect::<Result<Vec<_>, _>>()?;
     let config = LinearConfig::new().with_heads(args.heads);
+    let exact = SoftmaxConfig::new(args.heads, args.dim).with_kv_heads(maps.len());
+    let pure = config.clone().build(maps.clone())?;
     let mut bench = Bench::<T> {
         heads: args.heads,
         planned,
         dim: args.dim,
         seconds: args.seconds,
-        exact: SoftmaxConfig::new(args.heads, args.dim).with_kv_heads(maps.len()).build()?,
-        pure: config.clone().build(maps.clone())?,
+        full_exact: exact.clone().with_causality(Causality::Bidirectional).build()?,
+        full: pure.clone().with_causality(Causality::Bidirectional)?,
+        exact: exact.build()?,
+        pure,
         window: config.with_windows(windows.clone()).with_sinks(sinks).build(maps)?,
         windows,
         rng: ChaCha12Rng::seed_from_u64(1),
@@ -307,7 +315,7 @@ impl<T: Gemm> Bench<T> {
         check?;
         let mut check = Ok(());
         let full = shortest(self.turn(), || {
-            check = self.pure.forward_into(Qkv::new(&q, &k, &v), &mut out, &mut ws)
+            check = self.full.forward_into(Qkv::new(&q, &k, &v), &mut out, &mut ws)
         });
         check?;
         let mut check = Ok(());
@@ -319,7 +327,8 @@ impl<T: Gemm> Bench<T> {
         let mut check_full = Ok(());
         let full_exact = softmax.then(|| {
             shortest(self.turn(), || {
-                check_full = self.exact.forward_into(Qkv::new(&q, &k, &v), &mut out, &mut exact_ws)
+                check_full =
+                    self.full_exact.forward_into(Qkv::new(&q, &k, &v), &mut out, &mut exact_ws)
             }) * per_token
         });
         check.and(check_full)?;
